@@ -1,0 +1,39 @@
+"""What every command line of the project shares: one clear line for bad input, and exit code 2."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+
+from shodh.errors import ShodhError
+
+EXIT_USAGE = 2
+
+
+def error_line(error: BaseException) -> str | None:
+    """One line for errors a user can act on; None for those that deserve a traceback."""
+    if isinstance(error, ShodhError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"no disk space left{where}; free some, or choose another output folder, and run the same command again"
+    if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return f"{error.strerror}: {error.filename}"
+    return None
+
+
+def run_main(main: Callable[[], int]) -> None:
+    """Run ``main`` and end the process: its exit code, 2 with one ``error:`` line for bad input, 130 for Ctrl-C."""
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; run the same command again to go on\n")
+        sys.exit(130)
+    except Exception as error:
+        line = error_line(error)
+        if line is None:
+            raise
+        sys.stderr.write(f"error: {line}\n")
+        sys.exit(EXIT_USAGE)
+    sys.exit(code)

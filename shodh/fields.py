@@ -1,0 +1,136 @@
+"""The vocabulary of fields: what is simulated, stored, learned and decoded.
+
+Placement on the grid. A box of ``X x Y x Z`` cells. Scalars live at cell centres. Component ``i`` of a vector
+with placement ``"face"`` lives on the *upper* face of its cell along axis ``i``, so the discrete divergence of
+cell ``c`` is ``sum_i (u_i[c] - u_i[c - e_i]) / h_i``. On a periodic axis ``c - e_i`` wraps. On a walled axis the
+face below the first cell and the upper face of the last cell carry zero normal velocity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from shodh.errors import ConfigError
+
+Boundary = Literal["periodic", "wall"]
+Kind = Literal["scalar", "vector"]
+Placement = Literal["center", "face"]
+
+AXES = ("x", "y", "z")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One named physical quantity.
+
+    Parameters
+    ----------
+    name : str
+        Name in files and configurations, for example ``"velocity"``.
+    kind : {"scalar", "vector"}
+        A vector has one component per space axis.
+    units : str
+        Units of the stored values; ``"1"`` if dimensionless.
+    placement : {"center", "face"}
+        Where values live (see the module's docstring). Scalars are always at the centre.
+    solenoidal : bool
+        Whether the field is discretely divergence-free in its placement; such a vector is decoded from a
+        vector potential.
+    static : bool
+        Constant in time (a solid mask, a permeability): an input, never a target.
+    """
+
+    name: str
+    kind: Kind = "scalar"
+    units: str = "1"
+    placement: Placement = "center"
+    solenoidal: bool = False
+    static: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind == "scalar" and (self.placement != "center" or self.solenoidal):
+            raise ConfigError(f"field {self.name!r}: a scalar lives at the cell centre and cannot be solenoidal")
+
+    def num_components(self, ndim: int) -> int:
+        """Channels this field takes in ``ndim`` space dimensions."""
+        return ndim if self.kind == "vector" else 1
+
+
+@dataclass(frozen=True)
+class RegimeSchema:
+    """What one physical regime provides: its fields and the boundary of each axis."""
+
+    name: str
+    fields: tuple[Field, ...]
+    boundary: tuple[Boundary, ...]
+
+    def __post_init__(self) -> None:
+        names = [f.name for f in self.fields]
+        repeated = sorted({n for n in names if names.count(n) > 1})
+        if repeated:
+            raise ConfigError(f"regime {self.name!r}: repeated field names {repeated}")
+
+    @property
+    def ndim(self) -> int:
+        return len(self.boundary)
+
+    @property
+    def dynamic(self) -> tuple[Field, ...]:
+        """Fields that change in time, in order."""
+        return tuple(f for f in self.fields if not f.static)
+
+    @property
+    def static(self) -> tuple[Field, ...]:
+        """Fields constant in time, in order."""
+        return tuple(f for f in self.fields if f.static)
+
+    def __getitem__(self, name: str) -> Field:
+        for f in self.fields:
+            if f.name == name:
+                return f
+        raise KeyError(f"regime {self.name!r} has no field {name!r}; it has {[f.name for f in self.fields]}")
+
+
+@dataclass
+class Trajectories:
+    """``B`` simulated trajectories of one regime: what a solver returns and a writer stores.
+
+    Attributes
+    ----------
+    schema : RegimeSchema
+    lengths : tuple of float
+        Box size along each axis; cell ``i`` has its centre at ``(i + 1/2) * length / cells``.
+    time : ndarray [T], float64
+    values : dict
+        Scalar ``[B, T, *grid]``, vector ``[B, T, *grid, ndim]``, static scalar ``[B, *grid]``; float32, and
+        bool or uint8 for masks.
+    parameters : dict
+        Physical parameters: a float common to all trajectories, or an array ``[B]``.
+    diagnostics : dict
+        Measured quality per trajectory, arrays ``[B]`` (for example a convergence residual).
+    """
+
+    schema: RegimeSchema
+    lengths: tuple[float, ...]
+    time: np.ndarray
+    values: dict[str, np.ndarray]
+    parameters: Mapping[str, float | np.ndarray] = field(default_factory=dict)
+    diagnostics: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Cells along each axis."""
+        dynamic = self.schema.dynamic[0]
+        return self.values[dynamic.name].shape[2 : 2 + self.schema.ndim]
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Cell size along each axis."""
+        return tuple(length / cells for length, cells in zip(self.lengths, self.grid, strict=True))
+
+    def __len__(self) -> int:
+        return self.values[self.schema.dynamic[0].name].shape[0]
