@@ -25,10 +25,10 @@ import numpy as np
 
 from shodh.data.files import atomic_path
 from shodh.errors import DataError
-from shodh.fields import AXES, Field, RegimeSchema, Trajectories
+from shodh.fields import AXES, Boundary, Field, Trajectories
 
 TENSOR_GROUPS = ("t0_fields", "t1_fields", "t2_fields")
-BOUNDARY_CODES = {"wall": "WALL", "periodic": "PERIODIC"}
+BOUNDARY_CODES: dict[Boundary, str] = {"wall": "WALL", "periodic": "PERIODIC"}
 
 
 def write_trajectories(
@@ -103,7 +103,7 @@ def _strings(values: Iterable[str]) -> np.ndarray:
 
 
 def _write_root(file: h5py.File, trajectories: Trajectories, attributes: Mapping[str, str | int | float]) -> None:
-    schema: RegimeSchema = trajectories.schema
+    schema = trajectories.schema
     common = {k: float(v) for k, v in trajectories.parameters.items() if np.ndim(v) == 0}
     file.attrs["dataset_name"] = schema.name
     file.attrs["grid_type"] = "cartesian"

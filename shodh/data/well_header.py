@@ -1,0 +1,244 @@
+"""What a The Well file says about itself, checked before any of its numbers is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import h5py
+import numpy as np
+
+from shodh.data.well import BOUNDARY_CODES, TENSOR_GROUPS
+from shodh.errors import DataError
+from shodh.fields import Boundary, Field
+
+KINDS: dict[str, Boundary] = {code: kind for kind, code in BOUNDARY_CODES.items()}
+
+
+@dataclass(frozen=True)
+class StoredField:
+    """A field of a file: what it is, and which axes its dataset has.
+
+    ``varying`` tells for each space axis whether values differ along it; if not, the dataset has length 1 there.
+    """
+
+    field: Field
+    dataset: str
+    sample_varying: bool
+    time_varying: bool
+    varying: tuple[bool, ...]
+
+    def shape(self, num_trajectories: int, num_frames: int, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape the dataset must have."""
+        leading = (num_trajectories,) * self.sample_varying + (num_frames,) * self.time_varying
+        space = tuple(cells if varies else 1 for cells, varies in zip(grid, self.varying))
+        return (*leading, *space, *((len(grid),) if self.field.kind == "vector" else ()))
+
+
+@dataclass(frozen=True)
+class WellHeader:
+    """Everything in a file except its field values."""
+
+    dataset_name: str
+    axes: tuple[str, ...]
+    grid: tuple[int, ...]
+    lengths: tuple[float, ...]
+    boundary: tuple[Boundary, ...]
+    num_trajectories: int
+    num_frames: int
+    time: np.ndarray
+    fields: dict[str, StoredField]
+    tensor_fields: tuple[str, ...]
+
+
+def read_header(file: h5py.File, path: str) -> WellHeader:
+    """Read and check the header of an open file.
+
+    Raises
+    ------
+    DataError
+        Naming the file and what is missing, contradictory or not supported.
+    """
+    group = _group(file, "dimensions", path)
+    axes = tuple(_text(name) for name in np.atleast_1d(_attribute(group, "spatial_dims", path)))
+    if not 1 <= len(axes) <= 3:
+        raise DataError(f"{path}: {len(axes)} space dimensions {list(axes)}; 1, 2 or 3 are supported")
+    grid_type = _text(file.attrs.get("grid_type", "cartesian"))
+    if grid_type != "cartesian":
+        raise DataError(f"{path}: grid_type is {grid_type!r}; only 'cartesian' is supported")
+    coordinates = [_coordinates(group, axis, path) for axis in axes]
+    grid = tuple(len(c) for c in coordinates)
+    time = _time(group, path)
+    fields, tensors = _fields(file, len(axes), path)
+    num_trajectories = _num_trajectories(file, fields, path)
+    header = WellHeader(
+        dataset_name=_text(file.attrs.get("dataset_name", "")),
+        axes=axes,
+        grid=grid,
+        lengths=_lengths(file, axes, coordinates, path),
+        boundary=_boundary(file, axes, path),
+        num_trajectories=num_trajectories,
+        num_frames=time.shape[-1],
+        time=time,
+        fields=fields,
+        tensor_fields=tensors,
+    )
+    _check_shapes(file, header, path)
+    return header
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _group(parent: h5py.Group, name: str, path: str) -> h5py.Group:
+    group = parent.get(name)
+    if not isinstance(group, h5py.Group):
+        raise DataError(f"{path}: group {name!r} is missing; is this a file in The Well's layout?")
+    return group
+
+
+def _dataset(group: h5py.Group, name: str, path: str) -> h5py.Dataset:
+    dataset = group.get(name)
+    if not isinstance(dataset, h5py.Dataset):
+        raise DataError(f"{path}: dataset {group.name.strip('/')}/{name} is missing")
+    return dataset
+
+
+def _attribute(item: h5py.Group | h5py.Dataset, name: str, path: str) -> Any:
+    if name not in item.attrs:
+        raise DataError(f"{path}: attribute {name!r} of {item.name.strip('/')} is missing")
+    return item.attrs[name]
+
+
+def _coordinates(group: h5py.Group, axis: str, path: str) -> np.ndarray:
+    """Coordinates [n] of an axis; per-sample copies must agree."""
+    values = np.asarray(_dataset(group, axis, path)[()], dtype=np.float64)
+    if values.ndim == 0 or values.size == 0:
+        raise DataError(f"{path}: dimensions/{axis} has shape {values.shape}; expected the coordinates of its cells")
+    values = values.reshape(-1, values.shape[-1])
+    if not np.isfinite(values).all() or not np.allclose(values, values[0]):
+        raise DataError(f"{path}: dimensions/{axis} is not one finite list of coordinates shared by all samples")
+    return values[0]
+
+
+def _time(group: h5py.Group, path: str) -> np.ndarray:
+    time = np.asarray(_dataset(group, "time", path)[()], dtype=np.float64)
+    if time.ndim not in (1, 2) or time.size == 0 or not np.isfinite(time).all():
+        raise DataError(f"{path}: dimensions/time has shape {time.shape}; expected finite times [T] or [B, T], T >= 1")
+    return time
+
+
+def _lengths(file: h5py.File, axes: tuple[str, ...], coordinates: list[np.ndarray], path: str) -> tuple[float, ...]:
+    """Box lengths: the attribute of our own files, else number of cells times their uniform spacing."""
+    stored = file.attrs.get("lengths")
+    if stored is not None:
+        lengths = tuple(float(v) for v in np.atleast_1d(stored))
+        if len(lengths) != len(axes) or not all(np.isfinite(v) and v > 0 for v in lengths):
+            raise DataError(f"{path}: attribute 'lengths' is {lengths}; expected {len(axes)} positive numbers")
+        return lengths
+    return tuple(_length(axis, values, path) for axis, values in zip(axes, coordinates))
+
+
+def _length(axis: str, values: np.ndarray, path: str) -> float:
+    if len(values) == 1:
+        return 1.0
+    spacing = (values[-1] - values[0]) / (len(values) - 1)
+    # Coordinates are often float32: their rounding is relative to the largest one, not to the spacing.
+    tolerance = 1e-3 * abs(spacing) + 4e-7 * float(np.abs(values).max())
+    if spacing <= 0 or np.abs(np.diff(values) - spacing).max() > tolerance:
+        raise DataError(f"{path}: dimensions/{axis} is not increasing with uniform spacing; resample the data to one")
+    return float(spacing * len(values))
+
+
+def _boundary(file: h5py.File, axes: tuple[str, ...], path: str) -> tuple[Boundary, ...]:
+    """Kind of each axis from both its ends; as in The Well an end that nothing is said about is OPEN."""
+    ends = {axis: ["OPEN", "OPEN"] for axis in axes}
+    group = _group(file, "boundary_conditions", path)
+    for name in group:
+        for axis, end, code in _marked_ends(_group(group, name, path), path):
+            if axis not in ends:
+                raise DataError(f"{path}: boundary_conditions/{name} names the axis {axis!r}; there are {list(axes)}")
+            ends[axis][end] = code
+    for axis, (lower, upper) in ends.items():
+        if lower != upper or lower not in KINDS:
+            raise DataError(
+                f"{path}: the boundary of axis {axis!r} is {lower} below and {upper} above; supported are PERIODIC or "
+                "WALL at both ends (an end that no group of boundary_conditions marks is OPEN)"
+            )
+    return tuple(KINDS[ends[axis][0]] for axis in axes)
+
+
+def _marked_ends(group: h5py.Group, path: str) -> Iterator[tuple[str, int, str]]:
+    """The (axis, end, code) a boundary condition covers: a wall must fill an end, other kinds only touch it."""
+    code = _text(_attribute(group, "bc_type", path)).upper()
+    if code not in ("WALL", "OPEN", "PERIODIC"):
+        raise DataError(f"{path}: {group.name.strip('/')} has bc_type {code!r}; expected WALL, OPEN or PERIODIC")
+    axes = [_text(a) for a in np.atleast_1d(_attribute(group, "associated_dims", path))]
+    mask = np.asarray(_dataset(group, "mask", path)[()], dtype=bool)
+    if mask.ndim < len(axes) or mask.size == 0:
+        raise DataError(f"{path}: {group.name.strip('/')}/mask has shape {mask.shape}, expected one axis for {axes}")
+    mask = mask.reshape(-1, *mask.shape[mask.ndim - len(axes) :])
+    covers = np.all if code == "WALL" else np.any
+    for number, axis in enumerate(axes):
+        for end in (0, -1):
+            if covers(np.take(mask, end, axis=number + 1)):
+                yield axis, end, code
+
+
+def _fields(file: h5py.File, ndim: int, path: str) -> tuple[dict[str, StoredField], tuple[str, ...]]:
+    fields: dict[str, StoredField] = {}
+    for order in (0, 1):
+        group = _group(file, TENSOR_GROUPS[order], path)
+        for name in (_text(n) for n in np.atleast_1d(_attribute(group, "field_names", path))):
+            fields[name] = _field(_dataset(group, name, path), name, order, ndim, path)
+    if not fields:
+        raise DataError(f"{path}: there are no scalar or vector fields (t0_fields, t1_fields)")
+    tensors = _group(file, TENSOR_GROUPS[2], path).attrs.get("field_names", ())
+    return fields, tuple(_text(n) for n in np.atleast_1d(tensors))
+
+
+def _field(dataset: h5py.Dataset, name: str, order: int, ndim: int, path: str) -> StoredField:
+    static = not bool(_attribute(dataset, "time_varying", path))
+    # Masks may be bool or integers; whatever is learned must be floating point.
+    if dataset.dtype.kind not in ("buif" if static else "f"):
+        raise DataError(f"{path}: field {name!r} has the type {dataset.dtype}; expected floating point")
+    varying = tuple(bool(v) for v in np.atleast_1d(_attribute(dataset, "dim_varying", path)))
+    if len(varying) != ndim:
+        raise DataError(f"{path}: attribute 'dim_varying' of {name!r} has {len(varying)} entries for {ndim} axes")
+    placement = _text(dataset.attrs.get("placement", "center"))
+    if placement not in ("center", "face"):
+        raise DataError(f"{path}: field {name!r} has the placement {placement!r}; expected 'center' or 'face'")
+    field = Field(
+        name=name,
+        kind="vector" if order else "scalar",
+        units=_text(dataset.attrs.get("units", "1")),
+        placement="face" if order and placement == "face" else "center",
+        solenoidal=bool(order and dataset.attrs.get("solenoidal", False)),
+        static=static,
+    )
+    sample_varying = bool(_attribute(dataset, "sample_varying", path))
+    return StoredField(field, dataset.name, sample_varying, not static, varying)
+
+
+def _num_trajectories(file: h5py.File, fields: dict[str, StoredField], path: str) -> int:
+    stored = file.attrs.get("n_trajectories")
+    if stored is not None:
+        count = int(stored)
+    else:
+        count = next((file[f.dataset].shape[0] for f in fields.values() if f.sample_varying), 1)
+    if count < 1:
+        raise DataError(f"{path}: n_trajectories is {count}; expected at least 1")
+    return count
+
+
+def _check_shapes(file: h5py.File, header: WellHeader, path: str) -> None:
+    for name, stored in header.fields.items():
+        expected = stored.shape(header.num_trajectories, header.num_frames, header.grid)
+        shape = file[stored.dataset].shape
+        if shape != expected:
+            raise DataError(
+                f"{path}: field {name!r} has shape {shape}, expected {expected} from n_trajectories="
+                f"{header.num_trajectories}, {header.num_frames} times and the grid {header.grid}"
+            )

@@ -1,0 +1,191 @@
+"""Reader of The Well's HDF5 layout: one file, snapshots by trajectory and frame."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from shodh.data.well import is_finite
+from shodh.data.well_header import StoredField, WellHeader, read_header
+from shodh.errors import DataError
+from shodh.fields import Boundary, Field
+
+# What h5py raises on a damaged structure, besides OSError.
+_H5PY_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError)
+
+
+class WellFile:
+    """One file of trajectories.
+
+    The header is read and checked when the object is made, and the file closed again. Reading opens it once per
+    process: a handle that a forked worker inherited is dropped, never shared, and a pickled object carries none.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Raises
+    ------
+    DataError
+        If the file is missing, truncated, not HDF5, or not a consistent file of The Well's layout; if an axis is
+        neither periodic nor walled at both ends.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._handle: h5py.File | None = None
+        self._process = 0
+        self._scratch: dict[tuple[int, ...], np.ndarray] = {}
+        try:
+            with self._open() as file:
+                self.header: WellHeader = read_header(file, str(self.path))
+        except _H5PY_ERRORS as error:  # damage can also show up while the header is read
+            raise self._damaged(error) from error
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        """Scalar and vector fields by name; ``static`` for those without time."""
+        return {name: stored.field for name, stored in self.header.fields.items()}
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.header.grid
+
+    @property
+    def lengths(self) -> tuple[float, ...]:
+        """Box size by axis; without our attribute, cells times spacing (coordinates taken as cell centres)."""
+        return self.header.lengths
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        return tuple(length / cells for length, cells in zip(self.lengths, self.grid))
+
+    @property
+    def boundary(self) -> tuple[Boundary, ...]:
+        return self.header.boundary
+
+    @property
+    def num_trajectories(self) -> int:
+        return self.header.num_trajectories
+
+    @property
+    def num_frames(self) -> int:
+        return self.header.num_frames
+
+    @property
+    def time(self) -> np.ndarray:
+        """Times ``[T]``, or ``[B, T]`` where trajectories have their own; float64."""
+        return self.header.time
+
+    @property
+    def placement(self) -> dict[str, str]:
+        """Placement of each vector field; "center" where the file does not say."""
+        return {name: f.placement for name, f in self.fields.items() if f.kind == "vector"}
+
+    def stored(self, name: str) -> StoredField:
+        """The stored field ``name``; DataError with the names there are if it is missing."""
+        if name in self.header.fields:
+            return self.header.fields[name]
+        if name in self.header.tensor_fields:
+            raise DataError(f"{self.path}: field {name!r} is a rank-2 tensor; only scalars and vectors are supported")
+        raise DataError(f"{self.path}: there is no field {name!r}; there are {sorted(self.header.fields)}")
+
+    def read(self, name: str, trajectory: int, frames: range, out: np.ndarray) -> None:
+        """Read frames of one field, components first.
+
+        Parameters
+        ----------
+        name : str
+        trajectory : int
+        frames : range
+            Frames to read, in order; ignored for a static field.
+        out : ndarray, float32
+            ``[len(frames), C, *grid]``, or ``[C, *grid]`` for a static field; C is the number of space dimensions
+            for a vector and 1 for a scalar. May be a view with any strides.
+
+        Raises
+        ------
+        DataError
+            If the values cannot be read, or hold NaN or infinity: names file, field, trajectory and frame.
+        """
+        stored = self.stored(name)
+        if not 0 <= trajectory < self.num_trajectories:
+            raise IndexError(f"trajectory {trajectory} of {self.num_trajectories} in {self.path}")
+        leading = (trajectory,) if stored.sample_varying else ()
+        if not stored.time_varying:
+            self._snapshot(stored, leading, out, f"trajectory {trajectory}")
+            return
+        if frames and not (0 <= min(frames) and max(frames) < self.num_frames):
+            raise IndexError(f"frames {frames} of {self.num_frames} in {self.path}")
+        for target, frame in zip(out, frames, strict=True):
+            self._snapshot(stored, (*leading, frame), target, f"trajectory {trajectory}, frame {frame}")
+
+    def close(self) -> None:
+        """Close the handle of this process; the next read opens it again."""
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
+
+    def __enter__(self) -> WellFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_handle": None, "_scratch": {}}
+
+    def __repr__(self) -> str:
+        return f"WellFile({str(self.path)!r}, grid={self.grid}, {self.num_trajectories} x {self.num_frames} frames)"
+
+    def _snapshot(self, stored: StoredField, index: tuple[int, ...], out: np.ndarray, where: str) -> None:
+        """One snapshot into ``out`` [C, *grid]."""
+        vector = stored.field.kind == "vector"
+        shape = stored.shape(1, 1, self.grid)[stored.sample_varying + stored.time_varying :]
+        direct = not vector and all(stored.varying) and out.dtype == np.float32 and out.flags.c_contiguous
+        values = out[0] if direct else self._buffer(shape)
+        try:
+            dataset = self._file()[stored.dataset]
+            if dataset.dtype.kind == "f":
+                dataset.read_direct(values, source_sel=(*index, ...))
+            else:
+                values[...] = dataset[(*index, ...)]
+        except (OSError, KeyError, RuntimeError) as error:
+            raise self._damaged(error) from error
+        if not is_finite(values):
+            raise DataError(f"{self.path}: field {stored.field.name!r} holds NaN or infinity in {where}")
+        if not direct:
+            # One component at a time is a strided read and a contiguous write; a length-1 axis broadcasts.
+            for component in range(len(out)):
+                out[component] = values[..., component] if vector else values
+
+    def _buffer(self, shape: tuple[int, ...]) -> np.ndarray:
+        if shape not in self._scratch:
+            self._scratch[shape] = np.empty(shape, dtype=np.float32)
+        return self._scratch[shape]
+
+    def _file(self) -> h5py.File:
+        if self._process != os.getpid():
+            # A handle inherited through fork shares the parent's file description; this process opens its own.
+            self.close()
+            self._process = os.getpid()
+        if self._handle is None:
+            self._handle = self._open()
+        return self._handle
+
+    def _open(self) -> h5py.File:
+        if not self.path.is_file():
+            raise DataError(f"{self.path}: no such file")
+        try:
+            # Published files never change, and many cluster file systems refuse the lock.
+            return h5py.File(self.path, "r", locking=False)
+        except OSError as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> DataError:
+        reason = " ".join(str(error).split())
+        return DataError(f"{self.path}: cannot be read as HDF5, it is truncated or damaged; write it anew ({reason})")
