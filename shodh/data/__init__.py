@@ -1,8 +1,46 @@
-"""Data: The Well files, statistics and normalisation, windows, the mixture of regimes, the latent cache."""
+"""Data: The Well files, statistics and normalisation, windows, the mixture of regimes, the latent cache.
 
-from shodh.data.files import remove_partial_files
+The way of a sample: `WellFile` (one file) -> `RegimeSource` (the splits of a regime, fields by our names) ->
+`WindowDataset` (normalised history and target) -> `MixtureSampler` and `MixtureLoader` (batches of several regimes).
+`write_latents` and `LatentWindowDataset` put a cache of encoded snapshots in the place of the fields.
+"""
+
+from shodh.data.files import atomic_path, remove_partial_files
+from shodh.data.latent_windows import LatentWindowDataset
+from shodh.data.latents import data_identity, file_stems, latent_key, split_folder, write_latents
+from shodh.data.loader import Batch, MixtureLoader
+from shodh.data.masks import pool_static, wall_indicator
+from shodh.data.mixture import MixtureSampler, batch_counts
+from shodh.data.normalize import FieldNormalizer
+from shodh.data.source import SPLITS, RegimeSource, Split
 from shodh.data.stats import compute_statistics, read_stats, write_stats
 from shodh.data.well import write_trajectories
 from shodh.data.well_reader import WellFile
+from shodh.data.windows import WindowDataset
 
-__all__ = ["WellFile", "compute_statistics", "read_stats", "remove_partial_files", "write_stats", "write_trajectories"]
+__all__ = [
+    "SPLITS",
+    "Batch",
+    "FieldNormalizer",
+    "LatentWindowDataset",
+    "MixtureLoader",
+    "MixtureSampler",
+    "RegimeSource",
+    "Split",
+    "WellFile",
+    "WindowDataset",
+    "atomic_path",
+    "batch_counts",
+    "compute_statistics",
+    "data_identity",
+    "file_stems",
+    "latent_key",
+    "pool_static",
+    "read_stats",
+    "remove_partial_files",
+    "split_folder",
+    "wall_indicator",
+    "write_latents",
+    "write_stats",
+    "write_trajectories",
+]

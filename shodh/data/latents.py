@@ -1,0 +1,261 @@
+"""The latent cache: every snapshot encoded once by the tokenizer, so that operator training reads no full fields.
+
+Layout, one set of files per file of fields, under ``<root>/<key>/<regime>/<split>/``::
+
+    <stem>.npy          float32 latents [B, T, L, *latent grid]
+    <stem>.static.npy   float32 static features of the operator [B, S, *latent grid]
+    <stem>.json         shapes; written last, so that it marks the other two as whole
+
+The key is a digest of the tokenizer and of the data: another of either gets another folder, and a stale cache is
+never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shodh.data.files import atomic_path
+from shodh.data.normalize import FieldNormalizer
+from shodh.data.source import SPLITS, RegimeSource, Split
+from shodh.data.well_reader import WellFile
+from shodh.errors import DataError
+
+Encode = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
+FORMAT_VERSION = 1
+
+
+def data_identity(sources: Iterable[RegimeSource]) -> str:
+    """Hex digest of the files behind the sources: their names, sizes and times of change, and the wanted fields."""
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(repr((source.name, source.fields, source.mapping, source.placement)).encode())
+        for split in SPLITS:
+            for file in source.files[split]:
+                status = file.path.stat()
+                digest.update(repr((split, file.path.name, status.st_size, status.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
+def latent_key(
+    tokenizer_checksum: str, sources: Iterable[RegimeSource], settings: Mapping[str, Any] | None = None
+) -> str:
+    """Name of the cache's folder: 16 hex digits from the tokenizer, the data, and whatever else changes latents.
+
+    Parameters
+    ----------
+    tokenizer_checksum : str
+        Of the tokenizer's weights.
+    sources : iterable of RegimeSource
+    settings : mapping, optional
+        Plain values, for example ``FieldNormalizer.to_dict()``.
+    """
+    parts = [FORMAT_VERSION, tokenizer_checksum, data_identity(sources), dict(settings or {})]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def split_folder(root: str | os.PathLike[str], key: str, regime: str, split: Split) -> Path:
+    """Folder of the latents of one split of one regime."""
+    return Path(root) / key / regime / split
+
+
+def write_latents(
+    folder: str | os.PathLike[str],
+    source: RegimeSource,
+    split: Split,
+    encode: Encode,
+    *,
+    normalizer: FieldNormalizer | None = None,
+    batch_size: int = 8,
+    rank: int = 0,
+    world: int = 1,
+    progress: Callable[[float], None] | None = None,
+) -> int:
+    """Encode a split; files that are complete already are left as they are.
+
+    Every rank does its own share of the files; there is no communication, so put a barrier after it. Files appear
+    whole or not at all, and a run that was killed is finished by calling this again.
+
+    Parameters
+    ----------
+    folder : path-like
+        From `split_folder`.
+    source, split
+    encode : callable
+        ``(fields [N, C, *grid], static [N, S, *grid]) -> latents [N, L, *latent grid]``, or a pair of these and the
+        operator's static features ``[N, S', *latent grid]`` (see `pool_static`; a trajectory keeps those of its first
+        frame). Gets float32 tensors in CPU memory
+        of frames of one trajectory; may give any device and floating dtype. Without features S' is 0.
+    normalizer : FieldNormalizer, optional
+        Applied to the fields first.
+    batch_size : int
+        Frames in a call of ``encode``.
+    rank, world : int
+    progress : callable, optional
+        Called with the fraction of this rank's files that is done.
+
+    Returns
+    -------
+    int
+        Files that were encoded by this call.
+
+    Raises
+    ------
+    DataError
+        If a field cannot be read, or latents are not finite or change their shape.
+    OSError
+        If the disk is full.
+    """
+    _check_stems(source, split)
+    mine = list(enumerate(source.files[split]))[rank::world]
+    first = np.cumsum([0] + [f.num_trajectories for f in source.files[split]])
+    encoded = 0
+    for done, (number, file) in enumerate(mine):
+        if not _is_complete(Path(folder), file):
+            frames = _FrameReader(source, split, normalizer, batch_size)
+            _encode_file(Path(folder), file, int(first[number]), frames, encode)
+            encoded += 1
+        if progress is not None:
+            progress((done + 1) / len(mine))
+    return encoded
+
+
+def file_stems(source: RegimeSource, split: Split) -> list[str]:
+    """Stems of the files of a split, in order."""
+    return [file.path.stem for file in source.files[split]]
+
+
+@dataclass(frozen=True)
+class LatentShapes:
+    """Content of a manifest: shapes of the latents and of the static features."""
+
+    latents: tuple[int, ...]
+    static: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _FrameReader:
+    """Reads trajectories of a split as batches of normalised frames."""
+
+    source: RegimeSource
+    split: Split
+    normalizer: FieldNormalizer | None
+    batch_size: int
+
+    def batches(self, trajectory: int, num_frames: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """``(fields [N, C, *grid], static [N, S, *grid])`` of consecutive frames."""
+        source = self.source
+        static = torch.empty(source.num_static_channels, *source.grid)
+        source.read_static(self.split, trajectory, static.numpy())
+        for start in range(0, num_frames, self.batch_size):
+            frames = range(start, min(start + self.batch_size, num_frames))
+            fields = torch.empty(len(frames), source.num_channels, *source.grid)
+            source.read(self.split, trajectory, frames, fields.numpy())
+            if self.normalizer is not None:
+                fields = self.normalizer.normalize(fields, source.name)
+            yield fields, static.expand(len(frames), *static.shape)
+
+
+def _encode_file(folder: Path, file: WellFile, first: int, frames: _FrameReader, encode: Encode) -> None:
+    """Encode the trajectories ``first`` .. of a file. Written front to back: a full disk raises, a map would crash."""
+    stem = file.path.stem
+    with atomic_path(latent_path(folder, stem)) as latent_file, atomic_path(static_path(folder, stem)) as static_file:
+        with open(latent_file, "wb") as latent_stream, open(static_file, "wb") as static_stream:
+            latents = _ArrayWriter(latent_stream, (file.num_trajectories, file.num_frames), f"{file.path}: latents")
+            static = _ArrayWriter(static_stream, (file.num_trajectories,), f"{file.path}: static features")
+            for trajectory in range(file.num_trajectories):
+                for number, (fields, masks) in enumerate(frames.batches(first + trajectory, file.num_frames)):
+                    result = encode(fields, masks)
+                    batch, features = result if isinstance(result, tuple) else (result, result[:, :0])
+                    latents.append(batch)
+                    if number == 0:
+                        static.append(features[:1])
+            shapes = LatentShapes(latents.close(), static.close())
+    with atomic_path(manifest_path(folder, stem)) as temporary:
+        temporary.write_text(json.dumps({"version": FORMAT_VERSION, **asdict(shapes)}))
+
+
+class _ArrayWriter:
+    """Appends float32 samples to an .npy file whose leading sizes are known beforehand."""
+
+    def __init__(self, stream: BinaryIO, leading: tuple[int, ...], what: str) -> None:
+        self.stream, self.leading, self.what = stream, leading, what
+        self.sample: tuple[int, ...] | None = None
+        self.count = 0
+
+    def append(self, samples: Tensor) -> None:
+        """Append ``[N, ...]``."""
+        values = np.ascontiguousarray(samples.detach().to("cpu", torch.float32).numpy())
+        if self.sample is None:
+            self.sample = values.shape[1:]
+            header = {"descr": "<f4", "fortran_order": False, "shape": (*self.leading, *self.sample)}
+            np.lib.format.write_array_header_1_0(self.stream, header)
+        if values.shape[1:] != self.sample:
+            raise DataError(f"{self.what} have shape {values.shape[1:]}, the first ones had {self.sample}")
+        if not np.isfinite(values).all():
+            raise DataError(f"{self.what} hold NaN or infinity; the tokenizer cannot encode this file")
+        self.stream.write(values.astype("<f4", copy=False).tobytes())
+        self.count += len(values)
+
+    def close(self) -> tuple[int, ...]:
+        """Shape of the whole array."""
+        if self.sample is None or self.count != int(np.prod(self.leading)):
+            raise DataError(
+                f"{self.what}: {self.count} samples, expected {self.leading}; encode must keep their number"
+            )
+        return (*self.leading, *self.sample)
+
+
+def latent_path(folder: Path, stem: str) -> Path:
+    return folder / f"{stem}.npy"
+
+
+def static_path(folder: Path, stem: str) -> Path:
+    return folder / f"{stem}.static.npy"
+
+
+def manifest_path(folder: Path, stem: str) -> Path:
+    return folder / f"{stem}.json"
+
+
+def read_manifest(folder: Path, stem: str) -> LatentShapes:
+    """Shapes of a file's latents, checked against the sizes on disk: reading beyond a map's end kills a process."""
+    path = manifest_path(folder, stem)
+    try:
+        content = json.loads(path.read_text())
+        shapes = LatentShapes(tuple(content["latents"]), tuple(content["static"]))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; the latents of {stem!r} were not (completely) encoded") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: damaged; remove it and encode again ({error!r})") from error
+    for array, shape in ((latent_path(folder, stem), shapes.latents), (static_path(folder, stem), shapes.static)):
+        least = 4 * int(np.prod(shape))
+        if not array.is_file() or not least < array.stat().st_size <= least + 4096:
+            raise DataError(f"{array}: missing or truncated, expected {shape} float32; remove {path} and encode again")
+    return shapes
+
+
+def _is_complete(folder: Path, file: WellFile) -> bool:
+    try:
+        shapes = read_manifest(folder, file.path.stem)
+    except DataError:
+        return False
+    return shapes.latents[:2] == (file.num_trajectories, file.num_frames)
+
+
+def _check_stems(source: RegimeSource, split: Split) -> None:
+    stems = file_stems(source, split)
+    repeated = sorted({s for s in stems if stems.count(s) > 1})
+    if repeated:
+        raise DataError(
+            f"regime {source.name!r}: several files of the split {split!r} are called {repeated}; rename some"
+        )

@@ -1,0 +1,179 @@
+"""Batches of a mixture, loaded by worker processes: the same ones for any number of workers, from any step on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from shodh.data.mixture import MixtureSampler, Sample
+from shodh.errors import DataError, ShodhError
+
+Batch = dict[str, torch.Tensor]
+
+
+class SampleDataset(Protocol):
+    """What a mixture is made of: `WindowDataset` or `LatentWindowDataset`."""
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+class MixtureLoader:
+    """Micro-batches of one rank, in order.
+
+    Parameters
+    ----------
+    datasets : sequence
+        One a regime, in the order of the sampler, with items of equal shape.
+    sampler : MixtureSampler
+    rank, world : int
+        Data-parallel rank and number of ranks.
+    num_micro : int
+        Micro-batches (gradient accumulation steps) in a step.
+    num_workers : int
+        Worker processes; 0 loads in this one. They live as long as the loader.
+    prefetch : int
+        Micro-batches each worker holds ready.
+    pin_memory : bool
+        Whether batches lie in pinned memory.
+    timeout : float
+        Seconds after which a worker that gives nothing counts as stuck; 0 waits for ever.
+    multiprocessing_context : str, optional
+        "fork", "spawn" or "forkserver"; the platform's default if omitted.
+
+    Raises
+    ------
+    DataError
+        If the datasets do not fit the sampler or each other. While iterating: if a sample cannot be read (with the
+        message of the reader, whichever process it ran in), or if a worker was killed or is stuck.
+    TopologyError
+        If the global batch does not divide among ranks and micro-batches.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[SampleDataset],
+        sampler: MixtureSampler,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        num_micro: int = 1,
+        num_workers: int = 0,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+        timeout: float = 600.0,
+        multiprocessing_context: str | None = None,
+    ) -> None:
+        _check_fit(datasets, sampler)
+        sampler.local_batch(0, rank, world, 0, num_micro)
+        self._plan = _Plan(sampler, rank, world, num_micro)
+        workers: dict[str, Any] = {}
+        if num_workers > 0:
+            workers = {
+                "persistent_workers": True,
+                "prefetch_factor": prefetch,
+                "timeout": timeout,
+                "multiprocessing_context": multiprocessing_context,
+            }
+        self._loader = DataLoader(
+            _Mixture(datasets),
+            batch_sampler=self._plan,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            **workers,
+        )
+
+    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
+        """Micro-batches of the steps ``start`` .. ``stop - 1``: tensors stacked along a new first axis.
+
+        Only one iteration can be under way; a new one ends the former.
+        """
+        self._plan.start, self._plan.stop = start, stop
+        batches = iter(self._loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader"):  # not about a worker's death, but an error within one
+                    raise
+                raise DataError(_worker_message(error)) from error
+            if isinstance(batch, _Failure):
+                raise DataError(batch.message)
+            yield batch
+
+
+@dataclass
+class _Failure:
+    """An error on its way from a worker: an exception would arrive with a traceback for a message."""
+
+    message: str
+
+
+@dataclass
+class _Plan:
+    """Batch sampler of the DataLoader; runs in the main process."""
+
+    sampler: MixtureSampler
+    rank: int
+    world: int
+    num_micro: int
+    start: int = 0
+    stop: int = 0
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.num_micro
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        for step in range(self.start, self.stop):
+            for micro in range(self.num_micro):
+                yield self.sampler.local_batch(step, self.rank, self.world, micro, self.num_micro)
+
+
+class _Mixture(Dataset[dict[str, Any] | _Failure]):
+    def __init__(self, datasets: Sequence[SampleDataset]) -> None:
+        self.datasets = list(datasets)
+
+    def __getitem__(self, sample: Sample) -> dict[str, Any] | _Failure:
+        regime, index = sample
+        try:
+            return self.datasets[regime][index]
+        except ShodhError as error:
+            return _Failure(str(error))
+
+
+def _collate(items: list[dict[str, Any] | _Failure]) -> Batch | _Failure:
+    batch: list[dict[str, Any]] = []
+    for item in items:
+        if isinstance(item, _Failure):
+            return item
+        batch.append(item)
+    return torch.utils.data.default_collate(batch)
+
+
+def _check_fit(datasets: Sequence[SampleDataset], sampler: MixtureSampler) -> None:
+    sizes = tuple(len(d) for d in datasets)
+    if sizes != sampler.sizes:
+        raise DataError(f"the datasets have {list(sizes)} samples, the sampler was made for {list(sampler.sizes)}")
+    shapes = [d.sample_shape for d in datasets]
+    if len(set(shapes)) > 1:
+        raise DataError(
+            f"samples of the regimes have different shapes {shapes}; a mixture needs one grid and one list of fields"
+        )
+
+
+def _worker_message(error: RuntimeError) -> str:
+    reason = str(error).strip().splitlines()[0]
+    return (
+        f"a data worker was killed or is stuck (out of memory or of /dev/shm, slow disk?); use fewer workers: {reason}"
+    )

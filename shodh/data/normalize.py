@@ -1,0 +1,171 @@
+"""Normalisation by training statistics that keeps a divergence-free field divergence-free, to the last bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shodh.data.source import RegimeSource
+from shodh.data.stats import Statistics
+from shodh.errors import DataError
+from shodh.fields import Field
+
+# A field that varies less than this part of its mean is constant as far as float32 can tell.
+_RELATIVE_ZERO = 1e-6
+
+
+class FieldNormalizer:
+    """Shift and scale of each dynamic field, by regime.
+
+    A scalar becomes ``(x - mean) / std``. A vector has no shift and one scale for all its components: the root mean
+    square of its values, **rounded to a power of two**. Dividing float32 by a power of two changes the exponent
+    alone, so the normalised field is exactly proportional to the physical one: a field whose discrete divergence is
+    zero keeps it exactly, and ``denormalize(normalize(x)) == x`` bitwise (barring underflow). A field without
+    variance has the scale 1.
+
+    Parameters
+    ----------
+    fields : sequence of Field
+        Dynamic fields in the order of the channels; static ones among them are left out.
+    ndim : int
+        Space dimensions.
+    constants : mapping
+        ``{regime: {field: (mean, scale)}}``; the order of the regimes is that of their numbers.
+    """
+
+    def __init__(
+        self, fields: Sequence[Field], ndim: int, constants: Mapping[str, Mapping[str, tuple[float, float]]]
+    ) -> None:
+        self.fields = tuple(f for f in fields if not f.static)
+        self.ndim = ndim
+        self.constants = {
+            regime: {f.name: _constant(regime, f, by_field) for f in self.fields}
+            for regime, by_field in constants.items()
+        }
+        self.regimes = tuple(self.constants)
+        pairs = [
+            [by_field[f.name] for f in self.fields for _ in range(f.num_components(ndim))]
+            for by_field in self.constants.values()
+        ]
+        table = torch.tensor(pairs, dtype=torch.float32)  # [R, C, (mean, scale)]
+        self._tables = {table.device: table}
+
+    @classmethod
+    def from_statistics(
+        cls, fields: Sequence[Field], ndim: int, statistics: Mapping[str, Statistics]
+    ) -> FieldNormalizer:
+        """From ``{regime: statistics}`` by our field names, as `RegimeSource.statistics` gives them."""
+        constants: dict[str, dict[str, tuple[float, float]]] = {}
+        for regime, values in statistics.items():
+            constants[regime] = {}
+            for field in (f for f in fields if not f.static):
+                if field.name not in values["mean"] or field.name not in values["std"]:
+                    raise DataError(f"regime {regime!r}: the statistics lack the field {field.name!r}")
+                constants[regime][field.name] = _mean_and_scale(
+                    regime, field, ndim, values["mean"][field.name], values["std"][field.name]
+                )
+        return cls(fields, ndim, constants)
+
+    @classmethod
+    def from_sources(cls, sources: Sequence[RegimeSource]) -> FieldNormalizer:
+        """From the training statistics of sources that want the same dynamic fields."""
+        dynamic = sources[0].schema.dynamic
+        for source in sources:
+            if source.schema.dynamic != dynamic:
+                raise DataError(f"regimes {sources[0].name!r} and {source.name!r} have different dynamic fields")
+        return cls.from_statistics(dynamic, len(sources[0].grid), {s.name: s.statistics() for s in sources})
+
+    def normalize(self, values: Tensor, regime: int | str | Tensor) -> Tensor:
+        """Normalise ``values [..., C, *grid]``.
+
+        Parameters
+        ----------
+        values : Tensor
+        regime : int, str or Tensor
+            Number or name of one regime, or an integer tensor ``[B]`` for ``values [B, ..., C, *grid]``.
+
+        Returns
+        -------
+        Tensor
+            Of the shape, dtype and device of ``values``.
+        """
+        mean, scale = self._constants_like(values, regime)
+        return (values - mean) / scale
+
+    def denormalize(self, values: Tensor, regime: int | str | Tensor) -> Tensor:
+        """Undo `normalize`."""
+        mean, scale = self._constants_like(values, regime)
+        return values * scale + mean
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings for JSON, to go into checkpoints."""
+        fields = [{"name": f.name, "kind": f.kind} for f in self.fields]
+        constants = {
+            regime: {name: {"mean": mean, "scale": scale} for name, (mean, scale) in by_field.items()}
+            for regime, by_field in self.constants.items()
+        }
+        return {"ndim": self.ndim, "fields": fields, "regimes": constants}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> FieldNormalizer:
+        """Undo `to_dict`; DataError if ``content`` has another form."""
+        try:
+            fields = [Field(f["name"], f["kind"]) for f in content["fields"]]
+            constants = {
+                str(regime): {name: (float(v["mean"]), float(v["scale"])) for name, v in by_field.items()}
+                for regime, by_field in content["regimes"].items()
+            }
+            return cls(fields, int(content["ndim"]), constants)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"normalisation constants are incomplete or malformed: {error!r}") from error
+
+    def index(self, regime: str) -> int:
+        """Number of a regime."""
+        if regime not in self.regimes:
+            raise DataError(f"no normalisation for the regime {regime!r}; there are {list(self.regimes)}")
+        return self.regimes.index(regime)
+
+    def _constants_like(self, values: Tensor, regime: int | str | Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and scale in a shape that broadcasts with ``values``."""
+        channels = values.shape[-1 - self.ndim]
+        if values.device not in self._tables:
+            self._tables[values.device] = self._tables[torch.device("cpu")].to(values.device)
+        table = self._tables[values.device]
+        if channels != table.shape[1]:
+            names = [f.name for f in self.fields]
+            raise ValueError(f"values have {channels} channels, the fields {names} have {table.shape[1]}")
+        shape: tuple[int, ...] = (channels, *(1,) * self.ndim)
+        if isinstance(regime, Tensor) and regime.ndim == 1:
+            shape = (len(regime), *(1,) * (values.ndim - 2 - self.ndim), *shape)
+        chosen = table[self.index(regime) if isinstance(regime, str) else regime].to(values.dtype)
+        return chosen[..., 0].reshape(shape), chosen[..., 1].reshape(shape)
+
+
+def power_of_two(value: float) -> float:
+    """The power of two nearest to a positive ``value`` on a logarithmic scale."""
+    return 2.0 ** round(math.log2(value))
+
+
+def _constant(regime: str, field: Field, by_field: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
+    if field.name not in by_field:
+        raise DataError(f"regime {regime!r}: no normalisation of the field {field.name!r}")
+    mean, scale = by_field[field.name]
+    if not (math.isfinite(mean) and math.isfinite(scale) and scale > 0):
+        raise DataError(f"regime {regime!r}: field {field.name!r} has mean={mean}, scale={scale}; must be finite, > 0")
+    return float(mean), float(scale)
+
+
+def _mean_and_scale(regime: str, field: Field, ndim: int, mean: Any, std: Any) -> tuple[float, float]:
+    means, stds = (list(v) if isinstance(v, list | tuple) else [v] for v in (mean, std))
+    components = field.num_components(ndim)
+    if len(means) != components or len(stds) != components:
+        raise DataError(f"regime {regime!r}: statistics of {field.name!r} must have {components} components")
+    if field.kind == "vector":
+        rms = math.sqrt(sum(m * m + s * s for m, s in zip(means, stds)) / components)
+        return 0.0, power_of_two(rms) if rms > 0 else 1.0
+    constant = stds[0] <= _RELATIVE_ZERO * abs(means[0])
+    return means[0], 1.0 if constant else stds[0]

@@ -1,0 +1,272 @@
+"""One regime on disk: files of three splits that agree with each other, and the fields a model wants from them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from shodh.data.stats import KEYS, Statistics, compute_statistics, read_stats
+from shodh.data.well_reader import WellFile
+from shodh.errors import ConfigError, DataError
+from shodh.fields import Boundary, Field, Placement, RegimeSchema
+
+log = logging.getLogger(__name__)
+
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+SUFFIXES = (".hdf5", ".h5")
+MAX_OPEN_FILES = 64
+
+
+class RegimeSource:
+    """A folder of The Well files as one regime.
+
+    Parameters
+    ----------
+    name : str
+        Name of the regime in the mixture and in reports.
+    path : path-like
+        Folder with ``data/{train,valid,test}/*.hdf5`` or ``.h5``, or with ``train`` ... directly.
+    fields : sequence of Field
+        Fields that are wanted, by our names and in the order of the channels. A wanted vector at ``"face"`` that
+        is stored at ``"center"`` is averaged onto the upper faces when it is read (a wall face gets zero). The
+        result keeps walls closed but is then **not exactly divergence-free**, whatever the file was.
+    mapping : mapping, optional
+        ``{our name: name in the files}`` where they differ; ``None`` as the name of a *static* field says that the
+        files have none, and gives zeros (no solid anywhere).
+    placement : mapping, optional
+        ``{our name: placement as stored}`` for vectors of files that do not say it, or say it wrongly.
+
+    Raises
+    ------
+    ConfigError
+        If the wanted fields, the mapping or the placement make no sense.
+    DataError
+        If the folder or its training files are missing, or a file is damaged, lacks a field, has it with another
+        rank or time dependence, or differs from the first one in grid, lengths or boundary.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        fields: Sequence[Field],
+        *,
+        mapping: Mapping[str, str | None] | None = None,
+        placement: Mapping[str, Placement] | None = None,
+    ) -> None:
+        self.name = name
+        self.path = Path(path)
+        self.fields = tuple(fields)
+        self.mapping = dict(mapping or {})
+        self.placement = dict(placement or {})
+        self._stored_name = self._resolve_names()
+        self._check_placement()
+        self._open: OrderedDict[Path, WellFile] = OrderedDict()
+        self.files: dict[Split, list[WellFile]] = {}
+        folder = self.path / "data" if (self.path / "data").is_dir() else self.path
+        for split in SPLITS:
+            self.files[split] = [WellFile(p) for p in _well_files(folder / split)]
+        if not self.files["train"]:
+            raise DataError(
+                f"regime {name!r}: no training files; expected {folder / 'train'}/*.hdf5 (or .h5); make data with "
+                "tools/generate_data.py or correct the path"
+            )
+        for file in (f for files in self.files.values() for f in files):
+            self._check_file(file)
+        self._starts = {s: [0, *accumulate(f.num_trajectories for f in fs)] for s, fs in self.files.items()}
+
+    @property
+    def _first(self) -> WellFile:
+        return self.files["train"][0]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self._first.grid
+
+    @property
+    def lengths(self) -> tuple[float, ...]:
+        return self._first.lengths
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        return self._first.spacing
+
+    @property
+    def boundary(self) -> tuple[Boundary, ...]:
+        return self._first.boundary
+
+    @cached_property
+    def schema(self) -> RegimeSchema:
+        """The wanted fields with the boundary of the files."""
+        return RegimeSchema(self.name, self.fields, self.boundary)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the dynamic fields together."""
+        return sum(f.num_components(len(self.grid)) for f in self.schema.dynamic)
+
+    @property
+    def num_static_channels(self) -> int:
+        return sum(f.num_components(len(self.grid)) for f in self.schema.static)
+
+    def num_trajectories(self, split: Split) -> int:
+        return self._starts[split][-1]
+
+    def num_frames(self, split: Split) -> list[int]:
+        """Frames of each trajectory of a split."""
+        return [f.num_frames for f in self.files[split] for _ in range(f.num_trajectories)]
+
+    def num_windows(self, split: Split, frames: int, stride: int = 1) -> int:
+        """Windows of ``frames`` snapshots, ``stride`` apart, that lie within one trajectory."""
+        return sum(max(0, n - (frames - 1) * stride) for n in self.num_frames(split))
+
+    def locate(self, split: Split, trajectory: int) -> tuple[WellFile, int]:
+        """The file that holds a trajectory of a split, and its number there."""
+        starts = self._starts[split]
+        if not 0 <= trajectory < starts[-1]:
+            raise IndexError(f"trajectory {trajectory} of {starts[-1]} in the split {split!r} of {self.name!r}")
+        number = int(np.searchsorted(starts, trajectory, side="right")) - 1
+        return self.files[split][number], trajectory - starts[number]
+
+    def read(self, split: Split, trajectory: int, frames: range, out: np.ndarray) -> None:
+        """Read the dynamic fields of frames of a trajectory into ``out`` [T, C, *grid], float32, physical units."""
+        file, local = self.locate(split, trajectory)
+        self._read_channels(self.schema.dynamic, file, local, frames, out)
+
+    def read_static(self, split: Split, trajectory: int, out: np.ndarray) -> None:
+        """Read the static fields of a trajectory into ``out`` [S, *grid], float32."""
+        file, local = self.locate(split, trajectory)
+        self._read_channels(self.schema.static, file, local, range(1), out[None])
+
+    def statistics(self) -> Statistics:
+        """Statistics of the training split, by our field names.
+
+        Taken from ``stats.yaml`` beside the data; computed from the training files, and logged, where that is missing
+        or lacks a field. A vector that is averaged onto faces on reading has the statistics of the stored one.
+        """
+        wanted = {f.name: stored for f in self.fields if (stored := self._stored_name[f.name]) is not None}
+        path = self.path / "stats.yaml"
+        statistics = read_stats(path) if path.is_file() else {key: {} for key in KEYS}
+        if any(stored not in statistics[key] for stored in wanted.values() for key in ("mean", "std")):
+            log.warning("%s: no statistics of %s; computing them from the training files", path, sorted(wanted))
+            statistics = compute_statistics(self.files["train"], list(wanted.values()))
+        return {
+            key: {ours: values[stored] for ours, stored in wanted.items() if stored in values}
+            for key, values in statistics.items()
+        }
+
+    def close(self) -> None:
+        """Close all files of this process."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def _resolve_names(self) -> dict[str, str | None]:
+        schema = RegimeSchema(self.name, self.fields, ())  # refuses repeated names
+        if not schema.dynamic:
+            raise ConfigError(f"regime {self.name!r}: none of the wanted fields changes in time")
+        known = {f.name: f for f in self.fields}
+        for name, stored in self.mapping.items():
+            if name not in known:
+                raise ConfigError(f"regime {self.name!r}: mapping of {name!r}, wanted fields are {sorted(known)}")
+            if stored is None and not known[name].static:
+                raise ConfigError(f"regime {self.name!r}: {name!r} changes in time and cannot be mapped to null")
+        return {name: self.mapping.get(name, name) for name in known}
+
+    def _check_placement(self) -> None:
+        for name, placement in self.placement.items():
+            field = next((f for f in self.fields if f.name == name), None)
+            if field is None or field.kind != "vector" or placement not in get_args(Placement):
+                raise ConfigError(
+                    f"regime {self.name!r}: placement {name}={placement!r}; expected a wanted vector field and "
+                    f"one of {list(get_args(Placement))}"
+                )
+
+    def _check_file(self, file: WellFile) -> None:
+        for what in ("grid", "boundary"):
+            ours, first = getattr(file, what), getattr(self._first, what)
+            if ours != first:
+                raise DataError(f"{file.path}: {what} is {ours}, but {first} in {self._first.path}")
+        if not np.allclose(file.lengths, self._first.lengths, rtol=1e-4):
+            raise DataError(f"{file.path}: lengths are {file.lengths}, but {self._first.lengths} in {self._first.path}")
+        for wanted in self.fields:
+            self._check_field(file, wanted)
+
+    def _check_field(self, file: WellFile, wanted: Field) -> None:
+        stored_name = self._stored_name[wanted.name]
+        if stored_name is None:
+            return
+        try:
+            stored = file.stored(stored_name).field
+        except DataError as error:
+            hint = f"; map {wanted.name} to its name in the file" + (", or to null" if wanted.static else "")
+            raise DataError(f"{error}{hint}") from error
+        for what, have, want in (("kind", stored.kind, wanted.kind), ("static", stored.static, wanted.static)):
+            if have != want:
+                raise DataError(f"{file.path}: field {stored_name!r} has {what}={have}, wanted is {what}={want}")
+        placement = self._placement(file, wanted)
+        if placement == "face" and wanted.placement == "center":
+            raise DataError(
+                f"{file.path}: field {stored_name!r} lives on faces, wanted is the centre; want it on faces"
+            )
+
+    def _placement(self, file: WellFile, wanted: Field) -> Placement:
+        stored = self._stored_name[wanted.name]
+        if wanted.name in self.placement or stored is None:
+            return self.placement.get(wanted.name, wanted.placement)
+        return file.stored(stored).field.placement
+
+    def _read_channels(
+        self, fields: Sequence[Field], file: WellFile, trajectory: int, frames: range, out: np.ndarray
+    ) -> None:
+        """Fill ``out`` [T, C, *grid] with ``fields`` one after the other."""
+        start = 0
+        for field in fields:
+            stop = start + field.num_components(len(self.grid))
+            channels = out[:, start:stop]
+            stored = self._stored_name[field.name]
+            if stored is None:
+                channels[...] = 0.0
+            else:
+                self._handle(file).read(stored, trajectory, frames, channels[0] if field.static else channels)
+            if field.placement == "face" and self._placement(file, field) == "center":
+                average_to_faces(channels, self.boundary)
+            start = stop
+
+    def _handle(self, file: WellFile) -> WellFile:
+        """``file``, noted as used last; the one unused for longest is closed when too many are open."""
+        self._open[file.path] = file
+        self._open.move_to_end(file.path)
+        if len(self._open) > MAX_OPEN_FILES:
+            self._open.popitem(last=False)[1].close()
+        return file
+
+
+def average_to_faces(vector: np.ndarray, boundary: Sequence[Boundary]) -> None:
+    """Move a collocated vector [..., D, *grid] to the upper faces, in place, by the mean of the two neighbours.
+
+    Component ``i`` of cell ``c`` becomes ``(u_i[c] + u_i[c + e_i]) / 2``; a periodic axis wraps, on a walled axis
+    the last face gets zero. Second order; constants are kept; a discretely divergence-free field does not stay one.
+    """
+    ndim = len(boundary)
+    for axis, kind in enumerate(boundary):
+        channel: tuple[Any, ...] = (..., axis, *(slice(None),) * ndim)
+        component = np.moveaxis(vector[channel], axis - ndim, 0)
+        first = component[0].copy()
+        component[:-1] += component[1:]
+        component[:-1] *= 0.5
+        component[-1] = 0.5 * (component[-1] + first) if kind == "periodic" else 0.0
+
+
+def _well_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and not p.name.startswith("."))

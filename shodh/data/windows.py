@@ -1,0 +1,127 @@
+"""Windows of history and target from the trajectories of one regime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from shodh.data.normalize import FieldNormalizer
+from shodh.data.source import RegimeSource, Split
+from shodh.errors import ConfigError, DataError
+
+
+class WindowIndex:
+    """Arithmetic from a window's number to its trajectory and first frame; windows never cross trajectories.
+
+    Parameters
+    ----------
+    frames : sequence of int
+        Frames of each trajectory; those that are too short give no window.
+    length : int
+        Snapshots in a window.
+    stride : int
+        Frames from one snapshot of a window to the next. Windows start at every frame.
+    """
+
+    def __init__(self, frames: Sequence[int], length: int, stride: int = 1) -> None:
+        if length < 1 or stride < 1:
+            raise ConfigError(f"a window needs length >= 1 and stride >= 1, not {length} and {stride}")
+        self.span = (length - 1) * stride + 1
+        counts = np.maximum(np.asarray(frames, dtype=np.int64) - self.span + 1, 0)
+        self._ends = np.cumsum(counts)
+        self._starts = self._ends - counts
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """``(trajectory, first frame)``."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        trajectory = int(np.searchsorted(self._ends, index, side="right"))
+        return trajectory, index - int(self._starts[trajectory])
+
+
+class WindowDataset(Dataset[dict[str, Any]]):
+    """Normalised windows of one split of one regime (map-style, so that a sampler decides the order).
+
+    An item is a dict: ``fields`` float32 ``[T, C, *grid]`` with ``T = history + horizon`` and the channels of the
+    dynamic fields in order, components x, y, z; ``static`` float32 ``[S, *grid]``, as stored; ``regime``,
+    ``trajectory`` (its number in the split) and ``frame`` (the first one), int.
+
+    Parameters
+    ----------
+    source : RegimeSource
+    split : {"train", "valid", "test"}
+    history, horizon : int
+        Snapshots given and to be predicted.
+    stride : int
+        Frames from one snapshot to the next.
+    normalizer : FieldNormalizer, optional
+        Physical units if omitted.
+    regime : int, optional
+        Number of the regime in the items; by default that of the source's name in ``normalizer``, or 0.
+
+    Raises
+    ------
+    DataError
+        If there is no window in the split.
+    """
+
+    def __init__(
+        self,
+        source: RegimeSource,
+        split: Split,
+        *,
+        history: int,
+        horizon: int,
+        stride: int = 1,
+        normalizer: FieldNormalizer | None = None,
+        regime: int | None = None,
+    ) -> None:
+        self.source, self.split, self.stride = source, split, stride
+        self.length = history + horizon
+        self.normalizer = normalizer
+        self.regime = regime if regime is not None else normalizer.index(source.name) if normalizer else 0
+        frames = source.num_frames(split)
+        self.index = WindowIndex(frames, self.length, stride)
+        require_windows(self.index, f"regime {source.name!r}, split {split!r}", frames)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of ``fields``."""
+        return (self.length, self.source.num_channels, *self.source.grid)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        trajectory, frame = self.index[index]
+        fields = torch.empty(self.sample_shape)
+        static = torch.empty(self.source.num_static_channels, *self.source.grid)
+        frames = range(frame, frame + self.index.span, self.stride)
+        self.source.read(self.split, trajectory, frames, fields.numpy())
+        self.source.read_static(self.split, trajectory, static.numpy())
+        if self.normalizer is not None:
+            fields = self.normalizer.normalize(fields, self.source.name)
+        return {
+            "fields": fields,
+            "static": static,
+            "regime": self.regime,
+            "trajectory": trajectory,
+            "frame": frame,
+        }
+
+
+def require_windows(index: WindowIndex, where: str, frames: Sequence[int]) -> None:
+    """Raise DataError if there is no window, with what would help."""
+    if len(index) == 0:
+        have = f"the longest of {len(frames)} trajectories has {max(frames)}" if frames else "there are no trajectories"
+        raise DataError(
+            f"{where}: no window of {index.span} frames, {have}; make longer trajectories or ask for less "
+            "history, horizon or stride"
+        )
