@@ -1,0 +1,91 @@
+"""The protocol of a physical regime and the fields that all built-in regimes share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shodh.errors import ConfigError
+from shodh.fields import Boundary, Field, RegimeSchema, Trajectories
+from shodh.seeding import generator
+
+Progress = Callable[[float], None]
+
+FIELDS = (
+    Field("velocity", kind="vector", placement="face", solenoidal=True),
+    Field("tracer"),
+    Field("solid", static=True),
+)
+
+
+class Regime(Protocol):
+    """One physical regime: a schema and a batched solver. Parameters are the dataclass fields of the regime."""
+
+    name: str
+
+    @property
+    def schema(self) -> RegimeSchema:
+        """Fields and boundaries of the trajectories."""
+
+    def simulate(
+        self,
+        seeds: Sequence[int],
+        grid: tuple[int, int, int],
+        frames: int,
+        *,
+        device: str = "cpu",
+        progress: Progress | None = None,
+        **parameters: Any,
+    ) -> Trajectories:
+        """Solve ``len(seeds)`` trajectories; trajectory ``b`` depends on ``seeds[b]`` and the parameters alone."""
+
+
+def flow_schema(name: str, boundary: tuple[Boundary, Boundary, Boundary]) -> RegimeSchema:
+    """Schema of a flow with velocity, tracer and solid mask."""
+    return RegimeSchema(name, FIELDS, boundary)
+
+
+def check_request(name: str, seeds: Sequence[int], grid: Sequence[int], frames: int, smallest: int = 4) -> None:
+    """Refuse an empty batch, too small a grid, or no frame."""
+    if not seeds:
+        raise ConfigError(f"{name}: no seeds; ask for at least one trajectory")
+    if len(grid) != 3 or min(grid) < smallest:
+        raise ConfigError(f"{name}: grid {tuple(grid)} must be three numbers, each at least {smallest}")
+    if frames < 1:
+        raise ConfigError(f"{name}: frames={frames} must be at least 1")
+
+
+def check_positive(name: str, **values: float) -> None:
+    """Refuse parameters that are not finite and positive."""
+    for key, value in values.items():
+        if not (np.isfinite(value) and value > 0):
+            raise ConfigError(f"{name}.{key}={value} must be a positive number")
+
+
+def smooth_noise(
+    seed: int, purpose: str, shape: Sequence[int], lengths: Sequence[float], scales: Sequence[float]
+) -> Tensor:
+    """Periodic Gaussian noise of unit variance, fp64 on the CPU.
+
+    White noise on the grid, convolved with a Gaussian of standard deviation ``scales[i]`` along axis ``i`` (in the
+    units of ``lengths``).
+    """
+    noise = torch.randn(*shape, generator=generator(seed, purpose), dtype=torch.float64)
+    spectrum = torch.fft.fftn(noise)
+    for axis, (n, length, scale) in enumerate(zip(shape, lengths, scales)):
+        wavenumber = 2.0 * torch.pi * torch.fft.fftfreq(n, d=length / n, dtype=torch.float64)
+        view = [1] * len(shape)
+        view[axis] = n
+        spectrum *= torch.exp(-0.5 * (scale * wavenumber) ** 2).view(view)
+    spectrum.view(-1)[0] = 0.0
+    smooth = torch.fft.ifftn(spectrum).real
+    return smooth / smooth.std().clamp(min=1e-12)
+
+
+def tracer_blobs(seed: int, shape: Sequence[int], lengths: Sequence[float], scales: Sequence[float]) -> Tensor:
+    """Smooth patches of dye between 0 and 1 (fp64): a logistic function of smooth noise."""
+    return torch.sigmoid(3.0 * smooth_noise(seed, "tracer", shape, lengths, scales))
