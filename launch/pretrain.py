@@ -1,0 +1,53 @@
+"""Pre-train the operator on cached latents."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from shodh.config import load_config
+from shodh.train.runtime import quiet_logs, run_ranks
+
+EXAMPLES = """examples:
+  deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/demo.yaml
+  deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/demo.yaml --resume auto
+  python launch/pretrain.py --config launch/configs/demo.yaml --set parallel.ep_size=1 name=one-rank
+  deepspeed launch/pretrain.py --config launch/configs/h100_multinode.yaml --dry-run --nodes 16
+"""
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override settings")
+    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
+    parser.add_argument("--init-from", type=Path, metavar="CHECKPOINT", help="start a new run from these weights")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan; touch no data, allocate no weights")
+    parser.add_argument("--nodes", type=int, help="dry run: nodes to plan for (default: what the configuration says)")
+    parser.add_argument("--gpus-per-node", type=int, help="dry run: GPUs of a node")
+    parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's log too")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    args = parse()
+    quiet_logs(args.verbose)
+    config = load_config(args.config, args.set)
+    if args.dry_run:
+        from shodh.train.plan import describe_plan, make_plan
+
+        sys.stdout.write(describe_plan(make_plan(config, args.nodes, args.gpus_per_node)))
+        return 0
+    from shodh.train.jobs import pretrain
+
+    return 0 if pretrain(config, args.resume, args.init_from) else 3
+
+
+if __name__ == "__main__":
+    run_ranks(main)

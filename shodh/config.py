@@ -1,0 +1,388 @@
+"""Typed run configuration: YAML in, unknown keys refused with the nearest match, a resolved copy with every run.
+
+One file describes a whole run: the data, the tokenizer and the operator, so that both training stages, the
+evaluation and every tool read the same text. Paths are relative to the working directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from shodh.errors import ConfigError
+from shodh.fields import Field as PhysicalField
+from shodh.fields import Placement
+
+Fraction = typing.Annotated[float, Field(ge=0.0, le=1.0)]
+Weight = typing.Annotated[float, Field(ge=0.0)]
+Count = typing.Annotated[int, Field(ge=0)]
+Grid = tuple[PositiveInt, PositiveInt, PositiveInt]
+
+
+class Section(BaseModel):
+    """A strict group of settings: unknown keys are an error, values are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FieldConfig(Section):
+    """A physical field the model learns (or, if ``static``, is given)."""
+
+    name: str
+    kind: Literal["scalar", "vector"] = "scalar"
+    solenoidal: bool = False
+    static: bool = False
+
+    def build(self) -> PhysicalField:
+        placement: Placement = "face" if self.kind == "vector" else "center"
+        return PhysicalField(self.name, self.kind, "1", placement, self.solenoidal, self.static)
+
+
+class RegimeConfig(Section):
+    """One physical regime: a folder of The Well HDF5 files with train, valid and test splits."""
+
+    name: str
+    path: Path
+    share: PositiveFloat = Field(1.0, description="share of every global batch, relative to the other regimes")
+    fields: dict[str, str | None] = Field(
+        default_factory=dict, description="our field name -> name in the file; null: absent, a static field of zeros"
+    )
+    placement: Placement | None = Field(
+        None, description="where vectors live in the files; null: read the file's attribute, 'center' without one"
+    )
+
+
+class DataConfig(Section):
+    """What is learned, and from where."""
+
+    grid: Grid = (32, 32, 32)
+    fields: tuple[FieldConfig, ...] = (
+        FieldConfig(name="velocity", kind="vector", solenoidal=True),
+        FieldConfig(name="tracer"),
+        FieldConfig(name="solid", static=True),
+    )
+    regimes: tuple[RegimeConfig, ...] = Field(min_length=1)
+    history: PositiveInt = Field(2, description="past frames the operator sees")
+    stride: PositiveInt = Field(1, description="frames between two model steps")
+    workers: Count = Field(0, description="loader processes per rank")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        for what, names in (("regimes", [r.name for r in self.regimes]), ("fields", [f.name for f in self.fields])):
+            repeated = sorted({n for n in names if names.count(n) > 1})
+            if repeated:
+                raise ValueError(f"data.{what} has repeated names {repeated}")
+        known = [f.name for f in self.fields]
+        for regime in self.regimes:
+            for name in regime.fields:
+                if name not in known:
+                    raise ValueError(f"regime {regime.name!r} maps {name!r}, which is not in data.fields {known}")
+        if all(f.static for f in self.fields):
+            raise ValueError("data.fields needs at least one field that changes in time")
+        return self
+
+
+class TrainConfig(Section):
+    """One training stage."""
+
+    steps: PositiveInt
+    global_batch: PositiveInt = Field(16, description="samples of one optimiser step, over all ranks")
+    micro_batch: PositiveInt | None = Field(None, description="samples a rank holds at once; null: no accumulation")
+    lr: PositiveFloat = 1e-3
+    min_lr: Fraction = Field(0.05, description="last learning rate over the highest")
+    warmup: Count = Field(50, description="steps of linear warm-up")
+    weight_decay: Weight = 0.01
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    clip: PositiveFloat = Field(1.0, description="largest global gradient norm")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    log_every: PositiveInt = 10
+    valid_every: Count = Field(0, description="steps between validations; 0: only at the end")
+    valid_batches: PositiveInt = 4
+    checkpoint_every: Count = Field(0, description="steps between checkpoints; 0: only at the end")
+    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints that are kept")
+
+
+class TokenizerLoss(Section):
+    """Weights of the reconstruction loss terms, each relative to the target's own size."""
+
+    relative_l2: Weight = 1.0
+    gradient: Weight = 0.2
+    spectral: Weight = 0.0
+
+
+class TokenizerConfig(Section):
+    """Convolutional autoencoder, 8x per axis, with a divergence-free velocity decoder."""
+
+    run: Path | None = Field(None, description="run folder of the tokenizer; null: runs/<name>-tokenizer")
+    latent_channels: PositiveInt = 32
+    widths: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
+        (32, 64, 128), description="channels at 1/2, 1/4 and 1/8 of the resolution"
+    )
+    depth: PositiveInt = Field(1, description="residual blocks at each resolution")
+    loss: TokenizerLoss = TokenizerLoss()
+    train: TrainConfig = TrainConfig(steps=300)
+
+
+class RouterConfig(Section):
+    """How a token finds its experts."""
+
+    kind: Literal["token", "context", "two_level"] = "two_level"
+    score: Literal["cosine", "softmax"] = "cosine"
+    granularity: Literal["token", "sample"] = "token"
+    semantic_dim: PositiveInt = Field(16, description="width of the space in which tokens meet expert prototypes")
+    temperature: PositiveFloat = Field(8.0, description="initial inverse temperature of the scores, learned")
+    context_weight: Weight = Field(4.0, description="kind context: weight of the sample mean beside the token")
+    groups: PositiveInt = Field(2, description="kind two_level: expert groups, chosen by the sample mean")
+
+
+class BalanceConfig(Section):
+    """Terms that keep experts alive and decided; counts and means are over the global batch."""
+
+    switch: Weight = Field(0.01, description="Switch load balance (two_level: within the chosen group)")
+    information: Weight = Field(0.05, description="H(mean p) - mean H(p), maximised (two_level: of the groups)")
+    z_loss: Weight = 1e-4
+    bias_rate: Weight = Field(0.0, description="loss-free selection bias, change per step")
+
+
+class ExpertsConfig(Section):
+    """The feed-forward part of every block: shared experts, and routed ones."""
+
+    num_experts: Count = Field(4, description="routed experts; 0: a dense feed-forward of equal active size")
+    top_k: PositiveInt = 1
+    hidden: PositiveInt = Field(256, description="hidden width of one expert")
+    num_shared: Count = 1
+    activation: Literal["swiglu", "bilinear"] = "swiglu"
+    router: RouterConfig = RouterConfig()
+    balance: BalanceConfig = BalanceConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> ExpertsConfig:
+        if self.num_experts == 0:
+            return self
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}")
+        groups = self.router.groups
+        if self.router.kind == "two_level" and self.num_experts % groups:
+            raise ValueError(f"num_experts={self.num_experts} is not divisible by router.groups={groups}")
+        if self.router.kind == "two_level" and self.top_k > self.num_experts // groups:
+            raise ValueError(
+                f"top_k={self.top_k} is more than the {self.num_experts // groups} experts of a group; "
+                "use fewer router.groups"
+            )
+        return self
+
+
+class OperatorConfig(Section):
+    """Latent transformer: latent history -> next latent."""
+
+    dim: PositiveInt = 128
+    depth: PositiveInt = 3
+    heads: PositiveInt = 4
+    patch: PositiveInt = Field(1, description="latent cells per token and axis")
+    position: Literal["rotary", "learned"] = "rotary"
+    experts: ExpertsConfig = ExpertsConfig()
+    input_noise: Weight = Field(0.0, description="standard deviation added to the normalised latent history")
+    activation_checkpointing: bool = False
+    train: TrainConfig = TrainConfig(steps=400)
+
+    @model_validator(mode="after")
+    def _check(self) -> OperatorConfig:
+        if self.dim % self.heads:
+            raise ValueError(f"dim={self.dim} is not divisible by heads={self.heads}")
+        if self.position == "rotary" and (self.dim // self.heads) % 2:
+            raise ValueError(f"rotary positions need an even head size, not dim/heads={self.dim // self.heads}")
+        for name, value in (("dim", self.dim), ("experts.hidden", self.experts.hidden)):
+            if value % 8:
+                raise ValueError(f"{name}={value} must be a multiple of 8: the grouped GEMM wants 16-byte rows")
+        return self
+
+
+class ParallelConfig(Section):
+    """How ranks are used."""
+
+    ep_size: PositiveInt = Field(1, description="ranks that share one set of experts")
+
+
+class EvaluationConfig(Section):
+    """What ``launch/evaluate.py`` measures."""
+
+    split: Literal["valid", "test"] = "test"
+    rollout: Count = Field(4, description="autoregressive steps; 0: none")
+    batch: PositiveInt = 8
+
+
+class RunConfig(Section):
+    """Everything about one run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: Count = 0
+    out: Path = Field(Path("runs"), description="folder of the run folders")
+    deepspeed: Path = Field(Path("ds_configs/cpu.json"), description="DeepSpeed JSON; 'auto' values come from here")
+    kernels: Literal["auto", "torch", "apex"] = Field("auto", description="fused norm and optimiser")
+    routing_trace: Count = Field(20000, description="records of the routing trace a rank may write")
+    data: DataConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    operator: OperatorConfig = OperatorConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        side = 8 * self.operator.patch
+        bad = [n for n in self.data.grid if n % 8]
+        if bad:
+            raise ValueError(f"data.grid {list(self.data.grid)}: the tokenizer divides axes by 8, and {bad} do not fit")
+        bad = [n for n in self.data.grid if n % side]
+        if bad:
+            raise ValueError(
+                f"data.grid {list(self.data.grid)}: latents of 1/8 the size in patches of {self.operator.patch} need "
+                f"multiples of {side}, and {bad} are not"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the operator's run."""
+        return self.out / self.name
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Folder of the tokenizer's run."""
+        return self.tokenizer.run or self.out / f"{self.name}-tokenizer"
+
+    @property
+    def latent_grid(self) -> tuple[int, int, int]:
+        """Cells of a latent along each axis."""
+        x, y, z = self.data.grid
+        return x // 8, y // 8, z // 8
+
+
+def _suggest(key: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    """The settings class behind an annotation (through Optional and tuples), if there is one."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple):
+        for argument in typing.get_args(annotation):
+            if (found := _section_of(argument)) is not None:
+                return found
+    return None
+
+
+def _section_at(location: tuple[int | str, ...]) -> type[Section]:
+    section: type[Section] = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        found = _section_of(section.model_fields[part].annotation)
+        if found is None:
+            break
+        section = found
+    return section
+
+
+def _explain(error: ValidationError, source: str) -> ConfigError:
+    messages = []
+    for problem in error.errors():
+        location = problem["loc"]
+        where = ".".join(str(part) for part in location)
+        if problem["type"] == "extra_forbidden":
+            known = _section_at(location[:-1]).model_fields
+            messages.append(f"unknown key {where!r}: {_suggest(str(location[-1]), known)}")
+        elif problem["type"] == "missing":
+            messages.append(f"missing key {where!r}")
+        else:
+            text = problem["msg"].removeprefix("Value error, ")
+            given = "" if isinstance(problem["input"], Mapping) else f" (given {problem['input']!r})"
+            messages.append(f"{where}: {text}{given}" if where else text)
+    return ConfigError(f"{source}: {'; '.join(messages)}")
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read configuration {path}: {error.strerror}") from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Set ``a.b=value`` pairs in a nested dict; values are read as YAML, list items are addressed by index.
+
+    Raises
+    ------
+    ConfigError
+        For an item without ``=``, a value that is not YAML, or a path through something that has no keys.
+    """
+    tree = json.loads(json.dumps(tree, default=str))
+    for item in overrides:
+        path, equals, text = item.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"--set {item!r}: expected key=value, for example --set operator.train.steps=100")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {item!r}: the value is not valid YAML") from error
+        node: Any = tree
+        *parents, last = path.split(".")
+        try:
+            for part in parents:
+                node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+            if isinstance(node, list):
+                node[int(last)] = value
+            else:
+                node[last] = value
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
+            raise ConfigError(f"--set {item!r}: there is no such place in the configuration") from error
+    return tree
+
+
+def config_from_dict(tree: Any, source: str = "configuration") -> RunConfig:
+    """Validate a plain dict; raises `ConfigError` that names every bad key, with the nearest known one."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: expected a mapping of settings at the top, got {type(tree).__name__}")
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, source) from error
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a YAML file, apply ``--set`` overrides and validate.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be read, is not YAML, or has unknown, missing or impossible settings.
+    """
+    path = Path(path)
+    tree = _read_yaml(path)
+    if isinstance(tree, dict):
+        tree = apply_overrides(tree, overrides)
+    return config_from_dict(tree, str(path))
+
+
+def to_dict(config: Section) -> dict[str, Any]:
+    """Plain JSON-able values of a configuration, every default written out."""
+    return config.model_dump(mode="json")
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML; `load_config` of it gives an equal object."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)

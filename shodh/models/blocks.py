@@ -1,0 +1,77 @@
+"""Building blocks of the latent transformer: 3-D rotary attention and the pre-norm block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shodh.models.kernels import Kernels, rms_norm
+from shodh.moe.experts import FeedForward
+from shodh.moe.routing import Routing
+
+
+def rotary_angles(grid: tuple[int, int, int], head_dim: int, base: float = 100.0) -> Tensor:
+    """Angles ``[tokens, head_dim / 2]`` of axial rotary positions on a grid, x outermost.
+
+    The frequencies are dealt to the axes in turn, so that any even head size works. Lengths of latent grids are tens
+    of cells, hence the small base (RoFormer, arXiv 2104.09864, uses 10,000 for text).
+    """
+    pairs = head_dim // 2
+    coordinates = torch.stack(torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij"), -1).reshape(-1, 3)
+    pair = torch.arange(pairs)
+    per_axis = (pairs + 2) // 3
+    frequency = base ** -((pair // 3) / per_axis)
+    return coordinates[:, pair % 3].double() * frequency
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate consecutive pairs of the last axis of ``x [..., tokens, head_dim]``."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all latent tokens, with optional rotary positions."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        batch, tokens, dim = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if cos is not None and sin is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, tokens, dim))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; its feed-forward is dense, or shared plus routed experts.
+
+    ``forward(x [B, S, D], cos, sin) -> (x, Routing or None)``
+    """
+
+    def __init__(
+        self, dim: int, heads: int, depth: int, make_feed_forward: Callable[[], nn.Module], kernels: Kernels
+    ) -> None:
+        super().__init__()
+        self.norm1 = rms_norm(dim, kernels)
+        self.attention = Attention(dim, heads)
+        self.norm2 = rms_norm(dim, kernels)
+        self.feed_forward = make_feed_forward()
+        # Residual branches start small, so that depth does not change the size of the first outputs (GPT-2).
+        self.initial_gain = {"attention.out.weight": (2 * depth) ** -0.5}
+
+    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Routing | None]:
+        x = x + self.attention(self.norm1(x), cos, sin)
+        if isinstance(self.feed_forward, FeedForward):
+            return x + self.feed_forward(self.norm2(x)), None
+        out, routing = self.feed_forward(self.norm2(x))
+        return x + out, routing

@@ -1,0 +1,33 @@
+"""From a configuration to models; the one place that knows their constructor arguments."""
+
+from __future__ import annotations
+
+from shodh.config import RunConfig
+from shodh.models.domain import num_static_features
+from shodh.models.kernels import Kernels
+from shodh.models.operator import ExpertLayerFactory, LatentTransformer
+from shodh.models.tokenizer import Tokenizer
+from shodh.moe.experts import ExpertLayerReference
+
+
+def build_tokenizer(config: RunConfig) -> Tokenizer:
+    """The tokenizer of a run, on the current default device; weights are not drawn yet."""
+    fields = [f.build() for f in config.data.fields]
+    dynamic = [f for f in fields if not f.static]
+    return Tokenizer(config.tokenizer, dynamic, sum(f.num_components(3) for f in fields if f.static))
+
+
+def build_operator(
+    config: RunConfig, expert_layer: ExpertLayerFactory = ExpertLayerReference, kernels: Kernels = "torch"
+) -> LatentTransformer:
+    """The operator of a run, on the current default device; weights are not drawn yet."""
+    num_static = sum(f.build().num_components(3) for f in config.data.fields if f.static)
+    return LatentTransformer(
+        config.operator,
+        config.tokenizer.latent_channels,
+        num_static_features(num_static),
+        config.latent_grid,
+        config.data.history,
+        expert_layer,
+        kernels,
+    )

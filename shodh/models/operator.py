@@ -1,0 +1,141 @@
+"""The operator: a sparse latent transformer that maps a history of latents to the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from shodh.config import ExpertsConfig, OperatorConfig
+from shodh.models.blocks import Block, rotary_angles
+from shodh.models.kernels import Kernels
+from shodh.moe.experts import ExpertLayerReference, FeedForward
+from shodh.moe.routing import Routing
+from shodh.seeding import Key, generator
+
+ExpertLayerFactory = Callable[[ExpertsConfig, int], nn.Module]
+
+
+class OperatorOutput(NamedTuple):
+    """``latent [B, L, x, y, z]``, the next frame; ``routing``, one a sparse layer in order."""
+
+    latent: Tensor
+    routing: list[Routing]
+
+
+class PositionTable(nn.Module):
+    """Learned positions ``[tokens, dim]``."""
+
+    def __init__(self, tokens: int, dim: int) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.empty(tokens, dim))
+
+    def seeded_reset(self, *key: Key) -> None:
+        with torch.no_grad():
+            draw = torch.empty(self.position.shape).normal_(0.0, 0.02, generator=generator(*key))
+            self.position.copy_(draw)
+
+
+class LatentTransformer(nn.Module):
+    """Latent history -> patch tokens -> pre-norm blocks with shared and routed experts -> next latent (residual).
+
+    Parameters
+    ----------
+    config : OperatorConfig
+    latent_channels, static_channels : int
+        Channels ``L`` of a latent, and ``S`` of the time-constant inputs on the latent grid.
+    latent_grid : tuple of int
+        Cells of a latent; each divisible by ``config.patch``.
+    history : int
+        Past frames ``T``.
+    expert_layer : callable
+        ``(ExpertsConfig, dim) -> Module``: the plain-torch twin by default, the expert-parallel layer in training.
+    """
+
+    def __init__(
+        self,
+        config: OperatorConfig,
+        latent_channels: int,
+        static_channels: int,
+        latent_grid: tuple[int, int, int],
+        history: int,
+        expert_layer: ExpertLayerFactory = ExpertLayerReference,
+        kernels: Kernels = "torch",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.patch = config.patch
+        self.latent_channels = latent_channels
+        x, y, z = (n // config.patch for n in latent_grid)
+        self.token_grid = (x, y, z)
+        cells = config.patch**3
+        self.embed = nn.Linear((history * latent_channels + static_channels) * cells, config.dim)
+        self.position = PositionTable(x * y * z, config.dim) if config.position == "learned" else None
+        self.blocks = nn.ModuleList(
+            Block(config.dim, config.heads, config.depth, lambda: self._feed_forward(expert_layer), kernels)
+            for _ in range(config.depth)
+        )
+        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.head = nn.Linear(config.dim, latent_channels * cells)
+        # The first prediction is close to persistence: the residual starts small.
+        self.initial_gain = {"head.weight": 0.1}
+        self._angles: tuple[torch.device, torch.dtype, Tensor, Tensor] | None = None
+
+    def _feed_forward(self, expert_layer: ExpertLayerFactory) -> nn.Module:
+        experts = self.config.experts
+        if experts.num_experts == 0:
+            hidden = (experts.num_shared + experts.top_k) * experts.hidden
+            return FeedForward(self.config.dim, hidden, experts.activation)
+        return expert_layer(experts, self.config.dim)
+
+    def _rotary(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if self.position is not None:
+            return None, None
+        # Plain attributes, not buffers: DeepSpeed casts buffers to bf16, which would spoil the angles.
+        if self._angles is None or self._angles[:2] != (like.device, like.dtype):
+            angles = rotary_angles(self.token_grid, self.config.dim // self.config.heads)
+            cos, sin = (f(angles).to(like.device, like.dtype) for f in (torch.cos, torch.sin))
+            self._angles = (like.device, like.dtype, cos, sin)
+        return self._angles[2], self._angles[3]
+
+    def _to_tokens(self, x: Tensor) -> Tensor:
+        """``[B, C, x, y, z] -> [B, S, C * patch^3]``, x outermost."""
+        batch, channels = x.shape[:2]
+        p = self.patch
+        x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, p))
+        return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, -1, channels * p**3)
+
+    def _from_tokens(self, tokens: Tensor) -> Tensor:
+        batch = tokens.shape[0]
+        x, y, z = self.token_grid
+        p = self.patch
+        cells = tokens.view(batch, x, y, z, self.latent_channels, p, p, p).permute(0, 4, 1, 5, 2, 6, 3, 7)
+        return cells.reshape(batch, self.latent_channels, x * p, y * p, z * p)
+
+    def forward(self, history: Tensor, static: Tensor) -> OperatorOutput:
+        """Predict the next latent.
+
+        Parameters
+        ----------
+        history : Tensor [B, T, L, x, y, z]
+            Normalised latents, oldest first.
+        static : Tensor [B, S, x, y, z]
+            Time-constant inputs on the latent grid.
+        """
+        last = history[:, -1]
+        x = self.embed(self._to_tokens(torch.cat((history.flatten(1, 2), static.to(history.dtype)), 1)))
+        if self.position is not None:
+            x = x + self.position.position.to(x.dtype)
+        cos, sin = self._rotary(x)
+        routing: list[Routing] = []
+        for block in self.blocks:
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                x, decision = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x, decision = block(x, cos, sin)
+            if decision is not None:
+                routing.append(decision)
+        return OperatorOutput(last + self._from_tokens(self.head(self.norm(x))), routing)

@@ -1,0 +1,175 @@
+"""The expert-parallel layer: DeepSpeed's AutoEP layer with our router. All contact with its internals is in this file.
+
+Dropless: tokens are sorted by expert, exchanged with uneven all-to-all, run through a grouped GEMM and gathered back,
+so a batch that goes to one expert costs no padding. Works under ZeRO 1, 2 and 3. Built by the model itself before
+``deepspeed.initialize``; no ``expert_parallel`` section is needed in the DeepSpeed JSON.
+
+Importing this module imports DeepSpeed; the rest of the package does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.ep_experts import EXPERT_ACTIVATIONS, register_expert_activation
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from torch import Tensor, nn
+
+from shodh.config import ExpertsConfig
+from shodh.moe.experts import FeedForward, bilinear, reset_experts
+from shodh.moe.router import SemanticRouter
+from shodh.moe.routing import Routing
+from shodh.seeding import Key
+
+if "bilinear" not in EXPERT_ACTIVATIONS:
+    register_expert_activation("bilinear", lambda gate, up, alpha, limit: bilinear(gate, up))
+
+
+def _spec(config: ExpertsConfig, dim: int) -> MoELayerSpec:
+    return MoELayerSpec(
+        moe_module_name="",
+        model_family="custom",
+        router_name="gate",
+        experts_name="experts",
+        expert_storage="fused_3d",
+        expert_w1_name="w13",
+        expert_w2_name="w2",
+        expert_w3_name=None,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        hidden_size=dim,
+        ffn_hidden_size=config.hidden,
+        score_func="softmax",
+        score_apply="post",
+        route_norm=False,
+        gate_bias=False,
+        return_router_logits=False,
+        router_logits_capture_target="none",
+        router_logits_capture_index=None,
+        router_logits_capture_layer_name=None,
+        has_shared_experts=config.num_shared > 0,
+        shared_experts_name="shared",
+        shared_experts_gate_name="",
+        expert_activation=config.activation,
+    )
+
+
+class _Source(nn.Module):
+    """What AutoEP copies its shapes from; the weights are drawn later, by `seeded_reset`."""
+
+    def __init__(self, config: ExpertsConfig, dim: int) -> None:
+        super().__init__()
+        num_experts, hidden = config.num_experts, config.hidden
+        self.gate = nn.Linear(dim, num_experts, bias=False)
+        self.experts = nn.Module()
+        # Expanded, so that a rank never allocates more than the experts it keeps.
+        self.experts.w13 = nn.Parameter(torch.zeros(1, 2 * hidden, dim).expand(num_experts, -1, -1))
+        self.experts.w2 = nn.Parameter(torch.zeros(1, dim, hidden).expand(num_experts, -1, -1))
+        if config.num_shared:
+            self.shared = FeedForward(dim, config.num_shared * hidden, config.activation)
+
+
+def _mark_replicated(module: nn.Module) -> None:
+    """Say that every rank holds these parameters, so that their gradients are averaged over all ranks."""
+    for parameter in module.parameters():
+        parameter.allreduce = True  # type: ignore[attr-defined]
+        parameter.ds_zero_placement_family = "replicated"  # type: ignore[attr-defined]
+
+
+class ExpertLayer(AutoEPMoELayer):
+    """Shared experts plus top-k routed experts spread over ``ep_size`` ranks.
+
+    ``forward(x [B, S, D]) -> (output [B, S, D], Routing)``, as `shodh.moe.experts.ExpertLayerReference`, with the same
+    parameter names; ``experts.w*`` hold this rank's experts only. On CUDA the shared experts run on a side stream while
+    the dispatch is in flight. float64 is not supported (the grouped GEMM rejects it).
+
+    Parameters
+    ----------
+    ep_size, ep_rank : int
+        Ranks that share one set of experts, and this rank's place among them.
+    """
+
+    def __init__(self, config: ExpertsConfig, dim: int, ep_size: int, ep_rank: int) -> None:
+        super().__init__(_spec(config, dim), _Source(config, dim), ep_size, ep_rank, AutoEPConfig())
+        self.router = SemanticRouter(config, dim)
+        _mark_replicated(self.router)
+        self._shared_output: Tensor | None = None
+        self._side_stream: torch.cuda.Stream | None = None
+
+    @property
+    def first_expert(self) -> int:
+        """Global id of this rank's first expert."""
+        return int(self.ep_rank * self.num_local_experts)
+
+    def seeded_reset(self, *key: Key) -> None:
+        """Draw this rank's experts, each from its global id."""
+        reset_experts(self.experts, self.first_expert, *key, "experts")
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Routing]:
+        batch, tokens, _ = hidden_states.shape
+        self.router.batch_shape = (batch, tokens)
+        self._start_shared(hidden_states)
+        output = super().forward(hidden_states)
+        return output, self.router.take()
+
+    def _start_shared(self, x: Tensor) -> None:
+        """On CUDA, start the shared experts beside the dispatch (ZeRO-3 gathers weights by hooks: leave it alone)."""
+        if self.shared_experts is None or not x.is_cuda or hasattr(self.shared_experts.w1.weight, "ds_id"):
+            return
+        if self._side_stream is None:
+            self._side_stream = torch.cuda.Stream(x.device)
+        current = torch.cuda.current_stream(x.device)
+        self._side_stream.wait_stream(current)
+        with torch.cuda.stream(self._side_stream):
+            x.record_stream(self._side_stream)
+            self._shared_output = self.shared_experts(x)
+
+    def _finalize_output(self, output: Tensor, x: Tensor, hidden_states: Tensor, hdim: int) -> Any:
+        if self._shared_output is None:
+            return super()._finalize_output(output, x, hidden_states, hdim)
+        shared, self._shared_output = self._shared_output, None
+        current = torch.cuda.current_stream(shared.device)
+        current.wait_stream(self._side_stream)  # type: ignore[arg-type]
+        shared.record_stream(current)
+        return output + shared
+
+
+def expert_layer_factory(ep_size: int, ep_rank: int) -> Callable[[ExpertsConfig, int], ExpertLayer]:
+    """What a model calls to build its expert layers on this rank."""
+    return lambda config, dim: ExpertLayer(config, dim, ep_size, ep_rank)
+
+
+def local_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's part of an exchange-format state: of stacked experts, the rows this rank keeps."""
+    local = dict(state)
+    for path, layer in model.named_modules():
+        if isinstance(layer, ExpertLayer):
+            for name, parameter in layer.experts.named_parameters():
+                key = f"{path}.experts.{name}"
+                if key in local and local[key].shape[0] == layer.num_experts:
+                    local[key] = local[key][layer.first_expert : layer.first_expert + parameter.shape[0]]
+    return local
+
+
+def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimiser groups: matrices with decay, the rest without, experts apart as DeepSpeed needs them.
+
+    Every trainable parameter is in exactly one group; group names are unique.
+    """
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            plain = len(shape) < 2 or name.endswith(("prototypes", "position"))
+            (no_decay if plain else decay).append(parameter)
+    groups = [
+        {"params": decay, "name": "decay", "weight_decay": weight_decay},
+        {"params": no_decay, "name": "no_decay", "weight_decay": 0.0},
+    ]
+    split = split_params_into_different_moe_groups_for_optimizer(groups)
+    return [group for group in split if group["params"]]

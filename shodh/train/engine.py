@@ -1,0 +1,120 @@
+"""From a model and a configuration to a DeepSpeed engine, with the traps of facts closed at the door."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shodh.config import TrainConfig
+from shodh.errors import ConfigError
+from shodh.models.kernels import Kernels, adamw, describe_kernels
+from shodh.topology import Topology
+
+log = logging.getLogger("shodh")
+
+
+def load_deepspeed_config(path: Path, train: TrainConfig, topology: Topology) -> dict[str, Any]:
+    """Read a DeepSpeed JSON and fill in every ``"auto"``: batch sizes, clipping, precision.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be read, contradicts the run's configuration, or asks for ZeRO stage 0 (whose gradient norm is
+        wrong with experts spread over ranks).
+    """
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read DeepSpeed configuration {path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    values = {
+        "train_batch_size": topology.global_batch,
+        "train_micro_batch_size_per_gpu": topology.micro_batch,
+        "gradient_accumulation_steps": topology.accumulation,
+        "gradient_clipping": train.clip,
+    }
+    for key, value in values.items():
+        if config.get(key, "auto") not in ("auto", value):
+            raise ConfigError(f"{path}: {key}={config[key]} contradicts {value} of the run; write 'auto'")
+        config[key] = value
+    bf16 = config.setdefault("bf16", {})
+    if bf16.get("enabled", "auto") == "auto":
+        bf16["enabled"] = train.precision == "bf16"
+    if bf16["enabled"] != (train.precision == "bf16"):
+        raise ConfigError(
+            f"{path}: bf16.enabled={bf16['enabled']} contradicts precision {train.precision}; write 'auto'"
+        )
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise ConfigError(
+            f"{path}: zero_optimization.stage={stage}; use 1, 2 or 3 (0 computes a wrong gradient norm with experts)"
+        )
+    return config
+
+
+def keep_float32(model: nn.Module) -> None:
+    """Statistics and selection biases stay float32, whatever DeepSpeed casts the module to."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.float())
+
+
+def check_groups(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    """Prove that every trainable parameter is in exactly one optimiser group."""
+    seen: dict[int, int] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            seen[id(parameter)] = seen.get(id(parameter), 0) + 1
+    wrong = [name for name, p in model.named_parameters() if seen.get(id(p), 0) != int(p.requires_grad)]
+    assert not wrong, f"parameters not in exactly one optimiser group: {wrong}"
+
+
+class MovementCheck:
+    """Proof after the first step that every parameter moved; silently frozen experts are a known failure.
+
+    A parameter whose gradient was exactly zero everywhere (an expert that got no token) may stand still, and is named
+    in the log only.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._before = {name: self._fingerprint(p) for name, p in engine.module.named_parameters()}
+
+    @staticmethod
+    def _fingerprint(parameter: torch.Tensor) -> torch.Tensor:
+        local = getattr(parameter, "ds_tensor", parameter)
+        return local.detach().float().clone() if local.numel() <= 2**20 else local.detach().flatten()[: 2**20].clone()
+
+    def finish(self) -> list[str]:
+        """Names of parameters that did not move on this rank."""
+        still = []
+        for name, parameter in self._engine.module.named_parameters():
+            now = self._fingerprint(parameter)
+            if parameter.requires_grad and now.numel() and torch.equal(now, self._before[name].to(now.dtype)):
+                still.append(name)
+        return still
+
+
+def build_engine(
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    train: TrainConfig,
+    deepspeed_config: dict[str, Any],
+    kernels: Kernels,
+) -> Any:
+    """A DeepSpeed engine around a model that has been moved to its device."""
+    import deepspeed
+
+    check_groups(model, groups)
+    optimizer = adamw(groups, train.lr, train.betas, kernels)
+    log.info("kernels: %s", describe_kernels(kernels))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(deepspeed_config))
+    keep_float32(engine.module)
+    return engine

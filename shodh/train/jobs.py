@@ -1,0 +1,209 @@
+"""The two training jobs, from a configuration to a finished run folder; what ``launch/*.py`` call."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from shodh.config import RunConfig, TrainConfig, to_dict
+from shodh.data import WindowDataset
+from shodh.errors import CheckpointError, ConfigError
+from shodh.models.factory import build_operator, build_tokenizer
+from shodh.models.init import initialise
+from shodh.topology import Topology, plan_topology
+from shodh.train.checkpoint import WEIGHTS, load_into, load_weights, read_manifest, verify_checkpoint
+from shodh.train.datasets import Regimes, open_regimes
+from shodh.train.engine import build_engine, load_deepspeed_config
+from shodh.train.latents import TOKENIZER_FILE, encode_frames, open_for_operator, prepare_latents
+from shodh.train.loop import Task, Trainer
+from shodh.train.operator_task import OperatorTask
+from shodh.train.run_folder import RunFolder, write_atomically
+from shodh.train.runtime import rank, start_distributed, together, world_size
+from shodh.train.tokenizer_task import TokenizerTask
+
+log = logging.getLogger("shodh")
+
+
+def find_start(folder: RunFolder, resume: str | None) -> Path | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    Raises
+    ------
+    CheckpointError
+        ``resume`` names no complete checkpoint.
+    ConfigError
+        A new run would overwrite an old one.
+    """
+    if resume is not None and resume != "auto":
+        path = Path(resume)
+        read_manifest(path)
+        return path
+    tag = folder.latest()
+    if tag is not None and resume is None:
+        raise ConfigError(
+            f"{folder.path} already holds a run (checkpoint {tag}); go on with --resume auto, choose another "
+            "--set name=..., or remove the folder"
+        )
+    return None if tag is None else folder.checkpoints / tag
+
+
+def _check_same_run(config: RunConfig, folder: RunFolder) -> None:
+    """A resumed run must learn the same thing from the same batches."""
+    if not (folder.path / "config.yaml").exists():
+        return
+    old, new = to_dict(folder.config()), to_dict(config)
+    changed = [key for key in ("seed", "data") if old[key] != new[key]]
+    if changed:
+        raise ConfigError(
+            f"{folder.path} was started with another {' and '.join(changed)}; resume with its own config.yaml, or "
+            "start a new run with --init-from"
+        )
+
+
+def _run(
+    config: RunConfig,
+    train: TrainConfig,
+    deepspeed: dict[str, Any],
+    topology: Topology,
+    folder: RunFolder,
+    model: nn.Module,
+    task: Task,
+    start: Path | None,
+) -> bool:
+    """Build the engine, resume if asked, train."""
+    from shodh.moe.layer import optimizer_groups
+
+    count = sum(p.numel() for p in model.parameters())
+    engine = build_engine(model, optimizer_groups(model, train.weight_decay), train, deepspeed, config.kernels)
+    trainer = Trainer(task, engine, train, topology, folder, config.seed)
+    if start is not None:
+        trainer.resume(start)
+    log.info(
+        "%s: %.2f M parameters on a rank, %d ranks, EP %d, ZeRO %d, global batch %d = %d ranks x %d x %d",
+        folder.path,
+        count / 1e6,
+        topology.world_size,
+        topology.ep_size,
+        deepspeed["zero_optimization"]["stage"],
+        topology.global_batch,
+        topology.world_size,
+        topology.micro_batch,
+        topology.accumulation,
+    )
+    return trainer.step >= train.steps or trainer.fit()
+
+
+def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
+    """Train the autoencoder; its run folder then holds weights, normalisation and latent statistics.
+
+    Returns False if a signal stopped it early.
+    """
+    train = config.tokenizer.train
+    topology = plan_topology(world_size(), 1, 0, train.global_batch, train.micro_batch)
+    folder = RunFolder(config.tokenizer_dir)
+    deepspeed = load_deepspeed_config(config.deepspeed, train, topology)
+    start = find_start(folder, resume)
+    if start is not None:
+        _check_same_run(config, folder)
+    device = start_distributed()
+    with together():
+        regimes = open_regimes(config.data)
+        task = TokenizerTask(config, regimes, topology)
+        if rank() == 0:
+            folder.create(config, deepspeed)
+    model = build_tokenizer(config)
+    initialise(model, config.seed)
+    if not _run(config, train, deepspeed, topology, folder, model.to(device), task, start):
+        return False
+    with together():
+        if rank() == 0:
+            publish_tokenizer(config, regimes, folder, device)
+    return True
+
+
+@torch.no_grad()
+def _with_latent_statistics(
+    config: RunConfig, regimes: Regimes, weights: Path, device: torch.device, frames: int = 256
+) -> dict[str, Tensor]:
+    """Weights with mean and standard deviation of each latent channel over training frames put in."""
+    model = build_tokenizer(config)
+    state = load_weights(weights)
+    load_into(model, state, weights)
+    model.to(device).eval()
+    parts = []
+    for source, domain in zip(regimes.sources, regimes.domains, strict=True):
+        data = WindowDataset(source, "train", history=1, horizon=0, normalizer=regimes.normalizer)
+        number = max(1, frames // len(regimes.sources))
+        for index in torch.linspace(0, len(data) - 1, min(number, len(data))).long().tolist():
+            item = data[index]
+            latent, _ = encode_frames(model, domain, item["fields"], item["static"][None], device)
+            parts.append(latent[0].flatten(1).cpu())
+    values = torch.cat(parts, 1).double()
+    std = values.std(1).clamp(min=1e-6)
+    return {**state, "latent_mean": values.mean(1).float(), "latent_std": std.float()}
+
+
+def publish_tokenizer(config: RunConfig, regimes: Regimes, folder: RunFolder, device: torch.device) -> None:
+    """Write ``tokenizer.safetensors`` and ``tokenizer.json`` from the newest checkpoint of a run folder."""
+    tag = folder.latest()
+    if tag is None:
+        raise CheckpointError(f"{folder.path} has no complete checkpoint to publish a tokenizer from")
+    state = _with_latent_statistics(config, regimes, folder.checkpoints / tag / WEIGHTS, device)
+    final = folder.path / "tokenizer.safetensors"
+    partial = final.with_name(f".{final.name}.partial")
+    save_file({name: tensor.float().contiguous() for name, tensor in state.items()}, str(partial))
+    partial.replace(final)
+    content = {"weights": final.name, "normalizer": regimes.normalizer.to_dict(), "regimes": regimes.names}
+    write_atomically(folder.path / TOKENIZER_FILE, json.dumps(content, indent=1) + "\n")
+    log.info("tokenizer written to %s", final)
+
+
+def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | None = None) -> bool:
+    """Train the operator on cached latents; returns False if a signal stopped it early.
+
+    Parameters
+    ----------
+    resume : str, optional
+        ``"auto"`` goes on from the newest checkpoint of the run folder, if there is one; a path, from that one.
+    init_from : Path, optional
+        A checkpoint folder whose weights a *new* run starts from, at any number of ranks, EP degree and ZeRO stage.
+    """
+    train, ep_size = config.operator.train, config.parallel.ep_size
+    num_experts = config.operator.experts.num_experts
+    topology = plan_topology(world_size(), ep_size, num_experts, train.global_batch, train.micro_batch)
+    folder = RunFolder(config.run_dir)
+    deepspeed = load_deepspeed_config(config.deepspeed, train, topology)
+    start = find_start(folder, resume)
+    if start is not None:
+        _check_same_run(config, folder)
+    if init_from is not None:
+        verify_checkpoint(init_from)
+    device = start_distributed()
+    with together():
+        regimes, trained = open_for_operator(config)
+        if rank() == 0:
+            folder.create(config, deepspeed)
+    cache = prepare_latents(config, regimes, trained, device)
+    with together():
+        step = 0 if start is None else int(read_manifest(start)["state"]["step"])
+        task = OperatorTask(config, regimes, cache, topology, folder.path, step)
+        model = _build_operator(config, ep_size, init_from)
+    return _run(config, train, deepspeed, topology, folder, model.to(device), task, start)
+
+
+def _build_operator(config: RunConfig, ep_size: int, init_from: Path | None) -> nn.Module:
+    """The operator with this rank's experts, freshly drawn or from the weights of a checkpoint."""
+    from shodh.moe.layer import expert_layer_factory, local_state
+
+    model = build_operator(config, expert_layer_factory(ep_size, rank() % ep_size), config.kernels)
+    initialise(model, config.seed)
+    if init_from is not None:
+        weights = init_from / WEIGHTS
+        load_into(model, local_state(model, load_weights(weights)), weights)
+    return model

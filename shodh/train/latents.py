@@ -1,0 +1,158 @@
+"""Encode the data of a run once with its tokenizer; operator training then never touches full fields."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from shodh.config import RunConfig
+from shodh.data import FieldNormalizer, LatentWindowDataset, Split, file_stems, latent_key, split_folder, write_latents
+from shodh.errors import CheckpointError, DataError
+from shodh.models.domain import Domain, add_walls, static_features
+from shodh.models.factory import build_tokenizer
+from shodh.models.tokenizer import Tokenizer
+from shodh.train.checkpoint import checksum, load_into, load_weights
+from shodh.train.datasets import Regimes, open_regimes
+from shodh.train.run_folder import RunFolder
+from shodh.train.runtime import rank, together, world_size
+
+log = logging.getLogger("shodh")
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class TrainedTokenizer:
+    """A tokenizer with what it was trained on."""
+
+    model: Tokenizer
+    normalizer: FieldNormalizer
+    weights: Path
+    checksum: str
+
+
+def load_tokenizer(config: RunConfig) -> TrainedTokenizer:
+    """The tokenizer of a run, from ``config.tokenizer_dir``.
+
+    Raises
+    ------
+    CheckpointError
+        It was not trained yet, or with other fields, another size or other regimes.
+    """
+    folder = RunFolder(config.tokenizer_dir)
+    description = folder.path / TOKENIZER_FILE
+    if not description.exists():
+        raise CheckpointError(
+            f"no trained tokenizer in {folder.path}; train one first with "
+            "'deepspeed launch/train_tokenizer.py --config ...' and the same configuration"
+        )
+    trained = folder.config()
+    ours = [f.model_dump() for f in config.data.fields]
+    theirs = [f.model_dump() for f in trained.data.fields]
+    if ours != theirs:
+        raise CheckpointError(
+            f"the tokenizer in {folder.path} was trained on the fields {[f['name'] for f in theirs]} (kinds "
+            f"{[f['kind'] for f in theirs]}), and this run has {[f['name'] for f in ours]} (kinds "
+            f"{[f['kind'] for f in ours]}); use --set tokenizer.run=... of a fitting one, or train it anew"
+        )
+    same = ("latent_channels", "widths", "depth")
+    differ = [k for k in same if getattr(config.tokenizer, k) != getattr(trained.tokenizer, k)]
+    if differ:
+        raise CheckpointError(
+            f"the tokenizer in {folder.path} has other settings of {', '.join(f'tokenizer.{k}' for k in differ)}; "
+            "use its values, or train another one"
+        )
+    try:
+        content = json.loads(description.read_text())
+        weights = folder.path / content["weights"]
+        normalizer = FieldNormalizer.from_dict(content["normalizer"])
+    except (ValueError, KeyError, TypeError, DataError) as error:
+        raise CheckpointError(f"{description} is damaged: {error}") from error
+    unknown = [r.name for r in config.data.regimes if r.name not in normalizer.regimes]
+    if unknown:
+        raise CheckpointError(
+            f"the tokenizer in {folder.path} was trained on the regimes {list(normalizer.regimes)}, without {unknown}"
+        )
+    model = build_tokenizer(config)
+    load_into(model, load_weights(weights), weights)
+    return TrainedTokenizer(model.eval().requires_grad_(False), normalizer, weights, checksum(weights))
+
+
+def normalizer_for(config: RunConfig, trained: TrainedTokenizer) -> FieldNormalizer:
+    """The tokenizer's constants, with the regimes of this run in their order."""
+    constants = {r.name: trained.normalizer.constants[r.name] for r in config.data.regimes}
+    return FieldNormalizer([f.build() for f in config.data.fields], 3, constants)
+
+
+@torch.no_grad()
+def encode_frames(
+    tokenizer: Tokenizer, domain: Domain, fields: Tensor, static: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Latents and static features of frames of one domain: normalised ``[N, C, ...]``, static ``[N, S, ...]``."""
+    geometry = add_walls(static.to(device), domain)
+    dtype = next(tokenizer.parameters()).dtype
+    latents = tokenizer.encode(fields.to(device, dtype), geometry.to(dtype))
+    return latents.float(), static_features(geometry)
+
+
+def prepare_latents(config: RunConfig, regimes: Regimes, trained: TrainedTokenizer, device: torch.device) -> Path:
+    """Write the latent cache of all regimes and splits, each file once; returns its folder. Collective.
+
+    The folder is named by the tokenizer's checksum, the data and the normalisation, so a stale cache is never read.
+    """
+    settings = {"normalizer": regimes.normalizer.to_dict(), "domains": [d.to_dict() for d in regimes.domains]}
+    key = latent_key(trained.checksum, regimes.sources, settings)
+    root = config.tokenizer_dir / "latents"
+    tokenizer = trained.model.to(device)
+    jobs: list[tuple[int, Split]] = [
+        (i, s) for i, source in enumerate(regimes.sources) for s in ("train", "valid", "test") if source.files[s]
+    ]
+    hidden = rank() != 0 or not sys.stderr.isatty()
+    with together():
+        encoded = 0
+        for i, split in tqdm(jobs, desc="latents", unit="split", disable=hidden):
+            source, domain = regimes.sources[i], regimes.domains[i]
+            encoded += write_latents(
+                split_folder(root, key, source.name, split),
+                source,
+                split,
+                partial(encode_frames, tokenizer, domain, device=device),
+                normalizer=regimes.normalizer,
+                rank=rank(),
+                world=world_size(),
+            )
+    if dist.is_initialized():
+        dist.barrier()
+    if encoded:
+        log.info("latent cache %s: encoded %d files on this rank", root / key, encoded)
+    return root / key
+
+
+def open_latents(config: RunConfig, regimes: Regimes, cache: Path, split: Split) -> list[LatentWindowDataset]:
+    """Windows of ``history`` latents and the next one, a dataset a regime."""
+    return [
+        LatentWindowDataset(
+            split_folder(cache.parent, cache.name, source.name, split),
+            file_stems(source, split),
+            history=config.data.history,
+            horizon=1,
+            stride=config.data.stride,
+            regime=i,
+        )
+        for i, source in enumerate(regimes.sources)
+    ]
+
+
+def open_for_operator(config: RunConfig) -> tuple[Regimes, TrainedTokenizer]:
+    """Data and tokenizer of an operator run, checked against each other."""
+    trained = load_tokenizer(config)
+    return open_regimes(config.data, normalizer_for(config, trained)), trained

@@ -1,0 +1,74 @@
+"""Losses and error measures; every measure is named after its published definition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shodh.config import TokenizerLoss
+from shodh.fields import Field
+
+
+def relative_l2(prediction: Tensor, target: Tensor, eps: float = 1e-8) -> Tensor:
+    """L2RE of each sample, ``||u - v|| / ||v||``: ``[B, ...] -> [B]``."""
+    error = (prediction - target).flatten(1).square().sum(1)
+    return (error / (target.flatten(1).square().sum(1) + eps)).sqrt()
+
+
+def vrmse(prediction: Tensor, target: Tensor, eps: float = 1e-7) -> Tensor:
+    """VRMSE of each sample as The Well defines it: ``sqrt(mean (u-v)^2 / (mean (v - mean v)^2 + eps))``.
+
+    ``[B, C, ...] -> [B]``: computed by channel over space, then averaged over the channels.
+    """
+    space = tuple(range(2, target.ndim))
+    error = (prediction - target).square().mean(space)
+    variance = (target - target.mean(space, keepdim=True)).square().mean(space)
+    return (error / (variance + eps)).sqrt().mean(1)
+
+
+def field_slices(fields: Sequence[Field]) -> dict[str, slice]:
+    """Channels of each dynamic field, in order."""
+    slices, start = {}, 0
+    for f in fields:
+        stop = start + f.num_components(3)
+        slices[f.name] = slice(start, stop)
+        start = stop
+    return slices
+
+
+def _relative_square(error: Tensor, target: Tensor, floor: float) -> Tensor:
+    """Mean square of an error over that of its target, a sample each; small targets count as ``floor``."""
+    return error.square().flatten(1).mean(1) / (target.square().flatten(1).mean(1) + floor)
+
+
+def reconstruction_terms(prediction: Tensor, target: Tensor, fields: Sequence[Field]) -> dict[str, Tensor]:
+    """Squared relative errors by field, ``[B]`` each: ``relative_l2/<f>``, ``gradient/<f>``, ``spectral/<f>``.
+
+    Each term is relative to the same measure of the target (normalised fields, floor 1e-2), so that no regime and no
+    field outweighs another. ``gradient`` is of one-sided differences, ``spectral`` of log magnitudes of the discrete
+    Fourier transform.
+    """
+    floor = 1e-2
+    terms = {}
+    for name, channels in field_slices(fields).items():
+        u, v = prediction[:, channels], target[:, channels]
+        terms[f"relative_l2/{name}"] = _relative_square(u - v, v, floor)
+        gradient = [_relative_square((u - v).diff(dim=d), v.diff(dim=d), floor) for d in (2, 3, 4)]
+        terms[f"gradient/{name}"] = torch.stack(gradient).mean(0)
+        cells = v[0, 0].numel()
+        spectra = [(torch.fft.rfftn(w.float(), dim=(2, 3, 4)).abs() / cells + 1e-4).log() for w in (u, v)]
+        terms[f"spectral/{name}"] = (spectra[0] - spectra[1]).square().flatten(1).mean(1)
+    return terms
+
+
+def reconstruction_loss(terms: dict[str, Tensor], weights: TokenizerLoss) -> Tensor:
+    """Weighted mean over fields and samples of `reconstruction_terms`."""
+    by_kind = {"relative_l2": weights.relative_l2, "gradient": weights.gradient, "spectral": weights.spectral}
+    total = torch.zeros((), device=next(iter(terms.values())).device)
+    for kind, weight in by_kind.items():
+        if weight:
+            chosen = [term.mean() for name, term in terms.items() if name.startswith(kind + "/")]
+            total = total + weight * torch.stack(chosen).mean()
+    return total

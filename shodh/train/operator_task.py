@@ -1,0 +1,171 @@
+"""What the loop trains second: the operator on cached latents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shodh.config import RunConfig
+from shodh.moe.balance import GlobalBalance, entropy, update_selection_bias
+from shodh.moe.router import SemanticRouter
+from shodh.moe.routing import Routing, count_by_regime, regime_information
+from shodh.moe.trace import TraceWriter
+from shodh.seeding import generator
+from shodh.topology import Topology
+from shodh.train.datasets import Regimes, mixture_loader, training_splits
+from shodh.train.latents import open_latents
+from shodh.train.loop import Batch
+from shodh.train.metrics import Metrics, MetricWriter, RegimeMeans
+from shodh.train.pictures import share_picture
+from shodh.train.runtime import rank
+
+
+class OperatorTask:
+    """Predict the next latent; balance the experts over the global batch; trace the routing.
+
+    Regime labels are used for metrics and the trace alone; the model gets latents and static features.
+    """
+
+    def __init__(
+        self, config: RunConfig, regimes: Regimes, cache: Path, topology: Topology, folder: Path, resume_step: int
+    ) -> None:
+        self.config, self.regimes, self.topology = config, regimes, topology
+        self.operator = config.operator
+        self.history = config.data.history
+        self.sparse = config.operator.experts.num_experts > 0
+        self._loaders = {
+            split: mixture_loader(open_latents(config, regimes, cache, split), config, topology, seed)
+            for split, seed in training_splits(config)
+        }
+        self._balance = GlobalBalance()
+        path = folder / "routing" / f"rank{rank()}.jsonl"
+        limit = config.routing_trace if self.sparse else 0
+        self._trace = TraceWriter(path, rank(), regimes.names, limit, resume_step)
+        self._table: Tensor | None = None
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        return self._loaders["train"].iterate(start, stop)
+
+    def _noise(self, history: Tensor, batch: Batch, step: int) -> Tensor:
+        """Input noise drawn by (seed, step, sample): the same on any number of ranks, and in a resumed run."""
+        std = self.operator.input_noise
+        if std == 0:
+            return history
+        names = zip(*(batch[k].tolist() for k in ("regime", "trajectory", "frame")), strict=True)
+        shape, seed = history.shape[1:], self.config.seed
+        drawn = [torch.randn(shape, generator=generator(seed, "noise", step, *name)) for name in names]
+        return history + std * torch.stack(drawn).to(history)
+
+    def start_step(self, step: int) -> None:
+        self._balance.start_step()
+        self._table = None
+
+    def loss(self, engine: Any, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
+        latents, regime = batch["latents"], batch["regime"]
+        history, target = latents[:, : self.history], latents[:, self.history]
+        output = engine(self._noise(history, batch, step), batch["static"])
+        error = (output.latent - target).square().flatten(1).mean(1)
+        persistence = (history[:, -1] - target).square().flatten(1).mean(1)
+        loss = error.mean()
+        metrics: Metrics = {
+            "train/latent_mse": (loss.detach(), "mean"),
+            "train/over_persistence": (loss.detach() / persistence.mean(), "mean"),
+        }
+        if output.routing:
+            loss = loss + self._account(output.routing, regime, step, metrics)
+        return loss, metrics
+
+    def _account(self, routings: list[Routing], regime: Tensor, step: int, metrics: Metrics) -> Tensor:
+        """Balance loss of a forward pass; keeps counts for the trace, the metrics and the selection bias."""
+        terms = self._balance(routings)
+        balance = terms.weighted(self.operator.experts.balance)
+        metrics["train/balance_loss"] = (balance.detach(), "mean")
+        metrics["moe/switch"] = (terms.switch.detach(), "mean")
+        metrics["moe/information"] = (terms.information.detach(), "mean")
+        metrics["moe/z_loss"] = (terms.z_loss.detach(), "mean")
+        self._trace.add(step, "train", routings, regime)
+        table = self._counts(routings, regime)
+        self._table = table if self._table is None else self._table + table
+        return balance
+
+    def _counts(self, routings: list[Routing], regime: Tensor) -> Tensor:
+        """Assignments of this rank, ``[layers, regimes, experts]``."""
+        num_regimes = len(self.regimes.names)
+        return torch.stack([count_by_regime(r.selected, regime, num_regimes, r.num_experts) for r in routings])
+
+    def finish_step(self, engine: Any, step: int) -> None:
+        if self._table is None:
+            return
+        rate = self.operator.experts.balance.bias_rate
+        if rate:
+            table = self._global_table()
+            routers = [m for m in engine.module.modules() if isinstance(m, SemanticRouter)]
+            for router, layer in zip(routers, table, strict=True):
+                update_selection_bias(router, layer.sum(0), rate)
+
+    def _global_table(self) -> Tensor:
+        """Assignments ``[layers, regimes, experts]`` of the last step's global batch."""
+        assert self._table is not None
+        table = self._table.clone()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(table)
+        return table
+
+    def report(self, step: int, writer: MetricWriter | None) -> Metrics:
+        if self._table is None:
+            return {}
+        self._trace.flush()
+        table = self._global_table().cpu()
+        if writer is not None:
+            picture = share_picture(table, self.regimes.names)
+            writer.image(step, "moe/expert_shares", picture)
+        return routing_metrics(table)
+
+    def validate(self, engine: Any, step: int) -> Metrics:
+        means = RegimeMeans(self.regimes.names)
+        tables: Tensor | None = None
+        for batch in self._loaders["valid"].iterate(0, self.operator.train.valid_batches):
+            batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
+            latents, regime = batch["latents"], batch["regime"]
+            history, target = latents[:, : self.history], latents[:, self.history]
+            output = engine(history, batch["static"])
+            means.add("latent_mse", (output.latent - target).square().flatten(1).mean(1), regime)
+            means.add("persistence_mse", (history[:, -1] - target).square().flatten(1).mean(1), regime)
+            if output.routing:
+                self._trace.add(step, "valid", output.routing, regime)
+                table = self._counts(output.routing, regime)
+                tables = table if tables is None else tables + table
+        metrics = means.reduce("valid")
+        if tables is not None:
+            self._trace.flush()
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                dist.all_reduce(tables)
+            metrics.update({f"valid/{k}": v for k, v in routing_metrics(tables.cpu()).items()})
+        return metrics
+
+    def close(self) -> None:
+        self._trace.close()
+        for source in self.regimes.sources:
+            source.close()
+
+
+def routing_metrics(table: Tensor) -> Metrics:
+    """Load and specialisation of a global table ``[layers, regimes, experts]``; the same on every rank."""
+    load = table.sum(1).double()
+    share = load / load.sum(-1, keepdim=True)
+    experts = table.shape[-1]
+    information = [regime_information(layer) for layer in table]
+    metrics: Metrics = {
+        "moe/load_max_over_mean": (float((share.max(-1).values * experts).mean()), "max"),
+        "moe/entropy": (float(entropy(share).mean() / math.log(experts)) if experts > 1 else 0.0, "max"),
+        "moe/dead_experts": (float((share < 0.01 / experts).sum(-1).double().mean()), "max"),
+        "moe/regime_information": (sum(u for u, _ in information) / len(information), "max"),
+        "moe/nmi_regime": (sum(n for _, n in information) / len(information), "max"),
+    }
+    return metrics

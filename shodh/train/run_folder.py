@@ -1,0 +1,92 @@
+"""The run folder: configuration, environment, and where everything else of a run lies."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shodh import __version__
+from shodh.config import RunConfig, dump_config, load_config
+from shodh.errors import ConfigError
+
+PACKAGES = ("torch", "deepspeed", "numpy", "h5py", "safetensors", "pydantic")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old or the new text, never half of one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree, with ``-dirty`` if it was changed; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() or None if run.returncode == 0 else None
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, machine, command line and commit: what a run needs to explain itself."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "missing"
+    return {
+        "shodh": __version__,
+        "commit": git_commit(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": versions,
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+class RunFolder:
+    """Paths of one run; `create` writes what explains it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.routing = path / "routing"
+        self.report = path / "report"
+
+    def create(self, config: RunConfig, deepspeed: dict[str, Any]) -> None:
+        """Make the folder and write ``config.yaml``, ``ds_config.json`` and ``env.json`` (rank 0)."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / "config.yaml", dump_config(config))
+        write_atomically(self.path / "ds_config.json", json.dumps(deepspeed, indent=2) + "\n")
+        write_atomically(self.path / "env.json", json.dumps(describe_environment(), indent=2) + "\n")
+
+    def config(self) -> RunConfig:
+        """The resolved configuration of the run; raises `ConfigError` if this is no run folder."""
+        path = self.path / "config.yaml"
+        if not path.exists():
+            raise ConfigError(f"{self.path} is not a run folder: it has no config.yaml")
+        return load_config(path)
+
+    def latest(self) -> str | None:
+        """Tag of the newest complete checkpoint, or None."""
+        path = self.path / "latest"
+        tag = path.read_text().strip() if path.exists() else ""
+        return tag if tag and (self.checkpoints / tag / "manifest.json").exists() else None

@@ -1,0 +1,134 @@
+"""Starting and ending a distributed run: ranks, one error line, no rank left hanging."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from shodh.cli import EXIT_USAGE, error_line
+from shodh.errors import ShodhError
+
+log = logging.getLogger("shodh")
+
+
+class SharedError(ShodhError):
+    """An error of some rank that all ranks have agreed to stop for."""
+
+
+def rank() -> int:
+    """This process's rank, from the launcher's environment; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of ranks, from the launcher's environment; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def _skip_cpu_op_build() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce just in time on a CPU.
+
+    The op serves inference only. Its build takes 20 s, needs ninja, and a process killed during it leaves a lock file
+    that hangs every later run.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def start_distributed() -> torch.device:
+    """Join the process group (gloo on a CPU, NCCL on GPUs), also without a launcher; returns this rank's device."""
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = _free_port()
+    import deepspeed
+
+    _skip_cpu_op_build()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", torch.cuda.current_device())
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))))
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return device
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """All ranks succeed in the block, or all raise the first rank's error; so nobody waits in a later collective."""
+    caught: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        caught = error
+    line = None if caught is None else error_line(caught)
+    if caught is not None and line is None:
+        raise caught
+    lines: list[str | None] = [line]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        lines = [None] * dist.get_world_size()
+        dist.all_gather_object(lines, line)
+    found = [text for text in lines if text]
+    if found:
+        raise SharedError(found[0]) from caught
+
+
+def quiet_logs(verbose: bool = False) -> None:
+    """Our own log on rank 0, DeepSpeed's only from warnings up."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    log.setLevel(logging.DEBUG if verbose else logging.INFO if rank() == 0 else logging.ERROR)
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def run_ranks(main: Callable[[], int]) -> None:
+    """`shodh.cli.run_main` for a program that may run on many ranks.
+
+    Bad input ends every rank with exit code 2, and one rank prints the line. Before the ranks are connected they all
+    meet the same error, and rank 0 speaks; afterwards a `SharedError` is spoken by rank 0, and an error of one rank
+    alone by that rank. The launcher ends the other ranks.
+    """
+    code = 1
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        line = error_line(error)
+        if line is None:
+            raise
+        common = isinstance(error, SharedError) or not dist.is_initialized()
+        if rank() == 0 or not common:
+            where = f"[rank {rank()}] " if world_size() > 1 and not common else ""
+            sys.stderr.write(f"{where}error: {line}\n")
+            sys.stderr.flush()
+        else:
+            time.sleep(2.0)  # The launcher ends all ranks at the first that fails: let rank 0 speak first.
+        code = EXIT_USAGE
+    finally:
+        if dist.is_initialized() and code == 0:
+            dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code != 0 and dist.is_initialized():
+        os._exit(code)  # A pending collective of another rank must not keep this one alive.
+    sys.exit(code)

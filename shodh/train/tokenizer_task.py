@@ -1,0 +1,79 @@
+"""What the loop trains first: the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shodh.config import RunConfig
+from shodh.data import WindowDataset
+from shodh.models.domain import Domain, add_walls
+from shodh.topology import Topology
+from shodh.train.datasets import Regimes, mixture_loader, training_splits
+from shodh.train.loop import Batch
+from shodh.train.losses import reconstruction_loss, reconstruction_terms
+from shodh.train.metrics import Metrics, MetricWriter, RegimeMeans
+
+
+def sample_geometry(static: Tensor, domains: Sequence[Domain], index: Tensor) -> Tensor:
+    """Static fields with wall channels, sample by sample: ``[B, S, X, Y, Z] -> [B, S + 3, X, Y, Z]``."""
+    return torch.cat([add_walls(static[b : b + 1], domains[int(i)]) for b, i in enumerate(index)])
+
+
+class TokenizerTask:
+    """Reconstruct single frames of all regimes."""
+
+    def __init__(self, config: RunConfig, regimes: Regimes, topology: Topology) -> None:
+        self.regimes = regimes
+        self.loss_config = config.tokenizer.loss
+        self.valid_batches = config.tokenizer.train.valid_batches
+        self._loaders = {
+            split: mixture_loader(
+                [WindowDataset(s, split, history=1, horizon=0, normalizer=regimes.normalizer) for s in regimes.sources],
+                config,
+                topology,
+                seed,
+            )
+            for split, seed in training_splits(config)
+        }
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        return self._loaders["train"].iterate(start, stop)
+
+    def _terms(self, engine: Any, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        fields, index = batch["fields"][:, 0], batch["regime"]
+        geometry = sample_geometry(batch["static"], self.regimes.domains, index)
+        prediction, latent = engine(fields, geometry, self.regimes.domains, index)
+        return reconstruction_terms(prediction, fields, self.regimes.dynamic), latent
+
+    def loss(self, engine: Any, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
+        terms, latent = self._terms(engine, batch)
+        metrics: Metrics = {f"train/{k}": (v.detach().mean(), "mean") for k, v in terms.items()}
+        metrics["latent/std"] = (latent.detach().float().std(), "mean")
+        return reconstruction_loss(terms, self.loss_config), metrics
+
+    def start_step(self, step: int) -> None:
+        pass
+
+    def finish_step(self, engine: Any, step: int) -> None:
+        pass
+
+    def report(self, step: int, writer: MetricWriter | None) -> Metrics:
+        return {}
+
+    def validate(self, engine: Any, step: int) -> Metrics:
+        means = RegimeMeans(self.regimes.names)
+        for batch in self._loaders["valid"].iterate(0, self.valid_batches):
+            batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
+            terms, _ = self._terms(engine, batch)
+            for name, values in terms.items():
+                if name.startswith("relative_l2"):
+                    means.add(name.replace("relative_l2", "relative_square"), values, batch["regime"])
+        return means.reduce("valid")
+
+    def close(self) -> None:
+        for source in self.regimes.sources:
+            source.close()
