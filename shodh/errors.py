@@ -23,3 +23,7 @@ class TopologyError(ShodhError):
 
 class ExtensionError(ShodhError):
     """A compiled back end was asked for by name and is not available."""
+
+
+class NonFiniteError(ShodhError):
+    """A field that must be finite holds NaN or infinity, or overflows its dtype."""

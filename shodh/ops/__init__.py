@@ -1,5 +1,8 @@
 """Divergence-free decoding of velocity fields, and the discrete operators that match it."""
 
-from shodh.ops.decode import curl, decode_velocity, divergence, face_flux
+from shodh.ops import extension
+from shodh.ops.decode import checked, curl, decode_velocity, divergence, face_flux
 
-__all__ = ["curl", "decode_velocity", "divergence", "face_flux"]
+__all__ = ["checked", "curl", "decode_velocity", "divergence", "face_flux"]
+
+extension.load()

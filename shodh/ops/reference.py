@@ -186,3 +186,17 @@ def face_flux_reference(velocity: Tensor, grid: Grid) -> Tensor:
     step = lattice_step(flux.abs().flatten(1).amax(1), RECOVERY_GUARD, velocity.dtype)
     step = step.reshape(-1, 1, *[1] * grid.ndim)
     return (torch.round(flux / step) * step).to(velocity.dtype)
+
+
+def decode_adjoint_reference(gradient: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Gradients of potential and harmonic ``[B, P]`` for a gradient of the velocity, by automatic differentiation."""
+    channels = 3 if grid.ndim == 3 else 1
+    periodic = len(grid.periodic_axes)
+    with torch.enable_grad():
+        potential = gradient.new_zeros((gradient.shape[0], channels, *gradient.shape[2:]), requires_grad=True)
+        harmonic = gradient.new_zeros((gradient.shape[0], periodic), requires_grad=True)
+        velocity = decode_reference(potential, harmonic, grid)
+        gradients = torch.autograd.grad(
+            velocity, (potential, harmonic), gradient.detach(), allow_unused=True, materialize_grads=True
+        )
+    return gradients[0].contiguous(), gradients[1].contiguous()

@@ -1,0 +1,62 @@
+// CPU kernels work on rows along z: where a row of the potential lies, and how rows are shared between threads.
+#pragma once
+
+#include "grid.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
+// One body, compiled for three instruction sets, chosen when the library is loaded.
+#define SHODH_VECTORISED __attribute__((target_clones("avx512f", "avx2", "default"), flatten))
+#else
+#define SHODH_VECTORISED
+#endif
+#define SHODH_RESTRICT __restrict__
+
+namespace shodh {
+
+// kForward: f[i] - f[i-1], the potential pinned at walls. kMirror: its adjoint, f[i+1] - f[i], the result pinned.
+// kCentral: f[i+1] - f[i-1], its own adjoint up to sign.
+enum class Pass { kForward, kMirror, kCentral };
+
+template <Pass pass> constexpr int kHigh = pass == Pass::kForward ? 0 : 1;
+template <Pass pass> constexpr int kLow = pass == Pass::kMirror ? 0 : -1;
+
+// Rows of one sample of a contiguous field [C, X, Y, Z].
+template <class T, Pass pass>
+struct Rows {
+  const T* base;
+  const T* zeros;
+  const Grid* grid;
+
+  const T* operator()(int channel, int component, int64_t i, int64_t j) const {
+    const int64_t nx = grid->cells[0], ny = grid->cells[1], nz = grid->cells[2];
+    if (outside(0, component, i, nx) || outside(1, component, j, ny)) return zeros;
+    i = i < 0 ? i + nx : (i >= nx ? i - nx : i);
+    j = j < 0 ? j + ny : (j >= ny ? j - ny : j);
+    return base + ((channel * nx + i) * ny + j) * nz;
+  }
+
+  // Value at k of a row of a component that is tangential to walls across z.
+  T tangential(const T* row, int64_t k) const {
+    const int64_t nz = grid->cells[2];
+    if (outside(2, 0, k, nz)) return T(0);
+    return row[k < 0 ? k + nz : (k >= nz ? k - nz : k)];
+  }
+
+ private:
+  bool outside(int a, int component, int64_t index, int64_t n) const {
+    if (!grid->wall[a]) return false;
+    return index < 0 || index >= n || (pass == Pass::kForward && component != a && index == n - 1);
+  }
+};
+
+// Calls `body(sample, i)` for every plane across x, in parallel.
+template <class Body>
+void for_planes(const Grid& grid, const Body& body) {
+  const int64_t plane = grid.cells[1] * grid.cells[2];
+  const int64_t grain = std::max<int64_t>(1, 16384 / plane);
+  torch::stable::parallel_for(0, grid.batch * grid.cells[0], grain, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) body(p / grid.cells[0], p % grid.cells[0]);
+  });
+}
+
+}  // namespace shodh
