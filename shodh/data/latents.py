@@ -92,9 +92,9 @@ def write_latents(
     source, split
     encode : callable
         ``(fields [N, C, *grid], static [N, S, *grid]) -> latents [N, L, *latent grid]``, or a pair of these and the
-        operator's static features ``[N, S', *latent grid]`` (see `pool_static`; a trajectory keeps those of its first
-        frame). Gets float32 tensors in CPU memory
-        of frames of one trajectory; may give any device and floating dtype. Without features S' is 0.
+        operator's static features ``[N, S', *latent grid]``, see `pool_static`; S' is 0 without. Gets float32 tensors
+        in CPU memory, frames of one trajectory, which keeps the features of its first frame. May give tensors of any
+        device and floating dtype.
     normalizer : FieldNormalizer, optional
         Applied to the fields first.
     batch_size : int
@@ -136,10 +136,12 @@ def file_stems(source: RegimeSource, split: Split) -> list[str]:
 
 @dataclass(frozen=True)
 class LatentShapes:
-    """Content of a manifest: shapes of the latents and of the static features."""
+    """Content of a manifest: shapes of the latents and of the static features, and the sizes of both files."""
 
     latents: tuple[int, ...]
     static: tuple[int, ...]
+    latent_bytes: int
+    static_bytes: int
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ def _encode_file(folder: Path, file: WellFile, first: int, frames: _FrameReader,
                     latents.append(batch)
                     if number == 0:
                         static.append(features[:1])
-            shapes = LatentShapes(latents.close(), static.close())
+            sizes = (latent_stream.tell(), static_stream.tell())
+            shapes = LatentShapes(latents.close(), static.close(), *sizes)
     with atomic_path(manifest_path(folder, stem)) as temporary:
         temporary.write_text(json.dumps({"version": FORMAT_VERSION, **asdict(shapes)}))
 
@@ -232,15 +235,19 @@ def read_manifest(folder: Path, stem: str) -> LatentShapes:
     path = manifest_path(folder, stem)
     try:
         content = json.loads(path.read_text())
-        shapes = LatentShapes(tuple(content["latents"]), tuple(content["static"]))
+        shapes = LatentShapes(
+            tuple(content["latents"]), tuple(content["static"]), content["latent_bytes"], content["static_bytes"]
+        )
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; the latents of {stem!r} were not (completely) encoded") from error
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: damaged; remove it and encode again ({error!r})") from error
-    for array, shape in ((latent_path(folder, stem), shapes.latents), (static_path(folder, stem), shapes.static)):
-        least = 4 * int(np.prod(shape))
-        if not array.is_file() or not least < array.stat().st_size <= least + 4096:
-            raise DataError(f"{array}: missing or truncated, expected {shape} float32; remove {path} and encode again")
+    for array, size in (
+        (latent_path(folder, stem), shapes.latent_bytes),
+        (static_path(folder, stem), shapes.static_bytes),
+    ):
+        if not array.is_file() or array.stat().st_size != size:
+            raise DataError(f"{array}: missing or truncated, expected {size} bytes; remove {path} and encode again")
     return shapes
 
 

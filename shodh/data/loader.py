@@ -75,42 +75,36 @@ class MixtureLoader:
         _check_fit(datasets, sampler)
         sampler.local_batch(0, rank, world, 0, num_micro)
         self._plan = _Plan(sampler, rank, world, num_micro)
-        workers: dict[str, Any] = {}
+        self._dataset = _Mixture(datasets)
+        self._options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
         if num_workers > 0:
-            workers = {
+            self._options |= {
                 "persistent_workers": True,
                 "prefetch_factor": prefetch,
                 "timeout": timeout,
                 "multiprocessing_context": multiprocessing_context,
             }
-        self._loader = DataLoader(
-            _Mixture(datasets),
-            batch_sampler=self._plan,
-            num_workers=num_workers,
-            collate_fn=_collate,
-            pin_memory=pin_memory,
-            **workers,
-        )
+        self._loader: DataLoader[Any] | None = None
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
         """Micro-batches of the steps ``start`` .. ``stop - 1``: tensors stacked along a new first axis.
 
         Only one iteration can be under way; a new one ends the former.
         """
+        if self._loader is None:
+            self._loader = DataLoader(self._dataset, batch_sampler=self._plan, collate_fn=_collate, **self._options)
         self._plan.start, self._plan.stop = start, stop
         batches = iter(self._loader)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader"):  # not about a worker's death, but an error within one
-                    raise
-                raise DataError(_worker_message(error)) from error
+        while (batch := _next(batches)) is not None:
             if isinstance(batch, _Failure):
+                del batches  # the error's traceback must not keep the workers alive
+                self.close()
                 raise DataError(batch.message)
             yield batch
+
+    def close(self) -> None:
+        """End the workers; another `iterate` starts new ones."""
+        self._loader = None
 
 
 @dataclass
@@ -172,8 +166,14 @@ def _check_fit(datasets: Sequence[SampleDataset], sampler: MixtureSampler) -> No
         )
 
 
-def _worker_message(error: RuntimeError) -> str:
-    reason = str(error).strip().splitlines()[0]
-    return (
+def _next(batches: Iterator[Batch | _Failure]) -> Batch | _Failure | None:
+    """The next batch; the death of a worker becomes a `_Failure`, the end of the iteration None."""
+    try:
+        return next(batches, None)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader"):  # raised by code within a worker: a bug, which keeps its traceback
+            raise
+        reason = str(error).strip().splitlines()[0]
+    return _Failure(
         f"a data worker was killed or is stuck (out of memory or of /dev/shm, slow disk?); use fewer workers: {reason}"
     )

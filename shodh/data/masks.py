@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -38,5 +38,5 @@ def pool_static(static: Tensor, boundary: Sequence[Boundary], grid: Sequence[int
         ``[N, S + 1, *grid]``: parts of the volume, the wall indicator last.
     """
     walls = wall_indicator(static.shape[2:], boundary).to(static).expand(len(static), 1, *static.shape[2:])
-    pool = (adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d)[len(boundary) - 1]
-    return pool(torch.cat([static, walls], dim=1), tuple(grid))
+    pools: tuple[Callable[..., Tensor], ...] = (adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d)
+    return pools[len(boundary) - 1](torch.cat([static, walls], dim=1), tuple(grid))

@@ -37,8 +37,9 @@ class RegimeSource:
         Folder with ``data/{train,valid,test}/*.hdf5`` or ``.h5``, or with ``train`` ... directly.
     fields : sequence of Field
         Fields that are wanted, by our names and in the order of the channels. A wanted vector at ``"face"`` that
-        is stored at ``"center"`` is averaged onto the upper faces when it is read (a wall face gets zero). The
-        result keeps walls closed but is then **not exactly divergence-free**, whatever the file was.
+        is stored at ``"center"`` is averaged onto the upper faces when it is read (a wall face gets zero). It is
+        then **not exactly divergence-free**: away from walls its staggered divergence is the central-difference
+        divergence of the stored values, at walls not even that.
     mapping : mapping, optional
         ``{our name: name in the files}`` where they differ; ``None`` as the name of a *static* field says that the
         files have none, and gives zeros (no solid anywhere).
@@ -254,7 +255,8 @@ def average_to_faces(vector: np.ndarray, boundary: Sequence[Boundary]) -> None:
     """Move a collocated vector [..., D, *grid] to the upper faces, in place, by the mean of the two neighbours.
 
     Component ``i`` of cell ``c`` becomes ``(u_i[c] + u_i[c + e_i]) / 2``; a periodic axis wraps, on a walled axis
-    the last face gets zero. Second order; constants are kept; a discretely divergence-free field does not stay one.
+    the last face gets zero. Second order; constants are kept. On periodic axes the staggered divergence of the
+    result is the central-difference divergence of ``vector``.
     """
     ndim = len(boundary)
     for axis, kind in enumerate(boundary):

@@ -15,6 +15,9 @@ from shodh.fields import Boundary, Field
 
 KINDS: dict[str, Boundary] = {code: kind for kind, code in BOUNDARY_CODES.items()}
 
+# No list of coordinates or times is longer; a damaged file may claim any size, and reading it would end in memory.
+MAX_SMALL_SIZE = 10_000_000
+
 
 @dataclass(frozen=True)
 class StoredField:
@@ -106,6 +109,14 @@ def _dataset(group: h5py.Group, name: str, path: str) -> h5py.Dataset:
     return dataset
 
 
+def _values(group: h5py.Group, name: str, path: str) -> np.ndarray:
+    """All of a small dataset."""
+    dataset = _dataset(group, name, path)
+    if dataset.size is None or dataset.size > MAX_SMALL_SIZE:
+        raise DataError(f"{path}: {group.name.strip('/')}/{name} has the absurd shape {dataset.shape}")
+    return dataset[()]
+
+
 def _attribute(item: h5py.Group | h5py.Dataset, name: str, path: str) -> Any:
     if name not in item.attrs:
         raise DataError(f"{path}: attribute {name!r} of {item.name.strip('/')} is missing")
@@ -114,7 +125,7 @@ def _attribute(item: h5py.Group | h5py.Dataset, name: str, path: str) -> Any:
 
 def _coordinates(group: h5py.Group, axis: str, path: str) -> np.ndarray:
     """Coordinates [n] of an axis; per-sample copies must agree."""
-    values = np.asarray(_dataset(group, axis, path)[()], dtype=np.float64)
+    values = np.asarray(_values(group, axis, path), dtype=np.float64)
     if values.ndim == 0 or values.size == 0:
         raise DataError(f"{path}: dimensions/{axis} has shape {values.shape}; expected the coordinates of its cells")
     values = values.reshape(-1, values.shape[-1])
@@ -124,7 +135,7 @@ def _coordinates(group: h5py.Group, axis: str, path: str) -> np.ndarray:
 
 
 def _time(group: h5py.Group, path: str) -> np.ndarray:
-    time = np.asarray(_dataset(group, "time", path)[()], dtype=np.float64)
+    time = np.asarray(_values(group, "time", path), dtype=np.float64)
     if time.ndim not in (1, 2) or time.size == 0 or not np.isfinite(time).all():
         raise DataError(f"{path}: dimensions/time has shape {time.shape}; expected finite times [T] or [B, T], T >= 1")
     return time
@@ -176,7 +187,7 @@ def _marked_ends(group: h5py.Group, path: str) -> Iterator[tuple[str, int, str]]
     if code not in ("WALL", "OPEN", "PERIODIC"):
         raise DataError(f"{path}: {group.name.strip('/')} has bc_type {code!r}; expected WALL, OPEN or PERIODIC")
     axes = [_text(a) for a in np.atleast_1d(_attribute(group, "associated_dims", path))]
-    mask = np.asarray(_dataset(group, "mask", path)[()], dtype=bool)
+    mask = np.asarray(_values(group, "mask", path), dtype=bool)
     if mask.ndim < len(axes) or mask.size == 0:
         raise DataError(f"{path}: {group.name.strip('/')}/mask has shape {mask.shape}, expected one axis for {axes}")
     mask = mask.reshape(-1, *mask.shape[mask.ndim - len(axes) :])

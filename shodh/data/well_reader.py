@@ -181,7 +181,11 @@ class WellFile:
         if not self.path.is_file():
             raise DataError(f"{self.path}: no such file")
         try:
-            # Published files never change, and many cluster file systems refuse the lock.
+            return h5py.File(self.path, "r")
+        except OSError as error:
+            if "lock" not in str(error):
+                raise self._damaged(error) from error
+        try:  # some cluster file systems refuse the lock; published files never change, so none is needed
             return h5py.File(self.path, "r", locking=False)
         except OSError as error:
             raise self._damaged(error) from error

@@ -1,0 +1,146 @@
+"""A file that cannot be used is refused with its name and the reason, on opening or at the latest on reading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from shodh.data import WellFile, write_trajectories
+from shodh.errors import DataError
+
+
+@pytest.fixture
+def path(tmp_path, make_trajectories) -> Path:
+    write_trajectories(tmp_path / "good.hdf5", make_trajectories())
+    return tmp_path / "good.hdf5"
+
+
+def replace(file: h5py.File, name: str, values: np.ndarray) -> None:
+    attributes = dict(file[name].attrs)
+    del file[name]
+    file[name] = values
+    file[name].attrs.update(attributes)
+
+
+def remove_attribute(item: str, name: str) -> Callable[[h5py.File], None]:
+    return lambda file: file[item].attrs.pop(name)
+
+
+EDITS: dict[str, tuple[Callable[[h5py.File], object], str]] = {
+    "no dimensions": (lambda f: f.pop("dimensions"), "dimensions"),
+    "no time": (lambda f: f.pop("dimensions/time"), "dimensions/time"),
+    "no axis": (lambda f: f.pop("dimensions/y"), "dimensions/y"),
+    "no boundaries": (lambda f: f.pop("boundary_conditions"), "boundary_conditions"),
+    "no mask": (lambda f: f.pop("boundary_conditions/z_wall/mask"), "mask"),
+    "no group of fields": (lambda f: f.pop("t1_fields"), "t1_fields"),
+    "no tensor group": (lambda f: f.pop("t2_fields"), "t2_fields"),
+    "listed field missing": (lambda f: f.pop("t0_fields/tracer"), "tracer"),
+    "no list of fields": (remove_attribute("t0_fields", "field_names"), "field_names"),
+    "no flag": (remove_attribute("t0_fields/tracer", "time_varying"), "time_varying"),
+    "frames differ": (lambda f: replace(f, "dimensions/time", np.arange(4.0)), "shape"),
+    "cells differ": (lambda f: replace(f, "dimensions/x", np.arange(6.0)), "shape"),
+    "trajectories differ": (lambda f: f.attrs.modify("n_trajectories", 4), "shape"),
+    "no trajectories": (lambda f: f.attrs.modify("n_trajectories", 0), "n_trajectories"),
+    "negative count": (lambda f: f.attrs.modify("n_trajectories", -3), "n_trajectories"),
+    "a component too few": (lambda f: replace(f, "t1_fields/velocity", f["t1_fields/velocity"][..., :2]), "velocity"),
+    "empty axis": (lambda f: replace(f, "dimensions/x", np.zeros(0)), "dimensions/x"),
+    "integers": (lambda f: replace(f, "t0_fields/tracer", f["t0_fields/tracer"][:].astype(int)), "floating point"),
+    "text": (lambda f: replace(f, "t0_fields/tracer", np.array([b"a"])), "floating point"),
+    "polar grid": (lambda f: f.attrs.modify("grid_type", "spherical"), "cartesian"),
+    "open boundary": (lambda f: f["boundary_conditions/z_wall"].attrs.modify("bc_type", "OPEN"), "OPEN"),
+    "unmarked boundary": (lambda f: f.pop("boundary_conditions/z_wall"), "OPEN"),
+    "half a wall": (lambda f: f["boundary_conditions/z_wall/mask"].__setitem__(0, False), "OPEN below and WALL above"),
+    "unknown boundary": (lambda f: f["boundary_conditions/z_wall"].attrs.modify("bc_type", "LEAKY"), "LEAKY"),
+    "unknown placement": (lambda f: f["t1_fields/velocity"].attrs.modify("placement", "edge"), "edge"),
+    "negative length": (lambda f: f.attrs.modify("lengths", [1.0, -1.0, 1.0]), "lengths"),
+    "infinite time": (lambda f: replace(f, "dimensions/time", np.array([0, 1, np.inf, 3, 4])), "time"),
+}
+
+
+def absurd_time(file: h5py.File) -> None:
+    del file["dimensions/time"]
+    file["dimensions"].create_dataset("time", shape=(10**12,), chunks=(1024,), dtype="f8")
+
+
+EDITS["absurd size"] = (absurd_time, "absurd")
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda name: name.replace(" ", "_"))
+def test_inconsistent_header_is_refused_on_opening(path, edit):
+    change, reason = EDITS[edit]
+    WellFile(path)
+    with h5py.File(path, "r+") as file:
+        change(file)
+    with pytest.raises(DataError, match=reason) as error:
+        WellFile(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_stretched_axis_is_refused(path):
+    with h5py.File(path, "r+") as file:
+        del file.attrs["lengths"]
+        file["dimensions/z"][:] = np.array([0, 1, 2, 3, 4, 5, 7])
+    with pytest.raises(DataError, match="uniform"):
+        WellFile(path)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.3, 0.9, 0.999])
+def test_truncated_file_is_refused_on_opening(path, keep):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(DataError, match="truncated or damaged") as error:
+        WellFile(path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_and_foreign_files_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.hdf5: no such file"):
+        WellFile(tmp_path / "nowhere.hdf5")
+    (tmp_path / "notes.hdf5").write_text("not HDF5 at all")
+    with pytest.raises(DataError, match=r"notes\.hdf5"):
+        WellFile(tmp_path / "notes.hdf5")
+    with h5py.File(tmp_path / "other.hdf5", "w") as file:
+        file["tensor"] = np.zeros((3, 4))
+    with pytest.raises(DataError, match="The Well's layout"):
+        WellFile(tmp_path / "other.hdf5")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("name", "components"), [("tracer", 1), ("velocity", 3)])
+def test_bad_values_are_named_when_they_are_read(path, name, components, value):
+    with h5py.File(path, "r+") as file:
+        dataset = file[f"t{0 if name == 'tracer' else 1}_fields/{name}"]
+        dataset[(1, 3, 4, 5, 6, *(() if name == "tracer" else (2,)))] = value
+    file = WellFile(path)
+    out = np.empty((2, components, 5, 6, 7), dtype=np.float32)
+    file.read(name, 1, range(1, 3), out)
+    with pytest.raises(DataError, match="trajectory 1, frame 3") as error:
+        file.read(name, 1, range(2, 4), out)
+    assert name in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_random_damage_never_escapes_as_another_error(path):
+    """Overwrite bytes of the structure at random: either the file still reads, or DataError says it does not."""
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(content)
+        for position in rng.integers(0, len(content) // 6, 6):
+            damaged[position] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            file = WellFile(path)
+            for field in file.fields.values():
+                out = np.empty((1, field.num_components(3), *file.grid), dtype=np.float32)
+                file.read(field.name, 0, range(1), out[0] if field.static else out)
+            file.close()
+        except DataError:
+            refused += 1
+    assert refused > 0
