@@ -209,6 +209,8 @@ class ParallelConfig(Section):
     """How ranks are used."""
 
     ep_size: PositiveInt = Field(1, description="ranks that share one set of experts")
+    nodes: PositiveInt = Field(1, description="planned nodes: --dry-run plans for these; the launcher decides")
+    gpus_per_node: PositiveInt = Field(1, description="planned GPUs of a node")
 
 
 class EvaluationConfig(Section):

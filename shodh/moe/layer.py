@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from shodh.config import ExpertsConfig
 from shodh.moe.experts import FeedForward, bilinear, reset_experts
+from shodh.moe.groups import decay_groups
 from shodh.moe.router import SemanticRouter
 from shodh.moe.routing import Routing
 from shodh.seeding import Key
@@ -160,16 +161,5 @@ def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     Every trainable parameter is in exactly one group; group names are unique.
     """
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            plain = len(shape) < 2 or name.endswith(("prototypes", "position"))
-            (no_decay if plain else decay).append(parameter)
-    groups = [
-        {"params": decay, "name": "decay", "weight_decay": weight_decay},
-        {"params": no_decay, "name": "no_decay", "weight_decay": 0.0},
-    ]
-    split = split_params_into_different_moe_groups_for_optimizer(groups)
-    return [group for group in split if group["params"]]
+    groups = split_params_into_different_moe_groups_for_optimizer(decay_groups(model, weight_decay))
+    return [group for group in groups if group["params"]]

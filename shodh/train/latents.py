@@ -137,14 +137,16 @@ def prepare_latents(config: RunConfig, regimes: Regimes, trained: TrainedTokeniz
     return root / key
 
 
-def open_latents(config: RunConfig, regimes: Regimes, cache: Path, split: Split) -> list[LatentWindowDataset]:
-    """Windows of ``history`` latents and the next one, a dataset a regime."""
+def open_latents(
+    config: RunConfig, regimes: Regimes, cache: Path, split: Split, horizon: int = 1
+) -> list[LatentWindowDataset]:
+    """Windows of ``history`` latents and the ``horizon`` next ones, a dataset a regime."""
     return [
         LatentWindowDataset(
             split_folder(cache.parent, cache.name, source.name, split),
             file_stems(source, split),
             history=config.data.history,
-            horizon=1,
+            horizon=horizon,
             stride=config.data.stride,
             regime=i,
         )

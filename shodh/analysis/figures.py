@@ -1,0 +1,122 @@
+"""The figures of a report; each function writes one PNG file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+INK = "#1b2a41"
+MODEL, BASELINE = "#0b6e4f", "#b23a48"
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def slices(
+    path: Path,
+    title: str,
+    rows: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    solid: np.ndarray | None,
+) -> Path:
+    """Truth, prediction and error in the middle plane across y, a row a channel.
+
+    Parameters
+    ----------
+    rows : sequence of (label, truth [X, Y, Z], prediction [X, Y, Z])
+    solid : ndarray [X, Y, Z], optional
+        Shown in grey.
+    """
+    figure = Figure(figsize=(8.4, 1.1 + 2.1 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), 3, squeeze=False)
+    middle = rows[0][1].shape[1] // 2
+    mask = None if solid is None or not solid.any() else solid[:, middle].T > 0.5
+    for row, (label, truth, prediction) in enumerate(rows):
+        planes = [a[:, middle].T for a in (truth, prediction, prediction - truth)]
+        low, high = float(truth.min()), float(truth.max())
+        for column, (panel, plane) in enumerate(zip(panels[row], planes, strict=True)):
+            extent = max(abs(low), abs(high)) if column == 2 else None
+            limits = (-extent, extent) if extent is not None else (low, high)
+            shown = np.ma.masked_where(mask, plane) if mask is not None else plane
+            image = panel.imshow(
+                shown, origin="lower", vmin=limits[0], vmax=limits[1], cmap="RdBu_r" if column == 2 else "viridis"
+            )
+            panel.set_facecolor("#9aa0a6")
+            panel.set_xticks([])
+            panel.set_yticks([])
+            if row == 0:
+                panel.set_title(("truth", "prediction", "error")[column], color=INK)
+            if column > 0:
+                figure.colorbar(image, ax=panel, shrink=0.8)
+        panels[row][0].set_ylabel(label, color=INK)
+    figure.suptitle(f"{title}: x-z plane, one model step, normalised", color=INK)
+    return _save(figure, path)
+
+
+def rollout(path: Path, rollouts: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> Path:
+    """VRMSE by autoregressive step, a panel a regime: ``{regime: {field: {"model": [...], "persistence": [...]}}}``."""
+    figure = Figure(figsize=(4.4 * len(rollouts), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(rollouts), squeeze=False)[0]
+    for panel, (regime, fields) in zip(panels, rollouts.items(), strict=True):
+        for marker, (name, kinds) in zip("osD^v", fields.items(), strict=False):
+            steps = range(1, len(kinds["model"]) + 1)
+            panel.plot(steps, kinds["model"], f"{marker}-", color=MODEL, label=f"{name}, model")
+            panel.plot(steps, kinds["persistence"], f"{marker}--", color=BASELINE, label=f"{name}, persistence")
+        panel.set_title(regime, color=INK)
+        panel.set_xlabel("autoregressive step")
+        panel.set_ylabel("VRMSE")
+        panel.set_ylim(bottom=0)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.legend(fontsize=8, frameon=False)
+        panel.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)
+
+
+def expert_shares(path: Path, routing: Mapping[str, Any]) -> Path:
+    """Share of each regime's tokens by expert, a panel a layer, with U and NMI."""
+    layers = routing["layers"]
+    regimes = list(layers[0]["shares"])
+    figure = Figure(figsize=(1.6 + 2.6 * len(layers), 1.3 + 0.6 * len(regimes)), layout="constrained")
+    panels = figure.subplots(1, len(layers), squeeze=False)[0]
+    for number, (panel, layer) in enumerate(zip(panels, layers, strict=True)):
+        shares = np.array([layer["shares"][r] for r in regimes])
+        panel.imshow(shares, vmin=0, vmax=1, cmap="Greens", aspect="auto")
+        for (row, column), value in np.ndenumerate(shares):
+            panel.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else INK)
+        panel.set_title(f"layer {number}: U {layer['regime_information']:.2f}, NMI {layer['nmi']:.2f}", fontsize=9)
+        panel.set_xticks(range(shares.shape[1]))
+        panel.set_xlabel("expert")
+        panel.set_yticks(range(len(regimes)), regimes if number == 0 else [""] * len(regimes))
+    return _save(figure, path)
+
+
+def training_curve(path: Path, lines: Sequence[Mapping[str, float]]) -> Path | None:
+    """Latent error of training and validation by step, and U; None if the run has no metrics."""
+    train = [(line["step"], line["train/latent_mse"]) for line in lines if "train/latent_mse" in line]
+    if not train:
+        return None
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    panel = figure.subplots()
+    panel.plot(*zip(*train, strict=True), color=INK, label="training")
+    held_out = sorted({k for line in lines for k in line if k.startswith("valid/latent_mse/")})
+    for marker, key in zip("osD^v", held_out, strict=False):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        panel.plot(*zip(*points, strict=True), f"{marker}--", label=f"held out, {key.rsplit('/', 1)[-1]}")
+    panel.set_xlabel("step")
+    panel.set_ylabel("latent MSE")
+    panel.set_yscale("log")
+    information = [(line["step"], line["moe/regime_information"]) for line in lines if "moe/regime_information" in line]
+    if information:
+        right = panel.twinx()
+        right.plot(*zip(*information, strict=True), color=MODEL, alpha=0.6, label="regime information U")
+        right.set_ylim(0, 1.05)
+        right.set_ylabel("U", color=MODEL)
+    panel.legend(fontsize=8, frameon=False)
+    return _save(figure, path)
