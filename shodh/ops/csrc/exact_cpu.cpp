@@ -1,8 +1,9 @@
 // The exact decode on the CPU: edge integrals and fluxes as integers held in doubles.
 //
 // The lattice needs the largest face flux before the first velocity can be written. To spare a second read of the
-// potential, a few planes give a guess; the decode runs with it and measures the true maximum on its way, and only
-// samples whose guess fell below a power of two are decoded again. The result does not depend on the guess.
+// potential, a few planes give a guess; the decode runs with it and bounds the true maximum on its way. Only samples
+// whose guess fell below a power of two, or whose bounds enclose one, are measured in full and decoded again where
+// the guess was wrong. The result never depends on the guess.
 #include "rows.h"
 
 #include <cstring>
@@ -14,6 +15,7 @@ struct ExactFactors {
   double edge[3];      // potential -> edge integral, in lattice steps
   double velocity[3];  // flux in lattice steps -> velocity
   double harmonic[3];  // in lattice steps
+  double rounded[3];   // the same, whole steps
 };
 
 // The rows that one row of fluxes reads, and where the velocity goes (null: only the largest magnitude is wanted).
@@ -22,9 +24,33 @@ struct ExactRow {
   const T *x_high, *x_low, *y_high, *y_low;  // components x and y at the neighbours along z
   const T *xh_y, *xl_y, *xh_z, *xl_z, *yh_x, *yl_x, *yh_z, *yl_z;
   T *ux, *uy, *uz;
+
+  ExactRow shifted(int64_t k) const {
+    ExactRow s = *this;
+    for (const T** p : {&s.xh_y, &s.xl_y, &s.xh_z, &s.xl_z, &s.yh_x, &s.yl_x, &s.yh_z, &s.yl_z}) *p += k;
+    for (T** p : {&s.ux, &s.uy, &s.uz}) *p += k;
+    return s;
+  }
 };
 
-inline double round_to_lattice(double value) { return (value + kRounder) - kRounder; }
+// A plane box reads component y alone; the others point at zeros and are not used.
+template <class T, Pass pass>
+ExactRow<T> exact_row(const Grid& grid, const Rows<T, pass>& rows, T* velocity, int64_t i, int64_t j) {
+  constexpr int hi = kHigh<pass>, lo = kLow<pass>;
+  ExactRow<T> r{};
+  const int channel = grid.plane ? 0 : 1;
+  r.xh_y = rows(channel, 1, i + hi, j), r.xl_y = rows(channel, 1, i + lo, j);
+  r.xh_z = r.xl_z = r.yh_x = r.yl_x = r.yh_z = r.yl_z = rows.zeros;
+  if (!grid.plane) {
+    r.xh_z = rows(2, 2, i + hi, j), r.xl_z = rows(2, 2, i + lo, j);
+    r.yh_x = rows(0, 0, i, j + hi), r.yl_x = rows(0, 0, i, j + lo);
+    r.yh_z = rows(2, 2, i, j + hi), r.yl_z = rows(2, 2, i, j + lo);
+  }
+  r.ux = velocity + (i * grid.cells[1] + j) * grid.cells[2];
+  r.uy = r.ux + grid.volume();
+  r.uz = r.ux + (grid.components() - 1) * grid.volume();
+  return r;
+}
 
 // Bits of |value| compare like the magnitude, with infinity and NaN above all numbers.
 inline int64_t magnitude_bits(double value) {
@@ -40,116 +66,174 @@ inline double from_bits(int64_t bits) {
   return value;
 }
 
-// Decodes `n` cells and returns the bits of the largest of |flux| and |edge integral| * headroom, before rounding.
-template <class T, bool write>
-inline int64_t exact_cells(const ExactRow<T>& r, const ExactFactors& f, int64_t n) {
-  constexpr double headroom = Lattice<T>::headroom;
-  const double ex = f.edge[0], ey = f.edge[1], ez = f.edge[2];
-  const double hx = f.harmonic[0], hy = f.harmonic[1], hz = f.harmonic[2];
-  const double rx = round_to_lattice(hx), ry = round_to_lattice(hy), rz = round_to_lattice(hz);
+// Sums of differences, before rounding or of integers. In the forward pass the higher neighbour is the node itself.
+template <Pass pass, class T, class Edge>
+inline void flux_cell(const ExactRow<T>& r, const Edge& ex, const Edge& ey, const Edge& ez, int64_t k, double& fx,
+                      double& fy, double& fz) {
+  constexpr bool own = pass == Pass::kForward;
+  const double zh_x = ex(r.x_high[k]), zl_x = ex(r.x_low[k]), yh_x = own ? zh_x : ex(r.yh_x[k]), yl_x = ex(r.yl_x[k]);
+  const double zh_y = ey(r.y_high[k]), zl_y = ey(r.y_low[k]), xh_y = own ? zh_y : ey(r.xh_y[k]), xl_y = ey(r.xl_y[k]);
+  const double xh_z = ez(r.xh_z[k]), xl_z = ez(r.xl_z[k]), yh_z = own ? xh_z : ez(r.yh_z[k]), yl_z = ez(r.yl_z[k]);
+  fx = (yh_z - yl_z) - (zh_y - zl_y);
+  fy = (zh_x - zl_x) - (xh_z - xl_z);
+  fz = (xh_y - xl_y) - (yh_x - yl_x);
+}
+
+struct Scaled {
+  double factor;
+  double operator()(double value) const { return value * factor; }
+};
+
+// Rounded to an integer plus kRounder, which the differences take out again.
+struct Rounded {
+  double factor;
+  double operator()(double value) const { return value * factor + kRounder; }
+};
+
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Bits of the largest |flux| before rounding.
+template <class T, Pass pass>
+inline int64_t measure_cells(const ExactRow<T>& r, const ExactFactors& f, int64_t n) {
+  const Scaled ex{f.edge[0]}, ey{f.edge[1]}, ez{f.edge[2]};
+  int64_t peak = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    double fx, fy, fz;
+    flux_cell<pass>(r, ex, ey, ez, k, fx, fy, fz);
+    peak = larger(peak, magnitude_bits(fx + f.harmonic[0]));
+    peak = larger(peak, magnitude_bits(fy + f.harmonic[1]));
+    peak = larger(peak, magnitude_bits(fz + f.harmonic[2]));
+  }
+  return peak;
+}
+
+// Decodes, and returns the bits of the largest |flux| after rounding.
+template <class T, Pass pass>
+inline int64_t decode_cells(const ExactRow<T>& r, const ExactFactors& f, int64_t n) {
+  const Rounded ex{f.edge[0]}, ey{f.edge[1]}, ez{f.edge[2]};
+  const double hx = f.rounded[0], hy = f.rounded[1], hz = f.rounded[2];
   const double vx = f.velocity[0], vy = f.velocity[1], vz = f.velocity[2];
   T* SHODH_RESTRICT ux = r.ux;
   T* SHODH_RESTRICT uy = r.uy;
   T* SHODH_RESTRICT uz = r.uz;
+  const ExactRow<T> in = r;
   int64_t peak = 0;
 #pragma GCC ivdep
   for (int64_t k = 0; k < n; ++k) {
-    const double zh_x = r.x_high[k] * ex, zl_x = r.x_low[k] * ex, yh_x = r.yh_x[k] * ex, yl_x = r.yl_x[k] * ex;
-    const double zh_y = r.y_high[k] * ey, zl_y = r.y_low[k] * ey, xh_y = r.xh_y[k] * ey, xl_y = r.xl_y[k] * ey;
-    const double xh_z = r.xh_z[k] * ez, xl_z = r.xl_z[k] * ez, yh_z = r.yh_z[k] * ez, yl_z = r.yl_z[k] * ez;
-    const int64_t bits[6] = {
-        magnitude_bits((yh_z - yl_z) - (zh_y - zl_y) + hx), magnitude_bits((zh_x - zl_x) - (xh_z - xl_z) + hy),
-        magnitude_bits((xh_y - xl_y) - (yh_x - yl_x) + hz), magnitude_bits(yh_x * headroom),
-        magnitude_bits(xh_y * headroom),                    magnitude_bits(xh_z * headroom)};
-    for (const int64_t b : bits) peak = b > peak ? b : peak;
-    if constexpr (write) {
-      const auto q = round_to_lattice;
-      ux[k] = T((((q(yh_z) - q(yl_z)) - (q(zh_y) - q(zl_y))) + rx) * vx);
-      uy[k] = T((((q(zh_x) - q(zl_x)) - (q(xh_z) - q(xl_z))) + ry) * vy);
-      uz[k] = T((((q(xh_y) - q(xl_y)) - (q(yh_x) - q(yl_x))) + rz) * vz);
-    }
+    double fx, fy, fz;
+    flux_cell<pass>(in, ex, ey, ez, k, fx, fy, fz);
+    fx += hx, fy += hy, fz += hz;
+    peak = larger(peak, larger(magnitude_bits(fx), larger(magnitude_bits(fy), magnitude_bits(fz))));
+    ux[k] = T(fx * vx);
+    uy[k] = T(fy * vy);
+    uz[k] = T(fz * vz);
   }
   return peak;
 }
 
-// Two dimensions: the stream function takes component z of the axes (x, y), here stored as x and z.
+// Two dimensions: the fluxes are D_z psi and -D_x psi.
 template <class T, bool write>
-inline int64_t exact_stream_cells(const ExactRow<T>& r, const ExactFactors& f, int64_t n) {
-  constexpr double headroom = Lattice<T>::headroom;
-  const double e = f.edge[1];
+inline int64_t stream_cells(const ExactRow<T>& r, const ExactFactors& f, int64_t n) {
   int64_t peak = 0;
-  for (int64_t k = 0; k < n; ++k) {
-    const double high = r.y_high[k] * e, low = r.y_low[k] * e, xh = r.xh_y[k] * e, xl = r.xl_y[k] * e;
-    const int64_t bits[3] = {magnitude_bits((high - low) + f.harmonic[0]), magnitude_bits((xl - xh) + f.harmonic[2]),
-                             magnitude_bits(xh * headroom)};
-    for (const int64_t b : bits) peak = b > peak ? b : peak;
-    if constexpr (write) {
-      const auto q = round_to_lattice;
-      r.ux[k] = T(((q(high) - q(low)) + q(f.harmonic[0])) * f.velocity[0]);
-      r.uz[k] = T(((q(xl) - q(xh)) + q(f.harmonic[2])) * f.velocity[2]);
+  const auto cells = [&](const auto& edge, const double (&harmonic)[3]) {
+    for (int64_t k = 0; k < n; ++k) {
+      const double fx = (edge(r.y_high[k]) - edge(r.y_low[k])) + harmonic[0];
+      const double fz = (edge(r.xl_y[k]) - edge(r.xh_y[k])) + harmonic[2];
+      peak = larger(peak, larger(magnitude_bits(fx), magnitude_bits(fz)));
+      if constexpr (write) {
+        r.ux[k] = T(fx * f.velocity[0]);
+        r.uz[k] = T(fz * f.velocity[2]);
+      }
     }
-  }
+  };
+  if constexpr (write) cells(Rounded{f.edge[1]}, f.rounded);
+  else cells(Scaled{f.edge[1]}, f.harmonic);
   return peak;
 }
 
-#define SHODH_EXACT_ROW(T, write)                                                                                     \
-  SHODH_VECTORISED int64_t exact_row(const ExactRow<T>& r, const ExactFactors& f, int64_t n, bool plane,              \
-                                     std::bool_constant<write>) {                                                     \
-    return plane ? exact_stream_cells<T, write>(r, f, n) : exact_cells<T, write>(r, f, n);                            \
-  }
-SHODH_EXACT_ROW(float, true)
-SHODH_EXACT_ROW(float, false)
-SHODH_EXACT_ROW(double, true)
-SHODH_EXACT_ROW(double, false)
-#undef SHODH_EXACT_ROW
-
-// One plane across x of one sample; `velocity` may be null. Returns the peak in lattice steps.
 template <class T, Pass pass, bool write>
-double exact_plane(const Grid& grid, const Rows<T, pass>& rows, T* velocity, const ExactFactors& f, int64_t i) {
-  constexpr int hi = kHigh<pass>, lo = kLow<pass>;
-  const int64_t ny = grid.cells[1], nz = grid.cells[2], volume = grid.volume();
-  const std::bool_constant<write> tag{};
+inline int64_t flux_row_body(const ExactRow<T>& r, const ExactFactors& f, int64_t n, bool plane) {
+  if (plane) return stream_cells<T, write>(r, f, n);
+  if constexpr (write) return decode_cells<T, pass>(r, f, n);
+  else return measure_cells<T, pass>(r, f, n);
+}
+
+#define SHODH_FLUX_ROW(T, pass, write)                                                                                \
+  SHODH_VECTORISED int64_t flux_row(const ExactRow<T>& r, const ExactFactors& f, int64_t n, bool plane,               \
+                                    std::integral_constant<Pass, Pass::pass>, std::bool_constant<write>) {            \
+    return flux_row_body<T, Pass::pass, write>(r, f, n, plane);                                                       \
+  }
+SHODH_FLUX_ROW(float, kForward, true)
+SHODH_FLUX_ROW(float, kForward, false)
+SHODH_FLUX_ROW(float, kCentral, true)
+SHODH_FLUX_ROW(float, kCentral, false)
+SHODH_FLUX_ROW(double, kForward, true)
+SHODH_FLUX_ROW(double, kForward, false)
+SHODH_FLUX_ROW(double, kCentral, true)
+SHODH_FLUX_ROW(double, kCentral, false)
+#undef SHODH_FLUX_ROW
+
+SHODH_VECTORISED double row_magnitude(const float* row, int64_t n) {
+  int32_t peak = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    int32_t bits;
+    std::memcpy(&bits, row + k, sizeof bits);
+    bits &= 0x7fffffff;
+    peak = bits > peak ? bits : peak;
+  }
+  float value;
+  std::memcpy(&value, &peak, sizeof value);
+  return value;
+}
+
+SHODH_VECTORISED double row_magnitude(const double* row, int64_t n) {
   int64_t peak = 0;
+  for (int64_t k = 0; k < n; ++k) peak = larger(peak, magnitude_bits(row[k]));
+  return from_bits(peak);
+}
+
+// The larger of two magnitudes; infinity and NaN win.
+inline double larger_magnitude(double a, double b) { return from_bits(larger(magnitude_bits(a), magnitude_bits(b))); }
+
+struct Peak {
+  double flux = 0.0;  // largest |face flux|
+  double edge = 0.0;  // largest |edge integral| * headroom
+};
+
+// One plane across x of one sample, in lattice steps; only with `write` is `velocity` touched.
+template <class T, Pass pass, bool write>
+Peak exact_plane(const Grid& grid, const Rows<T, pass>& rows, T* velocity, const ExactFactors& f, int64_t i) {
+  constexpr int hi = kHigh<pass>, lo = kLow<pass>;
+  const int64_t ny = grid.cells[1], nz = grid.cells[2];
+  const std::integral_constant<Pass, pass> stencil{};
+  const std::bool_constant<write> tag{};
+  int64_t flux = 0;
+  Peak peak;
   for (int64_t j = 0; j < ny; ++j) {
-    ExactRow<T> r{};
-    const int only = grid.plane ? 0 : 1;  // channel of component y
-    const T* y = rows(only, 1, i, j);
-    r.xh_y = rows(only, 1, i + hi, j), r.xl_y = rows(only, 1, i + lo, j);
-    const T* x = rows.zeros;
-    if (!grid.plane) {
-      x = rows(0, 0, i, j);
-      r.xh_z = rows(2, 2, i + hi, j), r.xl_z = rows(2, 2, i + lo, j);
-      r.yh_x = rows(0, 0, i, j + hi), r.yl_x = rows(0, 0, i, j + lo);
-      r.yh_z = rows(2, 2, i, j + hi), r.yl_z = rows(2, 2, i, j + lo);
-    }
-    if (write) {
-      r.ux = velocity + (i * ny + j) * nz;
-      r.uz = r.ux + (grid.plane ? 1 : 2) * volume;
-      r.uy = r.ux + volume;
-    }
-    const auto shifted = [&](int64_t k) {
-      ExactRow<T> s = r;
-      for (const T** p : {&s.xh_y, &s.xl_y, &s.xh_z, &s.xl_z, &s.yh_x, &s.yl_x, &s.yh_z, &s.yl_z})
-        if (*p) *p += k;
-      for (T** p : {&s.ux, &s.uy, &s.uz})
-        if (*p) *p += k;
-      return s;
-    };
+    const T *x = grid.plane ? rows.zeros : rows(0, 0, i, j), *y = rows(grid.plane ? 0 : 1, 1, i, j);
+    const T* z = grid.plane ? rows.zeros : rows(2, 2, i, j);
+    const ExactRow<T> row = exact_row(grid, rows, velocity, i, j);
     for (int64_t k = 0; k < nz; k += std::max<int64_t>(nz - 1, 1)) {  // the ends wrap or meet a wall
-      ExactRow<T> s = shifted(k);
-      if (grid.wall[2] && k == nz - 1) s.xh_y = s.xl_y = s.yh_x = s.yl_x = rows.zeros;
+      ExactRow<T> end = row.shifted(k);
+      if (grid.wall[2] && k == nz - 1) end.xh_y = end.xl_y = end.yh_x = end.yl_x = rows.zeros;
       const T ends[4] = {rows.tangential(x, k + hi), rows.tangential(x, k + lo), rows.tangential(y, k + hi),
                          rows.tangential(y, k + lo)};
-      s.x_high = ends, s.x_low = ends + 1, s.y_high = ends + 2, s.y_low = ends + 3;
-      peak = std::max(peak, exact_row(s, f, 1, grid.plane, tag));
+      end.x_high = ends, end.x_low = ends + 1, end.y_high = ends + 2, end.y_low = ends + 3;
+      flux = larger(flux, flux_row(end, f, 1, grid.plane, stencil, tag));
     }
     if (nz > 2) {
-      ExactRow<T> s = shifted(1);
-      s.x_high = x + 1 + hi, s.x_low = x + 1 + lo, s.y_high = y + 1 + hi, s.y_low = y + 1 + lo;
-      peak = std::max(peak, exact_row(s, f, nz - 2, grid.plane, tag));
+      ExactRow<T> inner = row.shifted(1);
+      inner.x_high = x + 1 + hi, inner.x_low = x + 1 + lo, inner.y_high = y + 1 + hi, inner.y_low = y + 1 + lo;
+      flux = larger(flux, flux_row(inner, f, nz - 2, grid.plane, stencil, tag));
     }
+    const int64_t free = grid.wall[2] ? nz - 1 : nz;  // entries that are not pinned
+    const T* own[3] = {x, y, z};
+    for (int c = 0; c < 3; ++c)
+      peak.edge = larger_magnitude(peak.edge, row_magnitude(own[c], c < 2 ? free : nz) * f.edge[c]);
   }
-  return from_bits(peak);
+  peak.edge *= Lattice<T>::headroom;
+  peak.flux = from_bits(flux);
+  return peak;
 }
 
 struct Step {
@@ -173,23 +257,23 @@ class ExactDecode {
   ExactDecode(const Grid& grid, const T* potential, const T* harmonic, T* velocity, double* step)
       : grid_(grid), scales_(lattice_scales(grid)), columns_(harmonic_columns(grid)), potential_(potential),
         harmonic_(harmonic), velocity_(velocity), step_(step), zeros_(grid.cells[2], T(0)),
-        steps_(grid.batch, Step{0, true}), pending_(grid.batch, true), peaks_(grid.batch * grid.cells[0], 0.0) {}
+        steps_(grid.batch, Step{0, true}), pending_(grid.batch, 1), peaks_(grid.batch * grid.cells[0]) {}
 
   template <Pass pass>
   void run() {
     // float64 measures the whole potential: a guess too small would leave the range of the rounding.
-    const int64_t stride = std::is_same_v<T, double> ? 1 : std::min<int64_t>(8, grid_.cells[0]);
-    sweep<pass, false>(stride);
-    for (int64_t s = 0; s < grid_.batch; ++s) steps_[s] = lattice_step<T>(peak(s));
-    for (int round = 0; round < 2; ++round) {
-      sweep<pass, true>(1);
-      for (int64_t s = 0; s < grid_.batch; ++s) {
-        if (!pending_[s]) continue;
-        const Step measured = steps_[s].finite ? lattice_step<T>(std::ldexp(peak(s), steps_[s].exponent)) : steps_[s];
-        pending_[s] = measured.finite && measured.exponent != steps_[s].exponent;
-        steps_[s] = measured;
-      }
-    }
+    const bool guess = std::is_same_v<T, float>;
+    sweep<pass, false>(guess ? 8 : 1);
+    each_pending([&](int64_t s) { steps_[s] = lattice_step<T>(peak(s, 0.0) * (guess ? 1.03 : 1.0)); });
+    sweep<pass, true>(1);
+    std::vector<Step> guesses = steps_;
+    each_pending([&](int64_t s) { pending_[s] = guess && steps_[s].finite && !confirmed(s); });
+    sweep<pass, false>(1);
+    each_pending([&](int64_t s) {
+      steps_[s] = lattice_step<T>(peak(s, 0.0));
+      pending_[s] = steps_[s].finite && steps_[s].exponent != guesses[s].exponent;
+    });
+    sweep<pass, true>(1);
     for (int64_t s = 0; s < grid_.batch; ++s) {
       constexpr double nan = std::numeric_limits<double>::quiet_NaN();
       step_[s] = steps_[s].finite ? std::ldexp(1.0, steps_[s].exponent) : nan;
@@ -199,6 +283,12 @@ class ExactDecode {
   }
 
  private:
+  template <class Body>
+  void each_pending(const Body& body) {
+    for (int64_t s = 0; s < grid_.batch; ++s)
+      if (pending_[s]) body(s);
+  }
+
   ExactFactors factors(int64_t sample, bool in_steps) const {
     ExactFactors f{};
     const int exponent = in_steps ? steps_[sample].exponent : 0;
@@ -207,20 +297,23 @@ class ExactDecode {
       f.velocity[a] = std::ldexp(1.0, exponent) / scales_.area[a];
     }
     for (int c = 0; harmonic_ && c < grid_.components(); ++c) {
+      const int a = grid_.axis(c);
       if (columns_.column[c] < 0) continue;
       const double constant = harmonic_[sample * columns_.count + columns_.column[c]];
-      f.harmonic[grid_.axis(c)] = std::ldexp(constant * scales_.area[grid_.axis(c)], -exponent);
+      f.harmonic[a] = std::ldexp(constant * scales_.area[a], -exponent);
+      f.rounded[a] = (f.harmonic[a] + kRounder) - kRounder;
     }
     return f;
   }
 
-  // Visits every `stride`-th plane of the samples that are pending; with `write` it decodes them.
+  // Visits every `stride`-th plane of the pending samples: decodes them, or measures in units of velocity.
   template <Pass pass, bool write>
   void sweep(int64_t stride) {
+    if (std::none_of(pending_.begin(), pending_.end(), [](char p) { return p != 0; })) return;
     for_planes(grid_, [&](int64_t s, int64_t i) {
-      double& peak = peaks_[s * grid_.cells[0] + i];
       if (!pending_[s] || (write && !steps_[s].finite)) return;
-      peak = 0.0;
+      Peak& peak = peaks_[s * grid_.cells[0] + i];
+      peak = Peak{};
       if (i % stride != 0) return;
       const Rows<T, pass> rows{potential_ + s * grid_.potentials() * grid_.volume(), zeros_.data(), &grid_};
       T* out = velocity_ + s * grid_.components() * grid_.volume();
@@ -228,14 +321,24 @@ class ExactDecode {
     });
   }
 
-  double peak(int64_t sample) const {
+  // Largest magnitude of a sample, its fluxes changed by `shift`.
+  double peak(int64_t sample, double shift) const {
     double largest = 0.0;
     for (int64_t i = 0; i < grid_.cells[0]; ++i) {
-      const double p = peaks_[sample * grid_.cells[0] + i];
-      if (!(p <= largest)) largest = p;
-      if (!std::isfinite(largest)) break;
+      const Peak& plane = peaks_[sample * grid_.cells[0] + i];
+      largest = larger_magnitude(largest, larger_magnitude(plane.edge, std::max(plane.flux + shift, 0.0)));
     }
     return largest;
+  }
+
+  // Whether the decode just done proves its own lattice: rounding moves a flux by at most 2.5 steps.
+  bool confirmed(int64_t sample) const {
+    const Step& step = steps_[sample];
+    for (const double shift : {-2.5, 2.5}) {
+      const Step bound = lattice_step<T>(std::ldexp(peak(sample, shift), step.exponent));
+      if (!bound.finite || bound.exponent != step.exponent) return false;
+    }
+    return true;
   }
 
   const Grid& grid_;
@@ -248,7 +351,7 @@ class ExactDecode {
   const std::vector<T> zeros_;
   std::vector<Step> steps_;
   std::vector<char> pending_;
-  std::vector<double> peaks_;  // largest magnitude of each plane
+  std::vector<Peak> peaks_;  // of each plane
 };
 
 template <class T>
