@@ -11,11 +11,12 @@ from typing import Any
 
 from shodh.errors import ConfigError
 from shodh.physics.open_channel import OpenChannel
+from shodh.physics.porous_media import PorousMedia
 from shodh.physics.regime import Regime
 
-REGIMES: dict[str, type[Any]] = {OpenChannel.name: OpenChannel}
+REGIMES: dict[str, type[Any]] = {OpenChannel.name: OpenChannel, PorousMedia.name: PorousMedia}
 
-__all__ = ["REGIMES", "OpenChannel", "Regime", "get_regime"]
+__all__ = ["REGIMES", "OpenChannel", "PorousMedia", "Regime", "get_regime"]
 
 
 def get_regime(name: str, **parameters: Any) -> Regime:
