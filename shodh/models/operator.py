@@ -126,7 +126,9 @@ class LatentTransformer(nn.Module):
             Time-constant inputs on the latent grid.
         """
         last = history[:, -1]
-        x = self.embed(self._to_tokens(torch.cat((history.flatten(1, 2), static.to(history.dtype)), 1)))
+        tokens = self._to_tokens(torch.cat((history.flatten(1, 2), static.to(history.dtype)), 1))
+        # In bf16 the residual keeps the precision of the input: the model rounds what it adds, not what it is given.
+        x = self.embed(tokens.to(self.embed.weight.dtype))
         if self.position is not None:
             x = x + self.position.position.to(x.dtype)
         cos, sin = self._rotary(x)

@@ -107,8 +107,9 @@ class ExpertLayer(AutoEPMoELayer):
         return int(self.ep_rank * self.num_local_experts)
 
     def seeded_reset(self, *key: Key) -> None:
-        """Draw this rank's experts, each from its global id."""
-        reset_experts(self.experts, self.first_expert, *key, "experts")
+        """Draw this rank's experts, each from its global id, exactly as the plain-torch twin draws them."""
+        *seed, name = key
+        reset_experts(self.experts, self.first_expert, *seed, f"{name}.experts")
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Routing]:
         batch, tokens, _ = hidden_states.shape

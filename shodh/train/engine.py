@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from shodh.config import TrainConfig
@@ -76,29 +78,71 @@ def check_groups(model: nn.Module, groups: list[dict[str, Any]]) -> None:
     assert not wrong, f"parameters not in exactly one optimiser group: {wrong}"
 
 
+def _master_fragment(parameter: torch.Tensor) -> torch.Tensor | None:
+    """The float32 values of a parameter that this rank's optimiser keeps; None if other ranks keep them all."""
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        local: torch.Tensor = safe_get_local_fp32_param(parameter)
+        return local
+    mapping = getattr(parameter, "_hp_mapping", None)
+    return None if mapping is None else mapping.hp_fragment
+
+
+def _unique_name(name: str, parameter: torch.Tensor) -> str:
+    """Experts of different ranks share a name and are not the same parameter."""
+    if getattr(parameter, "allreduce", True):
+        return name
+    from deepspeed.utils import groups
+
+    group = groups._get_expert_parallel_group(parameter.group_name)  # type: ignore[attr-defined]
+    return f"{name} of expert rank {dist.get_rank(group)}"
+
+
 class MovementCheck:
     """Proof after the first step that every parameter moved; silently frozen experts are a known failure.
 
-    A parameter whose gradient was exactly zero everywhere (an expert that got no token) may stand still, and is named
-    in the log only.
+    Compared are the optimiser's float32 values (a small step is invisible in a bf16 weight), on every rank the part it
+    keeps. A parameter whose gradient was exactly zero everywhere (an expert that got no token) may stand still, and is
+    named in the log only.
     """
 
     def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self._before = {name: self._fingerprint(p) for name, p in engine.module.named_parameters()}
+        self._parameters = {_unique_name(n, p): p for n, p in engine.module.named_parameters() if p.requires_grad}
+        self._before: dict[str, torch.Tensor] = {}
+        self._gradient: dict[str, torch.Tensor] = {}
+        self._hooks = []
+        for name, parameter in self._parameters.items():
+            if (fragment := _master_fragment(parameter)) is not None:
+                self._before[name] = fragment.detach().clone()
+            self._hooks.append(parameter.register_hook(partial(self._record, name)))
 
-    @staticmethod
-    def _fingerprint(parameter: torch.Tensor) -> torch.Tensor:
-        local = getattr(parameter, "ds_tensor", parameter)
-        return local.detach().float().clone() if local.numel() <= 2**20 else local.detach().flatten()[: 2**20].clone()
+    def _record(self, name: str, gradient: torch.Tensor) -> None:
+        self._gradient[name] = self._gradient.get(name, gradient.new_zeros(())) + gradient.abs().max()
 
     def finish(self) -> list[str]:
-        """Names of parameters that did not move on this rank."""
-        still = []
-        for name, parameter in self._engine.module.named_parameters():
-            now = self._fingerprint(parameter)
-            if parameter.requires_grad and now.numel() and torch.equal(now, self._before[name].to(now.dtype)):
+        """Names of parameters that should have moved and did not, the same on every rank. Collective."""
+        local = {}
+        for hook in self._hooks:
+            hook.remove()
+        for name, parameter in self._parameters.items():
+            now = _master_fragment(parameter)
+            moved = now is not None and not torch.equal(now, self._before[name])
+            reached = name in self._gradient
+            local[name] = (reached, reached and bool(self._gradient[name] != 0), moved)
+        parts = [local]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            parts = [{} for _ in range(dist.get_world_size())]
+            dist.all_gather_object(parts, local)
+        idle, still = [], []
+        for name in sorted({name for part in parts for name in part}):
+            reached, pushed, moved = (any(part[name][i] for part in parts if name in part) for i in range(3))
+            if reached and not pushed:
+                idle.append(name)
+            elif not moved:
                 still.append(name)
+        if idle:
+            log.info("without gradient in the first step (experts that got no token): %s", ", ".join(idle))
         return still
 
 

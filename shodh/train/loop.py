@@ -187,7 +187,7 @@ class Trainer:
     def _validate(self, writer: MetricWriter | None, bar: tqdm[Any]) -> None:
         self.engine.eval()
         with torch.no_grad():
-            values = reduce_metrics(self.task.validate(self.engine, self.step), self.engine.device)
+            values = reduce_metrics(self.task.validate(self.engine, self.step - 1), self.engine.device)
         if writer is not None and values:
             writer.write(self.step - 1, values)
             text = ", ".join(f"{k.removeprefix('valid/')} {v:.4g}" for k, v in values.items())
