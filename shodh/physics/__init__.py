@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any
+import typing
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from pydantic import TypeAdapter, ValidationError
 
 from shodh.errors import ConfigError
 from shodh.physics.open_channel import OpenChannel
@@ -16,7 +20,7 @@ from shodh.physics.regime import Regime
 
 REGIMES: dict[str, type[Any]] = {OpenChannel.name: OpenChannel, PorousMedia.name: PorousMedia}
 
-__all__ = ["REGIMES", "OpenChannel", "PorousMedia", "Regime", "get_regime"]
+__all__ = ["REGIMES", "OpenChannel", "PorousMedia", "Regime", "get_regime", "parse_parameter"]
 
 
 def get_regime(name: str, **parameters: Any) -> Regime:
@@ -29,16 +33,39 @@ def get_regime(name: str, **parameters: Any) -> Regime:
     """
     if name not in REGIMES:
         raise ConfigError(f"unknown regime {name!r}{_nearest(name, REGIMES)}; available: {', '.join(sorted(REGIMES))}")
-    known = {field.name: field for field in dataclasses.fields(REGIMES[name])}
+    known = {field.name for field in dataclasses.fields(REGIMES[name])}
     for key in parameters:
         if key not in known:
-            raise ConfigError(
-                f"regime {name!r} has no parameter {key!r}{_nearest(key, known)}; available: {', '.join(known)}"
-            )
+            _refuse_parameter(name, key, known)
     regime: Regime = REGIMES[name](**parameters)
     return regime
 
 
-def _nearest(name: str, names: Any) -> str:
+def parse_parameter(name: str, key: str, text: str) -> Any:
+    """Value of the parameter ``key`` of regime ``name`` written as text; lists as ``400,400,400``.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown regime or parameter, or text that is not of the parameter's type.
+    """
+    get_regime(name)
+    kinds = typing.get_type_hints(REGIMES[name])
+    known = {field.name for field in dataclasses.fields(REGIMES[name])}
+    if key not in known:
+        _refuse_parameter(name, key, known)
+    value: Any = text.split(",") if "tuple" in str(kinds[key]) else text
+    try:
+        return TypeAdapter(kinds[key]).validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(f"{name}.{key}={text}: {error.errors()[0]['msg'].lower()}") from error
+
+
+def _refuse_parameter(name: str, key: str, known: Iterable[str]) -> NoReturn:
+    available = ", ".join(sorted(known))
+    raise ConfigError(f"regime {name!r} has no parameter {key!r}{_nearest(key, known)}; available: {available}")
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(names), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -26,10 +26,7 @@ from torch import Tensor
 
 from shodh.physics.operators import divergence_padded, fill_periodic, inner, padded_like, shifted, subtract_gradient
 from shodh.physics.poisson import ChannelPoisson
-from shodh.physics.scalar import ScalarTransport
-
-# (weight of the state at the start of the step) of each Shu-Osher stage: u <- w u0 + (1 - w) (u + dt L(u)).
-STAGES = (0.0, 0.75, 1.0 / 3.0)
+from shodh.physics.scalar import SSP_RK3, ScalarTransport
 
 # Limits of stability on the imaginary axis (advection) and on the negative real axis (diffusion) of a three-stage
 # third-order Runge-Kutta scheme.
@@ -150,7 +147,7 @@ class ChannelFlow:
         self._start.copy_(self.interior)
         if scalar is not None:
             scalar.begin_step()
-        for weight in STAGES:
+        for weight in SSP_RK3:
             if scalar is not None:
                 scalar.stage(self.velocity, weight, dt)
             self.interior.addcmul_(self.tendency(), dt)

@@ -52,8 +52,8 @@ INITIAL_BULK = 0.97
 def reichardt(height: Tensor, re_tau: float) -> Tensor:
     """Mean velocity in wall units at ``height`` (0..1) above the bed (Reichardt 1951)."""
     plus = height * re_tau
-    return (
-        torch.log1p(0.41 * plus) / 0.41 + 7.8 * (1.0 - torch.exp(-plus / 11.0) - plus / 11.0 * torch.exp(-0.33 * plus))
+    return torch.log1p(0.41 * plus) / 0.41 + 7.8 * (
+        1.0 - torch.exp(-plus / 11.0) - plus / 11.0 * torch.exp(-0.33 * plus)
     )
 
 

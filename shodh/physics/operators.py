@@ -53,7 +53,7 @@ def padded_like(space: Sequence[int], batch: int, *, components: int = 0, like: 
 
 
 def divergence_padded(velocity: Tensor, spacing: Sequence[float], out: Tensor | None = None) -> Tensor:
-    """Divergence ``[*space, B]`` of a padded face velocity ``[3, *(n+2), B]``: ``sum_i (u_i[c] - u_i[c-e_i]) / h_i``."""
+    """``sum_i (u_i[c] - u_i[c - e_i]) / h_i``, shape ``[*space, B]``, of a padded face velocity ``[3, *(n+2), B]``."""
     for axis in range(3):
         upper, lower = shifted(velocity[axis], axis, 0), shifted(velocity[axis], axis, -1)
         if axis == 0:

@@ -31,11 +31,10 @@ from torch import Tensor
 from shodh.errors import ConfigError, DataError
 from shodh.fields import RegimeSchema, Trajectories
 from shodh.physics.geometry import GENERATORS, Solid, crop_image, load_image, pore_space
-from shodh.physics.mac import STAGES
 from shodh.physics.operators import fill_periodic, inner, padded_like
 from shodh.physics.poisson import closed_faces
 from shodh.physics.regime import Progress, check_positive, check_request, flow_schema, tracer_blobs
-from shodh.physics.scalar import ScalarTransport
+from shodh.physics.scalar import SSP_RK2, ScalarTransport
 from shodh.physics.stokes import StokesSolver
 from shodh.seeding import generator, stable_seed
 
@@ -228,7 +227,7 @@ class _Run:
         if not (float(flows.residual.max()) <= 10.0 * regime.tolerance):
             raise ConfigError(
                 f"porous_media: the Stokes solver stopped at a residual of {float(flows.residual.max()):.1e} "
-                f"(tolerance {regime.tolerance:.1e}); raise porous_media.max_iterations, or use porous_media.double=true"
+                f"(tolerance {regime.tolerance:.1e}); raise porous_media.max_iterations or set porous_media.double"
             )
         pores = (~self.solid).flatten(1).sum(1)
         square = flows.velocity.square().sum((0, 2, 3, 4, 5)) / (3.0 * pores)
@@ -277,7 +276,7 @@ class _Run:
             for axis in range(3):
                 fill_periodic(self._padded, axis + 1)
             self.tracer.begin_step()
-            for weight in STAGES:
+            for weight in SSP_RK2:
                 self.tracer.stage(self._padded, weight, dt.to(self.device, self.dtype))
         self.time += interval
 

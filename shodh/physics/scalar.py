@@ -17,6 +17,11 @@ from torch import Tensor
 
 from shodh.physics.operators import fill_periodic, inner, padded_like
 
+# Weights w of the strong-stability-preserving Runge-Kutta schemes of Shu & Osher (1988), one a stage:
+# c <- w c0 + (1 - w) (c + dt L(c)), with c0 the state at the start of the step.
+SSP_RK2 = (0.0, 0.5)
+SSP_RK3 = (0.0, 0.75, 1.0 / 3.0)
+
 
 class ScalarTransport:
     """A batch of scalars and their transport by a given velocity.
@@ -65,7 +70,7 @@ class ScalarTransport:
         self._start.copy_(self.values)
 
     def stage(self, velocity: Tensor, weight: float, dt: float | Tensor) -> None:
-        """One Shu-Osher stage ``c <- w c0 + (1 - w)(c + dt L(c))``; ``dt`` may differ from scalar to scalar, ``[B]``."""
+        """One Shu-Osher stage ``c <- w c0 + (1 - w)(c + dt L(c))``; ``dt`` may be one for each scalar."""
         self.values.add_(self.tendency(self.values, velocity).mul_(dt))
         if weight:
             self.values.lerp_(self._start, weight)
