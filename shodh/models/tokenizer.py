@@ -56,7 +56,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """``[B, L, x, y, z]`` and geometry ``[B, G, X, Y, Z]`` -> head channels ``[B, H, X, Y, Z]``."""
+    """``[B, L, x, y, z]`` and geometry ``[B, G, X, Y, Z]`` -> head channels ``[B, H, X, Y, Z]``, float32."""
 
     def __init__(self, num_geometry: int, outputs: int, config: TokenizerConfig) -> None:
         super().__init__()
@@ -77,17 +77,22 @@ class Decoder(nn.Module):
 
     def forward(self, latent: Tensor, geometry: Tensor) -> Tensor:
         # Geometry at the resolution of each stage's input: 1/8, 1/8, 1/4, 1/2 and 1.
-        levels = [F.avg_pool3d(geometry, k) for k in (8, 8, 4, 2)]
+        levels = [F.avg_pool3d(geometry, k).to(latent.dtype) for k in (8, 8, 4, 2)]
         x = latent
         for stage, level in zip(self.stages, levels[:3], strict=True):
             x = stage(torch.cat((x, level), 1))
         x = F.silu(self.up(torch.cat((x, levels[3]), 1)))
-        out: Tensor = self.head(torch.cat((x, geometry), 1))
-        return out
+        # Always in float32: the velocity is a difference of neighbouring potentials, which 16 bits would round away.
+        x = F.pad(torch.cat((x.float(), geometry), 1), (1,) * 6, mode="circular")
+        assert self.head.bias is not None
+        return F.conv3d(x, self.head.weight.float(), self.head.bias.float())
 
 
 class Tokenizer(nn.Module):
     """Autoencoder of normalised fields; latents are normalised by statistics kept with the weights.
+
+    Fields, latents, potentials and velocity are float32 whatever the precision of the weights; the convolutions between
+    run in the precision of the weights.
 
     Parameters
     ----------
@@ -113,23 +118,21 @@ class Tokenizer(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
-    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (1, -1, 1, 1, 1)
-        return self.latent_mean.view(shape).to(like.dtype), self.latent_std.view(shape).to(like.dtype)
-
     def encode(self, fields: Tensor, geometry: Tensor) -> Tensor:
         """Normalised fields ``[B, C, X, Y, Z]`` and geometry ``[B, G, X, Y, Z]`` -> latents ``[B, L, x, y, z]``."""
-        latent = self.encoder(torch.cat((fields, geometry), 1))
-        mean, std = self._affine(latent)
-        return (latent - mean) / std
+        dtype = self.encoder.out.weight.dtype
+        latent = self.encoder(torch.cat((fields, geometry), 1).to(dtype)).float()
+        return (latent - self.latent_mean.view(1, -1, 1, 1, 1)) / self.latent_std.view(1, -1, 1, 1, 1)
 
     def potentials(self, latent: Tensor, geometry: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the decoder emits: channels ``[B, C, X, Y, Z]`` (of a solenoidal vector, its potential), and harmonic
         parts ``[B, 3 * solenoidal]`` or None."""
-        mean, std = self._affine(latent)
-        latent = latent * std + mean
-        harmonic = self.harmonic(latent.mean((2, 3, 4))) if self.harmonic is not None else None
-        return self.decoder(latent, geometry), harmonic
+        latent = latent * self.latent_std.view(1, -1, 1, 1, 1) + self.latent_mean.view(1, -1, 1, 1, 1)
+        harmonic = None
+        if self.harmonic is not None:
+            weight, bias = self.harmonic.weight.float(), self.harmonic.bias.float()
+            harmonic = F.linear(latent.mean((2, 3, 4)), weight, bias)
+        return self.decoder(latent.to(self.encoder.out.weight.dtype), geometry), harmonic
 
     def assemble(self, channels: Tensor, harmonic: Tensor | None, domain: Domain, *, exact: bool = False) -> Tensor:
         """Fields of samples that share one domain, from `potentials`; every operation in the dtype given."""

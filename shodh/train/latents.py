@@ -99,9 +99,7 @@ def encode_frames(
 ) -> tuple[Tensor, Tensor]:
     """Latents and static features of frames of one domain: normalised ``[N, C, ...]``, static ``[N, S, ...]``."""
     geometry = add_walls(static.to(device), domain)
-    dtype = next(tokenizer.parameters()).dtype
-    latents = tokenizer.encode(fields.to(device, dtype), geometry.to(dtype))
-    return latents.float(), static_features(geometry)
+    return tokenizer.encode(fields.to(device), geometry), static_features(geometry)
 
 
 def prepare_latents(config: RunConfig, regimes: Regimes, trained: TrainedTokenizer, device: torch.device) -> Path:

@@ -1,0 +1,37 @@
+# Two commands: `make demo` (the main job, end to end) and `make test` (all tests). Both do all set-up themselves.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+RANKS  := 2
+DEMO   := launch/configs/demo.yaml
+
+.PHONY: demo test lint types install clean
+
+install: $(STAMP)
+
+$(STAMP): requirements.lock setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python tools/generate_data.py --config-like-demo
+	$(BIN)/deepspeed --num_gpus $(RANKS) launch/train_tokenizer.py --config $(DEMO) --resume auto
+	$(BIN)/deepspeed --num_gpus $(RANKS) launch/pretrain.py --config $(DEMO) --resume auto
+	$(BIN)/python launch/evaluate.py --run runs/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

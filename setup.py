@@ -1,0 +1,40 @@
+"""Installation. The compiled extension is optional: without a compiler the plain-torch reference serves."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "shodh" / "__init__.py").read_text())
+assert VERSION is not None
+
+REQUIRED = [
+    "torch>=2.10",
+    "deepspeed>=0.19.8,<0.20",
+    "numpy>=1.26",
+    "h5py>=3.10",
+    "safetensors>=0.5",
+    "pydantic>=2.7,<3",
+    "pyyaml>=6.0",
+    "tensorboard>=2.15",
+    "matplotlib>=3.8",
+    "scipy>=1.11",
+    "tqdm>=4.66",
+]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "the-well>=1.2", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"]
+
+setup(
+    name="shodh",
+    version=VERSION.group(1),
+    description="Sparse multi-physics foundation models with exactly conserved mass",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["shodh", "shodh.*"]),
+    install_requires=REQUIRED,
+    extras_require={"test": TEST, "images": ["tifffile>=2024.1"]},
+)
