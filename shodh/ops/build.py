@@ -80,7 +80,7 @@ def find_nvcc() -> str:
 def include_flags(torch: Path) -> list[str]:
     """Preprocessor flags common to both compilers."""
     version = f"0x{TORCH_FLOOR[0]:02x}{TORCH_FLOOR[1]:02x}{0:012x}"
-    return ["-std=c++20", f"-DTORCH_TARGET_VERSION={version}", f"-I{torch / 'include'}"]
+    return ["-std=c++20", f"-DTORCH_TARGET_VERSION={version}", "-DUSE_CUDA", f"-I{torch / 'include'}"]
 
 
 def cuda_archs() -> list[str]:
