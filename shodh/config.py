@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -123,12 +124,20 @@ class TokenizerConfig(Section):
 
     run: Path | None = Field(None, description="run folder of the tokenizer; null: runs/<name>-tokenizer")
     latent_channels: PositiveInt = 32
-    widths: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
-        (32, 64, 128), description="channels at 1/2, 1/4 and 1/8 of the resolution"
-    )
-    depth: PositiveInt = Field(1, description="residual blocks at each resolution")
+    strides: tuple[PositiveInt, ...] = Field((2, 2, 2), description="downsampling of each stage; their product is 8")
+    widths: tuple[PositiveInt, ...] = Field((32, 64, 128), description="channels of each stage, after its downsampling")
+    depth: PositiveInt = Field(1, description="residual blocks of each stage")
+    head_channels: PositiveInt = Field(16, description="channels at full resolution, before the last convolution")
     loss: TokenizerLoss = TokenizerLoss()
     train: TrainConfig = TrainConfig(steps=300)
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenizerConfig:
+        if math.prod(self.strides) != 8:
+            raise ValueError(f"strides {list(self.strides)} multiply to {math.prod(self.strides)}, and must to 8")
+        if len(self.widths) != len(self.strides):
+            raise ValueError(f"{len(self.widths)} widths for {len(self.strides)} strides; one for each")
+        return self
 
 
 class RouterConfig(Section):

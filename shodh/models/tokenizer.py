@@ -6,6 +6,7 @@ and `shodh.ops.decode_velocity` turns them into a discretely divergence-free fie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -38,13 +39,13 @@ class ResidualBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """``[B, C + G, X, Y, Z] -> [B, L, X/8, Y/8, Z/8]``."""
+    """``[B, C + G, X, Y, Z] -> [B, L, X/8, Y/8, Z/8]``: strided convolutions with residual blocks between."""
 
     def __init__(self, inputs: int, config: TokenizerConfig) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for width in config.widths:
-            layers.append(nn.Conv3d(inputs, width, 2, stride=2))
+        for width, stride in zip(config.widths, config.strides, strict=True):
+            layers.append(nn.Conv3d(inputs, width, stride, stride=stride))
             layers.extend(ResidualBlock(width) for _ in range(config.depth))
             inputs = width
         self.layers = nn.Sequential(*layers)
@@ -56,34 +57,34 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """``[B, L, x, y, z]`` and geometry ``[B, G, X, Y, Z]`` -> head channels ``[B, H, X, Y, Z]``, float32."""
+    """``[B, L, x, y, z]`` and geometry ``[B, G, X, Y, Z]`` -> head channels ``[B, H, X, Y, Z]``, float32.
+
+    The encoder's strides backwards; geometry is given to every stage at its resolution.
+    """
 
     def __init__(self, num_geometry: int, outputs: int, config: TokenizerConfig) -> None:
         super().__init__()
-        widths = config.widths[::-1]
-        self.stages = nn.ModuleList()
-        inputs = config.latent_channels
-        for level, width in enumerate(widths):
-            enter = (
-                _conv(inputs + num_geometry, width)
-                if level == 0
-                else nn.ConvTranspose3d(inputs + num_geometry, width, 2, stride=2)
-            )
-            blocks = [ResidualBlock(width) for _ in range(config.depth)]
-            self.stages.append(nn.Sequential(enter, *blocks))
-            inputs = width
-        self.up = nn.ConvTranspose3d(inputs + num_geometry, inputs // 2, 2, stride=2)
-        self.head = _conv(inputs // 2 + num_geometry, outputs)
+        strides, widths = config.strides[::-1], config.widths[::-1]
+        self.enter = _conv(config.latent_channels + num_geometry, widths[0])
+        self.blocks = nn.ModuleList(
+            nn.Sequential(*(ResidualBlock(width) for _ in range(config.depth))) for width in widths
+        )
+        after = (*widths[1:], config.head_channels)
+        self.ups = nn.ModuleList(
+            nn.ConvTranspose3d(width + num_geometry, out, stride, stride=stride)
+            for width, out, stride in zip(widths, after, strides, strict=True)
+        )
+        self.head = _conv(config.head_channels + num_geometry, outputs)
+        # Cells of the field per cell of each stage.
+        self.coarseness = [math.prod(strides[i:]) for i in range(len(strides))]
 
     def forward(self, latent: Tensor, geometry: Tensor) -> Tensor:
-        # Geometry at the resolution of each stage's input: 1/8, 1/8, 1/4, 1/2 and 1.
-        levels = [F.avg_pool3d(geometry, k).to(latent.dtype) for k in (8, 8, 4, 2)]
-        x = latent
-        for stage, level in zip(self.stages, levels[:3], strict=True):
-            x = stage(torch.cat((x, level), 1))
-        x = F.silu(self.up(torch.cat((x, levels[3]), 1)))
+        levels = [F.avg_pool3d(geometry, k).to(latent.dtype) for k in self.coarseness]
+        x = self.enter(torch.cat((latent, levels[0]), 1))
+        for blocks, up, level in zip(self.blocks, self.ups, levels, strict=True):
+            x = up(torch.cat((blocks(x), level), 1))
         # Always in float32: the velocity is a difference of neighbouring potentials, which 16 bits would round away.
-        x = F.pad(torch.cat((x.float(), geometry), 1), (1,) * 6, mode="circular")
+        x = F.pad(torch.cat((F.silu(x).float(), geometry), 1), (1,) * 6, mode="circular")
         assert self.head.bias is not None
         return F.conv3d(x, self.head.weight.float(), self.head.bias.float())
 

@@ -58,11 +58,15 @@ def _check_same_run(config: RunConfig, folder: RunFolder) -> None:
     if not (folder.path / "config.yaml").exists():
         return
     old, new = to_dict(folder.config()), to_dict(config)
-    changed = [key for key in ("seed", "data") if old[key] != new[key]]
+    for tree in (old, new):
+        for stage in ("tokenizer", "operator"):
+            del tree[stage]["train"]  # How long and how fast may change; what is learned, and from what, may not.
+        del tree["tokenizer"]["run"]
+    changed = [key for key in ("seed", "data", "tokenizer", "operator") if old[key] != new[key]]
     if changed:
         raise ConfigError(
-            f"{folder.path} was started with another {' and '.join(changed)}; resume with its own config.yaml, or "
-            "start a new run with --init-from"
+            f"{folder.path} was started with other settings of {' and '.join(changed)}; resume with its own "
+            "config.yaml, or start a new run with --set name=..."
         )
 
 

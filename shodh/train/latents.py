@@ -64,7 +64,7 @@ def load_tokenizer(config: RunConfig) -> TrainedTokenizer:
             f"{[f['kind'] for f in theirs]}), and this run has {[f['name'] for f in ours]} (kinds "
             f"{[f['kind'] for f in ours]}); use --set tokenizer.run=... of a fitting one, or train it anew"
         )
-    same = ("latent_channels", "widths", "depth")
+    same = ("latent_channels", "strides", "widths", "depth", "head_channels")
     differ = [k for k in same if getattr(config.tokenizer, k) != getattr(trained.tokenizer, k)]
     if differ:
         raise CheckpointError(

@@ -206,9 +206,8 @@ def describe_plan(plan: Plan) -> str:
         f"  floating point        {plan.flops_per_step / 1e12:.2f} TFLOP, forward and backward",
         f"  all-to-all            {_bytes(plan.all_to_all_bytes)} sent by a rank",
         f"  gradients             {_bytes(plan.gradient_bytes)} sent by a rank",
-        f"  time                  {1e3 * step_s:.1f} ms a step and {step_s * train.steps / 3600:.2f} h in all, IF",
-        f"                        H100s reach {ASSUMED_UTILISATION:.0%} of their {PEAK_FLOPS[train.precision] / 1e12:.0f} "
-        "TFLOP/s (an assumption, not a measurement)",
+        f"  time                  {1e3 * step_s:.1f} ms a step, {step_s * train.steps / 3600:.2f} h in all, if H100s reach",
+        f"                        {ASSUMED_UTILISATION:.0%} of {PEAK_FLOPS[train.precision] / 1e12:.0f} TFLOP/s (assumed)",
         "",
         "optimiser groups",
         *(f"  {name:<21} {tensors} tensors, {_size(count)} parameters" for name, tensors, count in plan.groups),
