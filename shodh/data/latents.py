@@ -163,7 +163,7 @@ class _FrameReader:
             fields = torch.empty(len(frames), source.num_channels, *source.grid)
             source.read(self.split, trajectory, frames, fields.numpy())
             if self.normalizer is not None:
-                fields = self.normalizer.normalize(fields, source.name)
+                self.normalizer.normalize_(fields, source.name)
             yield fields, static.expand(len(frames), *static.shape)
 
 

@@ -94,7 +94,12 @@ class FieldNormalizer:
             Of the shape, dtype and device of ``values``.
         """
         mean, scale = self._constants_like(values, regime)
-        return (values - mean) / scale
+        return (values - mean).div_(scale)
+
+    def normalize_(self, values: Tensor, regime: int | str | Tensor) -> Tensor:
+        """`normalize` in place."""
+        mean, scale = self._constants_like(values, regime)
+        return values.sub_(mean).div_(scale)
 
     def denormalize(self, values: Tensor, regime: int | str | Tensor) -> Tensor:
         """Undo `normalize`."""

@@ -107,7 +107,7 @@ class WindowDataset(Dataset[dict[str, Any]]):
         self.source.read(self.split, trajectory, frames, fields.numpy())
         self.source.read_static(self.split, trajectory, static.numpy())
         if self.normalizer is not None:
-            fields = self.normalizer.normalize(fields, self.source.name)
+            self.normalizer.normalize_(fields, self.source.name)
         return {
             "fields": fields,
             "static": static,

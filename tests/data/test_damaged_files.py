@@ -66,7 +66,27 @@ def absurd_time(file: h5py.File) -> None:
     file["dimensions"].create_dataset("time", shape=(10**12,), chunks=(1024,), dtype="f8")
 
 
+def periodic_below(file: h5py.File) -> None:
+    group = file["boundary_conditions"]
+    group.copy("z_wall", "z_below")
+    group["z_below"].attrs["bc_type"] = "PERIODIC"
+    group["z_below/mask"][-1] = False
+    group["z_wall/mask"][0] = False
+
+
+def wall_over_half_an_end(file: h5py.File) -> None:
+    """A mask over the planes of y and z whose wall fills one half of each end of z."""
+    group = file["boundary_conditions/z_wall"]
+    group.attrs["associated_dims"] = ["y", "z"]
+    mask = np.zeros((6, 7), dtype=bool)
+    mask[:3, [0, -1]] = True
+    del group["mask"]
+    group["mask"] = mask
+
+
 EDITS["absurd size"] = (absurd_time, "absurd")
+EDITS["wall above only"] = (periodic_below, "PERIODIC below and WALL above")
+EDITS["wall with a gap"] = (wall_over_half_an_end, "OPEN below and OPEN above")
 
 
 @pytest.mark.parametrize("edit", EDITS, ids=lambda name: name.replace(" ", "_"))

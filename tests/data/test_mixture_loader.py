@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -97,8 +98,11 @@ def test_a_bad_value_is_reported_as_the_reader_says_it(folders, datasets, sample
     bad = next((folders["porous_media"] / "data" / "train").iterdir())
     with h5py.File(bad, "r+") as file:
         file["t0_fields/tracer"][...] = np.nan
+    others = set(multiprocessing.active_children())
+    loader = MixtureLoader(datasets, sampler, num_workers=num_workers)
     with pytest.raises(DataError, match="'tracer' holds NaN or infinity in trajectory") as error:
-        collect(MixtureLoader(datasets, sampler, num_workers=num_workers), 0, 12)
+        collect(loader, 0, 12)
+    assert set(multiprocessing.active_children()) <= others  # its workers ended before the error left the loader
     assert str(bad) in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -79,9 +79,11 @@ def test_parts_have_the_global_shares(parts):
         assert counts == {0: 16 // parts, 1: 8 // parts, 2: 8 // parts}
 
 
-@pytest.mark.parametrize("world", [3, 5])
-def test_parts_come_as_near_to_the_shares_as_whole_samples_allow(world):
-    mixture = MixtureSampler(0, [100, 100, 100], [4, 2, 1], 15 * 7)
+@pytest.mark.parametrize(
+    ("world", "shares", "global_batch"), [(3, [4, 2, 1], 105), (5, [4, 2, 1], 105), (2, [5, 1, 1, 1], 8)]
+)
+def test_parts_come_as_near_to_the_shares_as_whole_samples_allow(world, shares, global_batch):
+    mixture = MixtureSampler(0, [100] * len(shares), shares, global_batch)
     for rank in range(world):
         counts = Counter(regime for regime, _ in mixture.local_batch(2, rank, world))
         for regime, count in enumerate(mixture.counts):

@@ -153,6 +153,15 @@ def test_a_write_that_fails_midway_leaves_no_trace(tmp_path, make_trajectories, 
     assert not existing or path.read_bytes() == before
 
 
+def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path, make_trajectories, monkeypatch):
+    order: list[str] = []
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (order.append("fsync"), fsync(descriptor))[1])
+    monkeypatch.setattr(os, "replace", lambda old, new: (order.append("rename"), rename(old, new))[1])
+    write_trajectories(tmp_path / "a.hdf5", make_trajectories())
+    assert order == ["fsync", "rename", "fsync"]  # the file, its name, the folder
+
+
 def test_a_killed_write_publishes_nothing_and_is_cleaned_up(tmp_path, make_trajectories, monkeypatch):
     monkeypatch.setattr("shodh.data.well._write_scalars", lambda *_: os.kill(os.getpid(), 9))
     child = os.fork()
