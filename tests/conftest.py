@@ -1,0 +1,113 @@
+"""Tiny data and a tiny configuration that every tier of tests may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from shodh.data import write_trajectories
+from shodh.fields import Boundary, Field, RegimeSchema, Trajectories
+
+TINY_GRID = (16, 16, 16)
+TINY_FIELDS = (
+    Field("velocity", "vector", placement="face", solenoidal=True),
+    Field("tracer"),
+    Field("solid", static=True),
+)
+TINY_BOUNDARIES: dict[str, tuple[Boundary, Boundary, Boundary]] = {
+    "open_channel": ("periodic", "periodic", "wall"),
+    "porous_media": ("periodic", "periodic", "periodic"),
+}
+
+
+def _walk(rng: np.random.Generator, batch: int, frames: int, *shape: int) -> np.ndarray:
+    """Random fields that change by steps, so that consecutive frames resemble each other."""
+    first = rng.standard_normal((batch, 1, *shape))
+    steps = 0.3 * rng.standard_normal((batch, frames, *shape))
+    return (first + steps.cumsum(1)).astype(np.float32)
+
+
+def tiny_trajectories(name: str, seed: int, batch: int, frames: int = 6) -> Trajectories:
+    """Trajectories of one of the two tiny regimes: noise with the right shapes, walls and solids."""
+    rng = np.random.default_rng(seed)
+    porous = name == "porous_media"
+    velocity = (0.3 if porous else 1.0) * _walk(rng, batch, frames, *TINY_GRID, 3)
+    solid = rng.random((batch, *TINY_GRID)) < 0.3 if porous else np.zeros((batch, *TINY_GRID), dtype=bool)
+    values = {"velocity": velocity, "tracer": 2.0 + _walk(rng, batch, frames, *TINY_GRID), "solid": solid}
+    schema = RegimeSchema(name, TINY_FIELDS, TINY_BOUNDARIES[name])
+    return Trajectories(schema, (2.0, 1.0, 1.0), 0.1 * np.arange(frames), values)
+
+
+def write_tiny_data(root: Path) -> None:
+    """Two regimes with 3 training, 2 validation and 1 test trajectories of 6 frames of 16^3 cells."""
+    for number, name in enumerate(TINY_BOUNDARIES):
+        for part, (split, batch) in enumerate((("train", 3), ("valid", 2), ("test", 1))):
+            path = root / name / "data" / split / f"{name}_{part:05d}.hdf5"
+            write_trajectories(path, tiny_trajectories(name, 10 * number + part, batch))
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the tiny data of both regimes; read it, never change it."""
+    root = tmp_path_factory.mktemp("tiny") / "data"
+    write_tiny_data(root)
+    return root
+
+
+def merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``changes`` put over ``tree``, nested mappings key by key."""
+    merged = dict(tree)
+    for key, value in changes.items():
+        merged[key] = merge(tree.get(key, {}), value) if isinstance(value, dict) else value
+    return merged
+
+
+@pytest.fixture(scope="session")
+def tiny_tree(tiny_data: Path) -> dict[str, Any]:
+    """A configuration of the tiny data as a plain mapping: 8 tokens a sample, four experts of 32."""
+    return {
+        "name": "tiny",
+        "seed": 3,
+        "data": {
+            "grid": list(TINY_GRID),
+            "history": 2,
+            "regimes": [{"name": name, "path": str(tiny_data / name)} for name in TINY_BOUNDARIES],
+        },
+        "tokenizer": {
+            "latent_channels": 8,
+            "widths": [8, 8, 16],
+            "train": {"steps": 2, "global_batch": 8, "warmup": 1, "log_every": 1, "valid_batches": 1},
+        },
+        "operator": {
+            "dim": 32,
+            "depth": 2,
+            "heads": 2,
+            "experts": {"num_experts": 4, "hidden": 32, "router": {"semantic_dim": 8}},
+            "train": {
+                "steps": 10,
+                "global_batch": 8,
+                "warmup": 2,
+                "lr": 1.0e-3,
+                "clip": 0.1,
+                "log_every": 1,
+                "valid_batches": 1,
+            },
+        },
+    }
+
+
+@pytest.fixture(scope="session")
+def write_config(tiny_tree: dict[str, Any]) -> Callable[..., Path]:
+    """``write_config(path, **changes)`` writes the tiny configuration with changes as YAML."""
+
+    def write(path: Path, **changes: Any) -> Path:
+        tree = merge({**tiny_tree, "out": str(path.parent / "runs")}, changes)
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write

@@ -1,0 +1,170 @@
+"""Start gloo ranks, or a whole command line, in fresh processes that need not import torch and DeepSpeed again.
+
+A fork server imports them once a session. Every rank is a fork of it: a new process without anything of an earlier
+test, which starts in milliseconds instead of seconds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.util
+import os
+import pickle
+import runpy
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+PRELOAD = ["torch", "deepspeed", "shodh.train.jobs", "shodh.moe.layer", "torch.utils.tensorboard", "matplotlib.figure"]
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(PRELOAD)
+
+
+class RankError(AssertionError):
+    """A rank failed or did not answer; the message holds the tracebacks."""
+
+
+class Finished(NamedTuple):
+    """How a command line ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _enter(environment: Mapping[str, str]) -> None:
+    import torch
+
+    os.chdir(ROOT)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+
+
+def _leave(code: int) -> None:
+    """End without destructors: a process group would wait for what a failed neighbour never sends."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    multiprocessing.util._run_finalizers()
+    os._exit(code)
+
+
+def _rank_main(connection: Connection, environment: Mapping[str, str], payload: bytes) -> None:
+    _enter(environment)
+    try:
+        function, arguments = pickle.loads(payload)
+        answer = (True, function(*arguments))
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    connection.send_bytes(pickle.dumps(answer))
+    connection.close()
+    _leave(0)
+
+
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
+    """Call ``function(*arguments)`` on ``world`` ranks at once; returns what each rank returned.
+
+    The function is a module-level one of a test file; it finds ``RANK``, ``WORLD_SIZE`` and the rest in its
+    environment, as the launcher would set them, and connects the ranks itself (`shodh.train.runtime`).
+
+    Raises
+    ------
+    RankError
+        With the traceback of each rank that failed, or the ranks that gave no answer in time; none is left running.
+    """
+    port = free_port()
+    payload = pickle.dumps((function, arguments))
+    ranks = []
+    for rank in range(world):
+        receiver, sender = _context.Pipe(duplex=False)
+        process = _context.Process(target=_rank_main, args=(sender, _rank_environment(rank, world, port), payload))
+        process.start()
+        sender.close()
+        ranks.append((process, receiver))
+    deadline = time.monotonic() + timeout
+    answers: list[tuple[bool, Any]] = []
+    try:
+        for rank, (_, receiver) in enumerate(ranks):
+            # After a failure the others may wait for the failed rank: they get a moment, not the whole time.
+            patience = 5.0 if any(not ok for ok, _ in answers) else deadline - time.monotonic()
+            if not receiver.poll(max(0.0, patience)):
+                answers.append((False, f"rank {rank} gave no answer in time"))
+                continue
+            try:
+                answers.append(pickle.loads(receiver.recv_bytes()))
+            except EOFError:
+                answers.append((False, f"rank {rank} died"))
+    finally:
+        for process, receiver in ranks:
+            process.join(0.5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            receiver.close()
+    failed = [f"--- rank {rank} ---\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
+    if failed:
+        raise RankError("\n".join(failed))
+    return [value for _, value in answers]
+
+
+def _script_main(script: str, argv: Sequence[str], environment: Mapping[str, str], out: str, err: str) -> None:
+    for number, path in ((1, out), (2, err)):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    # Python's own streams may be another's in the fork server; these write to the descriptors.
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", closefd=False)
+    _enter(environment)
+    sys.argv = [script, *argv]
+    code = 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    _leave(code)
+
+
+def run_script(
+    script: str, *argv: str | Path, environment: Mapping[str, str] | None = None, timeout: float = 120.0
+) -> Finished:
+    """Run ``python <script> <argv>`` from the root of the project, in a process of its own, without a launcher."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = f"{folder}/out", f"{folder}/err"
+        arguments = (str(ROOT / script), [str(a) for a in argv], dict(environment or {}), out, err)
+        process = _context.Process(target=_script_main, args=arguments)
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise RankError(f"{script} {' '.join(map(str, argv))} did not end; stderr:\n{Path(err).read_text()}")
+        assert process.exitcode is not None
+        return Finished(process.exitcode, Path(out).read_text(), Path(err).read_text())

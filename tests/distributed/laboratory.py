@@ -1,0 +1,81 @@
+"""Runs of the tiny configuration, each made once a session and shared by all tests that look at it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import rank_jobs
+from helper import run_ranks
+
+from shodh.config import RunConfig, load_config
+from shodh.moe.trace import read_trace
+from shodh.train.metrics import read_metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, and what each rank returned."""
+
+    path: Path
+    overrides: list[str]
+    ranks: list[dict[str, Any]]
+
+    def training(self, name: str) -> list[float]:
+        """A training metric, step by step."""
+        return [line[name] for line in read_metrics(self.path / "metrics.jsonl") if name in line]
+
+    def lines(self) -> list[dict[str, float]]:
+        """All metrics but those of the clock."""
+        lines = read_metrics(self.path / "metrics.jsonl")
+        return [{k: v for k, v in line.items() if k != "time" and not k.startswith("perf/")} for line in lines]
+
+    def counts(self) -> dict[tuple[int, str, int], dict[str, list[int]]]:
+        """Assignments by (step, split, layer) and regime, summed over ranks and micro-batches."""
+        table: dict[tuple[int, str, int], dict[str, list[int]]] = {}
+        for path in sorted((self.path / "routing").glob("rank*.jsonl")):
+            for record in read_trace(path):
+                cell = table.setdefault((record.step, record.split, record.layer), {})
+                for regime, counts in record.counts.items():
+                    old = cell.get(regime, [0] * record.num_experts)
+                    cell[regime] = [a + b for a, b in zip(old, counts, strict=True)]
+        return table
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step_{step:08d}"
+
+
+class Laboratory:
+    """Makes runs: ``run(world, ep_size, stage, "key=value", ...)``; equal arguments give the same run again."""
+
+    def __init__(self, config: Path, stages: dict[int, Path], tokenizer: Path) -> None:
+        self.config, self._stages, self._tokenizer = config, stages, tokenizer
+        self._runs: dict[tuple[Any, ...], Run] = {}
+
+    def overrides(self, name: str, ep_size: int, stage: int, *more: str) -> list[str]:
+        fixed = [f"name={name}", f"tokenizer.run={self._tokenizer}", f"deepspeed={self._stages[stage]}"]
+        return [*fixed, f"parallel.ep_size={ep_size}", *more]
+
+    def run(self, world: int, ep_size: int, stage: int, *more: str) -> Run:
+        key = (world, ep_size, stage, *more)
+        if key not in self._runs:
+            overrides = self.overrides(f"run{len(self._runs)}", ep_size, stage, *more)
+            ranks = run_ranks(world, rank_jobs.pretrain, self.config, overrides)
+            self._runs[key] = Run(self.load(overrides).run_dir, overrides, ranks)
+        return self._runs[key]
+
+    def load(self, overrides: list[str]) -> RunConfig:
+        return load_config(self.config, overrides)
+
+    def copy(self, run: Run, name: str, until: int | None = None) -> Run:
+        """A copy of a run's folder under another name; with ``until``, as if it had been lost after that step."""
+        path = run.path.with_name(name)
+        shutil.copytree(run.path, path)
+        if until is not None:
+            for checkpoint in (path / "checkpoints").glob("step_*"):
+                if int(checkpoint.name.split("_")[1]) > until:
+                    shutil.rmtree(checkpoint)
+            (path / "latest").write_text(f"step_{until:08d}\n")
+        return Run(path, [f"name={name}", *run.overrides[1:]], run.ranks)

@@ -1,0 +1,94 @@
+"""What ranks run in these tests: the real training jobs, with a look at the engine before it is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def probe_input(history: int, latent_channels: int, static_channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same three samples everywhere, on the 2^3 latent grid of the tiny data."""
+    draw = torch.Generator().manual_seed(11)
+    latents = torch.randn(3, history, latent_channels, 2, 2, 2, generator=draw)
+    return latents, torch.randn(3, static_channels, 2, 2, 2, generator=draw)
+
+
+def describe_engine(engine: Any, config: Any) -> dict[str, Any]:
+    """Outputs for the probe, and the dtype of every parameter and buffer."""
+    from shodh.models.domain import num_static_features
+
+    inputs = probe_input(config.data.history, config.tokenizer.latent_channels, num_static_features(1))
+    engine.eval()
+    with torch.no_grad():
+        output = engine(*inputs)
+    return {
+        "latent": output.latent,
+        "selected": [routing.selected for routing in output.routing],
+        "buffers": {name: b.clone() for name, b in engine.module.named_buffers()},
+        "parameter_dtypes": {p.dtype for p in engine.module.parameters()},
+    }
+
+
+def pretrain(config_path: Path, overrides: list[str], resume: str | None = None) -> dict[str, Any]:
+    """`shodh.train.jobs.pretrain`, with `describe_engine` after the last step."""
+    from shodh.config import load_config
+    from shodh.train import jobs
+    from shodh.train.loop import Trainer
+
+    config = load_config(config_path, overrides)
+    seen: dict[str, Any] = {}
+    fit = Trainer.fit
+
+    def fit_and_look(trainer: Trainer) -> bool:
+        done = fit(trainer)
+        seen.update(describe_engine(trainer.engine, config))
+        return done
+
+    Trainer.fit = fit_and_look  # type: ignore[method-assign]
+    seen["finished"] = jobs.pretrain(config, resume)
+    return seen
+
+
+def pretrain_until_signal(config_path: Path, overrides: list[str], step: int) -> dict[str, Any]:
+    """As `pretrain`; at the end of ``step`` the last rank alone gets SIGTERM, as a scheduler may send it."""
+    from shodh.train.operator_task import OperatorTask
+
+    finish = OperatorTask.finish_step
+
+    def finish_and_signal(task: OperatorTask, engine: Any, now: int) -> None:
+        finish(task, engine, now)
+        if now == step and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    OperatorTask.finish_step = finish_and_signal  # type: ignore[method-assign]
+    return pretrain(config_path, overrides)
+
+
+def pretrain_with_failing_save(config_path: Path, overrides: list[str], save: int, how: str) -> dict[str, Any]:
+    """As `pretrain`; during checkpoint number ``save`` (from 1) rank 0 is killed, or its disk is full."""
+    from shodh.train import checkpoint
+
+    original, calls = checkpoint.save_file, [0]
+
+    def save_file(tensors: dict[str, torch.Tensor], path: str) -> None:
+        calls[0] += 1
+        if calls[0] == save and how == "kill":
+            Path(path).write_bytes(b"half of the weights")
+            os.kill(os.getpid(), signal.SIGKILL)
+        if calls[0] == save and how == "full":
+            raise OSError(28, "No space left on device", path)
+        original(tensors, path)
+
+    checkpoint.save_file = save_file
+    return pretrain(config_path, overrides)
+
+
+def train_tokenizer(config_path: Path, overrides: list[str], resume: str | None = None) -> bool:
+    from shodh.config import load_config
+    from shodh.train import jobs
+
+    return jobs.train_tokenizer(load_config(config_path, overrides), resume)
