@@ -164,6 +164,7 @@ def describe_plan(plan: Plan) -> str:
     experts = config.operator.experts
     nodes = max(1, topology.world_size // plan.gpus_per_node)
     step_s = plan.flops_per_step / (topology.world_size * PEAK_FLOPS[train.precision] * ASSUMED_UTILISATION)
+    utilisation = f"{ASSUMED_UTILISATION:.0%} of {PEAK_FLOPS[train.precision] / 1e12:.0f}"
     fits = memory.total / 2**30 < 0.9 * GPU_MEMORY_GIB
     total = plan.dense_parameters + plan.expert_parameters
     grid, latent = " x ".join(map(str, config.data.grid)), " x ".join(map(str, config.latent_grid))
@@ -206,8 +207,8 @@ def describe_plan(plan: Plan) -> str:
         f"  floating point        {plan.flops_per_step / 1e12:.2f} TFLOP, forward and backward",
         f"  all-to-all            {_bytes(plan.all_to_all_bytes)} sent by a rank",
         f"  gradients             {_bytes(plan.gradient_bytes)} sent by a rank",
-        f"  time                  {1e3 * step_s:.1f} ms a step, {step_s * train.steps / 3600:.2f} h in all, if H100s reach",
-        f"                        {ASSUMED_UTILISATION:.0%} of {PEAK_FLOPS[train.precision] / 1e12:.0f} TFLOP/s (assumed)",
+        f"  time                  {1e3 * step_s:.1f} ms a step, {step_s * train.steps / 3600:.2f} h in all, if H100s",
+        f"                        reach {utilisation} TFLOP/s (assumed, not measured)",
         "",
         "optimiser groups",
         *(f"  {name:<21} {tensors} tensors, {_size(count)} parameters" for name, tensors, count in plan.groups),
