@@ -9,7 +9,6 @@ from shodh.data.files import atomic_path, remove_partial_files
 from shodh.data.latent_windows import LatentWindowDataset
 from shodh.data.latents import data_identity, file_stems, latent_key, split_folder, write_latents
 from shodh.data.loader import Batch, MixtureLoader
-from shodh.data.masks import pool_static, wall_indicator
 from shodh.data.mixture import MixtureSampler, batch_counts
 from shodh.data.normalize import FieldNormalizer
 from shodh.data.source import SPLITS, RegimeSource, Split
@@ -35,11 +34,9 @@ __all__ = [
     "data_identity",
     "file_stems",
     "latent_key",
-    "pool_static",
     "read_stats",
     "remove_partial_files",
     "split_folder",
-    "wall_indicator",
     "write_latents",
     "write_stats",
     "write_trajectories",

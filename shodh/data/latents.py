@@ -92,7 +92,7 @@ def write_latents(
     source, split
     encode : callable
         ``(fields [N, C, *grid], static [N, S, *grid]) -> latents [N, L, *latent grid]``, or a pair of these and the
-        operator's static features ``[N, S', *latent grid]``, see `pool_static`; S' is 0 without. Gets float32 tensors
+        operator's static features ``[N, S', *latent grid]``; S' is 0 without. Gets float32 tensors
         in CPU memory, frames of one trajectory, which keeps the features of its first frame. May give tensors of any
         device and floating dtype.
     normalizer : FieldNormalizer, optional

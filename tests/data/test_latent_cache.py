@@ -6,7 +6,6 @@ import os
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,15 +20,13 @@ from shodh.data import (
     WindowDataset,
     file_stems,
     latent_key,
-    pool_static,
     split_folder,
-    wall_indicator,
     write_latents,
     write_trajectories,
 )
 from shodh.errors import DataError
 
-GRID, BOUNDARY = (4, 6, 8), ("periodic", "periodic", "wall")
+GRID = (4, 6, 8)
 
 
 @pytest.fixture
@@ -39,7 +36,7 @@ def source(make_folder, fields) -> RegimeSource:
 
 def encode(fields: Tensor, static: Tensor) -> tuple[Tensor, Tensor]:
     """Stands for a tokenizer: 2x pooling of fields that see the mask."""
-    return avg_pool3d(fields * (1 - static), 2), pool_static(static, BOUNDARY, (2, 3, 4))
+    return avg_pool3d(fields * (1 - static), 2), torch.cat((avg_pool3d(static, 2), avg_pool3d(static, 2)), 1)
 
 
 def fail(*_: object) -> Tensor:
@@ -166,19 +163,3 @@ def test_files_of_one_name_are_refused(source, fields, tmp_path):
     path.with_suffix(".h5").write_bytes(path.read_bytes())
     with pytest.raises(DataError, match="rename"):
         write_latents(tmp_path, RegimeSource("open_channel", source.path, fields), "train", encode)
-
-
-def test_walls_are_the_outer_layers_of_walled_axes():
-    indicator = wall_indicator((3, 4, 5), ("periodic", "wall", "wall"))
-    expected = np.zeros((3, 4, 5))
-    expected[:, [0, -1]] = 1
-    expected[:, :, [0, -1]] = 1
-    np.testing.assert_array_equal(indicator, expected)
-
-
-def test_pooled_features_are_volume_fractions():
-    static = (torch.rand(2, 1, 4, 6, 8) < 0.5).float()
-    pooled = pool_static(static, BOUNDARY, (2, 3, 2))
-    assert pooled.shape == (2, 2, 2, 3, 2)
-    torch.testing.assert_close(pooled[:, 0].mean((1, 2, 3)), static.mean((1, 2, 3, 4)))
-    torch.testing.assert_close(pooled[:, 1], torch.full((2, 2, 3, 2), 0.25))
