@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ TORCH_FLOOR = (2, 10)
 BACKENDS = ("cpu", "cuda")
 PACKAGE = Path(__file__).resolve().parent
 CUDA_FALLBACK_ARCHS = ("80", "90")
+# No fused multiply-add: every back end returns the same bits.
+CPU_FLAGS = ("-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden")
+CUDA_FLAGS = ("-O3", "-fmad=false", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden")
 HINT = "build it with: python -m shodh.ops --build"
 
 
@@ -80,7 +84,7 @@ def find_nvcc() -> str:
 def include_flags(torch: Path) -> list[str]:
     """Preprocessor flags common to both compilers."""
     version = f"0x{TORCH_FLOOR[0]:02x}{TORCH_FLOOR[1]:02x}{0:012x}"
-    return ["-std=c++20", f"-DTORCH_TARGET_VERSION={version}", "-DUSE_CUDA", f"-I{torch / 'include'}"]
+    return ["-std=c++20", f"-DTORCH_TARGET_VERSION={version}", f"-I{torch / 'include'}"]
 
 
 def cuda_archs() -> list[str]:
@@ -111,9 +115,8 @@ def compile_command(backend: str, output: Path) -> list[str]:
     torch = find_torch()
     files = [str(path) for path in sources(backend)]
     link = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
-    # No fused multiply-add: every back end returns the same bits.
     if backend == "cpu":
-        flags = ["-O3", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden"]
+        flags = [*CPU_FLAGS, "-shared"]
         return [
             find_compiler("CXX", "g++", "clang++", "c++"),
             *flags,
@@ -125,7 +128,7 @@ def compile_command(backend: str, output: Path) -> list[str]:
         ]
     if not (torch / "lib" / "libtorch_cuda.so").exists():
         raise BuildError("the installed torch has no CUDA support; install a CUDA build of torch")
-    flags = ["-O3", "-shared", "-fmad=false", "-cudart=shared", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    flags = [*CUDA_FLAGS, "-shared", "-cudart=shared"]
     return [
         find_nvcc(),
         *flags,
@@ -189,9 +192,10 @@ def check_cuda_sources(arch: str = "90a") -> str:
     BuildError
         No nvcc, or a source does not compile.
     """
-    command = [find_nvcc(), "-O3", "-c", "-fmad=false", "-Xptxas=-v", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
-    command += ["-Xcompiler=-fPIC", *include_flags(find_torch()), "-o", os.devnull]
-    return "\n".join(run([*command, str(path)]) for path in sources("cuda"))
+    command = [find_nvcc(), *CUDA_FLAGS, "-c", "-Xptxas=-v", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    command += [*include_flags(find_torch()), "-o", os.devnull]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return "\n".join(pool.map(lambda path: run([*command, str(path)]), sources("cuda")))
 
 
 def extension_modules() -> tuple[list[Any], dict[str, Any]]:
@@ -207,19 +211,13 @@ def extension_modules() -> tuple[list[Any], dict[str, Any]]:
         warnings.warn(f"shodh.ops is installed without compiled kernels: {reason}; later, {HINT}", stacklevel=2)
 
     class BuildKernels(build_ext):
-        extensions: list[Any]
-
         def build_extension(self, ext: Any) -> None:
             backend = ext.name.rpartition("_")[2]
             try:
                 build(backend, Path(self.get_ext_fullpath(ext.name)))
             except BuildError as reason:
                 give_up(reason)
-                ext.optional = True
-
-        def copy_extensions_to_source(self) -> None:
-            self.extensions = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
-            super().copy_extensions_to_source()
+                ext.optional = True  # nothing to copy into the source tree
 
     try:
         compile_command("cpu", library_path("cpu"))
@@ -237,11 +235,6 @@ def extension_modules() -> tuple[list[Any], dict[str, Any]]:
         for backend in wanted_backends()
     ]
     return modules, {"build_ext": BuildKernels}
-
-
-def newest_source(backend: str) -> float:
-    """Time of the last change to the sources of a back end."""
-    return max(path.stat().st_mtime for path in [*sources(backend), *(PACKAGE / "csrc").glob("*.h")])
 
 
 if __name__ == "__main__":
