@@ -1,0 +1,68 @@
+"""bf16 training: it learns, and what must stay in float32 does so, also through a checkpoint."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import rank_jobs
+import torch
+from helper import run_ranks
+from laboratory import Laboratory
+
+from shodh.train.checkpoint import load_weights
+from shodh.train.metrics import read_metrics
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize("stage", (1, 3))
+def test_bf16_run_follows_the_float32_run_and_keeps_its_selection_bias(laboratory: Laboratory, stage: int) -> None:
+    run = laboratory.run(2, 2, stage, "operator.train.precision=bf16")
+    losses = run.training("train/loss")
+    assert losses == pytest.approx(laboratory.run(2, 2, stage).training("train/loss"), rel=0.05)
+    assert losses != laboratory.run(2, 2, stage).training("train/loss")
+    weights = load_weights(run.checkpoint(10) / "model.safetensors")
+    for rank in run.ranks:
+        assert rank["parameter_dtypes"] == {torch.bfloat16}
+        biases = {name: b for name, b in rank["buffers"].items() if name.endswith("selection_bias")}
+        assert len(biases) == 2
+        for name, bias in biases.items():
+            assert bias.dtype == torch.float32
+            # Ten steps of one thousandth each: not representable in bf16.
+            steps = bias / 1e-3
+            torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
+            assert steps.abs().max() >= 2
+            assert weights[name].dtype == torch.float32 and torch.equal(weights[name], bias)
+
+
+@pytest.mark.parametrize("stage", (1, 3))
+def test_resumed_bf16_run_is_bitwise_the_uninterrupted_one(laboratory: Laboratory, stage: int) -> None:
+    whole = laboratory.run(2, 2, stage, "operator.train.precision=bf16")
+    lost = laboratory.copy(whole, f"bf16-{stage}", until=5)
+    ranks = run_ranks(2, rank_jobs.pretrain, laboratory.config, lost.overrides, "auto")
+    assert lost.lines() == whole.lines()
+    for again, before in zip(ranks, whole.ranks, strict=True):
+        for name in (n for n in before["buffers"] if n.endswith("selection_bias")):
+            assert again["buffers"][name].dtype == torch.float32
+            assert torch.equal(again["buffers"][name], before["buffers"][name]), name
+
+
+def test_tokenizer_trains_alike_on_one_rank_and_two_and_in_bf16(laboratory: Laboratory) -> None:
+    losses = {}
+    for name, world, stage, precision in [
+        ("one", 1, 1, "fp32"),
+        ("two", 2, 3, "fp32"),
+        ("bf16", 2, 1, "bf16"),
+    ]:
+        overrides = laboratory.overrides(name, 1, stage, f"tokenizer.train.precision={precision}")
+        overrides[1] = f"tokenizer.run={laboratory.config.parent / name}"
+        run_ranks(world, rank_jobs.train_tokenizer, laboratory.config, overrides)
+        folder = laboratory.load(overrides).tokenizer_dir
+        losses[name] = [line["train/loss"] for line in read_metrics(folder / "metrics.jsonl") if "train/loss" in line]
+        state = load_weights(folder / "tokenizer.safetensors")
+        assert state["latent_mean"].dtype == state["latent_std"].dtype == torch.float32
+        assert bool((state["latent_std"] > 0).all()) and not torch.equal(state["latent_std"], torch.ones(8))
+        assert all(math.isfinite(value) for value in losses[name])
+    assert losses["two"] == pytest.approx(losses["one"], abs=1e-5)
+    assert losses["bf16"] == pytest.approx(losses["one"], rel=0.02)
