@@ -1,13 +1,29 @@
-"""Installation. The compiled extension is optional: without a compiler the plain-torch reference serves."""
+"""Installation. The compiled kernels are optional: without a compiler, or without torch where the package is built, the
+plain-torch reference serves, and ``python -m shodh.ops --build`` adds them later."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 from setuptools import find_packages, setup
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
+
+
+def kernels() -> tuple[list[Any], dict[str, Any]]:
+    """``ext_modules`` and ``cmdclass``; the file is loaded by its path, because importing the package imports torch."""
+    spec = importlib.util.spec_from_file_location("shodh_ops_build", ROOT / "shodh" / "ops" / "build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    modules: tuple[list[Any], dict[str, Any]] = module.extension_modules()
+    return modules
+
+
+EXT_MODULES, CMDCLASS = kernels()
 VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "shodh" / "__init__.py").read_text())
 assert VERSION is not None
 
@@ -35,6 +51,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["shodh", "shodh.*"]),
+    package_data={"shodh.ops": ["csrc/*"]},
+    ext_modules=EXT_MODULES,
+    cmdclass=CMDCLASS,
     install_requires=REQUIRED,
     extras_require={"test": TEST, "images": ["tifffile>=2024.1"]},
 )
