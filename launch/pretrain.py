@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shodh.config import load_config
-from shodh.train.runtime import quiet_logs, run_ranks
+from shodh.train.runtime import quiet_logs, rank, run_ranks
 
 EXAMPLES = """examples:
   deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/demo.yaml
@@ -42,7 +42,8 @@ def main() -> int:
     if args.dry_run:
         from shodh.train.plan import describe_plan, make_plan
 
-        sys.stdout.write(describe_plan(make_plan(config, args.nodes, args.gpus_per_node)))
+        plan = describe_plan(make_plan(config, args.nodes, args.gpus_per_node))
+        sys.stdout.write(plan if rank() == 0 else "")
         return 0
     from shodh.train.jobs import pretrain
 

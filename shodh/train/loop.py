@@ -22,7 +22,7 @@ from shodh.train.checkpoint import load_checkpoint, save_checkpoint
 from shodh.train.engine import MovementCheck
 from shodh.train.metrics import Metrics, MetricWriter, reduce_metrics
 from shodh.train.run_folder import RunFolder
-from shodh.train.runtime import rank, together
+from shodh.train.runtime import SharedError, rank, together
 from shodh.train.schedule import learning_rate
 
 log = logging.getLogger("shodh")
@@ -172,7 +172,7 @@ class Trainer:
         values["train/grad_norm"] = float(self.engine.get_global_grad_norm() or 0.0)
         values["train/lr"] = learning_rate(self.step - 1, self.train)
         if not math.isfinite(values["train/loss"]):
-            raise ShodhError(
+            raise SharedError(
                 f"the loss is {values['train/loss']} at step {self.step}; lower the learning rate, and resume from the "
                 "last checkpoint with --resume auto"
             )

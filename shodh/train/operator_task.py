@@ -151,6 +151,8 @@ class OperatorTask:
 
     def close(self) -> None:
         self._trace.close()
+        for loader in self._loaders.values():
+            loader.close()
         for source in self.regimes.sources:
             source.close()
 

@@ -75,5 +75,7 @@ class TokenizerTask:
         return means.reduce("valid")
 
     def close(self) -> None:
+        for loader in self._loaders.values():
+            loader.close()
         for source in self.regimes.sources:
             source.close()
