@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -102,6 +108,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--trajectories-per-file", type=int, default=4, metavar="N", help="solved together as one batch (default: 4)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="files solved side by side on a CPU (default: all cores)"
+    )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="REGIME.KEY=VALUE")
     parser.add_argument("--overwrite", action="store_true", help="replace files that were made with other settings")
     image = parser.add_argument_group("a voxel image as the geometry of porous_media")
@@ -256,19 +265,105 @@ def check_space(jobs: Sequence[Job], pending: Sequence[Part], out: Path) -> None
 
 def solve(job: Job, part: Part, device: str, progress: Callable[[float], None]) -> None:
     """Solve the trajectories of one file and write it."""
-    seeds = [
-        stable_seed(job.settings["seed"], job.regime.name, index)
-        for index in range(part.first, part.first + part.count)
-    ]
+    indices = range(part.first, part.first + part.count)
+    seeds = [stable_seed(job.settings["seed"], job.regime.name, index) for index in indices]
     grid = tuple(job.settings["grid"])
     trajectories = job.regime.simulate(seeds, grid, job.settings["frames"], device=device, progress=progress)
     write_trajectories(part.path, trajectories, attributes={SETTINGS: json.dumps(job.settings)})
+
+
+class Stopped(Exception):
+    """The run was interrupted; raised inside a worker, which then tidies up."""
+
+
+_channel: tuple[Any, Any, int]  # in a worker: its progress queue, the event that stops it, and its parent
+
+
+def start_worker(queue: Any, stop: Any, parent: int, threads: int) -> None:
+    """Prepare a worker process: Ctrl-C is the parent's business, and workers share the cores."""
+    global _channel
+    _channel = (queue, stop, parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+
+
+def solve_in_worker(job: Job, part: Part) -> None:
+    """`solve` on the CPU of a worker, reporting to the parent and ending with it."""
+    queue, stop, parent = _channel
+
+    def report(fraction: float) -> None:
+        if stop.is_set() or os.getppid() != parent:
+            raise Stopped
+        queue.put((str(part.path), fraction))
+
+    solve(job, part, "cpu", report)
+
+
+def solve_all(tasks: Sequence[tuple[Job, Part]], device: str, workers: int, bar: Bar) -> None:
+    """Solve all files, several at once on the CPU."""
+    if workers == 1 or len(tasks) < 2:
+        for job, part in tasks:
+            solve(job, part, device, functools.partial(bar.report, str(part.path)))
+        return
+    context = multiprocessing.get_context("spawn")
+    queue, stop = context.Queue(), context.Event()
+    threads = max(1, cpu_cores() // workers)
+    pool = ProcessPoolExecutor(workers, context, start_worker, (queue, stop, os.getpid(), threads))
+    with pool:
+        futures = {pool.submit(solve_in_worker, job, part) for job, part in tasks}
+        try:
+            while futures:
+                finished, futures = wait(futures, timeout=0.2, return_when=FIRST_EXCEPTION)
+                while not queue.empty():
+                    bar.report(*queue.get())
+                for future in finished:
+                    future.result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker process was killed, perhaps for want of memory; use fewer --workers or "
+                "--trajectories-per-file and run the same command again"
+            ) from error
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Bar:
+    """Progress over all trajectories, whatever the order in which files are solved."""
+
+    def __init__(self, tasks: Sequence[tuple[Job, Part]]) -> None:
+        self._weight = {str(part.path): part.count for _, part in tasks}
+        self._done: dict[str, float] = {}
+        total = sum(self._weight.values())
+        bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+        self._bar = tqdm(total=total, desc="trajectories", disable=None if total else True, bar_format=bar_format)
+
+    def report(self, path: str, fraction: float) -> None:
+        self._done[path] = fraction * self._weight[path]
+        self._bar.update(sum(self._done.values()) - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
 
 
 def pick_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: no CUDA device was found; use --device cpu")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pick_workers(wanted: int | None, device: str, files: int) -> int:
+    """Processes that solve files side by side: one on a GPU, as many as cores or files otherwise."""
+    if wanted is not None and wanted < 1:
+        raise ConfigError(f"--workers {wanted}: must be at least 1")
+    if device != "cpu":
+        return 1
+    return max(1, min(wanted or cpu_cores(), files))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -283,20 +378,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_leftovers(job)
     pending = [(job, part) for job in jobs for part in job.parts if not is_finished(part.path, job)]
     check_space(jobs, [part for _, part in pending], args.out)
-    total = sum(part.count for _, part in pending)
-    bar_format = "{l_bar}{bar}| {elapsed}<{remaining}"
-    with tqdm(total=total, disable=None if total else True, bar_format=bar_format) as bar:
-        done = 0
-        for job, part in pending:
-            bar.set_description(f"{job.regime.name} {part.split}")
-            (job.folder / "stats.yaml").unlink(missing_ok=True)
-
-            def report(fraction: float, done: int = done, count: int = part.count) -> None:
-                bar.update(done + fraction * count - bar.n)
-
-            solve(job, part, device, report)
-            done += part.count
-            bar.update(done - bar.n)
+    for job, _ in pending:
+        (job.folder / "stats.yaml").unlink(missing_ok=True)
+    bar = Bar(pending)
+    try:
+        solve_all(pending, device, pick_workers(args.workers, device, len(pending)), bar)
+    finally:
+        bar.close()
     for job in jobs:
         if not (job.folder / "stats.yaml").exists():
             train = sorted(part.path for part in job.parts if part.split == "train")

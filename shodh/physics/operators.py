@@ -54,16 +54,13 @@ def padded_like(space: Sequence[int], batch: int, *, components: int = 0, like: 
 
 def divergence_padded(velocity: Tensor, spacing: Sequence[float], out: Tensor | None = None) -> Tensor:
     """``sum_i (u_i[c] - u_i[c - e_i]) / h_i``, shape ``[*space, B]``, of a padded face velocity ``[3, *(n+2), B]``."""
-    for axis in range(3):
-        upper, lower = shifted(velocity[axis], axis, 0), shifted(velocity[axis], axis, -1)
-        if axis == 0:
-            out = torch.sub(upper, lower, out=out)
-            out.mul_(spacing[1] / spacing[0])
-        else:
-            weight = spacing[1] / spacing[axis]
-            out.add_(upper, alpha=weight).sub_(lower, alpha=weight)
-    assert out is not None
-    return out.mul_(1.0 / spacing[1])
+    out = torch.sub(shifted(velocity[0], 0, 0), shifted(velocity[0], 0, -1), out=out)
+    out.mul_(1.0 / spacing[0])
+    for axis in (1, 2):
+        weight = 1.0 / spacing[axis]
+        out.add_(shifted(velocity[axis], axis, 0), alpha=weight)
+        out.sub_(shifted(velocity[axis], axis, -1), alpha=weight)
+    return out
 
 
 def subtract_gradient(velocity: Tensor, potential: Tensor, spacing: Sequence[float]) -> None:
