@@ -52,17 +52,17 @@ def plan_topology(
     """
     if num_experts == 0 and ep_size != 1:
         raise TopologyError(f"parallel.ep_size={ep_size} with a dense feed-forward (num_experts=0); use ep_size=1")
+    fitting = [d for d in _divisors(world_size) if num_experts % d == 0]
     if ep_size > world_size:
         raise TopologyError(
             f"parallel.ep_size={ep_size} needs at least {ep_size} ranks, and there are {world_size}; start them with "
-            f"'deepspeed --num_gpus {ep_size} ...' (on a CPU too), or use --set parallel.ep_size={world_size}"
+            f"'deepspeed --num_gpus {ep_size} ...' (on a CPU too), or use --set parallel.ep_size={fitting[-1]}"
         )
     if world_size % ep_size:
         raise TopologyError(
-            f"world size {world_size} is not divisible by ep_size={ep_size}; use ep_size in {_divisors(world_size)}"
+            f"world size {world_size} is not divisible by ep_size={ep_size}; use parallel.ep_size in {fitting}"
         )
-    if num_experts and num_experts % ep_size:
-        fitting = [d for d in _divisors(num_experts) if world_size % d == 0]
+    if num_experts % ep_size:
         raise TopologyError(
             f"num_experts={num_experts} is not divisible by ep_size={ep_size}; use parallel.ep_size in {fitting}"
         )

@@ -1,0 +1,143 @@
+"""The configuration: strict, overridable, and the same after a round trip through YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shodh.config import apply_overrides, config_from_dict, dump_config, load_config
+from shodh.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def minimal(**more: Any) -> dict[str, Any]:
+    return {"name": "run", "data": {"regimes": [{"name": "a", "path": "a"}, {"name": "b", "path": "b"}]}, **more}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch" / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_configuration_of_the_project_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_config(config))
+    assert load_config(copy) == config
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ({"opertor": {}}, "unknown key 'opertor': did you mean 'operator'?"),
+        ({"operator": {"experts": {"topk": 1}}}, "unknown key 'operator.experts.topk': did you mean 'top_k'?"),
+        ({"operator": {"train": {"steps": 1, "lerning_rate": 1}}}, "unknown key 'operator.train.lerning_rate'"),
+        ({"operator": {"experts": {"router": {"kinds": "token"}}}}, "did you mean 'kind'?"),
+        ({"parallel": {"ep-size": 2}}, "did you mean 'ep_size'?"),
+    ],
+)
+def test_unknown_key_is_refused_with_the_nearest_match(place: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(minimal(**place), "some.yaml")
+    assert message in str(caught.value) and str(caught.value).startswith("some.yaml: ")
+
+
+def test_unknown_key_in_a_list_of_sections_is_found() -> None:
+    tree = minimal()
+    tree["data"]["regimes"][1]["shere"] = 2
+    with pytest.raises(ConfigError, match="unknown key 'data.regimes.1.shere': did you mean 'share'"):
+        config_from_dict(tree)
+
+
+def test_all_mistakes_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(minimal(sed=1, operator={"dimm": 2, "depth": 0}))
+    assert all(text in str(caught.value) for text in ("'sed'", "'operator.dimm'", "operator.depth"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"grid": [30, 32, 32]}}, r"grid \[30, 32, 32\].*\[30\] do not fit"),
+        ({"data": {"grid": [24, 32, 32]}, "operator": {"patch": 2}}, "multiples of 16"),
+        ({"data": {"regimes": []}}, "at least 1 item"),
+        ({"data": {"fields": [{"name": "solid", "static": True}]}}, "changes in time"),
+        ({"operator": {"dim": 60, "heads": 8}}, "dim=60 is not divisible by heads=8"),
+        ({"operator": {"dim": 60, "heads": 20}}, "even head size"),
+        ({"operator": {"dim": 36, "heads": 2}}, "dim=36 must be a multiple of 8"),
+        ({"operator": {"experts": {"hidden": 12}}}, "experts.hidden=12 must be a multiple of 8"),
+        ({"operator": {"experts": {"num_experts": 2, "top_k": 3}}}, "top_k=3 is more than num_experts=2"),
+        ({"operator": {"experts": {"num_experts": 3}}}, "num_experts=3 is not divisible by router.groups=2"),
+        ({"operator": {"experts": {"num_experts": 4, "top_k": 3}}}, "2 experts of a group"),
+        ({"operator": {"train": {"steps": 10, "lr": -1}}}, r"operator.train.lr.*given -1"),
+        ({"operator": {"train": {}}}, "missing key 'operator.train.steps'"),
+        ({"name": "../elsewhere"}, "name"),
+    ],
+)
+def test_impossible_settings_are_refused_with_their_numbers(changes: dict[str, Any], message: str) -> None:
+    tree = minimal()
+    for key, value in changes.items():
+        tree[key] = {**tree[key], **value} if key == "data" else value
+    with pytest.raises(ConfigError, match=message):
+        config_from_dict(tree)
+
+
+def test_repeated_and_unknown_names_of_regimes_and_fields_are_refused() -> None:
+    tree = minimal()
+    tree["data"]["regimes"].append({"name": "a", "path": "elsewhere"})
+    with pytest.raises(ConfigError, match=r"data.regimes has repeated names \['a'\]"):
+        config_from_dict(tree)
+    tree["data"]["regimes"][-1] = {"name": "c", "path": "c", "fields": {"velocty": "u"}}
+    with pytest.raises(ConfigError, match="maps 'velocty', which is not in data.fields"):
+        config_from_dict(tree)
+
+
+def test_dense_model_needs_no_fitting_groups() -> None:
+    assert config_from_dict(minimal(operator={"experts": {"num_experts": 0, "top_k": 3}})).operator.experts.top_k == 3
+
+
+def test_overrides_reach_nested_keys_and_list_items_and_are_read_as_yaml() -> None:
+    tree = {"a": {"b": [{"c": 1}, {"c": 2}], "keep": 0}}
+    changed = apply_overrides(tree, ["a.b.1.c=[1, 2]", "a.new.deep=3.5e-2", "x=null", "a.t=a=b"])
+    assert changed == {"a": {"b": [{"c": 1}, {"c": [1, 2]}], "keep": 0, "new": {"deep": 0.035}, "t": "a=b"}, "x": None}
+    assert tree == {"a": {"b": [{"c": 1}, {"c": 2}], "keep": 0}}
+
+
+@pytest.mark.parametrize("item", ["seed", "=3", "a.b.9.c=1", "a.b.first=1", "a.keep.deeper=1", "seed=[1"])
+def test_override_without_a_place_or_value_is_refused(item: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        apply_overrides({"a": {"b": [{"c": 1}], "keep": 0}}, [item])
+
+
+def test_override_of_a_configuration_file_is_validated(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_config(tmp_path / "c.yaml")
+    assert load_config(path, ["operator.train.steps=77", "data.regimes.0.share=3"]).operator.train.steps == 77
+    with pytest.raises(ConfigError, match="did you mean 'steps'"):
+        load_config(path, ["operator.train.step=77"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("name: [", "not valid YAML"), ("- a\n- b", "expected a mapping"), ("", "expected a mapping"), ("3", "mapping")],
+)
+def test_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(path)
+    assert "bad.yaml" in str(caught.value)
+
+
+def test_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read configuration .*absent.yaml: No such file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_resolved_copy_holds_every_default() -> None:
+    config = config_from_dict(minimal())
+    written = yaml.safe_load(dump_config(config))
+    assert written["operator"]["experts"]["router"]["temperature"] == config.operator.experts.router.temperature
+    assert written["tokenizer"]["train"]["betas"] == [0.9, 0.95]
+    assert config_from_dict(written) == config

@@ -1,0 +1,127 @@
+"""The routing trace: what is written is what is read, whatever happened to the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from shodh.errors import DataError
+from shodh.moe.routing import Routing, count_assignments
+from shodh.moe.trace import RoutingRecord, TraceWriter, read_trace
+
+REGIMES = ("open_channel", "porous_media", "absent")
+TOKENS = 5
+
+
+def decision(seed: int, experts: int = 4, top_k: int = 2) -> Routing:
+    probs = torch.randn(3 * TOKENS, experts, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+    selected = probs.topk(top_k).indices
+    return Routing(probs, probs.log(), selected, count_assignments(selected, experts), probs[:, :0])
+
+
+def write(path: Path, steps: range, limit: int = 1000, resume_step: int = 0) -> None:
+    writer = TraceWriter(path, 1, REGIMES, limit, resume_step)
+    for step in steps:
+        writer.add(step, "train", [decision(step), decision(100 + step)], torch.tensor([1, 0, 1]))
+    writer.close()
+
+
+def test_records_hold_the_decision(tmp_path: Path) -> None:
+    path = tmp_path / "routing" / "rank1.jsonl"
+    write(path, range(2))
+    records = list(read_trace(path))
+    assert [(r.step, r.layer) for r in records] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    record, routing = records[3], decision(101)
+    assert (record.split, record.rank, record.num_tokens, record.top_k, record.num_experts) == ("train", 1, 15, 2, 4)
+    assert set(record.counts) == {"open_channel", "porous_media"}
+    assert record.counts["open_channel"] == torch.bincount(routing.selected[5:10].flatten(), minlength=4).tolist()
+    assert sum(map(sum, record.counts.values())) == 30
+    assert record.mean_score == pytest.approx(routing.probs.mean(0).tolist(), abs=1e-6)
+    assert record.confidence == pytest.approx(routing.probs.max(-1).values.mean().item(), abs=1e-6)
+
+
+def test_lines_are_the_published_format(tmp_path: Path) -> None:
+    path = tmp_path / "rank1.jsonl"
+    write(path, range(1))
+    first = json.loads(path.read_text().splitlines()[0])
+    assert list(first) == [
+        *("v", "step", "split", "layer", "rank", "num_tokens", "top_k", "num_experts"),
+        *("counts", "mean_score", "confidence"),
+    ]
+    assert first["v"] == 1
+
+
+def test_sample_records_survive_the_round_trip(tmp_path: Path) -> None:
+    record = RoutingRecord(
+        7, "valid", 0, 0, 8, 1, 2, {"a": [8, 0]}, [0.75, 0.25], 0.75, "a/3/5", "a", [[[0, 0], [1, 0]], [[0, 0], [0, 1]]]
+    )
+    path = tmp_path / "rank0.jsonl"
+    path.write_text(record.to_json() + "\n")
+    assert list(read_trace(path)) == [record]
+
+
+def test_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "rank1.jsonl"
+    write(path, range(3))
+    whole = list(read_trace(path))
+    text = path.read_text()
+    for cut in (2, 5, 60):
+        path.write_text(text[:-cut])
+        assert list(read_trace(path)) == whole[:-1]
+    path.write_text(text[:-1])  # only the line's end is missing: the record is whole
+    assert list(read_trace(path)) == whole
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"v":1}', '{"step":0}', '{"v":1,"step":0,"unknown":1}', "3"])
+def test_damaged_line_in_the_middle_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "rank1.jsonl"
+    write(path, range(2))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
+    with pytest.raises(DataError, match=r"rank1.jsonl, line 2"):
+        list(read_trace(path))
+
+
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rank1.jsonl"
+    write(path, range(1))
+    path.write_text(path.read_text().replace('"v":1', '"v":2'))
+    with pytest.raises(DataError, match="version 2"):
+        list(read_trace(path))
+
+
+def test_resumed_run_writes_the_repeated_steps_once(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    write(whole, range(6))
+    write(broken, range(5))
+    broken.write_text(broken.read_text()[:-10])  # killed in the middle of a line
+    write(broken, range(3, 6), resume_step=3)
+    assert broken.read_text() == whole.read_text()
+
+
+def test_limit_counts_the_records_of_all_attempts(tmp_path: Path) -> None:
+    path = tmp_path / "rank1.jsonl"
+    write(path, range(2), limit=7)
+    write(path, range(2, 6), limit=7, resume_step=2)
+    records = list(read_trace(path))
+    assert [(r.step, r.layer) for r in records] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]
+
+
+def test_new_run_replaces_an_old_trace(tmp_path: Path) -> None:
+    path = tmp_path / "rank1.jsonl"
+    write(path, range(4))
+    write(path, range(1))
+    assert {r.step for r in read_trace(path)} == {0}
+
+
+def test_graph_is_not_kept_alive(tmp_path: Path) -> None:
+    probs = torch.randn(15, 4, requires_grad=True).softmax(-1)
+    selected = probs.argmax(-1, keepdim=True)
+    routing = Routing(probs, probs, selected, count_assignments(selected, 4), probs[:, :0])
+    writer = TraceWriter(tmp_path / "r.jsonl", 0, REGIMES, 10)
+    writer.add(0, "train", [routing], torch.tensor([0, 1, 0]))
+    assert all(not p.scores.requires_grad for p in writer._pending)
+    writer.close()
