@@ -66,7 +66,7 @@ def make_grid(ndim: int, spacing: Sequence[float], boundary: Sequence[str], sten
         spacing = spacing[:2]
     if ndim == 2 and boundary == DEFAULT_BOUNDARY:
         boundary = boundary[:2]
-    if len(spacing) != ndim or not all(math.isfinite(h) and h > 0 for h in spacing):
+    if len(spacing) != ndim or not all(0.0 < h < math.inf for h in spacing):
         raise ValueError(f"expected spacing to be {ndim} positive finite numbers, given {spacing}")
     if len(boundary) != ndim or any(b != "periodic" and b != "wall" for b in boundary):
         raise ValueError(f'expected boundary to be {ndim} of "periodic" or "wall", given {boundary}')

@@ -28,19 +28,21 @@ def pin(f: Tensor, axis: int) -> Tensor:
     return torch.cat([f.narrow(axis, 0, f.shape[axis] - 1), torch.zeros_like(f.narrow(axis, 0, 1))], axis)
 
 
-def difference(f: Tensor, axis: int, grid: Grid) -> Tensor:
+def difference(f: Tensor, axis: int, grid: Grid, mirror: bool = False) -> Tensor:
     """Undivided difference of ``f [B, *grid]`` along a space axis.
 
-    Staggered: ``f[i] - f[i-1]`` with ``f[-1]`` wrapped on a periodic axis and zero on a walled one.
-    Central: ``f[i+1] - f[i-1]``, wrapped.
+    Staggered: ``f[i] - f[i-1]``, or mirrored ``f[i+1] - f[i]``, wrapped on a periodic axis and with zero beyond the
+    ends of a walled one. Central: ``f[i+1] - f[i-1]``, wrapped.
     """
-    dim = axis + 1
+    dim, last = axis + 1, f.shape[axis + 1] - 1
     if grid.central:
         return torch.roll(f, -1, dim) - torch.roll(f, 1, dim)
     if not grid.walls[axis]:
-        return f - torch.roll(f, 1, dim)
-    below = torch.cat([torch.zeros_like(f.narrow(dim, 0, 1)), f.narrow(dim, 0, f.shape[dim] - 1)], dim)
-    return f - below
+        return torch.roll(f, -1, dim) - f if mirror else f - torch.roll(f, 1, dim)
+    zero = torch.zeros_like(f.narrow(dim, 0, 1))
+    if mirror:
+        return torch.cat([f.narrow(dim, 1, last), zero], dim) - f
+    return f - torch.cat([zero, f.narrow(dim, 0, last)], dim)
 
 
 def pinned_components(potential: Tensor, grid: Grid) -> list[Tensor]:
@@ -54,7 +56,12 @@ def pinned_components(potential: Tensor, grid: Grid) -> list[Tensor]:
     return components
 
 
-def curl_components(potential: list[Tensor], inverse: list[float], grid: Grid) -> list[Tensor]:
+def inverse_spacing(grid: Grid) -> list[float]:
+    """What undivided differences are multiplied by."""
+    return [(0.5 if grid.central else 1.0) / h for h in grid.spacing]
+
+
+def curl_components(potential: list[Tensor], inverse: list[float], grid: Grid, mirror: bool = False) -> list[Tensor]:
     """``u_i = D_j A_k * inverse_j - D_k A_j * inverse_k`` for cyclic (i, j, k); 2-D has ``A = (0, 0, psi)``."""
     if grid.ndim == 2:
         (psi,) = potential
@@ -62,7 +69,8 @@ def curl_components(potential: list[Tensor], inverse: list[float], grid: Grid) -
     velocity = []
     for i in range(3):
         j, k = (i + 1) % 3, (i + 2) % 3
-        velocity.append(difference(potential[k], j, grid) * inverse[j] - difference(potential[j], k, grid) * inverse[k])
+        first, second = difference(potential[k], j, grid, mirror), difference(potential[j], k, grid, mirror)
+        velocity.append(first * inverse[j] - second * inverse[k])
     return velocity
 
 
@@ -79,9 +87,8 @@ def add_harmonic(velocity: list[Tensor], harmonic: Tensor | None, grid: Grid) ->
 def decode_reference(potential: Tensor, harmonic: Tensor | None, grid: Grid) -> Tensor:
     """Plain decode ``curl(potential) + harmonic``; checked arguments, any strides."""
     dtype = compute_dtype(potential.dtype)
-    inverse = [(0.5 if grid.central else 1.0) / h for h in grid.spacing]
     components = [a.to(dtype) for a in pinned_components(potential, grid)]
-    velocity = curl_components(components, inverse, grid)
+    velocity = curl_components(components, inverse_spacing(grid), grid)
     velocity = add_harmonic(velocity, None if harmonic is None else harmonic.to(dtype), grid)
     return torch.stack(velocity, 1).to(potential.dtype)
 
@@ -189,14 +196,15 @@ def face_flux_reference(velocity: Tensor, grid: Grid) -> Tensor:
 
 
 def decode_adjoint_reference(gradient: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Gradients of potential and harmonic ``[B, P]`` for a gradient of the velocity, by automatic differentiation."""
-    channels = 3 if grid.ndim == 3 else 1
-    periodic = len(grid.periodic_axes)
-    with torch.enable_grad():
-        potential = gradient.new_zeros((gradient.shape[0], channels, *gradient.shape[2:]), requires_grad=True)
-        harmonic = gradient.new_zeros((gradient.shape[0], periodic), requires_grad=True)
-        velocity = decode_reference(potential, harmonic, grid)
-        gradients = torch.autograd.grad(
-            velocity, (potential, harmonic), gradient.detach(), allow_unused=True, materialize_grads=True
-        )
-    return gradients[0].contiguous(), gradients[1].contiguous()
+    """Gradients of potential and harmonic ``[B, P]`` for a gradient of the velocity: the mirrored stencil, and sums."""
+    components = list(gradient.to(compute_dtype(gradient.dtype)).unbind(1))
+    inverse = inverse_spacing(grid)
+    if grid.ndim == 3:
+        found = torch.stack(curl_components(components, inverse, grid, mirror=True), 1)
+    else:
+        x, y = difference(components[1], 0, grid, mirror=True), difference(components[0], 1, grid, mirror=True)
+        found = (x * inverse[0] - y * inverse[1])[:, None]
+    potential = torch.stack(pinned_components(found, grid), 1).to(gradient.dtype)
+    space = tuple(range(2, gradient.dim()))
+    harmonic = gradient[:, list(grid.periodic_axes)].sum(space, dtype=torch.float64)
+    return potential, harmonic.to(gradient.dtype)
