@@ -67,7 +67,7 @@ def test_shear_flow_on_the_bed_decays_at_second_order(frame: float) -> None:
 
 
 def test_half_poiseuille_flow_is_steady_under_its_force() -> None:
-    """The parabola ``f/nu (z - z^2/2)``, shifted by the error of the wall's half cell ``f h^2 / (8 nu)``, is a fixed point."""
+    """The parabola ``f/nu (z - z^2/2)`` plus the wall error ``f h^2 / (8 nu)`` is a fixed point of the scheme."""
     cells, force, viscosity = 9, 0.3, 0.1
     flow = ChannelFlow((cells, 3, 4), (1.0, 1.0, 1.0), 1, viscosity=viscosity, force=force, dtype=torch.float64)
     z = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
