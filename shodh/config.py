@@ -127,7 +127,7 @@ class TokenizerConfig(Section):
     strides: tuple[PositiveInt, ...] = Field((2, 2, 2), description="downsampling of each stage; their product is 8")
     widths: tuple[PositiveInt, ...] = Field((32, 64, 128), description="channels of each stage, after its downsampling")
     depth: PositiveInt = Field(1, description="residual blocks of each stage")
-    head_channels: PositiveInt = Field(16, description="channels at full resolution, before the last convolution")
+    head_channels: PositiveInt = Field(12, description="channels at full resolution, before the last convolution")
     loss: TokenizerLoss = TokenizerLoss()
     train: TrainConfig = TrainConfig(steps=300)
 

@@ -59,30 +59,36 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """``[B, L, x, y, z]`` and geometry ``[B, G, X, Y, Z]`` -> head channels ``[B, H, X, Y, Z]``, float32.
 
-    The encoder's strides backwards; geometry is given to every stage at its resolution.
+    The encoder's strides backwards. Every stage sees the geometry in full detail, as patches of the size of its cells:
+    where a solid lies within a coarse cell decides the flow through it.
     """
 
     def __init__(self, num_geometry: int, outputs: int, config: TokenizerConfig) -> None:
         super().__init__()
         strides, widths = config.strides[::-1], config.widths[::-1]
-        self.enter = _conv(config.latent_channels + num_geometry, widths[0])
+        coarseness = [math.prod(strides[i:]) for i in range(len(strides))]
+        self.enter = _conv(config.latent_channels, widths[0])
+        self.geometry = nn.ModuleList(
+            nn.Conv3d(num_geometry, width, cells, stride=cells, bias=False)
+            for width, cells in zip(widths, coarseness, strict=True)
+        )
         self.blocks = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(width) for _ in range(config.depth))) for width in widths
         )
         after = (*widths[1:], config.head_channels)
         self.ups = nn.ModuleList(
-            nn.ConvTranspose3d(width + num_geometry, out, stride, stride=stride)
+            nn.ConvTranspose3d(width, out, stride, stride=stride)
             for width, out, stride in zip(widths, after, strides, strict=True)
         )
         self.head = _conv(config.head_channels + num_geometry, outputs)
-        # Cells of the field per cell of each stage.
-        self.coarseness = [math.prod(strides[i:]) for i in range(len(strides))]
+        # A curl multiplies noise between neighbours: the first velocities must not be larger than the true ones.
+        self.initial_gain = {"head.weight": 0.1}
 
     def forward(self, latent: Tensor, geometry: Tensor) -> Tensor:
-        levels = [F.avg_pool3d(geometry, k).to(latent.dtype) for k in self.coarseness]
-        x = self.enter(torch.cat((latent, levels[0]), 1))
-        for blocks, up, level in zip(self.blocks, self.ups, levels, strict=True):
-            x = up(torch.cat((blocks(x), level), 1))
+        x = self.enter(latent)
+        seen = geometry.to(latent.dtype)
+        for embed, blocks, up in zip(self.geometry, self.blocks, self.ups, strict=True):
+            x = up(blocks(x + embed(seen)))
         # Always in float32: the velocity is a difference of neighbouring potentials, which 16 bits would round away.
         x = F.pad(torch.cat((F.silu(x).float(), geometry), 1), (1,) * 6, mode="circular")
         assert self.head.bias is not None

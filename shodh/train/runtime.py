@@ -65,7 +65,9 @@ def start_distributed() -> torch.device:
         device = torch.device("cuda", torch.cuda.current_device())
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))))
+        if "OMP_NUM_THREADS" not in os.environ:
+            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return device
