@@ -190,7 +190,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         return manifest
     except OSError as error:
         raise CheckpointError(f"{checkpoint} is not a complete checkpoint: it has no {MANIFEST}") from error
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged") from error
 
 

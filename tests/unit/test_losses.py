@@ -1,0 +1,88 @@
+"""Losses and error measures against their published definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from shodh.config import TokenizerLoss
+from shodh.fields import Field
+from shodh.train.losses import field_slices, reconstruction_loss, reconstruction_terms, relative_l2, vrmse
+
+FIELDS = (Field("tracer"), Field("velocity", "vector", placement="face"), Field("solid", static=True))
+DYNAMIC = FIELDS[:2]
+
+
+def pair(seed: int = 0, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    target = scale * (1 + torch.randn(3, 4, 6, 5, 8, generator=draw))
+    return target + 0.3 * scale * torch.randn(target.shape, generator=draw), target
+
+
+def test_relative_l2_is_the_ratio_of_norms() -> None:
+    u, v = (t.numpy() for t in pair())
+    expected = [np.linalg.norm(u[b] - v[b]) / np.linalg.norm(v[b]) for b in range(3)]
+    assert relative_l2(*pair()).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_vrmse_is_the_one_of_the_well() -> None:
+    u, v = (t.double().numpy() for t in pair())
+    space = (2, 3, 4)
+    expected = np.sqrt(((u - v) ** 2).mean(space) / (v.var(space) + 1e-7)).mean(1)
+    assert vrmse(*pair()).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    _, target = pair()
+    mean = target.mean((2, 3, 4), keepdim=True).expand_as(target)
+    torch.testing.assert_close(vrmse(mean, target), torch.ones(3))
+
+
+def test_vrmse_agrees_with_the_installed_package() -> None:
+    metrics = pytest.importorskip("the_well.benchmark.metrics")
+    metadata = type("Metadata", (), {"n_spatial_dims": 3})
+    u, v = (t.movedim(1, -1) for t in pair())
+    theirs = metrics.VRMSE.eval(u, v, metadata).mean(-1)
+    # The package divides by the unbiased variance, its paper by the mean square; they differ by n / (n - 1).
+    cells = u[0, ..., 0].numel()
+    torch.testing.assert_close(vrmse(*pair()), theirs * (cells / (cells - 1)) ** 0.5, rtol=1e-5, atol=0)
+
+
+def test_channels_of_dynamic_fields_follow_each_other() -> None:
+    assert field_slices(DYNAMIC) == {"tracer": slice(0, 1), "velocity": slice(1, 4)}
+
+
+def test_terms_do_not_depend_on_the_scale_of_a_field() -> None:
+    small, large = (reconstruction_terms(*pair(scale=s), DYNAMIC) for s in (10.0, 1000.0))
+    for name in small:
+        assert small[name].shape == (3,)
+        torch.testing.assert_close(large[name], small[name], rtol=1e-2, atol=1e-5)
+
+
+def test_gradient_term_sees_what_the_spectrum_of_an_offset_does_not() -> None:
+    _, target = pair()
+    terms = reconstruction_terms(target + 0.5, target, DYNAMIC)
+    assert terms["gradient/velocity"].max() < 1e-10 < 0.05 < terms["relative_l2/velocity"].min()
+    rolled = reconstruction_terms(target.roll(2, 3), target, DYNAMIC)
+    assert rolled["spectral/velocity"].max() < 1e-6 < 0.5 < rolled["relative_l2/velocity"].min()
+
+
+def test_loss_is_the_weighted_mean_over_fields() -> None:
+    terms = reconstruction_terms(*pair(), DYNAMIC)
+    weights = TokenizerLoss(relative_l2=2.0, gradient=0.5, spectral=0.25)
+    expected = sum(
+        w * 0.5 * (terms[f"{kind}/tracer"].mean() + terms[f"{kind}/velocity"].mean())
+        for kind, w in (("relative_l2", 2.0), ("gradient", 0.5), ("spectral", 0.25))
+    )
+    torch.testing.assert_close(reconstruction_loss(terms, weights), expected)
+    only = reconstruction_loss(terms, TokenizerLoss(relative_l2=1.0, gradient=0.0, spectral=0.0))
+    torch.testing.assert_close(only, 0.5 * (terms["relative_l2/tracer"].mean() + terms["relative_l2/velocity"].mean()))
+
+
+def test_perfect_reconstruction_costs_nothing_and_gradients_are_finite_there() -> None:
+    _, target = pair()
+    guess = target.clone().requires_grad_()
+    loss = reconstruction_loss(reconstruction_terms(guess, target, DYNAMIC), TokenizerLoss(spectral=1.0))
+    loss.backward()
+    assert loss.item() == 0.0 and guess.grad.isfinite().all()
+    flat = torch.zeros(1, 4, 4, 4, 4)
+    terms = reconstruction_terms(flat + 0.1, flat, DYNAMIC)
+    assert all(t.isfinite().all() for t in terms.values()), "a field without variance must not divide by zero"
