@@ -1,0 +1,142 @@
+"""What the project uses of DeepSpeed's internals. A red test here means: read the new DeepSpeed before anything else.
+
+The expert layer subclasses an undocumented class. Each test names one thing that `shodh.moe.layer`,
+`shodh.train.checkpoint`, `shodh.train.engine` or `shodh.train.runtime` takes for granted.
+"""
+
+from __future__ import annotations
+
+import inspect
+from importlib import metadata
+from typing import Any
+
+import pytest
+import torch
+
+from shodh.config import ExpertsConfig
+from shodh.moe.router import SemanticRouter
+
+deepspeed = pytest.importorskip("deepspeed")
+
+from deepspeed.module_inject import auto_ep_config, auto_ep_layer  # noqa: E402
+from deepspeed.moe import ep_experts, utils  # noqa: E402
+
+from shodh.moe.layer import ExpertLayer, optimizer_groups  # noqa: E402
+
+DIM, HIDDEN = 16, 8
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.fixture(scope="module")
+def layer() -> ExpertLayer:
+    config = ExpertsConfig(num_experts=4, hidden=HIDDEN, num_shared=2, top_k=1)
+    return ExpertLayer(config, DIM, ep_size=2, ep_rank=1)
+
+
+def test_version_is_one_that_was_read() -> None:
+    version = tuple(int(part) for part in metadata.version("deepspeed").split("+")[0].split(".")[:3])
+    assert (0, 19, 8) <= version < (0, 20), "read auto_ep_layer.py of the new version, then widen this range"
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (auto_ep_layer.AutoEPMoELayer.__init__, ["self", "spec", "source_module", "ep_size", "ep_rank", "config"]),
+        (auto_ep_layer.AutoEPMoELayer.forward, ["self", "hidden_states"]),
+        (auto_ep_layer.AutoEPMoELayer._finalize_output, ["self", "output", "x", "hidden_states", "hdim"]),
+        (auto_ep_layer.AutoEPMoELayer.set_deepspeed_parallelism, ["self"]),
+        (ep_experts.register_expert_activation, ["name", "fn"]),
+        (utils.split_params_into_different_moe_groups_for_optimizer, ["param_groups"]),
+        (deepspeed.DeepSpeedEngine.save_checkpoint, ["self", "save_dir", "tag", "client_state", "save_latest"]),
+        (deepspeed.DeepSpeedEngine.load_checkpoint, ["self", "load_dir", "tag"]),
+        (deepspeed.utils.groups._get_expert_parallel_group, ["group_name"]),
+        (deepspeed.utils.safe_get_local_fp32_param, ["param"]),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", None),
+)
+def test_signatures(function: Any, expected: list[str]) -> None:
+    found = parameters(function)
+    assert found[: len(expected)] == expected
+    for name in found[len(expected) :]:
+        parameter = inspect.signature(function).parameters[name]
+        optional = parameter.default is not inspect.Parameter.empty
+        assert optional or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL), f"new argument {name}"
+
+
+def test_specification_needs_no_more_than_we_give(layer: ExpertLayer) -> None:
+    assert auto_ep_layer.MoELayerSpec is auto_ep_config.MoELayerSpec
+    assert layer.score_apply == "post" and layer.combine_impl == "weighted_sum" and layer.comm_backend == "comm"
+    assert layer.load_balance_coeff is None and layer.expert_bias is None, "DeepSpeed would balance on its own"
+    assert not layer.return_router_logits and layer.moe_output_shape != "flat"
+
+
+def test_router_is_called_with_rows_and_must_return_weights_choice_and_counts(layer: ExpertLayer) -> None:
+    source = inspect.getsource(auto_ep_layer.AutoEPMoELayer._forward)
+    assert "RouterOutput(*self.router(x, self.expert_bias))" in source
+    assert auto_ep_layer.RouterOutput._fields == ("top_scores", "selected_experts", "num_tokens_per_expert")
+    assert isinstance(layer.router, SemanticRouter)
+
+
+def test_parameters_are_those_of_the_exchange_format(layer: ExpertLayer) -> None:
+    shapes = {name: tuple(p.shape) for name, p in layer.named_parameters() if not name.startswith("router.")}
+    assert shapes == {
+        "experts.w1": (2, HIDDEN, DIM),
+        "experts.w2": (2, DIM, HIDDEN),
+        "experts.w3": (2, HIDDEN, DIM),
+        "shared_experts.w1.weight": (2 * HIDDEN, DIM),
+        "shared_experts.w2.weight": (DIM, 2 * HIDDEN),
+        "shared_experts.w3.weight": (2 * HIDDEN, DIM),
+    }
+    assert all(p.requires_grad and p.is_leaf and p.is_contiguous() for p in layer.parameters())
+    # A rank holds its experts, not views of all of them.
+    assert all(p.untyped_storage().nbytes() == p.numel() * 4 for p in layer.experts.parameters())
+    assert (layer.num_experts, layer.num_local_experts, layer.ep_rank, layer.first_expert) == (4, 2, 1, 2)
+
+
+def test_experts_are_marked_as_spread_and_everything_else_as_replicated(layer: ExpertLayer) -> None:
+    for name, parameter in layer.named_parameters():
+        spread = name.startswith("experts.")
+        assert parameter.allreduce is not spread, name
+        assert parameter.ds_zero_placement_family == ("autoep_expert" if spread else "replicated"), name
+        assert not spread or parameter.group_name == "ep_size_2"
+
+
+def test_optimiser_groups_keep_experts_apart_under_unique_names(layer: ExpertLayer) -> None:
+    groups = optimizer_groups(torch.nn.ModuleDict({"block": layer}), 0.1)
+    assert len({group["name"] for group in groups}) == len(groups) == 3
+    (experts,) = [group for group in groups if group.get("moe")]
+    assert {id(p) for p in experts["params"]} == {id(p) for p in layer.experts.parameters()}
+    assert experts["weight_decay"] == 0.1 and experts["name"] == "ep_size_2"
+    assert sum(len(group["params"]) for group in groups) == len(list(layer.parameters()))
+
+
+def test_bilinear_activation_is_registered_and_computes_a_product() -> None:
+    gate, up = torch.randn(2, 3, 5)
+    assert torch.equal(ep_experts.apply_expert_activation(gate, up, "bilinear"), gate * up)
+
+
+def test_grouped_gemm_runs_here_and_keeps_its_limits() -> None:
+    x, w = torch.randn(16, 8), torch.randn(2, 8, 12)
+    ends = torch.tensor([8, 16], dtype=torch.int32)
+    out = torch._grouped_mm(x, w, offs=ends)
+    torch.testing.assert_close(out, torch.cat((x[:8] @ w[0], x[8:] @ w[1])), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError):
+        torch._grouped_mm(x.double(), w.double(), offs=ends)
+
+
+def test_switch_for_the_just_in_time_build_is_where_we_turn_it() -> None:
+    import deepspeed.ops
+
+    assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
+
+
+def test_private_places_that_checkpoints_and_checks_look_at() -> None:
+    from deepspeed.runtime.zero import GatheredParameters  # noqa: F401
+    from deepspeed.utils.tensor_fragment import tensor_fragment
+
+    assert "hp_fragment" in tensor_fragment.__dataclass_fields__
+    for name in ("get_global_grad_norm", "zero_optimization_stage", "backward", "step"):
+        assert callable(getattr(deepspeed.DeepSpeedEngine, name))
