@@ -86,14 +86,15 @@ class Job:
     def files(self) -> set[Path]:
         return {part.path for part in self.parts}
 
+    def existing(self) -> list[Path]:
+        """Data files of the regime that are there, ours or not."""
+        return sorted((self.folder / "data").glob(f"*/{self.regime.name}_*.hdf5"))
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     lines = [f"  {name}.{key}={value}" for name, kind in REGIMES.items() for key, value in vars(kind()).items()]
-    parser = OneLineParser(
-        description=__doc__,
-        epilog=EPILOG + "\n".join(lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    epilog, layout = EPILOG + "\n".join(lines), argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(description=__doc__, epilog=epilog, formatter_class=layout)
     parser.add_argument("--regime", nargs="+", required=True, metavar="NAME", help=f"of {', '.join(REGIMES)}")
     parser.add_argument("--grid", type=int, nargs="+", required=True, metavar="N", help="cells: one number, or x y z")
     parser.add_argument("--trajectories", type=int, required=True, help="of each regime, all splits together")
@@ -212,15 +213,10 @@ def checksum(path: str) -> str:
 
 def clear(job: Job) -> None:
     """Remove files that this tool wrote for the regime with other settings."""
-    for path in existing(job):
+    for path in job.existing():
         if path not in job.files or not is_finished(path, job, refuse=False):
             path.unlink()
             (job.folder / "stats.yaml").unlink(missing_ok=True)
-
-
-def existing(job: Job) -> list[Path]:
-    """Files of the regime that are there."""
-    return sorted((job.folder / "data").glob(f"*/{job.regime.name}_*.hdf5"))
 
 
 def is_finished(path: Path, job: Job, *, refuse: bool = True) -> bool:
@@ -246,7 +242,7 @@ def is_finished(path: Path, job: Job, *, refuse: bool = True) -> bool:
 
 def check_leftovers(job: Job) -> None:
     """Refuse data files that would be read together with ours although they are none."""
-    strangers = [path for path in existing(job) if path not in job.files]
+    strangers = [path for path in job.existing() if path not in job.files]
     if strangers:
         raise ConfigError(f"{strangers[0]}: was made with other settings; choose another --out, or --overwrite")
 
@@ -280,10 +276,9 @@ _channel: tuple[Any, Any, int]  # in a worker: its progress queue, the event tha
 
 
 def start_worker(queue: Any, stop: Any, parent: int, threads: int) -> None:
-    """Prepare a worker process: Ctrl-C is the parent's business, and workers share the cores."""
+    """Prepare a worker process: workers share the cores."""
     global _channel
     _channel = (queue, stop, parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
 
 
@@ -310,7 +305,10 @@ def solve_all(tasks: Sequence[tuple[Job, Part]], device: str, workers: int, bar:
     threads = max(1, cpu_cores() // workers)
     pool = ProcessPoolExecutor(workers, context, start_worker, (queue, stop, os.getpid(), threads))
     with pool:
+        # Workers inherit that Ctrl-C is ignored: it is the parent's business, which then stops them.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         futures = {pool.submit(solve_in_worker, job, part) for job, part in tasks}
+        signal.signal(signal.SIGINT, handler)
         try:
             while futures:
                 finished, futures = wait(futures, timeout=0.2, return_when=FIRST_EXCEPTION)

@@ -107,8 +107,10 @@ class OpenChannel:
             tracer_scale=self.tracer_scale,
             courant=self.courant,
         )
-        if not (self.spin_up >= 0 and self.perturbation >= 0):
-            raise ConfigError(f"{self.name}: spin_up={self.spin_up} and perturbation={self.perturbation} must be >= 0")
+        if not 0 <= self.spin_up < math.inf:
+            raise ConfigError(f"{self.name}.spin_up={self.spin_up} must be a number >= 0")
+        if not 0 <= self.perturbation <= 10:
+            raise ConfigError(f"{self.name}.perturbation={self.perturbation} must be between 0 and 10")
         if self.courant >= ADVECTION_LIMIT:
             raise ConfigError(
                 f"{self.name}.courant={self.courant} must be below {ADVECTION_LIMIT}, the limit of stability"

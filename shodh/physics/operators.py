@@ -17,11 +17,6 @@ import torch
 from torch import Tensor
 
 
-def window(field: Tensor, axis: int, start: int, length: int) -> Tensor:
-    """View of ``length`` entries from ``start`` along ``axis``."""
-    return field.narrow(axis, start, length)
-
-
 def inner(padded: Tensor, first: int = 0) -> Tensor:
     """View without the halo of the three space axes that start at dimension ``first``."""
     for axis in range(first, first + 3):
@@ -72,31 +67,16 @@ def subtract_gradient(velocity: Tensor, potential: Tensor, spacing: Sequence[flo
         component.add_(here, alpha=1.0 / spacing[axis])
 
 
-def roll_back(field: Tensor, axis: int) -> Tensor:
-    """``field[c - e_axis]`` on a periodic axis."""
-    return torch.roll(field, 1, dims=axis)
-
-
-def divergence(velocity: Tensor, spacing: Sequence[float], first: int = 1) -> Tensor:
+def divergence(components: Sequence[Tensor], spacing: Sequence[float], first: int) -> Tensor:
     """Divergence of unpadded face velocities whose wall faces, if any, are stored as zeros.
 
     Parameters
     ----------
-    velocity : Tensor [3, *space, ...]
-        The last stored face of a walled axis must be zero: then wrapping around equals the wall.
-    spacing : sequence of 3 floats
+    components : 3 Tensors
+        The last face of a walled axis must be zero: then wrapping around equals the wall.
+    spacing : 3 floats
     first : int
-        Dimension of the first space axis; the component dimension is 0.
+        Dimension of the first space axis.
     """
-    total: Tensor | None = None
-    for axis in range(3):
-        component = velocity[axis]
-        term = (component - roll_back(component, first - 1 + axis)) / spacing[axis]
-        total = term if total is None else total + term
-    assert total is not None
-    return total
-
-
-def cell_average(velocity: Tensor, first: int = 1) -> Tensor:
-    """Face velocities ``[3, *space, ...]`` averaged to the cell centres (same wrapping as :func:`divergence`)."""
-    return torch.stack([0.5 * (velocity[a] + roll_back(velocity[a], first - 1 + a)) for a in range(3)])
+    x, y, z = ((u - torch.roll(u, 1, dims=first + axis)) / spacing[axis] for axis, u in enumerate(components))
+    return x + y + z

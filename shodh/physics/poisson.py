@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from shodh.physics.krylov import conjugate_gradients
+from shodh.physics.operators import divergence
 
 
 def periodic_symbol(cells: int, spacing: float, *, half: bool = False, device: str | torch.device = "cpu") -> Tensor:
@@ -131,7 +132,7 @@ def project_around_solids(
     poisson = PeriodicPoisson(solid.shape[1:], spacing, torch.float64, velocity.device)
 
     def divergence_of(u: Tensor) -> Tensor:
-        return sum_axes([(u[:, a] - torch.roll(u[:, a], 1, dims=a + 1)) / spacing[a] for a in range(3)])
+        return divergence(u.unbind(1), spacing, first=1)
 
     def gradient_of(p: Tensor) -> Tensor:
         return open_faces * torch.stack([(torch.roll(p, -1, dims=a + 1) - p) / spacing[a] for a in range(3)], dim=1)
@@ -152,8 +153,3 @@ def project_around_solids(
     )
     result += gradient_of(solve.solution)
     return result, divergence_of(result).abs().flatten(1).amax(1)
-
-
-def sum_axes(terms: Sequence[Tensor]) -> Tensor:
-    """Sum of one term an axis."""
-    return terms[0] + terms[1] + terms[2]

@@ -31,7 +31,7 @@ from torch import Tensor
 from shodh.errors import ConfigError, DataError
 from shodh.fields import RegimeSchema, Trajectories
 from shodh.physics.geometry import GENERATORS, Solid, crop_image, load_image, pore_space
-from shodh.physics.operators import fill_periodic, inner, padded_like
+from shodh.physics.operators import divergence, fill_periodic, inner, padded_like
 from shodh.physics.poisson import closed_faces
 from shodh.physics.regime import Progress, check_positive, check_request, flow_schema, tracer_blobs
 from shodh.physics.scalar import SSP_RK2, ScalarTransport
@@ -87,8 +87,8 @@ class PorousMedia:
     pore_value: float | None = None
     frame_interval: float = 0.1
     drive_rate: float = 3.0
-    peclet: float = 50.0
-    tracer_scale: float = 0.12
+    peclet: float = 200.0
+    tracer_scale: float = 0.2
     courant: float = 0.8
     tolerance: float = 1e-5
     max_iterations: int = 2000
@@ -293,10 +293,8 @@ class _Run:
         velocity = self.velocity(torch.full((batch,), self.time, dtype=torch.float64)).float()
         self.values["velocity"][:, index] = velocity.permute(4, 1, 2, 3, 0).cpu().numpy()
         self.values["tracer"][:, index] = self.tracer.values.permute(3, 0, 1, 2).float().cpu().numpy()
-        stored = velocity.double()
-        divergence = sum((stored[a] - torch.roll(stored[a], 1, dims=a)) / self.spacing[a] for a in range(3))
-        assert isinstance(divergence, Tensor)
-        self.divergence = torch.maximum(self.divergence, divergence.abs().flatten(0, 2).amax(0).cpu())
+        rest = divergence(velocity.double().unbind(0), self.spacing, first=0).abs().flatten(0, 2).amax(0)
+        self.divergence = torch.maximum(self.divergence, rest.cpu())
         self.progress(0.5 + 0.5 * (index + 1) / frames)
 
     def trajectories(self, frames: int) -> Trajectories:

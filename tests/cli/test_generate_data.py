@@ -185,7 +185,15 @@ def test_workers_give_the_same_files_as_one_process(tool: ModuleType, tmp_path: 
 
 def test_interrupted_run_leaves_whole_files_only(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [*command(tmp_path / "out", "--trajectories-per-file", "1"), "--frames", "300", "--workers", "2"],
+        [
+            *command(tmp_path / "out", "--trajectories-per-file", "1"),
+            "--frames",
+            "60",
+            "--trajectories",
+            "12",
+            "--workers",
+            "2",
+        ],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -198,5 +206,7 @@ def test_interrupted_run_leaves_whole_files_only(tmp_path: Path) -> None:
     assert process.returncode == 130, errors
     assert errors == "interrupted; run the same command again to go on\n"
     assert not list(tmp_path.rglob("*.partial"))
-    for path in tmp_path.rglob("*.hdf5"):
-        assert WellFile(path).num_frames == 300
+    files = list(tmp_path.rglob("*.hdf5"))
+    assert 1 <= len(files) < 12
+    for path in files:
+        assert WellFile(path).num_frames == 60
