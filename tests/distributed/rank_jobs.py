@@ -92,3 +92,43 @@ def train_tokenizer(config_path: Path, overrides: list[str], resume: str | None 
     from shodh.train import jobs
 
     return jobs.train_tokenizer(load_config(config_path, overrides), resume)
+
+
+def pretrain_with_frozen_experts(config_path: Path, overrides: list[str]) -> dict[str, Any]:
+    """As `pretrain`, with an optimiser that leaves the experts of the last rank alone: a known, silent failure."""
+    from shodh.train import engine
+
+    adamw = engine.adamw
+
+    def freezing(groups: list[dict[str, Any]], *arguments: Any) -> Any:
+        optimizer = adamw(groups, *arguments)
+        step = optimizer.step
+
+        def frozen_step(*args: Any, **kwargs: Any) -> Any:
+            experts = [p for g in optimizer.param_groups if g.get("moe") for p in g["params"]]
+            before = [p.detach().clone() for p in experts]
+            result = step(*args, **kwargs)
+            if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+                for parameter, old in zip(experts, before, strict=True):
+                    parameter.data.copy_(old)
+            return result
+
+        optimizer.step = frozen_step
+        return optimizer
+
+    engine.adamw = freezing
+    return pretrain(config_path, overrides)
+
+
+def pretrain_with_idle_experts(config_path: Path, overrides: list[str]) -> dict[str, Any]:
+    """As `pretrain`; no token goes to the experts of the last rank."""
+    from shodh.moe.router import SemanticRouter
+
+    reset = SemanticRouter.__init__
+
+    def biased(router: SemanticRouter, *arguments: Any) -> None:
+        reset(router, *arguments)
+        router.selection_bias[router.num_experts // 2 :] = -9.0
+
+    SemanticRouter.__init__ = biased  # type: ignore[method-assign]
+    return pretrain(config_path, overrides)

@@ -1,0 +1,239 @@
+"""Bad input: one line that says what to do, exit code 2, nothing lost, no rank left hanging."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helper import ROOT, Finished, free_port, run_script
+
+from shodh.cli import run_main
+from shodh.config import dump_config, load_config
+
+PRETRAIN, TOKENIZER = "launch/pretrain.py", "launch/train_tokenizer.py"
+
+
+def assert_one_line(finished: Finished, *expected: str) -> str:
+    """Exit code 2 and one ``error:`` line with these texts; returns it."""
+    lines = [line for line in finished.stderr.splitlines() if "error:" in line]
+    assert finished.code == 2, finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: "), finished.stderr
+    for text in expected:
+        assert text in lines[0]
+    assert finished.stdout == ""
+    return lines[0]
+
+
+@pytest.fixture
+def config(write_config: Callable[..., Path], tmp_path: Path) -> Path:
+    return write_config(tmp_path / "tiny.yaml")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Where the runs of `config` go."""
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize("script", [PRETRAIN, TOKENIZER])
+def test_typo_in_the_configuration(script: str, config: Path, out: Path) -> None:
+    config.write_text(config.read_text().replace("global_batch", "globl_batch"))
+    assert_one_line(run_script(script, "--config", config), "globl_batch", "did you mean 'global_batch'?", str(config))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["operator.depht=3"], ["unknown key 'operator.depht'", "did you mean 'depth'?"]),
+        (["operator.depth"], ["--set 'operator.depth'", "expected key=value"]),
+        (["data.regimes.7.path=x"], ["--set", "no such place"]),
+        (["operator.train.lr=[1"], ["--set", "not valid YAML"]),
+        (["data.grid=[16, 16, 20]"], ["data.grid [16, 16, 20]", "divides axes by 8", "[20]"]),
+        (["parallel.ep_size=2"], ["ep_size=2 needs at least 2 ranks", "'deepspeed --num_gpus 2 ...'"]),
+        (["parallel.ep_size=3"], ["ep_size=3 needs at least 3 ranks"]),
+        (["operator.train.micro_batch=3"], ["micro_batch=3", "use micro_batch in [1, 2, 4, 8]"]),
+        (["deepspeed=absent.json"], ["cannot read DeepSpeed configuration absent.json"]),
+        (["operator.experts.num_experts=3"], ["num_experts=3 is not divisible by router.groups=2"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_setting_that_cannot_be_used(overrides: list[str], expected: list[str], config: Path, out: Path) -> None:
+    assert_one_line(run_script(PRETRAIN, "--config", config, "--set", *overrides), *expected)
+    assert not out.exists()
+
+
+def test_number_of_experts_that_the_ranks_cannot_share(config: Path, out: Path) -> None:
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}
+    settings = ["parallel.ep_size=4", "operator.experts.num_experts=6"]
+    finished = run_script(PRETRAIN, "--config", config, "--set", *settings, environment=ranks)
+    assert_one_line(finished, "num_experts=6 is not divisible by ep_size=4", "use parallel.ep_size in [1, 2]")
+    assert not out.exists()
+
+
+def test_configuration_that_is_missing_or_no_yaml(tmp_path: Path, config: Path) -> None:
+    absent = tmp_path / "absent.yaml"
+    assert_one_line(run_script(PRETRAIN, "--config", absent), f"cannot read configuration {absent}")
+    config.write_text("name: [tiny")
+    assert_one_line(run_script(PRETRAIN, "--config", config), f"{config} is not valid YAML")
+
+
+def test_missing_data(config: Path, tmp_path: Path) -> None:
+    settings = [f"data.regimes.1.path={tmp_path / 'nowhere'}"]
+    assert_one_line(run_script(TOKENIZER, "--config", config, "--set", *settings), str(tmp_path / "nowhere"))
+
+
+def test_data_of_another_grid(config: Path, tiny_data: Path) -> None:
+    line = assert_one_line(run_script(TOKENIZER, "--config", config, "--set", "data.grid=[32, 16, 16]"))
+    assert "[16, 16, 16]" in line and "[32, 16, 16]" in line and "--set data.grid=" in line and str(tiny_data) in line
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text"])
+def test_damaged_data_file_is_named(damage: str, config: Path, tiny_data: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_data / "porous_media", copy)
+    victim = next((copy / "data" / "train").glob("*.hdf5"))
+    victim.write_bytes(victim.read_bytes()[:5000] if damage == "truncated" else b"not HDF5")
+    settings = [f"data.regimes.1.path={copy}"]
+    assert_one_line(run_script(TOKENIZER, "--config", config, "--set", *settings), str(victim))
+
+
+def test_field_that_the_data_do_not_have(config: Path) -> None:
+    settings = ["data.fields=[{name: velocity, kind: vector, solenoidal: true}, {name: pressure}]"]
+    assert_one_line(run_script(TOKENIZER, "--config", config, "--set", *settings), "pressure")
+
+
+def test_tokenizer_that_was_never_trained(config: Path, out: Path) -> None:
+    line = assert_one_line(run_script(PRETRAIN, "--config", config), "no trained tokenizer in")
+    assert "deepspeed launch/train_tokenizer.py" in line
+    assert not (out / "tiny").exists()
+
+
+@pytest.fixture
+def tokenizer_folder(config: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A run folder of a trained tokenizer with other settings, as far as it is looked at."""
+
+    def make(*overrides: str) -> Path:
+        folder = tmp_path / "tokenizer"
+        folder.mkdir()
+        (folder / "config.yaml").write_text(dump_config(load_config(config, overrides)))
+        (folder / "tokenizer.json").write_text("{}")
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            [
+                "data.fields=[{name: velocity, kind: vector, solenoidal: true}, {name: heat}, {name: rock, static: true}]"
+            ],
+            ["was trained on the fields ['velocity', 'heat', 'rock']", "['velocity', 'tracer', 'solid']", "train it"],
+        ),
+        (["tokenizer.latent_channels=16"], ["other settings of tokenizer.latent_channels"]),
+        ([], ["tokenizer.json is damaged"]),
+    ],
+)
+def test_tokenizer_that_does_not_fit(
+    overrides: list[str], expected: list[str], config: Path, out: Path, tokenizer_folder: Callable[..., Path]
+) -> None:
+    folder = tokenizer_folder(*overrides)
+    finished = run_script(PRETRAIN, "--config", config, "--set", f"tokenizer.run={folder}")
+    assert_one_line(finished, str(folder), *expected)
+    assert not out.exists()
+
+
+def test_checkpoint_that_is_missing_or_unreadable(config: Path, tmp_path: Path, out: Path) -> None:
+    finished = run_script(PRETRAIN, "--config", config, "--resume", tmp_path / "absent")
+    assert_one_line(finished, f"{tmp_path / 'absent'} is not a complete checkpoint")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "manifest.json").write_text("{")
+    assert_one_line(run_script(PRETRAIN, "--config", config, "--resume", broken), f"{broken}/manifest.json is damaged")
+    finished = run_script(PRETRAIN, "--config", config, "--init-from", broken)
+    assert_one_line(finished, f"{broken}/manifest.json is damaged")
+    assert not out.exists()
+
+
+def test_new_run_never_overwrites_an_old_one(config: Path, out: Path) -> None:
+    checkpoint = out / "tiny" / "checkpoints" / "step_00000005"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text('{"files": {}}')
+    (out / "tiny" / "latest").write_text("step_00000005\n")
+    before = sorted(out.rglob("*"))
+    assert_one_line(run_script(PRETRAIN, "--config", config), "already holds a run", "--resume auto")
+    assert sorted(out.rglob("*")) == before
+
+
+def test_unwritable_output_folder(config: Path, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert_one_line(run_script(TOKENIZER, "--config", config, "--set", f"out={blocked}"), str(blocked))
+
+
+def test_full_disk_and_interrupt_end_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> int:
+        raise OSError(28, "No space left on device", "runs/a/file")
+
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    for main, code, text in ((full, 2, "error: no disk space left while writing runs/a/file"), (interrupted, 130, "")):
+        with pytest.raises(SystemExit) as caught:
+            run_main(main)
+        stderr = capsys.readouterr().err
+        assert caught.value.code == code and stderr.startswith(text) and stderr.count("\n") == 1
+
+
+def test_programming_error_keeps_its_traceback() -> None:
+    def broken() -> int:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_main(broken)
+
+
+@pytest.mark.parametrize("script", [PRETRAIN, TOKENIZER])
+def test_help_has_examples(script: str) -> None:
+    finished = run_script(script, "--help")
+    assert finished.code == 0 and "examples:" in finished.stdout and f"{script} --config" in finished.stdout
+
+
+def launch(*arguments: Any, timeout: float = 90.0) -> Finished:
+    """``deepspeed --num_gpus 2 <arguments>``, as a user types it."""
+    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", free_port(), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    return Finished(finished.returncode, finished.stdout, finished.stderr)
+
+
+def assert_one_line_under_the_launcher(finished: Finished, *expected: str) -> None:
+    lines = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert finished.code == 2, finished.stderr
+    assert len(lines) == 1 and all(text in lines[0] for text in expected), finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_launcher_ends_both_ranks_for_a_typo(config: Path) -> None:
+    finished = launch(PRETRAIN, "--config", config, "--set", "operator.depht=3")
+    assert_one_line_under_the_launcher(finished, "did you mean 'depth'?")
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_launcher_ends_both_ranks_for_missing_data_after_they_are_connected(config: Path, tmp_path: Path) -> None:
+    finished = launch(TOKENIZER, "--config", config, "--set", f"data.regimes.0.path={tmp_path / 'nowhere'}")
+    assert_one_line_under_the_launcher(finished, str(tmp_path / "nowhere"))
