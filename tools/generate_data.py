@@ -279,6 +279,7 @@ def start_worker(queue: Any, stop: Any, parent: int, threads: int) -> None:
     """Prepare a worker process: workers share the cores."""
     global _channel
     _channel = (queue, stop, parent)
+    queue.cancel_join_thread()  # unread progress must not hold up the end
     torch.set_num_threads(threads)
 
 
@@ -304,26 +305,25 @@ def solve_all(tasks: Sequence[tuple[Job, Part]], device: str, workers: int, bar:
     queue, stop = context.Queue(), context.Event()
     threads = max(1, cpu_cores() // workers)
     pool = ProcessPoolExecutor(workers, context, start_worker, (queue, stop, os.getpid(), threads))
-    with pool:
+    try:
         # Workers inherit that Ctrl-C is ignored: it is the parent's business, which then stops them.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         futures = {pool.submit(solve_in_worker, job, part) for job, part in tasks}
         signal.signal(signal.SIGINT, handler)
-        try:
-            while futures:
-                finished, futures = wait(futures, timeout=0.2, return_when=FIRST_EXCEPTION)
-                while not queue.empty():
-                    bar.report(*queue.get())
-                for future in finished:
-                    future.result()
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a worker process was killed, perhaps for want of memory; use fewer --workers or "
-                "--trajectories-per-file and run the same command again"
-            ) from error
-        finally:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+        while futures:
+            finished, futures = wait(futures, timeout=0.2, return_when=FIRST_EXCEPTION)
+            while not queue.empty():
+                bar.report(*queue.get())
+            for future in finished:
+                future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process was killed, perhaps for want of memory; use fewer --workers or "
+            "--trajectories-per-file and run the same command again"
+        ) from error
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
 
 
 class Bar:
