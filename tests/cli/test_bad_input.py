@@ -134,9 +134,7 @@ def tokenizer_folder(config: Path, tmp_path: Path) -> Callable[..., Path]:
     ("overrides", "expected"),
     [
         (
-            [
-                "data.fields=[{name: velocity, kind: vector, solenoidal: true}, {name: heat}, {name: rock, static: true}]"
-            ],
+            ["data.fields=[{name: velocity, kind: vector}, {name: heat}, {name: rock, static: true}]"],
             ["was trained on the fields ['velocity', 'heat', 'rock']", "['velocity', 'tracer', 'solid']", "train it"],
         ),
         (["tokenizer.latent_channels=16"], ["other settings of tokenizer.latent_channels"]),
