@@ -1,13 +1,15 @@
 """The tokenizer: a convolutional autoencoder, 8x per axis, whose velocity conserves mass by construction.
 
-The decoder never emits a velocity. It emits a vector potential and one constant per periodic axis (the harmonic part),
-and `shodh.ops.decode_velocity` turns them into a discretely divergence-free field on the staggered grid.
+The network emits a face field; `shodh.ops.helmholtz_potential` takes the vector potential and the harmonic part (one
+constant per periodic axis) of its divergence-free part, and `shodh.ops.decode_velocity` turns them into a velocity
+whose discrete divergence is zero. A network that emits the potential itself learns the large scales far more slowly.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,24 @@ from torch.nn import functional as F
 from shodh.config import TokenizerConfig
 from shodh.fields import Field
 from shodh.models.domain import NUM_WALL_CHANNELS, Domain
-from shodh.ops import decode_velocity
+from shodh.ops import decode_velocity, helmholtz_potential
+
+
+class Potential(NamedTuple):
+    """Vector potential ``[B, 3, X, Y, Z]`` and harmonic part ``[B, P]``, None without a periodic axis."""
+
+    potential: Tensor
+    harmonic: Tensor | None
+
+
+def field_slices(fields: Sequence[Field]) -> dict[str, slice]:
+    """Channels of each dynamic field of a 3-D schema, in order."""
+    slices, start = {}, 0
+    for f in fields:
+        stop = start + f.num_components(3)
+        slices[f.name] = slice(start, stop)
+        start = stop
+    return slices
 
 
 def _conv(inputs: int, outputs: int) -> nn.Conv3d:
@@ -118,10 +137,8 @@ class Tokenizer(nn.Module):
         self.fields = tuple(fields)
         self.num_channels = sum(f.num_components(3) for f in self.fields)
         num_geometry = num_static + NUM_WALL_CHANNELS
-        self.num_solenoidal = sum(f.solenoidal for f in self.fields)
         self.encoder = Encoder(self.num_channels + num_geometry, config)
         self.decoder = Decoder(num_geometry, self.num_channels, config)
-        self.harmonic = nn.Linear(config.latent_channels, 3 * self.num_solenoidal) if self.num_solenoidal else None
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
@@ -131,32 +148,38 @@ class Tokenizer(nn.Module):
         latent = self.encoder(torch.cat((fields, geometry), 1).to(dtype)).float()
         return (latent - self.latent_mean.view(1, -1, 1, 1, 1)) / self.latent_std.view(1, -1, 1, 1, 1)
 
-    def potentials(self, latent: Tensor, geometry: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the decoder emits: channels ``[B, C, X, Y, Z]`` (of a solenoidal vector, its potential), and harmonic
-        parts ``[B, 3 * solenoidal]`` or None."""
+    def emit(self, latent: Tensor, geometry: Tensor) -> Tensor:
+        """What the decoder network emits, ``[B, C, X, Y, Z]``: scalars, and of every solenoidal vector a face field
+        whose divergence-free part is meant."""
         latent = latent * self.latent_std.view(1, -1, 1, 1, 1) + self.latent_mean.view(1, -1, 1, 1, 1)
-        harmonic = None
-        if self.harmonic is not None:
-            weight, bias = self.harmonic.weight.float(), self.harmonic.bias.float()
-            harmonic = F.linear(latent.mean((2, 3, 4)), weight, bias)
-        return self.decoder(latent.to(self.encoder.out.weight.dtype), geometry), harmonic
+        out: Tensor = self.decoder(latent.to(self.encoder.out.weight.dtype), geometry)
+        return out
 
-    def assemble(self, channels: Tensor, harmonic: Tensor | None, domain: Domain, *, exact: bool = False) -> Tensor:
-        """Fields of samples that share one domain, from `potentials`; every operation in the dtype given."""
-        spacing = relative_spacing(domain, channels.shape[2:])
-        periodic = [axis for axis, boundary in enumerate(domain.boundary) if boundary == "periodic"]
+    def potentials(self, emitted: Tensor, domain: Domain) -> dict[str, Potential]:
+        """Vector potential and harmonic part of each solenoidal field, for samples that share one domain."""
+        spacing = relative_spacing(domain, emitted.shape[2:])
+        slices = field_slices(self.fields)
+        return {
+            f.name: Potential(
+                *helmholtz_potential(emitted[:, slices[f.name]], spacing=spacing, boundary=domain.boundary)
+            )
+            for f in self.fields
+            if f.solenoidal
+        }
+
+    def assemble(self, emitted: Tensor, domain: Domain, *, exact: bool = False) -> Tensor:
+        """Fields ``[B, C, X, Y, Z]`` of samples that share one domain, from `emit`."""
+        spacing = relative_spacing(domain, emitted.shape[2:])
+        potentials = self.potentials(emitted, domain)
         parts = []
-        start = solenoidal = 0
         for f in self.fields:
-            stop = start + f.num_components(3)
-            part = channels[:, start:stop]
             if f.solenoidal:
-                assert harmonic is not None
-                constants = harmonic[:, 3 * solenoidal : 3 * solenoidal + 3][:, periodic] if periodic else None
-                part = decode_velocity(part, constants, spacing=spacing, boundary=domain.boundary, exact=exact)
-                solenoidal += 1
-            parts.append(part)
-            start = stop
+                potential, harmonic = potentials[f.name]
+                parts.append(
+                    decode_velocity(potential, harmonic, spacing=spacing, boundary=domain.boundary, exact=exact)
+                )
+            else:
+                parts.append(emitted[:, field_slices(self.fields)[f.name]])
         return torch.cat(parts, 1)
 
     def decode(
@@ -171,13 +194,12 @@ class Tokenizer(nn.Module):
         exact : bool
             Round the potential to a lattice, so that the stored float32 divergence is bitwise zero.
         """
-        channels, harmonic = self.potentials(latent, geometry)
+        emitted = self.emit(latent, geometry)
         order: list[Tensor] = []
         parts: list[Tensor] = []
         for i in index.unique().tolist():
             rows = (index == i).nonzero().flatten()
-            chosen = harmonic[rows] if harmonic is not None else None
-            parts.append(self.assemble(channels[rows], chosen, domains[i], exact=exact))
+            parts.append(self.assemble(emitted[rows], domains[i], exact=exact))
             order.append(rows)
         out = torch.cat(parts)
         return out[torch.cat(order).argsort()]

@@ -8,7 +8,7 @@ from torch import nn
 
 
 def is_routed_expert(name: str) -> bool:
-    """Whether a parameter, by its exchange-format name, belongs to the routed experts (stacked along its first axis)."""
+    """Whether a parameter, by its exchange-format name, is of the routed experts, stacked along its first axis."""
     return ".experts." in name
 
 

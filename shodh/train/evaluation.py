@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from shodh.errors import CheckpointError
 from shodh.models.domain import Domain, add_walls
 from shodh.models.factory import build_operator
 from shodh.models.operator import LatentTransformer
-from shodh.models.tokenizer import Tokenizer
+from shodh.models.tokenizer import Potential, Tokenizer, field_slices, relative_spacing
 from shodh.moe.routing import count_by_regime, regime_information
 from shodh.ops import decode_velocity, divergence, face_flux
 from shodh.train.checkpoint import WEIGHTS, load_into, load_weights, read_manifest
 from shodh.train.datasets import Regimes
 from shodh.train.latents import TrainedTokenizer, open_for_operator, open_latents, prepare_latents
-from shodh.train.losses import field_slices, relative_l2, vrmse
+from shodh.train.losses import relative_l2, vrmse
 from shodh.train.run_folder import RunFolder
 
 log = logging.getLogger("shodh")
@@ -142,9 +142,10 @@ class RegimeEvaluation:
         self.example: Example | None = None
         self.top1: Tensor | None = None
 
-    def _decode(self, latent: Tensor, geometry: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        channels, harmonic = self.e.tokenizer.potentials(latent, geometry)
-        return self.e.tokenizer.assemble(channels, harmonic, self.domain), channels, harmonic
+    def _decode(self, latent: Tensor, geometry: Tensor) -> tuple[Tensor, Tensor]:
+        """Fields, and what the network emitted for them."""
+        emitted = self.e.tokenizer.emit(latent, geometry)
+        return self.e.tokenizer.assemble(emitted, self.domain), emitted
 
     def _add_errors(self, kind: str, prediction: Tensor, target: Tensor) -> None:
         self.means.add(f"decoded_mse/{kind}", (prediction - target).square().flatten(1).mean(1))
@@ -161,12 +162,12 @@ class RegimeEvaluation:
         self.means.add("latent_mse/model", (output.latent - target).square().flatten(1).mean(1))
         self.means.add("latent_mse/persistence", (past[:, -1] - target).square().flatten(1).mean(1))
         geometry = add_walls(static, self.domain)
-        prediction, channels, harmonic = self._decode(output.latent, geometry)
+        prediction, emitted = self._decode(output.latent, geometry)
         truth = fields[:, history]
         self._add_errors("model", prediction, truth)
         self._add_errors("persistence", fields[:, history - 1], truth)
         self._add_errors("tokenizer", self._decode(target, geometry)[0], truth)
-        self.divergence.add(channels, harmonic)
+        self.divergence.add(self.e.tokenizer.potentials(emitted, self.domain))
         if self.e.regimes.num_static:
             self._add_solid_speed(prediction, static[:, 0])
         if output.routing:
@@ -237,29 +238,21 @@ class DivergenceMeter:
         domain = regimes.domains[number]
         self._domain = domain
         self._spacing = domain.spacing(evaluator.config.data.grid)
-        self._periodic = [a for a, b in enumerate(domain.boundary) if b == "periodic"]
-        self._fields = regimes.dynamic
-        self._slices = field_slices(regimes.dynamic)
         constants = regimes.normalizer.constants[regimes.names[number]]
-        self._scale = {f.name: constants[f.name][1] for f in self._fields}
+        self._scale = {f.name: constants[f.name][1] for f in regimes.dynamic}
         self._max: dict[str, float] = {}
         self._square: dict[str, list[float]] = {}
 
-    def add(self, channels: Tensor, harmonic: Tensor | None) -> None:
-        """Potentials ``[B, C, X, Y, Z]`` and harmonic parts of a batch, float32, model units."""
-        from shodh.models.tokenizer import relative_spacing
-
-        relative = relative_spacing(self._domain, channels.shape[2:])
-        for number, f in enumerate(f for f in self._fields if f.solenoidal):
-            assert harmonic is not None
-            potential = channels[:, self._slices[f.name]]
-            constants = harmonic[:, 3 * number : 3 * number + 3][:, self._periodic] if self._periodic else None
+    def add(self, potentials: Mapping[str, Potential]) -> None:
+        """Potentials of a batch, float32, model units."""
+        for name, (potential, harmonic) in potentials.items():
+            relative = relative_spacing(self._domain, potential.shape[2:])
             for mode in ("fp32", "fp64", "exact"):
                 dtype = torch.float64 if mode == "fp64" else torch.float32
                 a = potential.to(dtype)
-                h = None if constants is None else constants.to(dtype)
+                h = None if harmonic is None else harmonic.to(dtype)
                 u = decode_velocity(a, h, spacing=relative, boundary=self._domain.boundary, exact=mode == "exact")
-                self._measure(f"{f.name}/{mode}", u * self._scale[f.name], relative)
+                self._measure(f"{name}/{mode}", u * self._scale[name], relative)
 
     def _measure(self, name: str, velocity: Tensor, relative: tuple[float, float, float]) -> None:
         # Differences are taken with the relative spacing the field was made with and rescaled to true lengths: in

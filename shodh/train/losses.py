@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shodh.config import TokenizerLoss
 from shodh.fields import Field
+from shodh.models.tokenizer import field_slices
 
 
 def relative_l2(prediction: Tensor, target: Tensor, eps: float = 1e-8) -> Tensor:
@@ -26,16 +27,6 @@ def vrmse(prediction: Tensor, target: Tensor, eps: float = 1e-7) -> Tensor:
     error = (prediction - target).square().mean(space)
     variance = (target - target.mean(space, keepdim=True)).square().mean(space)
     return (error / (variance + eps)).sqrt().mean(1)
-
-
-def field_slices(fields: Sequence[Field]) -> dict[str, slice]:
-    """Channels of each dynamic field, in order."""
-    slices, start = {}, 0
-    for f in fields:
-        stop = start + f.num_components(3)
-        slices[f.name] = slice(start, stop)
-        start = stop
-    return slices
 
 
 def _relative_square(error: Tensor, target: Tensor, floor: float) -> Tensor:

@@ -27,8 +27,8 @@ def make(seed: int = 0, **settings: Any) -> Tokenizer:
     config = TokenizerConfig(latent_channels=6, widths=(8, 12, 16), head_channels=8, **settings)
     model = Tokenizer(config, FIELDS, 1)
     initialise(model, seed)
-    with torch.no_grad():  # A harmonic part of the size of the rest.
-        model.harmonic.bias.normal_(generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():  # A mean flow of the size of the rest.
+        model.decoder.head.bias.normal_(generator=torch.Generator().manual_seed(seed))
     return model
 
 
@@ -45,8 +45,8 @@ def batch(domains: list[Domain], seed: int = 0) -> tuple[Tensor, Tensor]:
 def test_decoded_velocity_is_divergence_free_in_double_precision_for_any_weights(domain: Domain, seed: int) -> None:
     model = make(seed)
     fields, geometry = batch([domain, domain], seed)
-    channels, harmonic = model.potentials(5 * model.encode(fields, geometry), geometry)
-    decoded = model.assemble(channels.double(), harmonic.double(), domain)
+    emitted = model.emit(5 * model.encode(fields, geometry), geometry)
+    decoded = model.assemble(emitted.double(), domain)
     velocity, spacing = decoded[:, :3], relative_spacing(domain, GRID)
     gradient = max(velocity.diff(dim=d + 2).abs().max() / spacing[d] for d in range(3))
     assert gradient > 0.1
