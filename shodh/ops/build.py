@@ -34,7 +34,7 @@ BACKENDS = ("cpu", "cuda")
 PACKAGE = Path(__file__).resolve().parent
 CUDA_FALLBACK_ARCHS = ("80", "90")
 # No fused multiply-add: every back end returns the same bits.
-CPU_FLAGS = ("-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden")
+CPU_FLAGS = ("-O3", "-fPIC", "-fwrapv", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden")
 CUDA_FLAGS = ("-O3", "-fmad=false", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden")
 HINT = "build it with: python -m shodh.ops --build"
 

@@ -11,6 +11,7 @@ from ops.cases import random_case
 from ops.test_backends import FLOATS, check_gradients
 
 from shodh.ops import build, decode_velocity
+from shodh.ops.__main__ import main
 
 HERE = Path(__file__).parent
 
@@ -84,3 +85,20 @@ def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(build.BuildError, match="set CXX"):
         build.compile_command("cpu", Path("unused.so"))
+
+
+def test_report_says_what_is_built_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    lines = capsys.readouterr().out
+    assert "reference  ready" in lines
+    if not torch.cuda.is_available():
+        assert "cuda       not available" in lines and "python -m shodh.ops --build cuda" in lines
+
+
+def test_build_that_cannot_be_done_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    assert main(["--build", "cpu"]) == 1
+    assert "no compiler found" in capsys.readouterr().err

@@ -93,6 +93,19 @@ def test_lattice_follows_the_largest_velocity_wherever_it_is(implementation: str
 
 
 @pytest.mark.parametrize("implementation", BUILT)
+@pytest.mark.parametrize("spacing", [(0.5, 0.5, 0.5), (0.3, 0.3, 0.3)])
+def test_potential_far_larger_than_the_velocity(spacing: tuple[float, ...], implementation: str) -> None:
+    """A gauge part, constant along two axes, that is up to 1e10 times the rest and leaves the velocity alone."""
+    for gauge in (10.0, 1e2, 1e4, 1e7, 1e10):
+        potential = torch.randn(2, 3, 19, 7, 33)
+        potential[1, 0] = gauge * torch.randn(19, 1, 1)
+        velocity = decode_velocity(potential, None, spacing=spacing, exact=True, implementation=implementation)
+        assert divergence(velocity, spacing=spacing).abs().max() == 0.0
+        plain = decode_velocity(potential.double(), None, spacing=spacing)
+        assert (velocity - plain).norm() <= (1e-6 + 2.0**-48 * gauge) * plain.norm()
+
+
+@pytest.mark.parametrize("implementation", BUILT)
 def test_gradient_passes_straight_through_the_rounding(implementation: str) -> None:
     case = random_case(11)
     weight = torch.randn_like(decode_velocity(case.potential, case.harmonic, **case.box))

@@ -9,9 +9,9 @@ import torch
 
 from shodh.ops import decode_velocity, divergence, helmholtz_potential
 
-BOXES = [
-    ((5, 6, 7), boundary, (0.7, 1.3, 0.4)) for boundary in itertools.product(("periodic", "wall"), repeat=3)
-] + [((6, 9), boundary, (0.5, 1.25)) for boundary in itertools.product(("periodic", "wall"), repeat=2)]
+BOXES = [((5, 6, 7), boundary, (0.7, 1.3, 0.4)) for boundary in itertools.product(("periodic", "wall"), repeat=3)] + [
+    ((6, 9), boundary, (0.5, 1.25)) for boundary in itertools.product(("periodic", "wall"), repeat=2)
+]
 
 
 def random_field(grid: tuple[int, ...], seed: int) -> torch.Tensor:

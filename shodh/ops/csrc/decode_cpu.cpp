@@ -221,7 +221,7 @@ void adjoint(const Grid& grid, const T* gradient, T* potential, T* harmonic) {
 
 template <class T>
 Tensor decode_typed(const Grid& grid, const Tensor& potential, const std::optional<Tensor>& harmonic) {
-  Tensor velocity = torch::stable::new_empty(potential, field_shape(grid, grid.components()));
+  Tensor velocity = new_field<T>(potential, grid, grid.components());
   std::optional<Tensor> constants;
   if (harmonic.has_value()) constants = torch::stable::contiguous(*harmonic);
   const T* h = constants ? static_cast<const T*>(constants->const_data_ptr()) : nullptr;
@@ -234,7 +234,7 @@ Tensor decode_typed(const Grid& grid, const Tensor& potential, const std::option
 
 template <class T>
 std::tuple<Tensor, Tensor> adjoint_typed(const Grid& grid, const Tensor& gradient) {
-  Tensor potential = torch::stable::new_empty(gradient, field_shape(grid, grid.potentials()));
+  Tensor potential = new_field<T>(gradient, grid, grid.potentials());
   Tensor harmonic = torch::stable::new_empty(gradient, {grid.batch, harmonic_columns(grid).count});
   const T* g = static_cast<const T*>(gradient.const_data_ptr());
   T* a = static_cast<T*>(potential.mutable_data_ptr());

@@ -4,12 +4,19 @@
 // potential, a few planes give a guess; the decode runs with it and bounds the true maximum on its way. Only samples
 // whose guess fell below a power of two, or whose bounds enclose one, are measured in full and decoded again where
 // the guess was wrong. The result never depends on the guess.
+//
+// Where the edge integrals are the potential times a power of two, and no more than 2^28 steps, 32-bit integers hold
+// them, which is twice as fast; the result is the same.
 #include "rows.h"
 
 #include <cstring>
 
 namespace shodh {
 namespace {
+
+enum class Mode { kMeasure, kDecode, kDecodeWhole };
+
+constexpr double kWholeLimit = 0x1p28;
 
 struct ExactFactors {
   double edge[3];      // potential -> edge integral, in lattice steps
@@ -131,9 +138,45 @@ inline int64_t decode_cells(const ExactRow<T>& r, const ExactFactors& f, int64_t
   return peak;
 }
 
+// The same with 32-bit integers: edge integrals below kWholeLimit steps cannot make the sums wrap round.
+template <class T, Pass pass>
+inline int32_t whole_cells(const ExactRow<T>& r, const ExactFactors& f, int64_t n) {
+  constexpr bool own = pass == Pass::kForward;
+  const float ex = float(f.edge[0]), ey = float(f.edge[1]), ez = float(f.edge[2]);
+  const int32_t hx = int32_t(f.rounded[0]), hy = int32_t(f.rounded[1]), hz = int32_t(f.rounded[2]);
+  const float vx = float(f.velocity[0]), vy = float(f.velocity[1]), vz = float(f.velocity[2]);
+#ifdef __clang__
+  const auto whole = [](float value, float factor) { return static_cast<int32_t>(__builtin_rintf(value * factor)); };
+#else
+  const auto whole = [](float value, float factor) { return __builtin_irintf(value * factor); };
+#endif
+  T* SHODH_RESTRICT ux = r.ux;
+  T* SHODH_RESTRICT uy = r.uy;
+  T* SHODH_RESTRICT uz = r.uz;
+  const ExactRow<T> in = r;
+  int32_t peak = 0;
+#pragma GCC ivdep
+  for (int64_t k = 0; k < n; ++k) {
+    const int32_t zh_x = whole(in.x_high[k], ex), zl_x = whole(in.x_low[k], ex), yl_x = whole(in.yl_x[k], ex);
+    const int32_t zh_y = whole(in.y_high[k], ey), zl_y = whole(in.y_low[k], ey), xl_y = whole(in.xl_y[k], ey);
+    const int32_t xh_z = whole(in.xh_z[k], ez), xl_z = whole(in.xl_z[k], ez), yl_z = whole(in.yl_z[k], ez);
+    const int32_t yh_x = own ? zh_x : whole(in.yh_x[k], ex), xh_y = own ? zh_y : whole(in.xh_y[k], ey);
+    const int32_t yh_z = own ? xh_z : whole(in.yh_z[k], ez);
+    const int32_t fx = (yh_z - yl_z) - (zh_y - zl_y) + hx;
+    const int32_t fy = (zh_x - zl_x) - (xh_z - xl_z) + hy;
+    const int32_t fz = (xh_y - xl_y) - (yh_x - yl_x) + hz;
+    peak = std::max(peak, std::max(std::abs(fx), std::max(std::abs(fy), std::abs(fz))));
+    ux[k] = T(float(fx) * vx);
+    uy[k] = T(float(fy) * vy);
+    uz[k] = T(float(fz) * vz);
+  }
+  return peak;
+}
+
 // Two dimensions: the fluxes are D_z psi and -D_x psi.
-template <class T, bool write>
+template <class T, Mode mode>
 inline int64_t stream_cells(const ExactRow<T>& r, const ExactFactors& f, int64_t n) {
+  constexpr bool write = mode != Mode::kMeasure;
   int64_t peak = 0;
   const auto cells = [&](const auto& edge, const double (&harmonic)[3]) {
     for (int64_t k = 0; k < n; ++k) {
@@ -151,26 +194,30 @@ inline int64_t stream_cells(const ExactRow<T>& r, const ExactFactors& f, int64_t
   return peak;
 }
 
-template <class T, Pass pass, bool write>
+// Bits of the largest |flux|.
+template <class T, Pass pass, Mode mode>
 inline int64_t flux_row_body(const ExactRow<T>& r, const ExactFactors& f, int64_t n, bool plane) {
-  if (plane) return stream_cells<T, write>(r, f, n);
-  if constexpr (write) return decode_cells<T, pass>(r, f, n);
-  else return measure_cells<T, pass>(r, f, n);
+  if (plane) return stream_cells<T, mode>(r, f, n);
+  if constexpr (mode == Mode::kMeasure) return measure_cells<T, pass>(r, f, n);
+  if constexpr (mode == Mode::kDecodeWhole) return magnitude_bits(whole_cells<T, pass>(r, f, n));
+  return decode_cells<T, pass>(r, f, n);
 }
 
-#define SHODH_FLUX_ROW(T, pass, write)                                                                                \
+#define SHODH_FLUX_ROW(T, pass, mode)                                                                                 \
   SHODH_VECTORISED int64_t flux_row(const ExactRow<T>& r, const ExactFactors& f, int64_t n, bool plane,               \
-                                    std::integral_constant<Pass, Pass::pass>, std::bool_constant<write>) {            \
-    return flux_row_body<T, Pass::pass, write>(r, f, n, plane);                                                       \
+                                    std::integral_constant<Pass, Pass::pass>, std::integral_constant<Mode, Mode::mode>) { \
+    return flux_row_body<T, Pass::pass, Mode::mode>(r, f, n, plane);                                                  \
   }
-SHODH_FLUX_ROW(float, kForward, true)
-SHODH_FLUX_ROW(float, kForward, false)
-SHODH_FLUX_ROW(float, kCentral, true)
-SHODH_FLUX_ROW(float, kCentral, false)
-SHODH_FLUX_ROW(double, kForward, true)
-SHODH_FLUX_ROW(double, kForward, false)
-SHODH_FLUX_ROW(double, kCentral, true)
-SHODH_FLUX_ROW(double, kCentral, false)
+SHODH_FLUX_ROW(float, kForward, kMeasure)
+SHODH_FLUX_ROW(float, kForward, kDecode)
+SHODH_FLUX_ROW(float, kForward, kDecodeWhole)
+SHODH_FLUX_ROW(float, kCentral, kMeasure)
+SHODH_FLUX_ROW(float, kCentral, kDecode)
+SHODH_FLUX_ROW(float, kCentral, kDecodeWhole)
+SHODH_FLUX_ROW(double, kForward, kMeasure)
+SHODH_FLUX_ROW(double, kForward, kDecode)
+SHODH_FLUX_ROW(double, kCentral, kMeasure)
+SHODH_FLUX_ROW(double, kCentral, kDecode)
 #undef SHODH_FLUX_ROW
 
 SHODH_VECTORISED double row_magnitude(const float* row, int64_t n) {
@@ -200,13 +247,13 @@ struct Peak {
   double edge = 0.0;  // largest |edge integral| * headroom
 };
 
-// One plane across x of one sample, in lattice steps; only with `write` is `velocity` touched.
-template <class T, Pass pass, bool write>
+// One plane across x of one sample, in lattice steps; `velocity` is not touched by kMeasure.
+template <class T, Pass pass, Mode mode>
 Peak exact_plane(const Grid& grid, const Rows<T, pass>& rows, T* velocity, const ExactFactors& f, int64_t i) {
   constexpr int hi = kHigh<pass>, lo = kLow<pass>;
   const int64_t ny = grid.cells[1], nz = grid.cells[2];
   const std::integral_constant<Pass, pass> stencil{};
-  const std::bool_constant<write> tag{};
+  const std::integral_constant<Mode, mode> tag{};
   int64_t flux = 0;
   Peak peak;
   for (int64_t j = 0; j < ny; ++j) {
@@ -263,17 +310,21 @@ class ExactDecode {
   void run() {
     // float64 measures the whole potential: a guess too small would leave the range of the rounding.
     const bool guess = std::is_same_v<T, float>;
-    sweep<pass, false>(guess ? 8 : 1);
-    each_pending([&](int64_t s) { steps_[s] = lattice_step<T>(peak(s, 0.0) * (guess ? 1.03 : 1.0)); });
-    sweep<pass, true>(1);
-    std::vector<Step> guesses = steps_;
-    each_pending([&](int64_t s) { pending_[s] = guess && steps_[s].finite && !confirmed(s); });
-    sweep<pass, false>(1);
+    sweep<pass, Mode::kMeasure>(guess ? 16 : 1);
+    each_pending([&](int64_t s) { steps_[s] = lattice_step<T>(peak(s, 0.0) * (guess ? 1.05 : 1.0)); });
+    const bool whole = guess && fits_whole();
+    if constexpr (std::is_same_v<T, float>) {
+      if (whole) sweep<pass, Mode::kDecodeWhole>(1);
+    }
+    if (!whole) sweep<pass, Mode::kDecode>(1);
+    const std::vector<Step> guesses = steps_;
+    each_pending([&](int64_t s) { pending_[s] = guess && steps_[s].finite && !confirmed(s, whole); });
+    sweep<pass, Mode::kMeasure>(1);
     each_pending([&](int64_t s) {
       steps_[s] = lattice_step<T>(peak(s, 0.0));
-      pending_[s] = steps_[s].finite && steps_[s].exponent != guesses[s].exponent;
+      pending_[s] = steps_[s].finite && (whole || steps_[s].exponent != guesses[s].exponent);
     });
-    sweep<pass, true>(1);
+    sweep<pass, Mode::kDecode>(1);
     for (int64_t s = 0; s < grid_.batch; ++s) {
       constexpr double nan = std::numeric_limits<double>::quiet_NaN();
       step_[s] = steps_[s].finite ? std::ldexp(1.0, steps_[s].exponent) : nan;
@@ -307,8 +358,9 @@ class ExactDecode {
   }
 
   // Visits every `stride`-th plane of the pending samples: decodes them, or measures in units of velocity.
-  template <Pass pass, bool write>
+  template <Pass pass, Mode mode>
   void sweep(int64_t stride) {
+    constexpr bool write = mode != Mode::kMeasure;
     if (std::none_of(pending_.begin(), pending_.end(), [](char p) { return p != 0; })) return;
     for_planes(grid_, [&](int64_t s, int64_t i) {
       if (!pending_[s] || (write && !steps_[s].finite)) return;
@@ -317,7 +369,7 @@ class ExactDecode {
       if (i % stride != 0) return;
       const Rows<T, pass> rows{potential_ + s * grid_.potentials() * grid_.volume(), zeros_.data(), &grid_};
       T* out = velocity_ + s * grid_.components() * grid_.volume();
-      peak = exact_plane<T, pass, write>(grid_, rows, out, factors(s, write), i);
+      peak = exact_plane<T, pass, mode>(grid_, rows, out, factors(s, write), i);
     });
   }
 
@@ -331,9 +383,32 @@ class ExactDecode {
     return largest;
   }
 
+  double largest_edge(int64_t sample) const {
+    double largest = 0.0;
+    for (int64_t i = 0; i < grid_.cells[0]; ++i)
+      largest = larger_magnitude(largest, peaks_[sample * grid_.cells[0] + i].edge);
+    return largest / Lattice<T>::headroom;
+  }
+
+  // Whether 32-bit integers may do for all samples, judged by the planes that were measured.
+  bool fits_whole() const {
+    if (grid_.plane) return false;
+    int exponent = 0;
+    for (const double scale : scales_.edge)
+      if (std::frexp(scale, &exponent) != 0.5) return false;
+    for (int64_t s = 0; s < grid_.batch; ++s) {
+      if (!steps_[s].finite) return false;
+      if (std::ldexp(largest_edge(s), -steps_[s].exponent) >= 0.5 * kWholeLimit) return false;
+      for (const double constant : factors(s, true).rounded)
+        if (std::fabs(constant) >= kWholeLimit) return false;
+    }
+    return true;
+  }
+
   // Whether the decode just done proves its own lattice: rounding moves a flux by at most 2.5 steps.
-  bool confirmed(int64_t sample) const {
+  bool confirmed(int64_t sample, bool whole) const {
     const Step& step = steps_[sample];
+    if (whole && !(largest_edge(sample) < kWholeLimit)) return false;
     for (const double shift : {-2.5, 2.5}) {
       const Step bound = lattice_step<T>(std::ldexp(peak(sample, shift), step.exponent));
       if (!bound.finite || bound.exponent != step.exponent) return false;
@@ -356,7 +431,7 @@ class ExactDecode {
 
 template <class T>
 std::tuple<Tensor, Tensor> exact_typed(const Grid& grid, const Tensor& potential, const std::optional<Tensor>& harmonic) {
-  Tensor velocity = torch::stable::new_empty(potential, field_shape(grid, grid.components()));
+  Tensor velocity = new_field<T>(potential, grid, grid.components());
   Tensor step = torch::stable::new_empty(potential, {grid.batch}, ScalarType::Double);
   std::optional<Tensor> constants;
   if (harmonic.has_value()) constants = torch::stable::contiguous(*harmonic);

@@ -3,6 +3,10 @@
 
 #include "grid.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
 // One body, compiled for three instruction sets, chosen when the library is loaded.
 #define SHODH_VECTORISED __attribute__((target_clones("avx512f", "avx2", "default"), flatten))
@@ -48,6 +52,25 @@ struct Rows {
     return index < 0 || index >= n || (pass == Pass::kForward && component != a && index == n - 1);
   }
 };
+
+// A new large tensor is fresh memory, and the page faults of its first touch cost as much as the decode itself; where
+// the system hands out huge pages on request, ask for them. A hint: failure changes nothing.
+inline Tensor advise_huge_pages(Tensor tensor, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t{1} << 21;
+  const auto start = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const uintptr_t begin = (start + page - 1) & ~(page - 1), end = (start + bytes) & ~(page - 1);
+  if (end >= begin + 4 * page) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return tensor;
+}
+
+// A new tensor for a field of the given number of channels.
+template <class T>
+Tensor new_field(const Tensor& like, const Grid& grid, int64_t channels) {
+  return advise_huge_pages(torch::stable::new_empty(like, field_shape(grid, channels)),
+                           grid.batch * channels * grid.volume() * sizeof(T));
+}
 
 // Calls `body(sample, i)` for every plane across x, in parallel.
 template <class Body>

@@ -1,0 +1,197 @@
+"""Time the divergence-free decode against a plain copy, eager torch, torch.compile and PhysicsNeMo.
+
+All contestants run interleaved in one process, medians are reported, and every ratio is the median of ratios within a
+round, so that a machine shared with others disturbs all of them alike. On CUDA the L2 cache is flushed before every
+call and bandwidth is given against a measured copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from shodh.ops import decode_velocity, divergence
+from shodh.ops.extension import choose_implementation, unavailable_reason
+
+EXAMPLES = """examples:
+  python tools/bench/decode.py                                  128^3, batch 2, CPU
+  python tools/bench/decode.py --device cuda --batch 8 --json decode.json
+  python tools/bench/decode.py --grid 64 --skip compile
+"""
+CACHE_FLUSH_BYTES = 256 * 2**20
+
+
+def physicsnemo_curl() -> Callable[[Tensor], Tensor] | None:
+    """PhysicsNeMo's periodic central curl, one sample after another (it has no batch); None if not installed."""
+    try:
+        from physicsnemo.nn.functional.derivatives.uniform_grid_curl import uniform_grid_curl
+    except Exception as error:  # whatever its many dependencies raise when one is missing
+        print(f"physicsnemo is left out: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+    return lambda potential: torch.stack([uniform_grid_curl(sample) for sample in potential])
+
+
+def make_contestants(potential: Tensor, harmonic: Tensor, skip: list[str]) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name; ``+ backward`` adds the gradients of potential and harmonic part."""
+    gradient = torch.randn_like(potential)
+    leaves = (potential.clone().requires_grad_(), harmonic.clone().requires_grad_())
+    eager = partial(decode_velocity, implementation="reference")
+    decodes: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "eager": eager,
+        "compile": torch.compile(eager, fullgraph=True),
+        "fused": decode_velocity,
+        "fused exact": partial(decode_velocity, exact=True),
+    }
+    curl = None if "physicsnemo" in skip else physicsnemo_curl()
+    if curl is not None:
+        decodes["physicsnemo"] = lambda a, h: curl(a)
+
+    def forward_backward(decode: Callable[[Tensor, Tensor], Tensor]) -> Any:
+        return torch.autograd.grad(decode(*leaves), leaves, gradient, allow_unused=True)
+
+    contestants: dict[str, Callable[[], Any]] = {"copy": potential.clone}
+    for name, decode in decodes.items():
+        if name in skip:
+            continue
+        contestants[name] = partial(decode, potential, harmonic)
+        contestants[f"{name} + backward"] = partial(forward_backward, decode)
+    if choose_implementation(potential.device.type, potential.dtype) != "reference":
+        box = ([1.0] * 3, [False] * 3, False)
+        contestants["fused backward alone"] = partial(torch.ops.shodh.decode_adjoint, gradient, *box)
+    return contestants
+
+
+def make_timer(device: torch.device) -> Callable[[Callable[[], Any]], float]:
+    """Seconds of one call; on CUDA with a cold L2 cache."""
+    if device.type != "cuda":
+
+        def time_cpu(call: Callable[[], Any]) -> float:
+            start = time.perf_counter()
+            result = call()
+            elapsed = time.perf_counter() - start
+            del result
+            return elapsed
+
+        return time_cpu
+
+    flush = torch.empty(CACHE_FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def time_cuda(call: Callable[[], Any]) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) * 1e-3
+
+    return time_cuda
+
+
+def measure(
+    contestants: dict[str, Callable[[], Any]], timer: Callable[..., float], rounds: int
+) -> dict[str, list[float]]:
+    """Times of every contestant in every round, after two calls to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for call in tqdm(contestants.values(), desc="warm-up", disable=not sys.stderr.isatty()):
+        timer(call), timer(call)
+    for _ in tqdm(range(rounds), desc="rounds", disable=not sys.stderr.isatty()):
+        for name, call in contestants.items():
+            times[name].append(timer(call))
+    return times
+
+
+def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
+    """Median over rounds of one time over another."""
+    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+
+
+def tabulate(times: dict[str, list[float]], num_bytes: int) -> list[dict[str, Any]]:
+    """One row a contestant: median and best time, bandwidth, ratio to the copy and to torch.compile."""
+    rows = []
+    for name, seconds in times.items():
+        passes = 2 if name.endswith("+ backward") else 1
+        partner = "compile + backward" if passes == 2 else "compile"
+        rows.append(
+            {
+                "name": name,
+                "median_ms": 1e3 * statistics.median(seconds),
+                "best_ms": 1e3 * min(seconds),
+                "gb_per_s": passes * num_bytes / statistics.median(seconds) / 1e9,
+                "over_copy": ratio(times, name, "copy") / passes,
+                "over_compile": ratio(times, name, partner) if partner in times else None,
+            }
+        )
+    return rows
+
+
+def describe(device: torch.device) -> str:
+    """The machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    return f"{names[0].partition(':')[2].strip() if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--grid", type=int, default=128, help="cells along each axis (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=2, help="samples (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=21, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "bfloat16", "float16"])
+    parser.add_argument("--skip", nargs="*", default=[], help="contestants to leave out, for example: compile")
+    parser.add_argument("--json", type=Path, help="write the table to this file as well")
+    options = parser.parse_args(arguments)
+
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device is available; use --device cpu")
+    skip = options.skip if dtype.itemsize >= 4 else [*options.skip, "fused exact"]
+    torch.manual_seed(0)
+    potential = torch.randn(options.batch, 3, *[options.grid] * 3, device=device).to(dtype)
+    harmonic = torch.randn(options.batch, 3, device=device).to(dtype)
+    contestants = make_contestants(potential, harmonic, skip)
+    rows = tabulate(
+        measure(contestants, make_timer(device), options.rounds), 2 * potential.numel() * potential.element_size()
+    )
+
+    print(f"{options.grid}^3, batch {options.batch}, {options.dtype}, torch {torch.__version__}, {describe(device)}")
+    for implementation in ("cpp", "cuda"):
+        reason = unavailable_reason(implementation)
+        print(f"{implementation}: {'built' if reason is None else reason}")
+    print(f"{'':24}{'median ms':>10}{'best ms':>10}{'GB/s':>8}{'x copy':>8}{'x compile':>10}")
+    for row in rows:
+        over = "" if row["over_compile"] is None else f"{row['over_compile']:.2f}"
+        print(
+            f"{row['name']:<24}{row['median_ms']:>10.2f}{row['best_ms']:>10.2f}{row['gb_per_s']:>8.1f}"
+            f"{row['over_copy']:>8.2f}{over:>10}"
+        )
+    if dtype.itemsize >= 4:
+        largest = divergence(decode_velocity(potential, harmonic, exact=True)).abs().max()
+        print(f"max |divergence| of the exact decode: {float(largest)!r}")
+    if options.json is not None:
+        head = {"grid": options.grid, "batch": options.batch, "dtype": options.dtype, "machine": describe(device)}
+        options.json.write_text(json.dumps(head | {"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
