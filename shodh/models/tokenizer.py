@@ -20,6 +20,8 @@ from shodh.fields import Field
 from shodh.models.domain import NUM_WALL_CHANNELS, Domain
 from shodh.ops import decode_velocity, helmholtz_potential
 
+PATCH = 8  # cells of the field per latent cell and axis
+
 
 class Potential(NamedTuple):
     """Vector potential ``[B, 3, X, Y, Z]`` and harmonic part ``[B, P]``, None without a periodic axis."""
@@ -57,6 +59,51 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h)))
 
 
+class PatchBasis(nn.Module):
+    """Principal components of 8^3 patches: the linear part of the autoencoder, fixed before training.
+
+    ``encode`` and ``decode`` are transposes of each other, so the pair is the best linear autoencoder of its size on the
+    patches it was fitted to. The networks beside it learn what a linear map cannot. Zero until `fit`.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, channels: int, latent_channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.register_buffer("weight", torch.zeros(latent_channels, channels * PATCH**3))
+        self.register_buffer("scale", torch.ones(1))
+
+    @staticmethod
+    def patches(fields: Tensor) -> Tensor:
+        """``[B, C, X, Y, Z] -> [B, C * 8^3, X/8, Y/8, Z/8]``."""
+        cells = fields.unflatten(4, (-1, PATCH)).unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))
+        return cells.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
+
+    @torch.no_grad()
+    def fit(self, patches: Tensor) -> None:
+        """Set the components from patches ``[N, C * 8^3]``; latents then have a root mean square of one."""
+        covariance = patches.double().T @ patches.double() / len(patches)
+        values, vectors = torch.linalg.eigh(covariance)
+        count = min(len(self.weight), vectors.shape[1])
+        chosen = vectors[:, -count:].flip(1)
+        # An eigenvector's sign is arbitrary: make its largest entry positive, so that machines agree.
+        rows = chosen.abs().argmax(0)
+        chosen = chosen * chosen.gather(0, rows.view(1, -1)).sign()
+        self.weight.zero_()
+        self.weight[:count].copy_(chosen.T)
+        self.scale.copy_((values[-count:].clamp(min=0).sum() / len(self.weight)).sqrt().clamp(min=1e-6).view(1))
+
+    def encode(self, fields: Tensor) -> Tensor:
+        return torch.einsum("bpxyz,lp->blxyz", self.patches(fields), self.weight / self.scale)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        cells = torch.einsum("blxyz,lp->bpxyz", latent, self.weight * self.scale)
+        cells = cells.unflatten(1, (self.channels, PATCH, PATCH, PATCH)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        return cells.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
 class Encoder(nn.Module):
     """``[B, C + G, X, Y, Z] -> [B, L, X/8, Y/8, Z/8]``: strided convolutions with residual blocks between."""
 
@@ -69,6 +116,7 @@ class Encoder(nn.Module):
             inputs = width
         self.layers = nn.Sequential(*layers)
         self.out = nn.Conv3d(inputs, config.latent_channels, 1)
+        self.initial_gain = {"out.weight": 0.1}
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.out(self.layers(x))
@@ -137,6 +185,7 @@ class Tokenizer(nn.Module):
         self.fields = tuple(fields)
         self.num_channels = sum(f.num_components(3) for f in self.fields)
         num_geometry = num_static + NUM_WALL_CHANNELS
+        self.basis = PatchBasis(self.num_channels, config.latent_channels)
         self.encoder = Encoder(self.num_channels + num_geometry, config)
         self.decoder = Decoder(num_geometry, self.num_channels, config)
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
@@ -145,15 +194,15 @@ class Tokenizer(nn.Module):
     def encode(self, fields: Tensor, geometry: Tensor) -> Tensor:
         """Normalised fields ``[B, C, X, Y, Z]`` and geometry ``[B, G, X, Y, Z]`` -> latents ``[B, L, x, y, z]``."""
         dtype = self.encoder.out.weight.dtype
-        latent = self.encoder(torch.cat((fields, geometry), 1).to(dtype)).float()
+        latent = self.basis.encode(fields) + self.encoder(torch.cat((fields, geometry), 1).to(dtype)).float()
         return (latent - self.latent_mean.view(1, -1, 1, 1, 1)) / self.latent_std.view(1, -1, 1, 1, 1)
 
     def emit(self, latent: Tensor, geometry: Tensor) -> Tensor:
         """What the decoder network emits, ``[B, C, X, Y, Z]``: scalars, and of every solenoidal vector a face field
         whose divergence-free part is meant."""
         latent = latent * self.latent_std.view(1, -1, 1, 1, 1) + self.latent_mean.view(1, -1, 1, 1, 1)
-        out: Tensor = self.decoder(latent.to(self.encoder.out.weight.dtype), geometry)
-        return out
+        correction: Tensor = self.decoder(latent.to(self.encoder.out.weight.dtype), geometry)
+        return self.basis.decode(latent) + correction
 
     def potentials(self, emitted: Tensor, domain: Domain) -> dict[str, Potential]:
         """Vector potential and harmonic part of each solenoidal field, for samples that share one domain."""

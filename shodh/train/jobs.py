@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -16,6 +19,7 @@ from shodh.data import WindowDataset
 from shodh.errors import CheckpointError, ConfigError
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
+from shodh.models.tokenizer import PATCH, Tokenizer
 from shodh.topology import Topology, plan_topology
 from shodh.train.checkpoint import WEIGHTS, load_into, load_weights, read_manifest, verify_checkpoint
 from shodh.train.datasets import Regimes, open_regimes
@@ -123,6 +127,8 @@ def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
             folder.create(config, deepspeed)
     model = build_tokenizer(config)
     initialise(model, config.seed)
+    with together():
+        fit_basis(model, regimes)
     if not _run(config, train, deepspeed, topology, folder, model.to(device), task, start):
         return False
     with together():
@@ -131,9 +137,34 @@ def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
     return True
 
 
+def training_frames(regimes: Regimes, count: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """``(regime, item)`` of about ``count`` frames spread evenly over the training data, the same number a regime."""
+    for number, source in enumerate(regimes.sources):
+        data = WindowDataset(source, "train", history=1, horizon=0, normalizer=regimes.normalizer)
+        share = min(max(1, count // len(regimes.sources)), len(data))
+        for index in torch.linspace(0, len(data) - 1, share).long().tolist():
+            yield number, data[index]
+
+
+def fit_basis(model: Tokenizer, regimes: Regimes, frames: int = 128, patches: int = 16384) -> None:
+    """Set the tokenizer's linear part from training frames; rank 0 decides, so that all ranks have the same bits."""
+    if rank() == 0:
+        chosen = []
+        total = frames * math.prod(n // PATCH for n in regimes.sources[0].grid)
+        for _, item in training_frames(regimes, frames):
+            rows = model.basis.patches(item["fields"]).flatten(2)[0].T
+            chosen.append(rows[:: max(1, total // patches)])
+        model.basis.fit(torch.cat(chosen))
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for buffer in model.basis.buffers():
+            value = buffer.to("cuda") if dist.get_backend() == "nccl" else buffer
+            dist.broadcast(value, 0)
+            buffer.copy_(value)
+
+
 @torch.no_grad()
 def _with_latent_statistics(
-    config: RunConfig, regimes: Regimes, weights: Path, device: torch.device, frames: int = 256
+    config: RunConfig, regimes: Regimes, weights: Path, device: torch.device
 ) -> dict[str, Tensor]:
     """Weights with mean and standard deviation of each latent channel over training frames put in."""
     model = build_tokenizer(config)
@@ -141,13 +172,9 @@ def _with_latent_statistics(
     load_into(model, state, weights)
     model.to(device).eval()
     parts = []
-    for source, domain in zip(regimes.sources, regimes.domains, strict=True):
-        data = WindowDataset(source, "train", history=1, horizon=0, normalizer=regimes.normalizer)
-        number = max(1, frames // len(regimes.sources))
-        for index in torch.linspace(0, len(data) - 1, min(number, len(data))).long().tolist():
-            item = data[index]
-            latent, _ = encode_frames(model, domain, item["fields"], item["static"][None], device)
-            parts.append(latent[0].flatten(1).cpu())
+    for number, item in training_frames(regimes, 256):
+        latent, _ = encode_frames(model, regimes.domains[number], item["fields"], item["static"][None], device)
+        parts.append(latent[0].flatten(1).cpu())
     values = torch.cat(parts, 1).double()
     std = values.std(1).clamp(min=1e-6)
     return {**state, "latent_mean": values.mean(1).float(), "latent_std": std.float()}
