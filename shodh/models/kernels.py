@@ -48,12 +48,12 @@ def rms_norm(dim: int, kernels: Kernels = "torch") -> nn.Module:
 
 
 def adamw(groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], kernels: Kernels = "auto") -> Any:
-    """AdamW over parameter groups: apex's fused one where asked for, else torch's (fused on CUDA)."""
+    """AdamW over parameter groups: apex's fused one where asked for, else torch's fused one (CPU and CUDA)."""
     fused = apex_attribute("optimizers", "FusedAdam")
     if _use_apex(kernels, fused, "FusedAdam"):
         assert fused is not None
         return fused(list(groups), lr=lr, betas=betas, adam_w_mode=True)
-    return torch.optim.AdamW(list(groups), lr=lr, betas=betas, fused=torch.cuda.is_available() or None)
+    return torch.optim.AdamW(list(groups), lr=lr, betas=betas, fused=True)
 
 
 def describe_kernels(kernels: Kernels) -> str:

@@ -93,20 +93,24 @@ class SemanticRouter(nn.Module):
     def _scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Probabilities [T, E], logits [T, E] and group probabilities [T, G or 0]."""
         assert self.batch_shape is not None and x.shape[0] == math.prod(self.batch_shape)
-        x = x.float()
         samples, tokens = self.batch_shape
-        mean = x.view(samples, tokens, -1).mean(1)
-        context = mean.repeat_interleave(tokens, 0)
-        query = context if self.granularity == "sample" else x
-        if self.kind == "two_level":
-            group_probs = self.group_gate(mean).softmax(-1).repeat_interleave(tokens, 0)
-            logits = self.expert_gate(query)
-            within = logits.view(-1, self.num_groups, self.num_experts // self.num_groups).softmax(-1)
-            return (group_probs.unsqueeze(-1) * within).flatten(1), logits, group_probs
-        if self.kind == "context" and self.granularity == "token":
-            query = x + self.context_weight * context
-        logits = self.expert_gate(query)
-        return logits.softmax(-1), logits, x.new_empty(x.shape[0], 0)
+        query = x.float().view(samples, tokens, -1)
+        mean = query.mean(1, keepdim=True)
+        if self.granularity == "sample":
+            query = mean
+        elif self.kind == "context":
+            query = query + self.context_weight * mean
+        logits = self._to_tokens(self.expert_gate(query))
+        if self.kind != "two_level":
+            return logits.softmax(-1), logits, logits.new_empty(x.shape[0], 0)
+        group_probs = self._to_tokens(self.group_gate(mean).softmax(-1))
+        within = logits.view(-1, self.num_groups, self.num_experts // self.num_groups).softmax(-1)
+        return (group_probs.unsqueeze(-1) * within).flatten(1), logits, group_probs
+
+    def _to_tokens(self, values: Tensor) -> Tensor:
+        """``[samples, tokens or 1, C] -> [T, C]``."""
+        assert self.batch_shape is not None
+        return values.expand(*self.batch_shape, -1).flatten(0, 1)
 
     def _select(self, probs: Tensor, group_probs: Tensor) -> Tensor:
         bias = self.selection_bias.float()
