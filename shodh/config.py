@@ -41,10 +41,11 @@ class FieldConfig(Section):
     kind: Literal["scalar", "vector"] = "scalar"
     solenoidal: bool = False
     static: bool = False
+    masked_by: str | None = Field(None, description="static field that is 1 where this scalar does not exist (is zero)")
 
     def build(self) -> PhysicalField:
         placement: Placement = "face" if self.kind == "vector" else "center"
-        return PhysicalField(self.name, self.kind, "1", placement, self.solenoidal, self.static)
+        return PhysicalField(self.name, self.kind, "1", placement, self.solenoidal, self.static, self.masked_by)
 
 
 class RegimeConfig(Section):
@@ -67,7 +68,7 @@ class DataConfig(Section):
     grid: Grid = (32, 32, 32)
     fields: tuple[FieldConfig, ...] = (
         FieldConfig(name="velocity", kind="vector", solenoidal=True),
-        FieldConfig(name="tracer"),
+        FieldConfig(name="tracer", masked_by="solid"),
         FieldConfig(name="solid", static=True),
     )
     regimes: tuple[RegimeConfig, ...] = Field(min_length=1)
@@ -86,6 +87,10 @@ class DataConfig(Section):
             for name in regime.fields:
                 if name not in known:
                     raise ValueError(f"regime {regime.name!r} maps {name!r}, which is not in data.fields {known}")
+        static = [f.name for f in self.fields if f.static and f.kind == "scalar"]
+        for f in self.fields:
+            if f.masked_by is not None and f.masked_by not in static:
+                raise ValueError(f"field {f.name!r} is masked_by {f.masked_by!r}, not a static scalar field {static}")
         if all(f.static for f in self.fields):
             raise ValueError("data.fields needs at least one field that changes in time")
         return self

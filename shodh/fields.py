@@ -42,6 +42,8 @@ class Field:
         vector potential.
     static : bool
         Constant in time (a solid mask, a permeability): an input, never a target.
+    masked_by : str, optional
+        Name of a static field that is 1 where this scalar does not exist, and is stored as zero (a tracer in solids).
     """
 
     name: str
@@ -50,8 +52,11 @@ class Field:
     placement: Placement = "center"
     solenoidal: bool = False
     static: bool = False
+    masked_by: str | None = None
 
     def __post_init__(self) -> None:
+        if self.masked_by is not None and self.kind != "scalar":
+            raise ConfigError(f"field {self.name!r}: only a scalar can be masked_by another field")
         if self.kind == "scalar" and (self.placement != "center" or self.solenoidal):
             raise ConfigError(f"field {self.name!r}: a scalar lives at the cell centre and cannot be solenoidal")
 

@@ -21,7 +21,8 @@ _RELATIVE_ZERO = 1e-6
 class FieldNormalizer:
     """Shift and scale of each dynamic field, by regime.
 
-    A scalar becomes ``(x - mean) / std``. A vector has no shift and one scale for all its components: the root mean
+    A scalar becomes ``(x - mean) / std``; one that is masked (`Field.masked_by`) is not shifted, so that zero, which it
+    is where it does not exist, stays zero. A vector has no shift and one scale for all its components: the root mean
     square of its values, **rounded to a power of two**. Dividing float32 by a power of two changes the exponent
     alone, so the normalised field is exactly proportional to the physical one: a field whose discrete divergence is
     zero keeps it exactly, and ``denormalize(normalize(x)) == x`` bitwise (barring underflow). A field without
@@ -173,4 +174,5 @@ def _mean_and_scale(regime: str, field: Field, ndim: int, mean: Any, std: Any) -
         rms = math.sqrt(sum(m * m + s * s for m, s in zip(means, stds)) / components)
         return 0.0, power_of_two(rms) if rms > 0 else 1.0
     constant = stds[0] <= _RELATIVE_ZERO * abs(means[0])
-    return means[0], 1.0 if constant else stds[0]
+    shift = 0.0 if field.masked_by is not None else means[0]
+    return shift, 1.0 if constant else stds[0]

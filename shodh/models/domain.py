@@ -59,3 +59,24 @@ def static_features(geometry: Tensor) -> Tensor:
 def num_static_features(num_static_fields: int) -> int:
     """Channels of `static_features` for this many static fields."""
     return 8 * (num_static_fields + NUM_WALL_CHANNELS)
+
+
+def extend_into_solids(scalar: Tensor, solid: Tensor, reach: int = 7) -> Tensor:
+    """Replace a scalar where it does not exist by means of its neighbours: smooth fields have compact latents.
+
+    ``scalar`` and ``solid`` are ``[B, 1, X, Y, Z]``; cells without fluid within ``reach`` cells about twice stay zero.
+    """
+    values, weight = scalar * (1 - solid), 1 - solid
+    for _ in range(2):
+        near, fluid = values, weight
+        for axis in range(3):
+            size = min(reach, 2 * ((near.shape[2 + axis] - 1) // 2) + 1)
+            kernel = [1, 1, 1]
+            kernel[axis] = size
+            pad = [0] * 6
+            pad[2 * (2 - axis)] = pad[2 * (2 - axis) + 1] = size // 2
+            near, fluid = (F.avg_pool3d(F.pad(x, pad, mode="circular"), kernel, stride=1) for x in (near, fluid))
+        filled = (fluid > 1e-6).to(values.dtype)
+        values = weight * values + (1 - weight) * filled * near / fluid.clamp(min=1e-6)
+        weight = torch.maximum(weight, filled)
+    return values

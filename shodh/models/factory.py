@@ -13,8 +13,7 @@ from shodh.moe.experts import ExpertLayerReference
 def build_tokenizer(config: RunConfig) -> Tokenizer:
     """The tokenizer of a run, on the current default device; weights are not drawn yet."""
     fields = [f.build() for f in config.data.fields]
-    dynamic = [f for f in fields if not f.static]
-    return Tokenizer(config.tokenizer, dynamic, sum(f.num_components(3) for f in fields if f.static))
+    return Tokenizer(config.tokenizer, [f for f in fields if not f.static], [f for f in fields if f.static])
 
 
 def build_operator(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from shodh.config import TokenizerConfig
 from shodh.fields import Field
-from shodh.models.domain import NUM_WALL_CHANNELS, Domain
+from shodh.models.domain import NUM_WALL_CHANNELS, Domain, extend_into_solids
 from shodh.ops import decode_velocity, helmholtz_potential
 
 PATCH = 8  # cells of the field per latent cell and axis
@@ -62,8 +62,8 @@ class ResidualBlock(nn.Module):
 class PatchBasis(nn.Module):
     """Principal components of 8^3 patches: the linear part of the autoencoder, fixed before training.
 
-    ``encode`` and ``decode`` are transposes of each other, so the pair is the best linear autoencoder of its size on the
-    patches it was fitted to. The networks beside it learn what a linear map cannot. Zero until `fit`.
+    ``encode`` and ``decode`` are transposes of each other: the best linear autoencoder of its size on the patches it
+    was fitted to. The networks beside it learn what a linear map cannot. Zero until `fit`.
     """
 
     weight: Tensor
@@ -173,18 +173,25 @@ class Tokenizer(nn.Module):
     config : TokenizerConfig
     fields : sequence of Field
         Dynamic fields in channel order, a vector taking three channels; solenoidal vectors are decoded exactly.
-    num_static : int
-        Static fields given with every sample (solid mask and the like).
+    static : sequence of Field
+        Static fields given with every sample (solid mask and the like), in channel order.
     """
 
     latent_mean: Tensor
     latent_std: Tensor
 
-    def __init__(self, config: TokenizerConfig, fields: Sequence[Field], num_static: int) -> None:
+    def __init__(self, config: TokenizerConfig, fields: Sequence[Field], static: Sequence[Field]) -> None:
         super().__init__()
         self.fields = tuple(fields)
         self.num_channels = sum(f.num_components(3) for f in self.fields)
-        num_geometry = num_static + NUM_WALL_CHANNELS
+        num_geometry = sum(f.num_components(3) for f in static) + NUM_WALL_CHANNELS
+        masks = {name: where.start for name, where in field_slices(static).items()}
+        #: (channel of a masked scalar, channel of its mask in the geometry)
+        self.masked = [
+            (field_slices(self.fields)[f.name].start, masks[f.masked_by])
+            for f in self.fields
+            if f.masked_by is not None
+        ]
         self.basis = PatchBasis(self.num_channels, config.latent_channels)
         self.encoder = Encoder(self.num_channels + num_geometry, config)
         self.decoder = Decoder(num_geometry, self.num_channels, config)
@@ -194,15 +201,31 @@ class Tokenizer(nn.Module):
     def encode(self, fields: Tensor, geometry: Tensor) -> Tensor:
         """Normalised fields ``[B, C, X, Y, Z]`` and geometry ``[B, G, X, Y, Z]`` -> latents ``[B, L, x, y, z]``."""
         dtype = self.encoder.out.weight.dtype
+        fields = self.fill(fields, geometry)
         latent = self.basis.encode(fields) + self.encoder(torch.cat((fields, geometry), 1).to(dtype)).float()
         return (latent - self.latent_mean.view(1, -1, 1, 1, 1)) / self.latent_std.view(1, -1, 1, 1, 1)
+
+    def fill(self, fields: Tensor, geometry: Tensor) -> Tensor:
+        """Fields with masked scalars continued smoothly to where they do not exist."""
+        if not self.masked:
+            return fields
+        fields = fields.clone()
+        for channel, mask in self.masked:
+            fields[:, channel, None] = extend_into_solids(fields[:, channel, None], geometry[:, mask, None])
+        return fields
 
     def emit(self, latent: Tensor, geometry: Tensor) -> Tensor:
         """What the decoder network emits, ``[B, C, X, Y, Z]``: scalars, and of every solenoidal vector a face field
         whose divergence-free part is meant."""
         latent = latent * self.latent_std.view(1, -1, 1, 1, 1) + self.latent_mean.view(1, -1, 1, 1, 1)
         correction: Tensor = self.decoder(latent.to(self.encoder.out.weight.dtype), geometry)
-        return self.basis.decode(latent) + correction
+        emitted = self.basis.decode(latent) + correction
+        if not self.masked:
+            return emitted
+        exists = torch.ones_like(emitted)
+        for channel, mask in self.masked:
+            exists[:, channel] = 1 - geometry[:, mask]
+        return emitted * exists
 
     def potentials(self, emitted: Tensor, domain: Domain) -> dict[str, Potential]:
         """Vector potential and harmonic part of each solenoidal field, for samples that share one domain."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from shodh.config import RunConfig, TrainConfig, to_dict
 from shodh.data import WindowDataset
 from shodh.errors import CheckpointError, ConfigError
+from shodh.models.domain import add_walls
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
 from shodh.models.tokenizer import PATCH, Tokenizer
@@ -151,8 +152,9 @@ def fit_basis(model: Tokenizer, regimes: Regimes, frames: int = 128, patches: in
     if rank() == 0:
         chosen = []
         total = frames * math.prod(n // PATCH for n in regimes.sources[0].grid)
-        for _, item in training_frames(regimes, frames):
-            rows = model.basis.patches(item["fields"]).flatten(2)[0].T
+        for number, item in training_frames(regimes, frames):
+            geometry = add_walls(item["static"][None], regimes.domains[number])
+            rows = model.basis.patches(model.fill(item["fields"], geometry)).flatten(2)[0].T
             chosen.append(rows[:: max(1, total // patches)])
         model.basis.fit(torch.cat(chosen))
     if dist.is_initialized() and dist.get_world_size() > 1:

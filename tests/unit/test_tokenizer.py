@@ -16,7 +16,8 @@ from shodh.models.tokenizer import Tokenizer, relative_spacing
 from shodh.ops import divergence
 
 GRID = (16, 8, 24)
-FIELDS = (Field("velocity", "vector", placement="face", solenoidal=True), Field("tracer"))
+FIELDS = (Field("velocity", "vector", placement="face", solenoidal=True), Field("tracer", masked_by="solid"))
+STATIC = (Field("solid", static=True),)
 CHANNEL = Domain(("periodic", "periodic", "wall"), (2.0, 3.0, 1.0))
 POROUS = Domain(("periodic", "periodic", "periodic"), (1.0, 1.0, 1.0))
 DUCT = Domain(("periodic", "wall", "wall"), (5.0, 0.5, 1.0))
@@ -25,7 +26,7 @@ CLOSED = Domain(("wall", "wall", "wall"), (1.0, 1.0, 1.0))
 
 def make(seed: int = 0, **settings: Any) -> Tokenizer:
     config = TokenizerConfig(latent_channels=6, widths=(8, 12, 16), head_channels=8, **settings)
-    model = Tokenizer(config, FIELDS, 1)
+    model = Tokenizer(config, FIELDS, STATIC)
     initialise(model, seed)
     with torch.no_grad():  # A mean flow of the size of the rest.
         model.decoder.head.bias.normal_(generator=torch.Generator().manual_seed(seed))
@@ -107,7 +108,7 @@ def test_samples_do_not_see_each_other() -> None:
 @pytest.mark.parametrize("strides", [(2, 2, 2), (4, 2), (8,), (2, 4)])
 def test_latents_are_eight_times_smaller_along_every_axis(strides: tuple[int, ...]) -> None:
     config = TokenizerConfig(latent_channels=5, strides=strides, widths=(8, 12, 16)[: len(strides)])
-    model = Tokenizer(config, FIELDS, 1)
+    model = Tokenizer(config, FIELDS, STATIC)
     initialise(model, 0)
     fields, geometry = batch([CHANNEL])
     reconstruction, latent = model(fields, geometry, [CHANNEL], torch.tensor([0]))
