@@ -96,10 +96,10 @@ class PatchBasis(nn.Module):
         self.scale.copy_((values[-count:].clamp(min=0).sum() / len(self.weight)).sqrt().clamp(min=1e-6).view(1))
 
     def encode(self, fields: Tensor) -> Tensor:
-        return torch.einsum("bpxyz,lp->blxyz", self.patches(fields), self.weight / self.scale)
+        return torch.einsum("bpxyz,lp->blxyz", self.patches(fields), self.weight.float() / self.scale.float())
 
     def decode(self, latent: Tensor) -> Tensor:
-        cells = torch.einsum("blxyz,lp->bpxyz", latent, self.weight * self.scale)
+        cells = torch.einsum("blxyz,lp->bpxyz", latent, self.weight.float() * self.scale.float())
         cells = cells.unflatten(1, (self.channels, PATCH, PATCH, PATCH)).permute(0, 1, 5, 2, 6, 3, 7, 4)
         return cells.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
