@@ -204,6 +204,7 @@ class OperatorConfig(Section):
     position: Literal["rotary", "learned"] = "rotary"
     experts: ExpertsConfig = ExpertsConfig()
     input_noise: Weight = Field(0.0, description="standard deviation added to the normalised latent history")
+    random_shifts: bool = Field(True, description="shift training samples by whole latent cells along periodic axes")
     activation_checkpointing: bool = False
     train: TrainConfig = TrainConfig(steps=400)
 

@@ -79,7 +79,8 @@ class LatentTransformer(nn.Module):
             for _ in range(config.depth)
         )
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
-        self.head = nn.Linear(config.dim, latent_channels * cells)
+        self.history = history
+        self.head = nn.Linear(config.dim, history * latent_channels * cells)
         # The first prediction is close to persistence: the residual starts small.
         self.initial_gain = {"head.weight": 0.1}
         self._angles: tuple[torch.device, torch.dtype, Tensor, Tensor] | None = None
@@ -109,11 +110,24 @@ class LatentTransformer(nn.Module):
         return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, -1, channels * p**3)
 
     def _from_tokens(self, tokens: Tensor) -> Tensor:
+        """``[B, S, C * patch^3] -> [B, C, x, y, z]``, the inverse of `_to_tokens`."""
         batch = tokens.shape[0]
         x, y, z = self.token_grid
         p = self.patch
-        cells = tokens.view(batch, x, y, z, self.latent_channels, p, p, p).permute(0, 4, 1, 5, 2, 6, 3, 7)
-        return cells.reshape(batch, self.latent_channels, x * p, y * p, z * p)
+        cells = tokens.view(batch, x, y, z, -1, p, p, p).permute(0, 4, 1, 5, 2, 6, 3, 7)
+        return cells.reshape(batch, -1, x * p, y * p, z * p)
+
+    def _next(self, history: Tensor, emitted: Tensor) -> Tensor:
+        """Last latent + residual + gates times the past differences.
+
+        The gates are what the norms of the blocks take away: a step as large as the last ones, in every channel. A flow
+        that changes steadily is continued with gates of one, one that has lost its memory with gates of zero.
+        """
+        residual, *gates = emitted.chunk(self.history, 1)
+        latent = history[:, -1] + residual
+        for back, gate in enumerate(gates, 1):
+            latent = latent + gate * (history[:, -back] - history[:, -back - 1])
+        return latent
 
     def forward(self, history: Tensor, static: Tensor) -> OperatorOutput:
         """Predict the next latent.
@@ -125,7 +139,6 @@ class LatentTransformer(nn.Module):
         static : Tensor [B, S, x, y, z]
             Time-constant inputs on the latent grid.
         """
-        last = history[:, -1]
         tokens = self._to_tokens(torch.cat((history.flatten(1, 2), static.to(history.dtype)), 1))
         # In bf16 the residual keeps the precision of the input: the model rounds what it adds, not what it is given.
         x = self.embed(tokens.to(self.embed.weight.dtype))
@@ -140,4 +153,4 @@ class LatentTransformer(nn.Module):
                 x, decision = block(x, cos, sin)
             if decision is not None:
                 routing.append(decision)
-        return OperatorOutput(last + self._from_tokens(self.head(self.norm(x))), routing)
+        return OperatorOutput(self._next(history, self._from_tokens(self.head(self.norm(x)))), routing)

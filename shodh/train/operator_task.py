@@ -25,6 +25,8 @@ from shodh.train.metrics import Metrics, MetricWriter, RegimeMeans
 from shodh.train.pictures import share_picture
 from shodh.train.runtime import rank
 
+SAMPLE_KEY = ("regime", "trajectory", "frame")
+
 
 class OperatorTask:
     """Predict the next latent; balance the experts over the global batch; trace the routing.
@@ -57,19 +59,37 @@ class OperatorTask:
         std = self.operator.input_noise
         if std == 0:
             return history
-        names = zip(*(batch[k].tolist() for k in ("regime", "trajectory", "frame")), strict=True)
+        names = zip(*(batch[k].tolist() for k in SAMPLE_KEY), strict=True)
         shape, seed = history.shape[1:], self.config.seed
         drawn = [torch.randn(shape, generator=generator(seed, "noise", step, *name)) for name in names]
         return history + std * torch.stack(drawn).to(history)
+
+    def _shift(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        """Latents and static features, each sample rolled along the periodic axes of its domain.
+
+        The tokenizer commutes with shifts by whole latent cells, so a shifted sample is as true as the stored one.
+        """
+        latents, static = batch["latents"], batch["static"]
+        if not self.operator.random_shifts:
+            return latents, static
+        rolled: list[tuple[Tensor, Tensor]] = []
+        for row, key in enumerate(zip(*(batch[k].tolist() for k in SAMPLE_KEY), strict=True)):
+            draw = torch.rand(3, generator=generator(self.config.seed, "shift", step, *key)).tolist()
+            boundary = self.regimes.domains[key[0]].boundary
+            sizes = latents.shape[-3:]
+            shifts = [int(u * n) if b == "periodic" else 0 for u, n, b in zip(draw, sizes, boundary, strict=True)]
+            rolled.append((latents[row].roll(shifts, (-3, -2, -1)), static[row].roll(shifts, (-3, -2, -1))))
+        return torch.stack([a for a, _ in rolled]), torch.stack([b for _, b in rolled])
 
     def start_step(self, step: int) -> None:
         self._balance.start_step()
         self._table = None
 
     def loss(self, engine: Any, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
-        latents, regime = batch["latents"], batch["regime"]
+        regime = batch["regime"]
+        latents, static = self._shift(batch, step)
         history, target = latents[:, : self.history], latents[:, self.history]
-        output = engine(self._noise(history, batch, step), batch["static"])
+        output = engine(self._noise(history, batch, step), static)
         error = (output.latent - target).square().flatten(1).mean(1)
         persistence = (history[:, -1] - target).square().flatten(1).mean(1)
         loss = error.mean()

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,10 @@ def run_cell(args: argparse.Namespace, name: str, overrides: list[str]) -> dict[
         common = [f"name={name}", f"out={args.out}", f"tokenizer.run={tokenizer}", "parallel.ep_size=1"]
         sets = [*args.set, *common, *overrides]
         train = ["launch/pretrain.py", "--config", str(args.config), "--resume", "auto", "--set", *sets]
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
         for command in (train, ["launch/evaluate.py", "--run", str(args.out / name)]):
-            done = subprocess.run(
-                [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "RANK": "0"}
-            )
+            command = [sys.executable, *command]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **threads})
             if done.returncode != 0:
                 raise ShodhError(f"cell {name}: {done.stderr.strip().splitlines()[-1]}")
     metrics: dict[str, Any] = json.loads(report.read_text())
@@ -116,13 +117,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--experts", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs, and of results.json")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one rank")
     args = parser.parse_args(argv)
     results: dict[str, dict[str, float]] = {}
     started = time.time()
-    for name, overrides in tqdm(cells(args.seeds, args.experts), unit="run", disable=not sys.stderr.isatty()):
-        results[name] = summarise(run_cell(args, name, overrides))
-        content = {"env": describe_environment(), "seconds": time.time() - started, "results": results}
-        write_atomically(args.out / "results.json", json.dumps(content, indent=1) + "\n")
+    todo = cells(args.seeds, args.experts)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = pool.map(lambda cell: run_cell(args, *cell), todo)
+        for (name, _), metrics in tqdm(zip(todo, runs), total=len(todo), unit="run", disable=not sys.stderr.isatty()):
+            results[name] = summarise(metrics)
+            content = {"env": describe_environment(), "seconds": time.time() - started, "results": results}
+            write_atomically(args.out / "results.json", json.dumps(content, indent=1) + "\n")
     sys.stdout.write(table(results) + "\n")
     return 0
 
