@@ -11,16 +11,16 @@ DEMO   := launch/configs/demo.yaml
 
 install: $(STAMP)
 
-$(STAMP): requirements.lock setup.py pyproject.toml
+$(STAMP): requirements.lock setup.py pyproject.toml $(wildcard shodh/ops/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python tools/generate_data.py --config-like-demo
-	$(BIN)/deepspeed --num_gpus $(RANKS) launch/train_tokenizer.py --config $(DEMO) --resume auto
-	$(BIN)/deepspeed --num_gpus $(RANKS) launch/pretrain.py --config $(DEMO) --resume auto
+	$(BIN)/python tools/generate_data.py --regime open_channel porous_media --grid 32 --trajectories 16 --frames 16 --out data/demo
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS) launch/train_tokenizer.py --config $(DEMO) --resume auto
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS) launch/pretrain.py --config $(DEMO) --resume auto
 	$(BIN)/python launch/evaluate.py --run runs/demo
 
 test: $(STAMP)
