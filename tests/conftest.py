@@ -93,7 +93,7 @@ def tiny_tree(tiny_data: Path) -> dict[str, Any]:
                 "global_batch": 8,
                 "warmup": 2,
                 "lr": 1.0e-3,
-                "clip": 0.1,
+                "clip": 0.01,
                 "log_every": 1,
                 "valid_batches": 1,
             },

@@ -17,9 +17,10 @@ from shodh.config import load_config
 def laboratory(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> Laboratory:
     folder = tmp_path_factory.mktemp("runs")
     stages = {stage: ROOT / "ds_configs" / f"zero{stage}.json" for stage in (1, 2, 3)}
-    # Noise and a selection bias, so that whatever a checkpoint could forget is in play.
+    # Noise, shifts and a selection bias, so that whatever a checkpoint could forget is in play.
     operator = {
         "input_noise": 0.05,
+        "random_shifts": True,
         "experts": {"balance": {"bias_rate": 1.0e-3}},
         "train": {"checkpoint_every": 5, "keep_checkpoints": 3, "valid_every": 5},
     }
