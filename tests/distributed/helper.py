@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-PRELOAD = ["torch", "deepspeed", "shodh.train.jobs", "shodh.moe.layer", "torch.utils.tensorboard", "matplotlib.figure"]
+PRELOAD = [
+    "torch",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imported by every engine, and brings torch's compiler
+    "shodh.train.jobs",
+    "shodh.moe.layer",
+    "torch.utils.tensorboard",
+]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
