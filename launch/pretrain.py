@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from shodh.cli import training_parser
 from shodh.config import load_config
 from shodh.train.runtime import quiet_logs, rank, run_ranks
 
@@ -20,18 +21,11 @@ EXAMPLES = """examples:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="YAML file of the run")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override settings")
-    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
+    parser = training_parser(__doc__, EXAMPLES)
     parser.add_argument("--init-from", type=Path, metavar="CHECKPOINT", help="start a new run from these weights")
     parser.add_argument("--dry-run", action="store_true", help="print the plan; touch no data, allocate no weights")
     parser.add_argument("--nodes", type=int, help="dry run: nodes to plan for (default: what the configuration says)")
     parser.add_argument("--gpus-per-node", type=int, help="dry run: GPUs of a node")
-    parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's log too")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import sys
 from collections.abc import Callable
@@ -9,6 +10,19 @@ from collections.abc import Callable
 from shodh.errors import ShodhError
 
 EXIT_USAGE = 2
+
+
+def training_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
+    """The arguments that every training command has."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override settings")
+    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
+    parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's log too")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
 
 
 def error_line(error: BaseException) -> str | None:

@@ -148,7 +148,7 @@ class TokenizerConfig(Section):
 class RouterConfig(Section):
     """How a token finds its experts."""
 
-    kind: Literal["token", "context", "two_level"] = "two_level"
+    kind: Literal["token", "context", "two_level"] = "token"
     score: Literal["cosine", "softmax"] = "cosine"
     granularity: Literal["token", "sample"] = "token"
     semantic_dim: PositiveInt = Field(16, description="width of the space in which tokens meet expert prototypes")

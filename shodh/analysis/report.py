@@ -11,9 +11,10 @@ from typing import Any
 
 from shodh.analysis import figures
 from shodh.analysis.published import SHODH_MOE
+from shodh.files import write_atomically
 from shodh.train.evaluation import Evaluation
 from shodh.train.metrics import read_metrics
-from shodh.train.run_folder import RunFolder, describe_environment, write_atomically
+from shodh.train.run_folder import RunFolder, describe_environment
 
 Row = list[str]
 

@@ -5,7 +5,7 @@ The way of a sample: `WellFile` (one file) -> `RegimeSource` (the splits of a re
 `write_latents` and `LatentWindowDataset` put a cache of encoded snapshots in the place of the fields.
 """
 
-from shodh.data.files import atomic_path, remove_partial_files
+from shodh.files import atomic_path, remove_partial_files
 from shodh.data.latent_windows import LatentWindowDataset
 from shodh.data.latents import data_identity, file_stems, latent_key, split_folder, write_latents
 from shodh.data.loader import Batch, MixtureLoader

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.data.files import atomic_path
+from shodh.files import atomic_path
 from shodh.data.normalize import FieldNormalizer
 from shodh.data.source import SPLITS, RegimeSource, Split
 from shodh.data.well_reader import WellFile

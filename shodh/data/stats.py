@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from shodh.data.files import atomic_path
+from shodh.files import atomic_path
 from shodh.data.well_reader import WellFile
 from shodh.errors import DataError
 from shodh.fields import Field, RegimeSchema

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 import h5py
 import numpy as np
 
-from shodh.data.files import atomic_path
+from shodh.files import atomic_path
 from shodh.errors import DataError
 from shodh.fields import AXES, Boundary, Field, Trajectories
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shodh.errors import CheckpointError
-from shodh.train.run_folder import RunFolder, describe_environment, write_atomically
+from shodh.files import sync_to_disk, write_atomically
+from shodh.train.run_folder import RunFolder, describe_environment
 from shodh.train.runtime import together
 
 WEIGHTS = "model.safetensors"
@@ -124,14 +124,6 @@ def _rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def save_checkpoint(
     engine: Any, folder: RunFolder, tag: str, state: dict[str, Any], topology: dict[str, int], keep: int
 ) -> Path:
@@ -159,7 +151,7 @@ def save_checkpoint(
     with together():
         sums = {}
         for path in _files(partial)[rank::world]:
-            _sync(path)
+            sync_to_disk(path)
             sums[str(path.relative_to(partial))] = {"size": path.stat().st_size, "sha256": checksum(path)}
         files = _gather_dicts(sums)
     with together():
@@ -169,7 +161,7 @@ def save_checkpoint(
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)
-            _sync(folder.checkpoints)
+            sync_to_disk(folder.checkpoints)
             write_atomically(folder.path / "latest", tag + "\n")
             _prune(folder, tag, keep)
     return final

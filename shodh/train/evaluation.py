@@ -225,12 +225,13 @@ class RegimeEvaluation:
 
 
 class DivergenceMeter:
-    """Divergence of decoded velocity in physical units, three ways; see `DIVERGENCE_OPERATOR`.
+    """Divergence of decoded velocity in physical units, mode by mode; see `DIVERGENCE_OPERATOR`.
 
     ``fp32``: decoded and stored in float32. ``fp64``: the same float32 potential decoded in float64. ``exact``: float32
-    with the potential rounded to a lattice; the net volume flux out of each cell, which is what that mode makes zero to
-    the last bit for every ratio of cell sizes (see `shodh.ops.decode_velocity`). Each as maximum, root mean square, and
-    the maximum over the root mean square of the velocity gradient (a pure number, which does not depend on units).
+    with the potential rounded to a lattice; zero to the last bit where the ratios of cell sizes are powers of two.
+    ``exact_flux``: the net volume flux out of each cell of the same field, zero for every ratio (see
+    `shodh.ops.decode_velocity`). Each as maximum, root mean square, and the maximum over the root mean square of the
+    velocity gradient (a pure number, which does not depend on units).
     """
 
     def __init__(self, evaluator: Evaluator, number: int) -> None:
@@ -252,14 +253,17 @@ class DivergenceMeter:
                 a = potential.to(dtype)
                 h = None if harmonic is None else harmonic.to(dtype)
                 u = decode_velocity(a, h, spacing=relative, boundary=self._domain.boundary, exact=mode == "exact")
-                self._measure(f"{name}/{mode}", u * self._scale[name], relative)
+                u = u * self._scale[name]
+                self._measure(f"{name}/{mode}", u, relative)
+                if mode == "exact":
+                    self._measure(f"{name}/exact_flux", u, relative)
 
     def _measure(self, name: str, velocity: Tensor, relative: tuple[float, float, float]) -> None:
         # Differences are taken with the relative spacing the field was made with and rescaled to true lengths: in
         # exact arithmetic the same number, and in float32 the one whose rounding the decode controls.
         unit = relative[0] / self._spacing[0]
         boundary = self._domain.boundary
-        if name.endswith("/exact"):
+        if name.endswith("/exact_flux"):
             div = divergence(face_flux(velocity, spacing=relative), boundary=boundary) * (unit / max(relative))
         else:
             div = divergence(velocity, spacing=relative, boundary=boundary) * unit

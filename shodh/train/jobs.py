@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from shodh.config import RunConfig, TrainConfig, to_dict
 from shodh.data import WindowDataset
 from shodh.errors import CheckpointError, ConfigError
+from shodh.files import atomic_path, write_atomically
 from shodh.models.domain import add_walls
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
@@ -28,7 +29,7 @@ from shodh.train.engine import build_engine, load_deepspeed_config
 from shodh.train.latents import TOKENIZER_FILE, encode_frames, open_for_operator, prepare_latents
 from shodh.train.loop import Task, Trainer
 from shodh.train.operator_task import OperatorTask
-from shodh.train.run_folder import RunFolder, write_atomically
+from shodh.train.run_folder import RunFolder
 from shodh.train.runtime import rank, start_distributed, together, world_size
 from shodh.train.tokenizer_task import TokenizerTask
 
@@ -189,9 +190,8 @@ def publish_tokenizer(config: RunConfig, regimes: Regimes, folder: RunFolder, de
         raise CheckpointError(f"{folder.path} has no complete checkpoint to publish a tokenizer from")
     state = _with_latent_statistics(config, regimes, folder.checkpoints / tag / WEIGHTS, device)
     final = folder.path / "tokenizer.safetensors"
-    partial = final.with_name(f".{final.name}.partial")
-    save_file({name: tensor.float().contiguous() for name, tensor in state.items()}, str(partial))
-    partial.replace(final)
+    with atomic_path(final) as partial:
+        save_file({name: tensor.float().contiguous() for name, tensor in state.items()}, str(partial))
     content = {"weights": final.name, "normalizer": regimes.normalizer.to_dict(), "regimes": regimes.names}
     write_atomically(folder.path / TOKENIZER_FILE, json.dumps(content, indent=1) + "\n")
     log.info("tokenizer written to %s", final)

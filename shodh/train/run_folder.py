@@ -16,18 +16,9 @@ import torch
 from shodh import __version__
 from shodh.config import RunConfig, dump_config, load_config
 from shodh.errors import ConfigError
+from shodh.files import write_atomically
 
 PACKAGES = ("torch", "deepspeed", "numpy", "h5py", "safetensors", "pydantic")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old or the new text, never half of one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def git_commit() -> str | None:

@@ -151,7 +151,7 @@ def test_full_disk_is_reported_and_leaves_no_half_file(
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     arguments = ["--regime", "open_channel", "--out", str(tmp_path), *SMALL, *QUICK]
-    monkeypatch.setattr("shodh.data.files._sync", full)
+    monkeypatch.setattr("shodh.files.sync_to_disk", full)
     assert "no disk space" in fail(tool, capsys, *arguments)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
     monkeypatch.undo()

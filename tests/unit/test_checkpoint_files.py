@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from shodh.errors import CheckpointError, ConfigError
+from shodh.files import write_atomically
 from shodh.train.checkpoint import (
     MANIFEST,
     checksum,
@@ -20,7 +21,7 @@ from shodh.train.checkpoint import (
     verify_checkpoint,
 )
 from shodh.train.jobs import find_start
-from shodh.train.run_folder import RunFolder, write_atomically
+from shodh.train.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -154,7 +155,7 @@ def test_small_files_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatc
     def fail(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("shodh.train.run_folder.os.fsync", fail)
+    monkeypatch.setattr("shodh.files.os.fsync", fail)
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, "new")
     assert path.read_text() == "old"

@@ -57,6 +57,9 @@ def test_all_mistakes_are_reported_at_once() -> None:
     assert "\n" not in str(caught.value)
 
 
+TWO_LEVEL = {"kind": "two_level", "groups": 2}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -69,8 +72,8 @@ def test_all_mistakes_are_reported_at_once() -> None:
         ({"operator": {"dim": 36, "heads": 2}}, "dim=36 must be a multiple of 8"),
         ({"operator": {"experts": {"hidden": 12}}}, "experts.hidden=12 must be a multiple of 8"),
         ({"operator": {"experts": {"num_experts": 2, "top_k": 3}}}, "top_k=3 is more than num_experts=2"),
-        ({"operator": {"experts": {"num_experts": 3}}}, "num_experts=3 is not divisible by router.groups=2"),
-        ({"operator": {"experts": {"num_experts": 4, "top_k": 3}}}, "2 experts of a group"),
+        ({"operator": {"experts": {"num_experts": 3, "router": TWO_LEVEL}}}, "num_experts=3 is not divisible by"),
+        ({"operator": {"experts": {"num_experts": 4, "top_k": 3, "router": TWO_LEVEL}}}, "2 experts of a group"),
         ({"operator": {"train": {"steps": 10, "lr": -1}}}, r"operator.train.lr.*given -1"),
         ({"operator": {"train": {}}}, "missing key 'operator.train.steps'"),
         ({"name": "../elsewhere"}, "name"),

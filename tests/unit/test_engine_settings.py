@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from shodh.config import ExpertsConfig, OperatorConfig, TrainConfig
+from shodh.config import ExpertsConfig, OperatorConfig, RouterConfig, TrainConfig
 from shodh.errors import ConfigError
 from shodh.models.operator import LatentTransformer
 from shodh.moe.groups import decay_groups
@@ -62,7 +62,10 @@ def test_unreadable_deepspeed_file_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def model() -> LatentTransformer:
-    config = OperatorConfig(dim=16, depth=1, heads=2, position="learned", experts=ExpertsConfig(hidden=8))
+    router = RouterConfig(kind="two_level")
+    config = OperatorConfig(
+        dim=16, depth=1, heads=2, position="learned", experts=ExpertsConfig(hidden=8, router=router)
+    )
     return LatentTransformer(config, 3, 2, (2, 2, 2), 1)
 
 

@@ -26,7 +26,8 @@ from tqdm import tqdm
 from shodh.cli import run_main
 from shodh.config import load_config
 from shodh.errors import ShodhError
-from shodh.train.run_folder import describe_environment, write_atomically
+from shodh.files import write_atomically
+from shodh.train.run_folder import describe_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = """example:

@@ -27,13 +27,14 @@ from tqdm import tqdm
 from shodh.cli import run_main
 from shodh.config import OperatorConfig, load_config
 from shodh.errors import ConfigError
+from shodh.files import write_atomically
 from shodh.models.domain import num_static_features
 from shodh.models.init import initialise
 from shodh.models.kernels import adamw
 from shodh.models.operator import LatentTransformer
 from shodh.moe.balance import GlobalBalance
 from shodh.moe.groups import decay_groups
-from shodh.train.run_folder import describe_environment, write_atomically
+from shodh.train.run_folder import describe_environment
 from shodh.train.runtime import start_distributed
 
 DEMO = Path(__file__).resolve().parents[2] / "launch" / "configs" / "demo.yaml"

@@ -34,12 +34,18 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
         yield temporary
-        _sync(temporary)
+        sync_to_disk(temporary)
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(target.parent)
+    sync_to_disk(target.parent)
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Write a small file whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
 
 
 def remove_partial_files(folder: str | os.PathLike[str]) -> list[Path]:
@@ -50,7 +56,8 @@ def remove_partial_files(folder: str | os.PathLike[str]) -> list[Path]:
     return leftovers
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
