@@ -62,7 +62,6 @@ def test_unreadable_deepspeed_file_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def model() -> LatentTransformer:
-    router = RouterConfig(kind="two_level")
     config = OperatorConfig(
         dim=16, depth=1, heads=2, position="learned", experts=ExpertsConfig(hidden=8, router=router)
     )
