@@ -87,7 +87,7 @@ def tiny_tree(tiny_data: Path) -> dict[str, Any]:
             "dim": 32,
             "depth": 2,
             "heads": 2,
-            "experts": {"num_experts": 4, "hidden": 32, "router": {"semantic_dim": 8}},
+            "experts": {"num_experts": 4, "hidden": 32, "router": {"kind": "two_level", "semantic_dim": 8}},
             "train": {
                 "steps": 10,
                 "global_batch": 8,

@@ -13,6 +13,7 @@ from shodh.config import apply_overrides, config_from_dict, dump_config, load_co
 from shodh.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
+TWO_LEVEL = {"router": {"kind": "two_level", "groups": 2}}
 
 
 def minimal(**more: Any) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def test_unreadable_deepspeed_file_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def model() -> LatentTransformer:
+    experts = ExpertsConfig(hidden=8, router={"kind": "two_level"})
     experts = ExpertsConfig(hidden=8, router=RouterConfig(kind="two_level"))
     config = OperatorConfig(dim=16, depth=1, heads=2, position="learned", experts=experts)
     return LatentTransformer(config, 3, 2, (2, 2, 2), 1)
