@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -98,6 +99,8 @@ def quiet_logs(verbose: bool = False) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     log.setLevel(logging.DEBUG if verbose else logging.INFO if rank() == 0 else logging.ERROR)
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    # DeepSpeed calls collectives under names that torch is about to drop; it is not for our users to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.WARNING)
 
