@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -275,12 +276,11 @@ class Stopped(Exception):
 _channel: tuple[Any, Any, int]  # in a worker: its progress queue, the event that stops it, and its parent
 
 
-def start_worker(queue: Any, stop: Any, parent: int, threads: int) -> None:
-    """Prepare a worker process: workers share the cores."""
+def start_worker(queue: Any, stop: Any, parent: int) -> None:
+    """Prepare a worker process."""
     global _channel
     _channel = (queue, stop, parent)
     queue.cancel_join_thread()  # unread progress must not hold up the end
-    torch.set_num_threads(threads)
 
 
 def solve_in_worker(job: Job, part: Part) -> None:
@@ -292,19 +292,31 @@ def solve_in_worker(job: Job, part: Part) -> None:
             raise Stopped
         queue.put((str(part.path), fraction))
 
-    solve(job, part, "cpu", report)
+    with one_thread():
+        solve(job, part, "cpu", report)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Solve a file on one thread: sums then do not depend on the number of cores or workers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def solve_all(tasks: Sequence[tuple[Job, Part]], device: str, workers: int, bar: Bar) -> None:
     """Solve all files, several at once on the CPU."""
     if workers == 1 or len(tasks) < 2:
-        for job, part in tasks:
-            solve(job, part, device, functools.partial(bar.report, str(part.path)))
+        with one_thread():
+            for job, part in tasks:
+                solve(job, part, device, functools.partial(bar.report, str(part.path)))
         return
     context = multiprocessing.get_context("spawn")
     queue, stop = context.Queue(), context.Event()
-    threads = max(1, cpu_cores() // workers)
-    pool = ProcessPoolExecutor(workers, context, start_worker, (queue, stop, os.getpid(), threads))
+    pool = ProcessPoolExecutor(workers, context, start_worker, (queue, stop, os.getpid()))
     try:
         # Workers inherit that Ctrl-C is ignored: it is the parent's business, which then stops them.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import importlib.util
 import io
 import os
@@ -197,6 +198,8 @@ def test_interrupted_run_leaves_whole_files_only(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell that put the tests into the background has them ignore Ctrl-C, and children inherit that.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out").rglob("*.hdf5")) and process.poll() is None and time.monotonic() < deadline:
