@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,6 @@ class Evaluation:
 
     metrics: dict[str, Any]
     examples: list[Example] = field(default_factory=list)
-    top1: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,20 +110,20 @@ def open_run(run: Path, checkpoint: str | None, device: torch.device) -> Evaluat
     return Evaluator(config, folder, tag, regimes, trained, operator.to(device).eval(), device)
 
 
+Windows = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 def _batches(
-    latents: LatentWindowDataset, fields: WindowDataset, size: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    latents: LatentWindowDataset, fields: WindowDataset, rows: Sequence[int], size: int, device: torch.device
+) -> Iterator[Windows]:
     """Latents ``[B, T, L, ...]``, features ``[B, S', ...]``, fields ``[B, T, C, ...]`` and static ``[B, S, ...]``."""
     assert len(latents) == len(fields)
-    for start in range(0, len(latents), size):
-        rows = range(start, min(start + size, len(latents)))
-        pairs = [(latents[i], fields[i]) for i in rows]
-        yield (
-            torch.stack([a["latents"] for a, _ in pairs]),
-            torch.stack([a["static"] for a, _ in pairs]),
-            torch.stack([b["fields"] for _, b in pairs]),
-            torch.stack([b["static"] for _, b in pairs]),
-        )
+    for start in range(0, len(rows), size):
+        chosen = rows[start : start + size]
+        encoded, stored = [latents[i] for i in chosen], [fields[i] for i in chosen]
+        parts = ((encoded, "latents"), (encoded, "static"), (stored, "fields"), (stored, "static"))
+        a, b, c, d = (torch.stack([item[name] for item in items]).to(device) for items, name in parts)
+        yield a, b, c, d
 
 
 class RegimeEvaluation:
@@ -140,7 +139,6 @@ class RegimeEvaluation:
         self.table: Tensor | None = None
         self.divergence = DivergenceMeter(evaluator, number)
         self.example: Example | None = None
-        self.top1: Tensor | None = None
 
     def _decode(self, latent: Tensor, geometry: Tensor) -> tuple[Tensor, Tensor]:
         """Fields, and what the network emitted for them."""
@@ -176,10 +174,6 @@ class RegimeEvaluation:
             counts = [count_by_regime(r.selected, label, count, r.num_experts) for r in output.routing]
             table = torch.stack(counts).cpu()
             self.table = table if self.table is None else self.table + table
-            if self.top1 is None:
-                grid = self.e.operator.token_grid
-                tokens = grid[0] * grid[1] * grid[2]
-                self.top1 = torch.stack([r.selected[:tokens, 0].view(grid) for r in output.routing]).cpu()
         if self.example is None:
             solid = static[0, 0].cpu() if self.e.regimes.num_static else None
             self.example = Example(self.name, truth[0].cpu(), prediction[0].cpu(), solid)
@@ -284,26 +278,20 @@ class DivergenceMeter:
         return out
 
 
-def _rollout_windows(evaluator: Evaluator, number: int, cache: Path, split: Split) -> tuple[Tensor, ...] | None:
+def _rollout_batches(evaluator: Evaluator, number: int, cache: Path, split: Split) -> Iterator[Windows]:
     """The first frames of every trajectory of a split, as long as the rollout asks and the data allow."""
     config, source = evaluator.config, evaluator.regimes.sources[number]
     history, stride = config.data.history, config.data.stride
     frames = min(source.num_frames(split))
     steps = min(config.evaluation.rollout, (frames - 1) // stride + 1 - history)
     if steps < 1:
-        return None
+        return
     fields = WindowDataset(
         source, split, history=history, horizon=steps, stride=stride, normalizer=evaluator.regimes.normalizer
     )
     latents = open_latents(config, evaluator.regimes, cache, split, horizon=steps)[number]
     firsts = [i for i in range(len(fields)) if fields.index[i][1] == 0]
-    items = [(latents[i], fields[i]) for i in firsts]
-    return (
-        torch.stack([a["latents"] for a, _ in items]),
-        torch.stack([a["static"] for a, _ in items]),
-        torch.stack([b["fields"] for _, b in items]),
-        torch.stack([b["static"] for _, b in items]),
-    )
+    yield from _batches(latents, fields, firsts, config.evaluation.batch, evaluator.device)
 
 
 @torch.no_grad()
@@ -316,10 +304,6 @@ def evaluate(evaluator: Evaluator, split: Split) -> Evaluation:
     result = Evaluation({})
     table: Tensor | None = None
     hidden = not sys.stderr.isatty()
-
-    def move(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(t.to(evaluator.device) for t in tensors)
-
     for number, source in enumerate(regimes.sources):
         part = RegimeEvaluation(evaluator, number)
         history = config.data.history
@@ -327,20 +311,16 @@ def evaluate(evaluator: Evaluator, split: Split) -> Evaluation:
             source, split, history=history, horizon=1, stride=config.data.stride, normalizer=regimes.normalizer
         )
         size = config.evaluation.batch
-        batches = _batches(datasets[number], fields, size)
+        batches = _batches(datasets[number], fields, range(len(fields)), size, evaluator.device)
         for batch in tqdm(batches, total=-(-len(fields) // size), desc=part.name, unit="batch", disable=hidden):
-            part.add(*move(batch))
-        windows = _rollout_windows(evaluator, number, cache, split) if config.evaluation.rollout else None
-        if windows is not None:
-            for chunk in zip(*(t.split(size) for t in windows), strict=True):
-                part.rollout(*move(chunk))
+            part.add(*batch)
+        for batch in _rollout_batches(evaluator, number, cache, split):
+            part.rollout(*batch)
         by_regime[part.name] = part.result()
         if part.example is not None:
             result.examples.append(part.example)
         if part.table is not None:
             table = part.table if table is None else table + part.table
-        if part.top1 is not None:
-            result.top1[part.name] = part.top1
     result.metrics = {
         "run": str(evaluator.folder.path),
         "checkpoint": evaluator.checkpoint,

@@ -225,7 +225,7 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
     cache = prepare_latents(config, regimes, trained, device)
     with together():
         step = 0 if start is None else int(read_manifest(start)["state"]["step"])
-        task = OperatorTask(config, regimes, cache, topology, folder.path, step)
+        task = OperatorTask(config, regimes, cache, topology, folder.routing, step)
         model = _build_operator(config, ep_size, init_from)
     return _run(config, train, deepspeed, topology, folder, model.to(device), task, start)
 

@@ -151,7 +151,7 @@ class Trainer:
         self.task.start_step(self.step)
         metrics: Metrics = {}
         for _ in range(self.topology.accumulation):
-            with clock.waiting():
+            with clock:
                 batch = next_micro_batch(batches, self.engine.device)
             loss, reported = self.task.loss(self.engine, batch, self.step)
             self.engine.backward(loss)
@@ -202,16 +202,16 @@ class Trainer:
 
 
 class _Clock:
-    """Samples a second and the share of time spent waiting for data, since the last reading."""
+    """Samples a second and the share of time spent waiting for data, since the last reading.
+
+    Waiting is what happens in a ``with`` block of the clock.
+    """
 
     def __init__(self) -> None:
         self.steps = 0
         self._start = time.perf_counter()
         self._waited = 0.0
         self._enter = 0.0
-
-    def waiting(self) -> _Clock:
-        return self
 
     def __enter__(self) -> None:
         self._enter = time.perf_counter()

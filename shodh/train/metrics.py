@@ -24,7 +24,7 @@ def reduce_metrics(metrics: Mapping[str, tuple[Tensor | float, Reduction]], devi
         if not names:
             continue
         values = [torch.as_tensor(metrics[name][0], dtype=torch.float64, device=device).detach() for name in names]
-        flat = torch.stack(values).to(torch.float32 if device.type == "mps" else torch.float64)
+        flat = torch.stack(values)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flat, op=operation)
             if kind == "mean":

@@ -35,7 +35,7 @@ class OperatorTask:
     """
 
     def __init__(
-        self, config: RunConfig, regimes: Regimes, cache: Path, topology: Topology, folder: Path, resume_step: int
+        self, config: RunConfig, regimes: Regimes, cache: Path, topology: Topology, traces: Path, resume_step: int
     ) -> None:
         self.config, self.regimes, self.topology = config, regimes, topology
         self.operator = config.operator
@@ -46,7 +46,7 @@ class OperatorTask:
             for split, seed in training_splits(config)
         }
         self._balance = GlobalBalance()
-        path = folder / "routing" / f"rank{rank()}.jsonl"
+        path = traces / f"rank{rank()}.jsonl"
         limit = config.routing_trace if self.sparse else 0
         self._trace = TraceWriter(path, rank(), regimes.names, limit, resume_step)
         self._table: Tensor | None = None

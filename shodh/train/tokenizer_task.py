@@ -20,7 +20,7 @@ from shodh.train.metrics import Metrics, MetricWriter, RegimeMeans
 
 def sample_geometry(static: Tensor, domains: Sequence[Domain], index: Tensor) -> Tensor:
     """Static fields with wall channels, sample by sample: ``[B, S, X, Y, Z] -> [B, S + 3, X, Y, Z]``."""
-    return torch.cat([add_walls(static[b : b + 1], domains[int(i)]) for b, i in enumerate(index)])
+    return torch.cat([add_walls(static[b : b + 1], domains[i]) for b, i in enumerate(index.tolist())])
 
 
 class TokenizerTask:
