@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
+import pkgutil
 import typing
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -14,13 +16,29 @@ from typing import Any, NoReturn
 from pydantic import TypeAdapter, ValidationError
 
 from shodh.errors import ConfigError
-from shodh.physics.open_channel import OpenChannel
-from shodh.physics.porous_media import PorousMedia
+from shodh.physics import regimes
 from shodh.physics.regime import Regime
 
-REGIMES: dict[str, type[Any]] = {OpenChannel.name: OpenChannel, PorousMedia.name: PorousMedia}
+__all__ = ["REGIMES", "Regime", "get_regime", "parse_parameter"]
 
-__all__ = ["REGIMES", "OpenChannel", "PorousMedia", "Regime", "get_regime", "parse_parameter"]
+
+def _find_regimes() -> dict[str, type[Any]]:
+    """Classes of `shodh.physics.regimes` that declare a ``name``, by that name."""
+    found: dict[str, type[Any]] = {}
+    for module in sorted(pkgutil.iter_modules(regimes.__path__), key=lambda m: m.name):
+        content = vars(importlib.import_module(f"{regimes.__name__}.{module.name}"))
+        for kind in content.values():
+            if (
+                isinstance(kind, type)
+                and kind.__module__ == content["__name__"]
+                and isinstance(getattr(kind, "name", None), str)
+            ):
+                found[kind.name] = kind  # type: ignore[attr-defined]
+    return found
+
+
+#: Every built-in regime by its name.
+REGIMES: dict[str, type[Any]] = _find_regimes()
 
 
 def get_regime(name: str, **parameters: Any) -> Regime:

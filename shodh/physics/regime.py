@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,9 +23,16 @@ FIELDS = (
 
 
 class Regime(Protocol):
-    """One physical regime: a schema and a batched solver. Parameters are the dataclass fields of the regime."""
+    """One physical regime: a schema and a batched solver. Parameters are the dataclass fields of the regime.
+
+    A regime is one frozen dataclass in `shodh.physics.regimes`. ``ranges`` gives, for the parameters that a study would
+    vary, the interval in which the solver was checked; ``check`` names, in one line, the analytic or published result
+    that its test compares with. The time between frames is the parameter ``frame_interval``.
+    """
 
     name: str
+    ranges: Mapping[str, tuple[float, float]]
+    check: str
 
     @property
     def schema(self) -> RegimeSchema:
@@ -34,7 +41,7 @@ class Regime(Protocol):
     def simulate(
         self,
         seeds: Sequence[int],
-        grid: tuple[int, int, int],
+        grid: tuple[int, ...],
         frames: int,
         *,
         device: str = "cpu",
@@ -49,12 +56,15 @@ def flow_schema(name: str, boundary: tuple[Boundary, Boundary, Boundary]) -> Reg
     return RegimeSchema(name, FIELDS, boundary)
 
 
-def check_request(name: str, seeds: Sequence[int], grid: Sequence[int], frames: int, smallest: int = 4) -> None:
+def check_request(
+    name: str, seeds: Sequence[int], grid: Sequence[int], frames: int, smallest: int = 4, ndim: int = 3
+) -> None:
     """Refuse an empty batch, too small a grid, or no frame."""
     if not seeds:
         raise ConfigError(f"{name}: no seeds; ask for at least one trajectory")
-    if len(grid) != 3 or min(grid) < smallest:
-        raise ConfigError(f"{name}: grid {tuple(grid)} must be three numbers, each at least {smallest}")
+    if len(grid) != ndim or min(grid) < smallest:
+        numbers = {2: "two", 3: "three"}[ndim]
+        raise ConfigError(f"{name}: grid {tuple(grid)} must be {numbers} numbers, each at least {smallest}")
     if frames < 1:
         raise ConfigError(f"{name}: frames={frames} must be at least 1")
 

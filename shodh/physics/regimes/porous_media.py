@@ -19,10 +19,10 @@ The stored velocity is divergence-free on the staggered grid to fp32 rounding an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -95,6 +95,8 @@ class PorousMedia:
     double: bool = False
 
     name = "porous_media"
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"porosity_min": (0.4, 0.9), "grain": (0.15, 0.4)}
+    check: ClassVar[str] = "drag of simple cubic arrays of spheres (Zick and Homsy 1982)"
 
     def __post_init__(self) -> None:
         if self.image and self.geometry == "mixed":

@@ -18,9 +18,9 @@ At 32^3 the default Re_tau = 180 is resolved like a coarse large-eddy simulation
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -95,6 +95,8 @@ class OpenChannel:
     double: bool = False
 
     name = "open_channel"
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"re_tau": (100.0, 400.0)}
+    check: ClassVar[str] = "half-Poiseuille profile at second order; law of the wall of Re_tau = 180"
 
     def __post_init__(self) -> None:
         check_positive(
