@@ -3,7 +3,8 @@
 Placement on the grid. A box of ``X x Y x Z`` cells. Scalars live at cell centres. Component ``i`` of a vector
 with placement ``"face"`` lives on the *upper* face of its cell along axis ``i``, so the discrete divergence of
 cell ``c`` is ``sum_i (u_i[c] - u_i[c - e_i]) / h_i``. On a periodic axis ``c - e_i`` wraps. On a walled axis the
-face below the first cell and the upper face of the last cell carry zero normal velocity.
+face below the first cell and the upper face of the last cell carry zero normal velocity. Through the ends of an
+"open" axis things may flow in and out; a solenoidal vector needs axes that are periodic or walled.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from shodh.errors import ConfigError
 
-Boundary = Literal["periodic", "wall"]
+Boundary = Literal["periodic", "wall", "open"]
 Kind = Literal["scalar", "vector"]
 Placement = Literal["center", "face"]
 
@@ -78,6 +79,8 @@ class RegimeSchema:
         repeated = sorted({n for n in names if names.count(n) > 1})
         if repeated:
             raise ConfigError(f"regime {self.name!r}: repeated field names {repeated}")
+        if "open" in self.boundary and any(f.solenoidal for f in self.fields):
+            raise ConfigError(f"regime {self.name!r}: a solenoidal field needs axes that are periodic or walled")
 
     @property
     def ndim(self) -> int:

@@ -83,6 +83,7 @@ class RegimeSource:
             )
         for file in (f for files in self.files.values() for f in files):
             self._check_file(file)
+        RegimeSchema(name, self.fields, self.boundary)  # Refuses fields that do not go with the boundary.
         self._starts = {s: [0, *accumulate(f.num_trajectories for f in fs)] for s, fs in self.files.items()}
 
     @property
@@ -107,7 +108,7 @@ class RegimeSource:
 
     @cached_property
     def schema(self) -> RegimeSchema:
-        """The wanted fields with the boundary of the files."""
+        """The wanted fields with the boundary of the files; ConfigError if they do not go together."""
         return RegimeSchema(self.name, self.fields, self.boundary)
 
     @property
@@ -255,8 +256,8 @@ def average_to_faces(vector: np.ndarray, boundary: Sequence[Boundary]) -> None:
     """Move a collocated vector [..., D, *grid] to the upper faces, in place, by the mean of the two neighbours.
 
     Component ``i`` of cell ``c`` becomes ``(u_i[c] + u_i[c + e_i]) / 2``; a periodic axis wraps, on a walled axis
-    the last face gets zero. Second order; constants are kept. On periodic axes the staggered divergence of the
-    result is the central-difference divergence of ``vector``.
+    the last face gets zero, on an open one the value of the last cell. Second order; constants are kept. On periodic
+    axes the staggered divergence of the result is the central-difference divergence of ``vector``.
     """
     ndim = len(boundary)
     for axis, kind in enumerate(boundary):
@@ -265,7 +266,10 @@ def average_to_faces(vector: np.ndarray, boundary: Sequence[Boundary]) -> None:
         first = component[0].copy()
         component[:-1] += component[1:]
         component[:-1] *= 0.5
-        component[-1] = 0.5 * (component[-1] + first) if kind == "periodic" else 0.0
+        if kind == "periodic":
+            component[-1] = 0.5 * (component[-1] + first)
+        elif kind == "wall":
+            component[-1] = 0.0
 
 
 def _well_files(folder: Path) -> list[Path]:

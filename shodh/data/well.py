@@ -28,7 +28,7 @@ from shodh.errors import DataError
 from shodh.fields import AXES, Boundary, Field, Trajectories
 
 TENSOR_GROUPS = ("t0_fields", "t1_fields", "t2_fields")
-BOUNDARY_CODES: dict[Boundary, str] = {"wall": "WALL", "periodic": "PERIODIC"}
+BOUNDARY_CODES: dict[Boundary, str] = {"wall": "WALL", "periodic": "PERIODIC", "open": "OPEN"}
 
 
 def write_trajectories(

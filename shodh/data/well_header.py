@@ -175,14 +175,14 @@ def _boundary(file: h5py.File, axes: tuple[str, ...], path: str) -> tuple[Bounda
     for axis, (lower, upper) in ends.items():
         if lower != upper or lower not in KINDS:
             raise DataError(
-                f"{path}: the boundary of axis {axis!r} is {lower} below and {upper} above; supported are PERIODIC or "
-                "WALL at both ends (an end that no group of boundary_conditions marks is OPEN)"
+                f"{path}: the boundary of axis {axis!r} is {lower} below and {upper} above; supported are PERIODIC, "
+                "WALL or OPEN at both ends (an end that no group of boundary_conditions marks is OPEN)"
             )
     return tuple(KINDS[ends[axis][0]] for axis in axes)
 
 
 def _marked_ends(group: h5py.Group, path: str) -> Iterator[tuple[str, int, str]]:
-    """The (axis, end, code) a boundary condition covers: a wall must fill an end, other kinds only touch it."""
+    """The (axis, end, code) a boundary condition touches; "part of a WALL" where a wall leaves a gap."""
     code = _text(_attribute(group, "bc_type", path)).upper()
     if code not in ("WALL", "OPEN", "PERIODIC"):
         raise DataError(f"{path}: {group.name.strip('/')} has bc_type {code!r}; expected WALL, OPEN or PERIODIC")
@@ -191,11 +191,11 @@ def _marked_ends(group: h5py.Group, path: str) -> Iterator[tuple[str, int, str]]
     if mask.ndim < len(axes) or mask.size == 0:
         raise DataError(f"{path}: {group.name.strip('/')}/mask has shape {mask.shape}, expected one axis for {axes}")
     mask = mask.reshape(-1, *mask.shape[mask.ndim - len(axes) :])
-    covers = np.all if code == "WALL" else np.any
     for number, axis in enumerate(axes):
         for end in (0, -1):
-            if covers(np.take(mask, end, axis=number + 1)):
-                yield axis, end, code
+            touched = np.take(mask, end, axis=number + 1)
+            if touched.any():
+                yield axis, end, "part of a WALL" if code == "WALL" and not touched.all() else code
 
 
 def _fields(file: h5py.File, ndim: int, path: str) -> tuple[dict[str, StoredField], tuple[str, ...]]:

@@ -227,3 +227,18 @@ def test_indices_out_of_range_are_refused(tmp_path: Path, make_trajectories):
     for trajectory, frame in ((3, 0), (-1, 0), (0, 5), (0, -1)):
         with pytest.raises(IndexError):
             file.read("tracer", trajectory, range(frame, frame + 1), out)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda file: file["boundary_conditions/z_wall"].attrs.modify("bc_type", "OPEN"),
+        lambda file: file.pop("boundary_conditions/z_wall"),
+    ],
+    ids=["declared", "unmarked"],
+)
+def test_an_end_that_nothing_is_said_about_is_open(tmp_path, make_trajectories, edit):
+    write_trajectories(tmp_path / "a.hdf5", make_trajectories())
+    with h5py.File(tmp_path / "a.hdf5", "r+") as file:
+        edit(file)
+    assert WellFile(tmp_path / "a.hdf5").boundary == ("periodic", "periodic", "open")
