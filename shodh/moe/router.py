@@ -133,3 +133,7 @@ class SemanticRouter(nn.Module):
         routing, self._routing = self._routing, None
         assert routing is not None, "take() before forward()"
         return routing
+
+    def put(self, routing: Routing) -> None:
+        """Set the decision that the next `take` hands over: for hooks that change what the router chose."""
+        self._routing = routing
