@@ -80,3 +80,17 @@ def divergence(components: Sequence[Tensor], spacing: Sequence[float], first: in
     """
     x, y, z = ((u - torch.roll(u, 1, dims=first + axis)) / spacing[axis] for axis, u in enumerate(components))
     return x + y + z
+
+
+def gradient(values: Tensor, spacing: Sequence[float], periodic: Sequence[bool], first: int) -> list[Tensor]:
+    """Forward differences at the upper faces of unpadded ``values``: the negative adjoint of `divergence`.
+
+    The last face of an axis that is not periodic is a wall and gets zero.
+    """
+    components = []
+    for axis, (h, wraps) in enumerate(zip(spacing, periodic, strict=True)):
+        difference = (torch.roll(values, -1, dims=first + axis) - values).mul_(1.0 / h)
+        if not wraps:
+            difference.select(first + axis, -1).zero_()
+        components.append(difference)
+    return components

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError
+from shodh.errors import ConfigError, NonFiniteError
 from shodh.fields import Boundary, Field, RegimeSchema, Trajectories
 from shodh.seeding import generator
 
@@ -74,6 +74,20 @@ def check_positive(name: str, **values: float) -> None:
     for key, value in values.items():
         if not (np.isfinite(value) and value > 0):
             raise ConfigError(f"{name}.{key}={value} must be a positive number")
+
+
+def check_finite(name: str, seeds: Sequence[int], fields: Tensor, advice: str) -> None:
+    """Refuse a blown-up state: ``fields [B, ...]`` must be finite; ``advice`` says what to change.
+
+    Raises
+    ------
+    NonFiniteError
+        Naming the regime and the first seed whose trajectory blew up.
+    """
+    bad = ~fields.flatten(1).isfinite().all(1)
+    if bad.any():
+        seed = seeds[int(bad.nonzero()[0])]
+        raise NonFiniteError(f"{name}: the trajectory of seed {seed} blew up (NaN or infinity); {advice}")
 
 
 def smooth_noise(
