@@ -38,6 +38,7 @@ REQUIRED = [
     "tensorboard>=2.15",
     "matplotlib>=3.8",
     "scipy>=1.11",
+    "msgspec>=0.19",
     "tqdm>=4.66",
 ]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "the-well>=1.2", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"]

@@ -244,7 +244,8 @@ class RunConfig(Section):
     out: Path = Field(Path("runs"), description="folder of the run folders")
     deepspeed: Path = Field(Path("ds_configs/cpu.json"), description="DeepSpeed JSON; 'auto' values come from here")
     kernels: Literal["auto", "torch", "apex"] = Field("auto", description="fused norm and optimiser")
-    routing_trace: Count = Field(20000, description="records of the routing trace a rank may write")
+    routing_trace: Count = Field(20000, description="lines of routing trace a rank may write; long runs are thinned")
+    routing_samples: Count = Field(64, description="validation samples, of all ranks, traced token by token; 0: none")
     data: DataConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     operator: OperatorConfig = OperatorConfig()

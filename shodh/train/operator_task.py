@@ -15,7 +15,7 @@ from shodh.config import RunConfig
 from shodh.moe.balance import GlobalBalance, entropy, update_selection_bias
 from shodh.moe.router import SemanticRouter
 from shodh.moe.routing import Routing, count_by_regime, regime_information
-from shodh.moe.trace import TraceWriter
+from shodh.moe.trace import TraceWriter, thinning
 from shodh.seeding import generator
 from shodh.topology import Topology
 from shodh.train.datasets import Regimes, mixture_loader, training_splits
@@ -49,7 +49,21 @@ class OperatorTask:
         path = traces / f"rank{rank()}.jsonl"
         limit = config.routing_trace if self.sparse else 0
         self._trace = TraceWriter(path, rank(), regimes.names, limit, resume_step)
+        self._trace_every, self._trace_valid_every = self._thinning(limit)
         self._table: Tensor | None = None
+
+    def _thinning(self, limit: int) -> tuple[int, int]:
+        """Steps and validations between traced ones: training may fill a third of the trace, validation the rest."""
+        train, depth = self.operator.train, self.operator.depth
+        batches = self.topology.accumulation * train.steps
+        validations = train.steps // train.valid_every + 1 if train.valid_every else 1
+        lines = train.valid_batches * self.topology.accumulation + self._samples_of_rank()
+        return thinning(batches * depth, limit // 3), thinning(validations * lines * depth, limit - limit // 3)
+
+    def _samples_of_rank(self) -> int:
+        """Samples of a validation that this rank traces one by one."""
+        world = self.topology.world_size
+        return self.config.routing_samples // world + (rank() < self.config.routing_samples % world)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         return self._loaders["train"].iterate(start, stop)
@@ -109,7 +123,8 @@ class OperatorTask:
         metrics["moe/switch"] = (terms.switch.detach(), "mean")
         metrics["moe/information"] = (terms.information.detach(), "mean")
         metrics["moe/z_loss"] = (terms.z_loss.detach(), "mean")
-        self._trace.add(step, "train", routings, regime)
+        if step % self._trace_every == 0:
+            self._trace.add(step, "train", routings, regime)
         table = self._counts(routings, regime)
         self._table = table if self._table is None else self._table + table
         return balance
@@ -150,6 +165,10 @@ class OperatorTask:
     def validate(self, engine: Any, step: int) -> Metrics:
         means = RegimeMeans(self.regimes.names)
         tables: Tensor | None = None
+        train = self.operator.train
+        number = (step + 1) // train.valid_every if train.valid_every else 0
+        traced = number % self._trace_valid_every == 0 or step + 1 == train.steps
+        samples = self._samples_of_rank() if traced else 0
         for batch in self._loaders["valid"].iterate(0, self.operator.train.valid_batches):
             batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
             latents, regime = batch["latents"], batch["regime"]
@@ -158,7 +177,11 @@ class OperatorTask:
             means.add("latent_mse", (output.latent - target).square().flatten(1).mean(1), regime)
             means.add("persistence_mse", (history[:, -1] - target).square().flatten(1).mean(1), regime)
             if output.routing:
-                self._trace.add(step, "valid", output.routing, regime)
+                if traced:
+                    self._trace.add(step, "valid", output.routing, regime, with_pairs=True)
+                    keys = torch.stack([batch[k] for k in SAMPLE_KEY], 1)
+                    grid = engine.module.token_grid
+                    samples -= self._trace.add_samples(step, "valid", output.routing, keys, grid, samples)
                 table = self._counts(output.routing, regime)
                 tables = table if tables is None else tables + table
         metrics = means.reduce("valid")

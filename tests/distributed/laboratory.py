@@ -9,6 +9,7 @@ from typing import Any
 
 import rank_jobs
 from helper import run_ranks
+from msgspec import UNSET
 
 from shodh.config import RunConfig, load_config
 from shodh.moe.trace import read_trace
@@ -37,11 +38,19 @@ class Run:
         table: dict[tuple[int, str, int], dict[str, list[int]]] = {}
         for path in sorted((self.path / "routing").glob("rank*.jsonl")):
             for record in read_trace(path):
+                if record.sample is not UNSET:
+                    continue
                 cell = table.setdefault((record.step, record.split, record.layer), {})
                 for regime, counts in record.counts.items():
                     old = cell.get(regime, [0] * record.num_experts)
                     cell[regime] = [a + b for a, b in zip(old, counts, strict=True)]
         return table
+
+    def samples(self) -> dict[tuple[int, str, int], Any]:
+        """First choices on the token grid by (step, sample, layer), of all ranks."""
+        paths = sorted((self.path / "routing").glob("rank*.jsonl"))
+        records = [r for path in paths for r in read_trace(path) if isinstance(r.sample, str)]
+        return {(r.step, str(r.sample), r.layer): r.top1 for r in records}
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step_{step:08d}"

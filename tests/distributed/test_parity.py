@@ -52,6 +52,14 @@ def test_validation_does_not_depend_on_ranks(laboratory: Laboratory) -> None:
     assert two.training("valid/moe/regime_information") == pytest.approx(one.training("valid/moe/regime_information"))
 
 
+def test_traced_samples_do_not_depend_on_ranks(laboratory: Laboratory) -> None:
+    one, two = laboratory.run(1, 1, 1), laboratory.run(2, 2, 1)
+    layers, validations, batch = 2, {4, 9}, 8
+    assert {step for step, _, _ in one.samples()} == validations
+    assert len(one.samples()) == len(validations) * batch * layers
+    assert two.samples() == one.samples()
+
+
 def test_gradient_accumulation_does_not_depend_on_ranks(laboratory: Laboratory) -> None:
     one = laboratory.run(1, 1, 2, "operator.train.micro_batch=4")
     assert_same_training(one, laboratory.run(2, 2, 2, "operator.train.micro_batch=2"))

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from shodh.errors import DataError
+from shodh.moe import trace
 from shodh.moe.routing import Routing, count_assignments
-from shodh.moe.trace import RoutingRecord, TraceWriter, read_trace
+from shodh.moe.trace import RoutingRecord, TraceWriter, read_trace, thinning
 
 REGIMES = ("open_channel", "porous_media", "absent")
 TOKENS = 5
@@ -51,16 +52,75 @@ def test_lines_are_the_published_format(tmp_path: Path) -> None:
         *("v", "step", "split", "layer", "rank", "num_tokens", "top_k", "num_experts"),
         *("counts", "mean_score", "confidence"),
     ]
-    assert first["v"] == 1
+    assert first["v"] == 2
 
 
 def test_sample_records_survive_the_round_trip(tmp_path: Path) -> None:
-    record = RoutingRecord(
-        7, "valid", 0, 0, 8, 1, 2, {"a": [8, 0]}, [0.75, 0.25], 0.75, "a/3/5", "a", [[[0, 0], [1, 0]], [[0, 0], [0, 1]]]
-    )
-    path = tmp_path / "rank0.jsonl"
-    path.write_text(record.to_json() + "\n")
-    assert list(read_trace(path)) == [record]
+    """Samples are written one by one: their grid, their counts, and which sample of which trajectory they are."""
+    path, grid = tmp_path / "rank1.jsonl", (5, 1, 1)
+    writer = TraceWriter(path, 1, REGIMES, 1000)
+    layers, keys = [decision(1), decision(2)], torch.tensor([[1, 12, 5], [0, 3, 0], [1, 12, 6]])
+    assert writer.add_samples(7, "valid", layers, keys, grid, 2) == 2
+    writer.close()
+    records = list(read_trace(path))
+    assert [(r.layer, r.sample) for r in records] == [
+        *((0, "porous_media/12:5"), (0, "open_channel/3:0"), (1, "porous_media/12:5"), (1, "open_channel/3:0"))
+    ]
+    second = records[3]
+    assert (second.regime, second.trajectory, second.frame, second.num_tokens) == ("open_channel", 3, 0, 5)
+    chosen = layers[1].selected[5:10]
+    assert torch.equal(torch.tensor(second.top1), chosen[:, 0].view(grid))
+    assert second.counts == {"open_channel": torch.bincount(chosen.flatten(), minlength=4).tolist()}
+    assert second.mean_score == pytest.approx(layers[1].probs[5:10].mean(0).tolist(), abs=1e-6)
+    assert [RoutingRecord(**{f: getattr(r, f) for f in r.__struct_fields__}) for r in records] == records
+
+
+def test_samples_count_towards_the_limit(tmp_path: Path) -> None:
+    path, keys = tmp_path / "rank1.jsonl", torch.tensor([[1, 12, 5], [0, 3, 0], [1, 12, 6]])
+    writer = TraceWriter(path, 1, REGIMES, 5)
+    layers = [decision(1), decision(2)]
+    assert writer.add_samples(7, "valid", layers, keys, (5,), 9) == 2  # two layers each: a third would be half
+    writer.add(8, "train", layers, keys[:, 0])
+    assert writer.add_samples(9, "valid", layers, keys, (5,), 9) == 0
+    writer.close()
+    assert [r.step for r in read_trace(path)] == [7, 7, 7, 7, 8]
+
+
+def test_pairs_count_tokens_that_chose_both(tmp_path: Path) -> None:
+    path, routing = tmp_path / "rank1.jsonl", decision(3)
+    writer = TraceWriter(path, 1, REGIMES, 10)
+    writer.add(0, "valid", [routing], torch.tensor([1, 0, 1]), with_pairs=True)
+    writer.add(1, "valid", [decision(3, top_k=1)], torch.tensor([1, 0, 1]), with_pairs=True)
+    writer.close()
+    record, single = read_trace(path)
+    rows = [set(row) for row in routing.selected.tolist()]
+    assert record.pairs == [[sum({i, j} <= row for row in rows) for j in range(4)] for i in range(4)]
+    assert "pairs" not in single.to_json()
+
+
+def test_version_1_is_still_read(tmp_path: Path) -> None:
+    path = tmp_path / "rank1.jsonl"
+    write(path, range(2))
+    whole = list(read_trace(path))
+    path.write_text(path.read_text().replace('"v":2', '"v":1'))
+    assert [r.counts for r in read_trace(path)] == [r.counts for r in whole]
+
+
+@pytest.mark.parametrize("size", [1, 64, 1000])
+def test_blocks_cut_lines_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    path = tmp_path / "rank1.jsonl"
+    write(path, range(4))
+    whole = list(read_trace(path))
+    monkeypatch.setattr(trace, "BLOCK_BYTES", size)
+    assert list(read_trace(path)) == whole
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:5], "{", *lines[5:]]) + "\n")
+    with pytest.raises(DataError, match="line 6:"):
+        list(read_trace(path))
+
+
+def test_long_runs_are_thinned_to_the_limit() -> None:
+    assert [thinning(*case) for case in ((100, 100), (101, 100), (1000, 100), (5, 100), (0, 0))] == [1, 2, 10, 1, 1]
 
 
 def test_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
@@ -88,8 +148,8 @@ def test_damaged_line_in_the_middle_is_named(tmp_path: Path, line: str) -> None:
 def test_another_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rank1.jsonl"
     write(path, range(1))
-    path.write_text(path.read_text().replace('"v":1', '"v":2'))
-    with pytest.raises(DataError, match="version 2"):
+    path.write_text(path.read_text().replace('"v":2', '"v":3'))
+    with pytest.raises(DataError, match="version 3"):
         list(read_trace(path))
 
 
@@ -123,5 +183,6 @@ def test_graph_is_not_kept_alive(tmp_path: Path) -> None:
     routing = Routing(probs, probs, selected, count_assignments(selected, 4), probs[:, :0])
     writer = TraceWriter(tmp_path / "r.jsonl", 0, REGIMES, 10)
     writer.add(0, "train", [routing], torch.tensor([0, 1, 0]))
-    assert all(not p.scores.requires_grad for p in writer._pending)
+    writer.add_samples(0, "valid", [routing], torch.zeros(3, 3, dtype=torch.int64), (5,), 3)
+    assert len(writer._pending) == 2 and all(not p.scores.requires_grad for p in writer._pending)
     writer.close()
