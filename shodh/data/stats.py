@@ -83,7 +83,7 @@ def compute_statistics(
     statistics: Statistics = {key: {} for key in KEYS}
     steps = len(names) * len(opened)
     for number, name in enumerate(names):
-        field = opened[0].stored(name).field
+        field = opened[0].field(name)
         components = field.num_components(len(opened[0].grid))
         values, deltas = Moments(components), Moments(components)
         for position, file in enumerate(opened):
@@ -130,7 +130,7 @@ def read_stats(path: str | os.PathLike[str]) -> Statistics:
 
 
 def _add_file(file: WellFile, name: str, components: int, values: Moments, deltas: Moments) -> None:
-    static = file.stored(name).field.static
+    static = file.field(name).static
     current = np.empty((components, *file.grid), dtype=np.float32)
     previous = np.empty_like(current)
     for trajectory in range(file.num_trajectories):

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import h5py
 import numpy as np
 
+from shodh.data import hdf5
 from shodh.data.well import BOUNDARY_CODES, TENSOR_GROUPS
 from shodh.errors import DataError
 from shodh.fields import Boundary, Field
 
 KINDS: dict[str, Boundary] = {code: kind for kind, code in BOUNDARY_CODES.items()}
-
-# No list of coordinates or times is longer; a damaged file may claim any size, and reading it would end in memory.
-MAX_SMALL_SIZE = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,7 @@ class WellHeader:
     time: np.ndarray
     fields: dict[str, StoredField]
     tensor_fields: tuple[str, ...]
+    parameters: dict[str, float | np.ndarray]
 
 
 def read_header(file: h5py.File, path: str) -> WellHeader:
@@ -64,10 +62,10 @@ def read_header(file: h5py.File, path: str) -> WellHeader:
         Naming the file and what is missing, contradictory or not supported.
     """
     group = _group(file, "dimensions", path)
-    axes = tuple(_text(name) for name in np.atleast_1d(_attribute(group, "spatial_dims", path)))
+    axes = tuple(hdf5.text(name) for name in np.atleast_1d(hdf5.attribute(group, "spatial_dims", path)))
     if not 1 <= len(axes) <= 3:
         raise DataError(f"{path}: {len(axes)} space dimensions {list(axes)}; 1, 2 or 3 are supported")
-    grid_type = _text(file.attrs.get("grid_type", "cartesian"))
+    grid_type = hdf5.text(hdf5.attribute(file, "grid_type", path, "cartesian"))
     if grid_type != "cartesian":
         raise DataError(f"{path}: grid_type is {grid_type!r}; only 'cartesian' is supported")
     coordinates = [_coordinates(group, axis, path) for axis in axes]
@@ -76,7 +74,7 @@ def read_header(file: h5py.File, path: str) -> WellHeader:
     fields, tensors = _fields(file, len(axes), path)
     num_trajectories = _num_trajectories(file, fields, path)
     header = WellHeader(
-        dataset_name=_text(file.attrs.get("dataset_name", "")),
+        dataset_name=hdf5.text(hdf5.attribute(file, "dataset_name", path, "")),
         axes=axes,
         grid=grid,
         lengths=_lengths(file, axes, coordinates, path),
@@ -86,46 +84,21 @@ def read_header(file: h5py.File, path: str) -> WellHeader:
         time=time,
         fields=fields,
         tensor_fields=tensors,
+        parameters=_parameters(file, num_trajectories, path),
     )
     _check_shapes(file, header, path)
     return header
 
 
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
 def _group(parent: h5py.Group, name: str, path: str) -> h5py.Group:
-    group = parent.get(name)
-    if not isinstance(group, h5py.Group):
+    if not isinstance(hdf5.member(parent, name, path), h5py.Group):
         raise DataError(f"{path}: group {name!r} is missing; is this a file in The Well's layout?")
-    return group
-
-
-def _dataset(group: h5py.Group, name: str, path: str) -> h5py.Dataset:
-    dataset = group.get(name)
-    if not isinstance(dataset, h5py.Dataset):
-        raise DataError(f"{path}: dataset {group.name.strip('/')}/{name} is missing")
-    return dataset
-
-
-def _values(group: h5py.Group, name: str, path: str) -> np.ndarray:
-    """All of a small dataset."""
-    dataset = _dataset(group, name, path)
-    if dataset.size is None or dataset.size > MAX_SMALL_SIZE:
-        raise DataError(f"{path}: {group.name.strip('/')}/{name} has the absurd shape {dataset.shape}")
-    return dataset[()]
-
-
-def _attribute(item: h5py.Group | h5py.Dataset, name: str, path: str) -> Any:
-    if name not in item.attrs:
-        raise DataError(f"{path}: attribute {name!r} of {item.name.strip('/')} is missing")
-    return item.attrs[name]
+    return hdf5.group(parent, name, path)
 
 
 def _coordinates(group: h5py.Group, axis: str, path: str) -> np.ndarray:
     """Coordinates [n] of an axis; per-sample copies must agree."""
-    values = np.asarray(_values(group, axis, path), dtype=np.float64)
+    values = np.asarray(hdf5.values(group, axis, path), dtype=np.float64)
     if values.ndim == 0 or values.size == 0:
         raise DataError(f"{path}: dimensions/{axis} has shape {values.shape}; expected the coordinates of its cells")
     values = values.reshape(-1, values.shape[-1])
@@ -135,7 +108,7 @@ def _coordinates(group: h5py.Group, axis: str, path: str) -> np.ndarray:
 
 
 def _time(group: h5py.Group, path: str) -> np.ndarray:
-    time = np.asarray(_values(group, "time", path), dtype=np.float64)
+    time = np.asarray(hdf5.values(group, "time", path), dtype=np.float64)
     if time.ndim not in (1, 2) or time.size == 0 or not np.isfinite(time).all():
         raise DataError(f"{path}: dimensions/time has shape {time.shape}; expected finite times [T] or [B, T], T >= 1")
     return time
@@ -143,16 +116,17 @@ def _time(group: h5py.Group, path: str) -> np.ndarray:
 
 def _lengths(file: h5py.File, axes: tuple[str, ...], coordinates: list[np.ndarray], path: str) -> tuple[float, ...]:
     """Box lengths: the attribute of our own files, else number of cells times their uniform spacing."""
-    stored = file.attrs.get("lengths")
+    stored = hdf5.attribute(file, "lengths", path, None)
     if stored is not None:
         lengths = tuple(float(v) for v in np.atleast_1d(stored))
         if len(lengths) != len(axes) or not all(np.isfinite(v) and v > 0 for v in lengths):
             raise DataError(f"{path}: attribute 'lengths' is {lengths}; expected {len(axes)} positive numbers")
         return lengths
-    return tuple(_length(axis, values, path) for axis, values in zip(axes, coordinates))
+    return tuple(axis_length(axis, values, path) for axis, values in zip(axes, coordinates))
 
 
-def _length(axis: str, values: np.ndarray, path: str) -> float:
+def axis_length(axis: str, values: np.ndarray, path: str) -> float:
+    """Length of an axis from the coordinates of its cells: their number times their spacing, which is uniform."""
     if len(values) == 1:
         return 1.0
     spacing = (values[-1] - values[0]) / (len(values) - 1)
@@ -183,11 +157,11 @@ def _boundary(file: h5py.File, axes: tuple[str, ...], path: str) -> tuple[Bounda
 
 def _marked_ends(group: h5py.Group, path: str) -> Iterator[tuple[str, int, str]]:
     """The (axis, end, code) a boundary condition touches; "part of a WALL" where a wall leaves a gap."""
-    code = _text(_attribute(group, "bc_type", path)).upper()
+    code = hdf5.text(hdf5.attribute(group, "bc_type", path)).upper()
     if code not in ("WALL", "OPEN", "PERIODIC"):
         raise DataError(f"{path}: {group.name.strip('/')} has bc_type {code!r}; expected WALL, OPEN or PERIODIC")
-    axes = [_text(a) for a in np.atleast_1d(_attribute(group, "associated_dims", path))]
-    mask = np.asarray(_values(group, "mask", path), dtype=bool)
+    axes = [hdf5.text(a) for a in np.atleast_1d(hdf5.attribute(group, "associated_dims", path))]
+    mask = np.asarray(hdf5.values(group, "mask", path), dtype=bool)
     if mask.ndim < len(axes) or mask.size == 0:
         raise DataError(f"{path}: {group.name.strip('/')}/mask has shape {mask.shape}, expected one axis for {axes}")
     mask = mask.reshape(-1, *mask.shape[mask.ndim - len(axes) :])
@@ -202,39 +176,39 @@ def _fields(file: h5py.File, ndim: int, path: str) -> tuple[dict[str, StoredFiel
     fields: dict[str, StoredField] = {}
     for order in (0, 1):
         group = _group(file, TENSOR_GROUPS[order], path)
-        for name in (_text(n) for n in np.atleast_1d(_attribute(group, "field_names", path))):
-            fields[name] = _field(_dataset(group, name, path), name, order, ndim, path)
+        for name in (hdf5.text(n) for n in np.atleast_1d(hdf5.attribute(group, "field_names", path))):
+            fields[name] = _field(hdf5.dataset(group, name, path), name, order, ndim, path)
     if not fields:
         raise DataError(f"{path}: there are no scalar or vector fields (t0_fields, t1_fields)")
-    tensors = _group(file, TENSOR_GROUPS[2], path).attrs.get("field_names", ())
-    return fields, tuple(_text(n) for n in np.atleast_1d(tensors))
+    tensors = hdf5.attribute(_group(file, TENSOR_GROUPS[2], path), "field_names", path, ())
+    return fields, tuple(hdf5.text(n) for n in np.atleast_1d(tensors))
 
 
 def _field(dataset: h5py.Dataset, name: str, order: int, ndim: int, path: str) -> StoredField:
-    static = not bool(_attribute(dataset, "time_varying", path))
+    static = not bool(hdf5.attribute(dataset, "time_varying", path))
     # Masks may be bool or integers; whatever is learned must be floating point.
     if dataset.dtype.kind not in ("buif" if static else "f"):
         raise DataError(f"{path}: field {name!r} has the type {dataset.dtype}; expected floating point")
-    varying = tuple(bool(v) for v in np.atleast_1d(_attribute(dataset, "dim_varying", path)))
+    varying = tuple(bool(v) for v in np.atleast_1d(hdf5.attribute(dataset, "dim_varying", path)))
     if len(varying) != ndim:
         raise DataError(f"{path}: attribute 'dim_varying' of {name!r} has {len(varying)} entries for {ndim} axes")
-    placement = _text(dataset.attrs.get("placement", "center"))
+    placement = hdf5.text(hdf5.attribute(dataset, "placement", path, "center"))
     if placement not in ("center", "face"):
         raise DataError(f"{path}: field {name!r} has the placement {placement!r}; expected 'center' or 'face'")
     field = Field(
         name=name,
         kind="vector" if order else "scalar",
-        units=_text(dataset.attrs.get("units", "1")),
+        units=hdf5.text(hdf5.attribute(dataset, "units", path, "1")),
         placement="face" if order and placement == "face" else "center",
-        solenoidal=bool(order and dataset.attrs.get("solenoidal", False)),
+        solenoidal=bool(order and hdf5.attribute(dataset, "solenoidal", path, False)),
         static=static,
     )
-    sample_varying = bool(_attribute(dataset, "sample_varying", path))
+    sample_varying = bool(hdf5.attribute(dataset, "sample_varying", path))
     return StoredField(field, dataset.name, sample_varying, not static, varying)
 
 
 def _num_trajectories(file: h5py.File, fields: dict[str, StoredField], path: str) -> int:
-    stored = file.attrs.get("n_trajectories")
+    stored = hdf5.attribute(file, "n_trajectories", path, None)
     if stored is not None:
         count = int(stored)
     else:
@@ -242,6 +216,18 @@ def _num_trajectories(file: h5py.File, fields: dict[str, StoredField], path: str
     if count < 1:
         raise DataError(f"{path}: n_trajectories is {count}; expected at least 1")
     return count
+
+
+def _parameters(file: h5py.File, num_trajectories: int, path: str) -> dict[str, float | np.ndarray]:
+    """Scalars that do not change in time: a number, or an array [B]; others are left alone."""
+    found: dict[str, float | np.ndarray] = {}
+    scalars = hdf5.member(file, "scalars", path)
+    if isinstance(scalars, h5py.Group):
+        for name in (hdf5.text(n) for n in np.atleast_1d(hdf5.attribute(scalars, "field_names", path, ()))):
+            values = np.asarray(hdf5.values(scalars, name, path), dtype=np.float64)
+            if values.shape in ((), (num_trajectories,)):
+                found[name] = float(values) if values.ndim == 0 else values
+    return found
 
 
 def _check_shapes(file: h5py.File, header: WellHeader, path: str) -> None:

@@ -9,13 +9,11 @@ from typing import Any
 import h5py
 import numpy as np
 
+from shodh.data.hdf5 import H5PY_ERRORS, damaged, open_hdf5
 from shodh.data.well import is_finite
 from shodh.data.well_header import StoredField, WellHeader, read_header
 from shodh.errors import DataError
 from shodh.fields import Boundary, Field
-
-# What h5py raises on a damaged structure, besides OSError.
-_H5PY_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError)
 
 
 class WellFile:
@@ -41,10 +39,10 @@ class WellFile:
         self._process = 0
         self._scratch: dict[tuple[int, ...], np.ndarray] = {}
         try:
-            with self._open() as file:
+            with open_hdf5(self.path) as file:
                 self.header: WellHeader = read_header(file, str(self.path))
-        except _H5PY_ERRORS as error:  # damage can also show up while the header is read
-            raise self._damaged(error) from error
+        except H5PY_ERRORS as error:  # damage can also show up while the header is read
+            raise damaged(self.path, error) from error
 
     @property
     def fields(self) -> dict[str, Field]:
@@ -82,6 +80,24 @@ class WellFile:
         return self.header.time
 
     @property
+    def format(self) -> str:
+        return "well"
+
+    @property
+    def parameters(self) -> dict[str, float | np.ndarray]:
+        """Scalars that do not change in time: a number for all trajectories, or an array ``[B]``."""
+        return self.header.parameters
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing: the format says it all."""
+        return ()
+
+    def field(self, name: str) -> Field:
+        """One field; DataError with the names there are if it is missing."""
+        return self.stored(name).field
+
+    @property
     def placement(self) -> dict[str, str]:
         """Placement of each vector field; "center" where the file does not say."""
         return {name: f.placement for name, f in self.fields.items() if f.kind == "vector"}
@@ -94,7 +110,7 @@ class WellFile:
             raise DataError(f"{self.path}: field {name!r} is a rank-2 tensor; only scalars and vectors are supported")
         raise DataError(f"{self.path}: there is no field {name!r}; there are {sorted(self.header.fields)}")
 
-    def read(self, name: str, trajectory: int, frames: range, out: np.ndarray) -> None:
+    def read(self, name: str, trajectory: int, frames: range, out: np.ndarray, *, finite: bool = True) -> None:
         """Read frames of one field, components first.
 
         Parameters
@@ -106,6 +122,8 @@ class WellFile:
         out : ndarray, float32
             ``[len(frames), C, *grid]``, or ``[C, *grid]`` for a static field; C is the number of space dimensions
             for a vector and 1 for a scalar. May be a view with any strides.
+        finite : bool
+            Refuse NaN and infinity.
 
         Raises
         ------
@@ -117,12 +135,12 @@ class WellFile:
             raise IndexError(f"trajectory {trajectory} of {self.num_trajectories} in {self.path}")
         leading = (trajectory,) if stored.sample_varying else ()
         if not stored.time_varying:
-            self._snapshot(stored, leading, out, f"trajectory {trajectory}")
+            self._snapshot(stored, leading, out, finite, f"trajectory {trajectory}")
             return
         if frames and not (0 <= min(frames) and max(frames) < self.num_frames):
             raise IndexError(f"frames {frames} of {self.num_frames} in {self.path}")
         for target, frame in zip(out, frames, strict=True):
-            self._snapshot(stored, (*leading, frame), target, f"trajectory {trajectory}, frame {frame}")
+            self._snapshot(stored, (*leading, frame), target, finite, f"trajectory {trajectory}, frame {frame}")
 
     def close(self) -> None:
         """Close the handle of this process; the next read opens it again."""
@@ -142,7 +160,7 @@ class WellFile:
     def __repr__(self) -> str:
         return f"WellFile({str(self.path)!r}, grid={self.grid}, {self.num_trajectories} x {self.num_frames} frames)"
 
-    def _snapshot(self, stored: StoredField, index: tuple[int, ...], out: np.ndarray, where: str) -> None:
+    def _snapshot(self, stored: StoredField, index: tuple[int, ...], out: np.ndarray, finite: bool, where: str) -> None:
         """One snapshot into ``out`` [C, *grid]."""
         vector = stored.field.kind == "vector"
         shape = stored.shape(1, 1, self.grid)[stored.sample_varying + stored.time_varying :]
@@ -154,9 +172,9 @@ class WellFile:
                 dataset.read_direct(values, source_sel=(*index, ...))
             else:
                 values[...] = dataset[(*index, ...)]
-        except (OSError, KeyError, RuntimeError) as error:
-            raise self._damaged(error) from error
-        if not is_finite(values):
+        except H5PY_ERRORS as error:
+            raise damaged(self.path, error) from error
+        if finite and not is_finite(values):
             raise DataError(f"{self.path}: field {stored.field.name!r} holds NaN or infinity in {where}")
         if not direct:
             # One component at a time is a strided read and a contiguous write; a length-1 axis broadcasts.
@@ -174,22 +192,5 @@ class WellFile:
             self.close()
             self._process = os.getpid()
         if self._handle is None:
-            self._handle = self._open()
+            self._handle = open_hdf5(self.path)
         return self._handle
-
-    def _open(self) -> h5py.File:
-        if not self.path.is_file():
-            raise DataError(f"{self.path}: no such file")
-        try:
-            return h5py.File(self.path, "r")
-        except OSError as error:
-            if "lock" not in str(error):
-                raise self._damaged(error) from error
-        try:  # some cluster file systems refuse the lock; published files never change, so none is needed
-            return h5py.File(self.path, "r", locking=False)
-        except OSError as error:
-            raise self._damaged(error) from error
-
-    def _damaged(self, error: Exception) -> DataError:
-        reason = " ".join(str(error).split())
-        return DataError(f"{self.path}: cannot be read as HDF5, it is truncated or damaged; write it anew ({reason})")

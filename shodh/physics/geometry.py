@@ -7,7 +7,6 @@ percolate: along every axis it must connect to its own periodic image.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,10 +16,22 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from shodh.errors import DataError
+from shodh.images import Solid, load_image
 from shodh.physics.regime import smooth_noise
 from shodh.seeding import generator
 
-Solid = np.ndarray
+__all__ = [
+    "GENERATORS",
+    "Solid",
+    "blobs",
+    "crop_image",
+    "label_pores",
+    "largest_cluster",
+    "load_image",
+    "percolates",
+    "pore_space",
+    "sphere_pack",
+]
 
 
 def sphere_pack(seed: int, grid: Sequence[int], porosity: float, diameter: float) -> Solid:
@@ -52,88 +63,6 @@ def blobs(seed: int, grid: Sequence[int], porosity: float, diameter: float) -> S
 
 
 GENERATORS = {"spheres": sphere_pack, "blobs": blobs}
-
-
-def load_image(
-    path: str | os.PathLike[str], shape: Sequence[int] | None, dtype: str | None, pore_value: float | None
-) -> Solid:
-    """Read a voxel image and return its solid mask ``[X, Y, Z]``.
-
-    Parameters
-    ----------
-    path : path-like
-        ``.npy``, ``.tif``/``.tiff`` (needs the package ``tifffile``), or ``.raw`` (C order, no header).
-    shape : 3 ints
-        Expected shape; required for ``.raw`` and checked otherwise.
-    dtype : str
-        NumPy name with byte order if it matters, for example ``"uint8"`` or ``">u2"``; as ``shape``.
-    pore_value : float
-        Value of the voxels that are pores; all others are solid.
-
-    Raises
-    ------
-    DataError
-        If the file cannot be read, or is not what was stated.
-    """
-    path = os.fspath(path)
-    if pore_value is None:
-        raise DataError(f"{path}: state the value of the pore voxels (pore_value)")
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: no such image")
-    suffix = os.path.splitext(path)[1].lower()
-    readers = {".npy": _read_npy, ".raw": _read_raw, ".tif": _read_tif, ".tiff": _read_tif}
-    if suffix not in readers:
-        raise DataError(f"{path}: unknown image format {suffix!r}; expected one of {', '.join(readers)}")
-    image = readers[suffix](path, shape, dtype)
-    if image.ndim != 3:
-        raise DataError(f"{path}: image has shape {image.shape}; expected three axes")
-    if shape is not None and image.shape != tuple(shape):
-        raise DataError(f"{path}: image has shape {image.shape}, expected {tuple(shape)}")
-    if dtype is not None and image.dtype != _dtype(path, dtype):
-        raise DataError(f"{path}: image has dtype {image.dtype}, expected {dtype}")
-    solid: Solid = image != pore_value
-    if solid.all() or not solid.any():
-        found = np.unique(image)[:8].tolist()
-        what = "no voxel" if solid.all() else "every voxel"
-        raise DataError(f"{path}: {what} has pore_value={pore_value:g}; the image holds the values {found}")
-    return solid
-
-
-def _dtype(path: str, name: str) -> np.dtype:
-    try:
-        return np.dtype(name)
-    except TypeError as error:
-        raise DataError(f"{path}: unknown image dtype {name!r}; use for example uint8, <u2 or >u2") from error
-
-
-def _read_npy(path: str, shape: Sequence[int] | None, dtype: str | None) -> np.ndarray:
-    try:
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path}: not a readable .npy array ({error})") from error
-
-
-def _read_raw(path: str, shape: Sequence[int] | None, dtype: str | None) -> np.ndarray:
-    if shape is None or dtype is None:
-        raise DataError(f"{path}: a .raw image has no header; state image_shape and image_dtype")
-    kind = _dtype(path, dtype)
-    expected, found = int(np.prod(shape)) * kind.itemsize, os.path.getsize(path)
-    if expected != found:
-        raise DataError(
-            f"{path}: has {found} bytes, but shape {tuple(shape)} of {kind} needs {expected}; correct shape or dtype"
-        )
-    return np.fromfile(path, dtype=kind).reshape(tuple(shape))
-
-
-def _read_tif(path: str, shape: Sequence[int] | None, dtype: str | None) -> np.ndarray:
-    try:
-        import tifffile
-    except ImportError as error:
-        raise DataError(f"{path}: reading .tif needs the package tifffile (pip install tifffile)") from error
-    try:
-        return np.asarray(tifffile.imread(path))
-    except (ValueError, OSError, tifffile.TiffFileError) as error:
-        raise DataError(f"{path}: not a readable .tif image ({error})") from error
 
 
 def crop_image(solid: Solid, seed: int, grid: Sequence[int]) -> Solid:

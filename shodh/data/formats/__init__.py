@@ -1,0 +1,95 @@
+"""Files that people already have, behind one reader: `open_file`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import h5py
+
+from shodh.config import FileFormat
+from shodh.data.formats import dpot, fno, jhtdb, pdebench, rock
+from shodh.data.formats.arrays import ArrayFile
+from shodh.data.formats.base import FileHints, TrajectoryFile
+from shodh.data.hdf5 import H5PY_ERRORS, damaged, open_hdf5
+from shodh.data.well_reader import WellFile
+from shodh.errors import ConfigError, DataError
+
+FORMATS: tuple[str, ...] = tuple(f for f in get_args(FileFormat) if f != "auto")
+HDF5_SUFFIXES = (".hdf5", ".h5", ".nc")
+IMAGE_SUFFIXES = (".raw", ".tif", ".tiff", ".npy")
+SUFFIXES = (*HDF5_SUFFIXES, ".mat")
+
+__all__ = ["FORMATS", "SUFFIXES", "FileHints", "TrajectoryFile", "detect_format", "open_file"]
+
+_LAYOUTS: dict[str, Callable[[h5py.File], bool]] = {
+    "well": lambda file: {"dimensions", "boundary_conditions"} <= set(file) or "t0_fields" in file,
+    "jhtdb": jhtdb.is_jhtdb,
+    "dpot": dpot.is_dpot,
+    "pdebench": pdebench.is_pdebench,
+    "fno": lambda file: "u" in file,
+}
+
+
+def open_file(path: str | os.PathLike[str], format: str = "auto", hints: FileHints | None = None) -> TrajectoryFile:
+    """Open a file of trajectories of any known format.
+
+    Parameters
+    ----------
+    path : path-like
+    format : str
+        One of `FORMATS`, or "auto": from the suffix and the names in the file.
+    hints : FileHints, optional
+        What the format does not say: boundary, lengths, time between frames, names of channels.
+
+    Raises
+    ------
+    DataError
+        If the file is missing, damaged, of another or an unknown format, or not to be trusted: links and storage
+        outside the file, unknown filters, objects, sizes that it cannot have.
+    ConfigError
+        If ``format`` is unknown, or hints contradict the file.
+    """
+    hints = hints or FileHints()
+    if format == "auto":
+        format = detect_format(path)
+    if format == "well":
+        if hints != FileHints():
+            raise ConfigError(f"{path}: The Well's files state boundary, lengths and times; remove these hints")
+        return WellFile(path)
+    if format == "pdebench":
+        return ArrayFile(path, format, pdebench.describe, hints)
+    if format == "dpot":
+        return ArrayFile(path, format, dpot.describe, hints)
+    if format == "fno":
+        return ArrayFile(path, format, fno.describe, hints, fno.load)
+    if format == "jhtdb":
+        return ArrayFile(path, format, jhtdb.describe, hints)
+    if format == "rock":
+        return ArrayFile(path, format, rock.describe, hints, rock.load)
+    raise ConfigError(f"unknown format {format!r}; expected auto or one of {', '.join(FORMATS)}")
+
+
+def detect_format(path: str | os.PathLike[str]) -> str:
+    """Name of the format of a file, from its suffix and the names in it; DataError if it is none of them."""
+    suffix = Path(path).suffix.lower()
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: no such file")
+    if suffix in IMAGE_SUFFIXES:
+        return "rock"
+    if suffix == ".mat":
+        return "fno"
+    with open_hdf5(path) as file:
+        try:
+            names = sorted(file)
+            found = next((name for name, fits in _LAYOUTS.items() if fits(file)), None)
+        except H5PY_ERRORS as error:
+            raise damaged(path, error) from error
+    if found is None:
+        raise DataError(
+            f"{path}: no known layout; expected The Well's layout or one of {', '.join(FORMATS[1:])}, and the file "
+            f"holds {names[:8]}"
+        )
+    return found

@@ -1,0 +1,111 @@
+"""What every file of trajectories offers, whatever its format, and what a user may say about one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from shodh.fields import Boundary, Field
+
+
+class TrajectoryFile(Protocol):
+    """Trajectories of one regime on one grid, read snapshot by snapshot.
+
+    The header is read and checked when the object is made. Objects can be pickled and used in forked processes: each
+    process opens its own handle.
+    """
+
+    path: Path
+
+    @property
+    def format(self) -> str:
+        """Name of the format, a key of `shodh.data.formats.FORMATS`."""
+        ...
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        """Fields by their names in the file; ``static`` for those without time."""
+        ...
+
+    @property
+    def grid(self) -> tuple[int, ...]: ...
+
+    @property
+    def lengths(self) -> tuple[float, ...]:
+        """Box size by axis."""
+        ...
+
+    @property
+    def spacing(self) -> tuple[float, ...]: ...
+
+    @property
+    def boundary(self) -> tuple[Boundary, ...]: ...
+
+    @property
+    def num_trajectories(self) -> int: ...
+
+    @property
+    def num_frames(self) -> int: ...
+
+    @property
+    def time(self) -> np.ndarray:
+        """Times ``[T]``, or ``[B, T]`` where trajectories have their own; float64."""
+        ...
+
+    @property
+    def parameters(self) -> Mapping[str, float | np.ndarray]:
+        """Physical parameters: a number for all trajectories, or an array ``[B]``."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the format does not say and was assumed, in words."""
+        ...
+
+    def field(self, name: str) -> Field:
+        """One field; DataError with the names there are if it is missing."""
+        ...
+
+    def read(self, name: str, trajectory: int, frames: range, out: np.ndarray, *, finite: bool = True) -> None:
+        """Read frames of one field into ``out`` float32 [T, C, *grid] ([C, *grid] if static), components first.
+
+        DataError if they cannot be read or, with ``finite``, hold NaN or infinity.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close the handle of this process; the next read opens it again."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileHints:
+    """What a user says about files whose format does not; None leaves it to the file or to the format's default.
+
+    Parameters
+    ----------
+    boundary, lengths : tuple, optional
+        By axis x, y, z.
+    time_step : float, optional
+        From one frame to the next.
+    channels : tuple of str, optional
+        Names of the channels of an array that has no names; a name that is repeated is a vector, whose components
+        follow in order.
+    axes : str, optional
+        Letters of the axes of an array in order: n (trajectory), t, x, y, z, c (channel), for example "nxytc".
+    image_shape, image_dtype, pore_value : optional
+        Of a voxel image; see `shodh.images.load_image`.
+    """
+
+    boundary: tuple[Boundary, ...] | None = None
+    lengths: tuple[float, ...] | None = None
+    time_step: float | None = None
+    channels: tuple[str, ...] | None = None
+    axes: str | None = None
+    image_shape: tuple[int, ...] | None = None
+    image_dtype: str | None = None
+    pore_value: float | None = None
