@@ -20,11 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from shodh.errors import ConfigError
 from shodh.fields import Field as PhysicalField
-from shodh.fields import Placement
+from shodh.fields import Boundary, Placement
 
 Fraction = typing.Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = typing.Annotated[float, Field(ge=0.0)]
 Count = typing.Annotated[int, Field(ge=0)]
+FileFormat = Literal["auto", "well", "pdebench", "dpot", "fno", "jhtdb", "rock"]
 Grid = tuple[PositiveInt, PositiveInt, PositiveInt]
 
 
@@ -49,7 +50,7 @@ class FieldConfig(Section):
 
 
 class RegimeConfig(Section):
-    """One physical regime: a folder of The Well HDF5 files with train, valid and test splits."""
+    """One physical regime: a folder of The Well files with train, valid and test splits, or files of other formats."""
 
     name: str
     path: Path
@@ -60,6 +61,17 @@ class RegimeConfig(Section):
     placement: Placement | None = Field(
         None, description="where vectors live in the files; null: read the file's attribute, 'center' without one"
     )
+    format: FileFormat = Field("auto", description="format of the files; auto: from their names and content")
+    split: tuple[Weight, Weight, Weight] = Field(
+        (0.8, 0.1, 0.1), description="shares of train, valid, test for files that are not split into folders"
+    )
+    boundary: tuple[Boundary, ...] | None = Field(None, description="by axis, where the format does not say")
+    lengths: tuple[PositiveFloat, ...] | None = Field(None, description="box, where the format does not say")
+    time_step: PositiveFloat | None = Field(None, description="from frame to frame, where the format does not say")
+    channels: tuple[str, ...] | None = Field(
+        None, description="names of an array's channels, where it has none; a repeated name is a vector"
+    )
+    axes: str | None = Field(None, description="letters of an array's axes: n(umber), t, x, y, z, c(hannel); nxytc")
 
 
 class DataConfig(Section):

@@ -105,7 +105,7 @@ def _read_tif(path: str, shape: Sequence[int] | None, dtype: str | None) -> np.n
     try:
         with tifffile.TiffFile(path) as file:
             claimed = int(file.series[0].nbytes) if file.series else 0
-            packed = any(page.compression != 1 for page in file.series[0].pages[:1]) if claimed else False
+            packed = claimed > 0 and int(getattr(file.series[0].pages[0], "compression", 1)) != 1
             # Compressed pages may hold up to some thousand times their size; others hold what the file holds.
             if claimed > min(MAX_IMAGE_BYTES, (4000 if packed else 1) * os.path.getsize(path)):
                 raise DataError(f"{path}: the image claims {claimed} bytes, more than the file can hold")

@@ -27,7 +27,7 @@ from torch import Tensor
 from shodh.files import atomic_path
 from shodh.data.normalize import FieldNormalizer
 from shodh.data.source import SPLITS, RegimeSource, Split
-from shodh.data.well_reader import WellFile
+from shodh.data.formats import TrajectoryFile
 from shodh.errors import DataError
 
 Encode = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
@@ -38,7 +38,7 @@ def data_identity(sources: Iterable[RegimeSource]) -> str:
     """Hex digest of the files behind the sources: their names, sizes and times of change, and the wanted fields."""
     digest = hashlib.sha256()
     for source in sources:
-        digest.update(repr((source.name, source.fields, source.mapping, source.placement)).encode())
+        digest.update(repr((source.name, source.fields, source.mapping, source.placement, source.opening)).encode())
         for split in SPLITS:
             for file in source.files[split]:
                 status = file.path.stat()
@@ -167,7 +167,7 @@ class _FrameReader:
             yield fields, static.expand(len(frames), *static.shape)
 
 
-def _encode_file(folder: Path, file: WellFile, first: int, frames: _FrameReader, encode: Encode) -> None:
+def _encode_file(folder: Path, file: TrajectoryFile, first: int, frames: _FrameReader, encode: Encode) -> None:
     """Encode the trajectories ``first`` .. of a file. Written front to back: a full disk raises, a map would crash."""
     stem = file.path.stem
     with atomic_path(latent_path(folder, stem)) as latent_file, atomic_path(static_path(folder, stem)) as static_file:
@@ -251,7 +251,7 @@ def read_manifest(folder: Path, stem: str) -> LatentShapes:
     return shapes
 
 
-def _is_complete(folder: Path, file: WellFile) -> bool:
+def _is_complete(folder: Path, file: TrajectoryFile) -> bool:
     try:
         shapes = read_manifest(folder, file.path.stem)
     except DataError:

@@ -9,32 +9,31 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
+from shodh.data.formats import FileHints, TrajectoryFile
+from shodh.data.formats.splits import SPLITS, Split, open_splits
 from shodh.data.stats import KEYS, Statistics, compute_statistics, read_stats
-from shodh.data.well_reader import WellFile
 from shodh.errors import ConfigError, DataError
 from shodh.fields import Boundary, Field, Placement, RegimeSchema
 
 log = logging.getLogger(__name__)
 
-Split = Literal["train", "valid", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
-SUFFIXES = (".hdf5", ".h5")
 MAX_OPEN_FILES = 64
 
 
 class RegimeSource:
-    """A folder of The Well files as one regime.
+    """The files of one regime, in any format that `shodh.data.formats` knows.
 
     Parameters
     ----------
     name : str
         Name of the regime in the mixture and in reports.
     path : path-like
-        Folder with ``data/{train,valid,test}/*.hdf5`` or ``.h5``, or with ``train`` ... directly.
+        Folder with ``data/{train,valid,test}/*.hdf5`` or ``.h5``, or with ``train`` ... directly; files or folders of
+        other formats are split as `shodh.data.formats.splits` says.
     fields : sequence of Field
         Fields that are wanted, by our names and in the order of the channels. A wanted vector at ``"face"`` that
         is stored at ``"center"`` is averaged onto the upper faces when it is read (a wall face gets zero). It is
@@ -45,6 +44,12 @@ class RegimeSource:
         files have none, and gives zeros (no solid anywhere).
     placement : mapping, optional
         ``{our name: placement as stored}`` for vectors of files that do not say it, or say it wrongly.
+    format : str
+        Of the files; see `shodh.data.formats.open_file`.
+    hints : FileHints, optional
+        What the format does not say: boundary, lengths, time between frames.
+    split : 3 numbers
+        Shares of train, valid and test, for files that are not split.
 
     Raises
     ------
@@ -63,6 +68,9 @@ class RegimeSource:
         *,
         mapping: Mapping[str, str | None] | None = None,
         placement: Mapping[str, Placement] | None = None,
+        format: str = "auto",
+        hints: FileHints | None = None,
+        split: Sequence[float] = (0.8, 0.1, 0.1),
     ) -> None:
         self.name = name
         self.path = Path(path)
@@ -71,15 +79,14 @@ class RegimeSource:
         self.placement = dict(placement or {})
         self._stored_name = self._resolve_names()
         self._check_placement()
-        self._open: OrderedDict[Path, WellFile] = OrderedDict()
-        self.files: dict[Split, list[WellFile]] = {}
-        folder = self.path / "data" if (self.path / "data").is_dir() else self.path
-        for split in SPLITS:
-            self.files[split] = [WellFile(p) for p in _well_files(folder / split)]
+        self._open: OrderedDict[Path, TrajectoryFile] = OrderedDict()
+        self.opening = (format, hints, tuple(split))
+        self.files = open_splits(self.path, format=format, hints=hints, shares=split)
         if not self.files["train"]:
+            folder = self.path / "data" if (self.path / "data").is_dir() else self.path
             raise DataError(
-                f"regime {name!r}: no training files; expected {folder / 'train'}/*.hdf5 (or .h5); make data with "
-                "tools/generate_data.py or correct the path"
+                f"regime {name!r}: no training files; expected {folder / 'train'}/*.hdf5 (or .h5), or one file; make "
+                "data with tools/generate_data.py or correct the path"
             )
         for file in (f for files in self.files.values() for f in files):
             self._check_file(file)
@@ -87,7 +94,7 @@ class RegimeSource:
         self._starts = {s: [0, *accumulate(f.num_trajectories for f in fs)] for s, fs in self.files.items()}
 
     @property
-    def _first(self) -> WellFile:
+    def _first(self) -> TrajectoryFile:
         return self.files["train"][0]
 
     @property
@@ -131,7 +138,7 @@ class RegimeSource:
         """Windows of ``frames`` snapshots, ``stride`` apart, that lie within one trajectory."""
         return sum(max(0, n - (frames - 1) * stride) for n in self.num_frames(split))
 
-    def locate(self, split: Split, trajectory: int) -> tuple[WellFile, int]:
+    def locate(self, split: Split, trajectory: int) -> tuple[TrajectoryFile, int]:
         """The file that holds a trajectory of a split, and its number there."""
         starts = self._starts[split]
         if not 0 <= trajectory < starts[-1]:
@@ -192,7 +199,7 @@ class RegimeSource:
                     f"one of {list(get_args(Placement))}"
                 )
 
-    def _check_file(self, file: WellFile) -> None:
+    def _check_file(self, file: TrajectoryFile) -> None:
         for what in ("grid", "boundary"):
             ours, first = getattr(file, what), getattr(self._first, what)
             if ours != first:
@@ -202,12 +209,12 @@ class RegimeSource:
         for wanted in self.fields:
             self._check_field(file, wanted)
 
-    def _check_field(self, file: WellFile, wanted: Field) -> None:
+    def _check_field(self, file: TrajectoryFile, wanted: Field) -> None:
         stored_name = self._stored_name[wanted.name]
         if stored_name is None:
             return
         try:
-            stored = file.stored(stored_name).field
+            stored = file.field(stored_name)
         except DataError as error:
             hint = f"; map {wanted.name} to its name in the file" + (", or to null" if wanted.static else "")
             raise DataError(f"{error}{hint}") from error
@@ -220,14 +227,14 @@ class RegimeSource:
                 f"{file.path}: field {stored_name!r} lives on faces, wanted is the centre; want it on faces"
             )
 
-    def _placement(self, file: WellFile, wanted: Field) -> Placement:
+    def _placement(self, file: TrajectoryFile, wanted: Field) -> Placement:
         stored = self._stored_name[wanted.name]
         if wanted.name in self.placement or stored is None:
             return self.placement.get(wanted.name, wanted.placement)
-        return file.stored(stored).field.placement
+        return file.field(stored).placement
 
     def _read_channels(
-        self, fields: Sequence[Field], file: WellFile, trajectory: int, frames: range, out: np.ndarray
+        self, fields: Sequence[Field], file: TrajectoryFile, trajectory: int, frames: range, out: np.ndarray
     ) -> None:
         """Fill ``out`` [T, C, *grid] with ``fields`` one after the other."""
         start = 0
@@ -243,7 +250,7 @@ class RegimeSource:
                 average_to_faces(channels, self.boundary)
             start = stop
 
-    def _handle(self, file: WellFile) -> WellFile:
+    def _handle(self, file: TrajectoryFile) -> TrajectoryFile:
         """``file``, noted as used last; the one unused for longest is closed when too many are open."""
         self._open[file.path] = file
         self._open.move_to_end(file.path)
@@ -270,9 +277,3 @@ def average_to_faces(vector: np.ndarray, boundary: Sequence[Boundary]) -> None:
             component[-1] = 0.5 * (component[-1] + first)
         elif kind == "wall":
             component[-1] = 0.0
-
-
-def _well_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and not p.name.startswith("."))

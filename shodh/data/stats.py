@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from shodh.files import atomic_path
-from shodh.data.well_reader import WellFile
+from shodh.data.formats import TrajectoryFile, open_file
 from shodh.errors import DataError
 from shodh.fields import Field, RegimeSchema
 
@@ -47,7 +47,7 @@ class Moments:
 
 
 def compute_statistics(
-    files: Iterable[str | os.PathLike[str] | WellFile],
+    files: Iterable[str | os.PathLike[str] | TrajectoryFile],
     fields: RegimeSchema | Sequence[str] | None = None,
     *,
     progress: Callable[[float], None] | None = None,
@@ -58,7 +58,7 @@ def compute_statistics(
 
     Parameters
     ----------
-    files : paths or WellFile
+    files : paths or TrajectoryFile
         Normally those of the training split, and of that alone.
     fields : RegimeSchema or names, optional
         Fields to treat, by their names in the files; all of them if omitted.
@@ -76,7 +76,7 @@ def compute_statistics(
     DataError
         If there is no file, a field is missing, or values are not finite.
     """
-    opened = [f if isinstance(f, WellFile) else WellFile(f) for f in files]
+    opened = [open_file(f) if isinstance(f, str | os.PathLike) else f for f in files]
     if not opened:
         raise DataError("statistics need at least one file")
     names = [f.name for f in fields.fields] if isinstance(fields, RegimeSchema) else list(fields or opened[0].fields)
@@ -129,7 +129,7 @@ def read_stats(path: str | os.PathLike[str]) -> Statistics:
     return statistics
 
 
-def _add_file(file: WellFile, name: str, components: int, values: Moments, deltas: Moments) -> None:
+def _add_file(file: TrajectoryFile, name: str, components: int, values: Moments, deltas: Moments) -> None:
     static = file.field(name).static
     current = np.empty((components, *file.grid), dtype=np.float32)
     previous = np.empty_like(current)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from shodh.config import DataConfig, RunConfig
+from shodh.config import DataConfig, RegimeConfig, RunConfig
 from shodh.data import FieldNormalizer, MixtureLoader, MixtureSampler, RegimeSource, Split
+from shodh.data.formats import FileHints
 from shodh.data.loader import SampleDataset
 from shodh.errors import DataError
 from shodh.fields import Field
@@ -38,6 +40,12 @@ class Regimes:
         return self.sources[0].num_static_channels
 
 
+def opening(regime: RegimeConfig) -> dict[str, Any]:
+    """How the files of a regime are opened and split: arguments of `RegimeSource`."""
+    hints = FileHints(regime.boundary, regime.lengths, regime.time_step, regime.channels, regime.axes)
+    return {"format": regime.format, "hints": hints, "split": regime.split}
+
+
 def open_regimes(config: DataConfig, normalizer: FieldNormalizer | None = None) -> Regimes:
     """Open the data of every regime and check that it fits the configuration.
 
@@ -57,7 +65,9 @@ def open_regimes(config: DataConfig, normalizer: FieldNormalizer | None = None) 
         placement = {}
         if regime.placement is not None:
             placement = {f.name: regime.placement for f in fields if f.kind == "vector"}
-        source = RegimeSource(regime.name, regime.path, fields, mapping=regime.fields, placement=placement)
+        source = RegimeSource(
+            regime.name, regime.path, fields, mapping=regime.fields, placement=placement, **opening(regime)
+        )
         if tuple(source.grid) != config.grid:
             raise DataError(
                 f"{regime.path}: the fields are {list(source.grid)}, and data.grid is {list(config.grid)}; use "

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import h5py
 import numpy as np
@@ -18,7 +18,8 @@ from shodh.data.well import is_finite
 from shodh.errors import ConfigError, DataError
 from shodh.fields import AXES, Boundary, Field
 
-Store = h5py.File | Mapping[str, np.ndarray]
+# An open HDF5 file, or arrays by name.
+Store: TypeAlias = Mapping[str, Any]
 
 MAX_TRAJECTORIES = 10_000_000
 
