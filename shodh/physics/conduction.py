@@ -48,7 +48,7 @@ class HeterogeneousDiffusion:
         self._poisson: ChannelPoisson | PeriodicPoisson | None = None
 
     def flux(self, values: Tensor, mean_gradient: Sequence[float] = (0.0, 0.0, 0.0)) -> list[Tensor]:
-        """``-k (grad values + mean_gradient)`` at the upper faces; with a closed axis, ``mean_gradient`` must be zero."""
+        """``-k (grad values + mean_gradient)`` at the upper faces; periodic boxes only have a ``mean_gradient``."""
         slopes = gradient(values, self.spacing, self.periodic, first=1)
         return [(slope + mean).mul_(face).neg_() for slope, mean, face in zip(slopes, mean_gradient, self._faces)]
 
@@ -65,8 +65,8 @@ class HeterogeneousDiffusion:
 
         The preconditioner is the direct solver of the empty box, ``lap^(-1)``; in a smooth medium between two factors
         ``k^(-1/2)``, because ``div(k grad p)`` is there ``k^(1/2) lap(k^(1/2) p)`` but for terms of lower order. So the
-        iterations hardly depend on the grid. The wrong choice costs: at 64^3 and a tolerance of 1e-8, a smooth medium of
-        contrast 3000 takes 50 iterations with and 309 without the factors, two phases of contrast 20 take 249 and 36.
+        iterations hardly depend on the grid. A wrong choice costs: at 64^3 and a tolerance of 1e-8, a smooth medium of
+        contrast 3000 takes 50 iterations with the factors and 309 without, two phases of contrast 20 take 249 and 36.
         """
         scale = self._conductivity.rsqrt() if self.smooth else 1.0
 

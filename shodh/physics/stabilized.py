@@ -1,8 +1,8 @@
 """Explicit time steps for diffusion on fine grids: the Runge-Kutta-Legendre scheme of second order (RKL2).
 
 A step of ``s`` stages is stable for real negative eigenvalues up to ``(s^2 + s - 2) / 2`` times ``1 / dt``, so the work
-for a time grows only with the square root of the stiffness; no linear system is solved. Meyer, Balsara & Aslam, J. Comput.
-Phys. 257 (2014), equations 16-19. The damping between the stages keeps it stable for mildly complex eigenvalues too.
+for a time grows only with the square root of the stiffness; no linear system is solved. Meyer, Balsara & Aslam, J.
+Comput. Phys. 257 (2014), equations 16-19.
 """
 
 from __future__ import annotations

@@ -1,0 +1,150 @@
+"""Regime ``acoustics``: sound between two rigid walls in a medium of varying speed of sound.
+
+``dp/dt = -c(x)^2 div v``, ``dv/dt = -grad p``: density 1, no losses, so the energy of a trajectory never changes. The
+box is periodic along x and y and has rigid walls at both ends of z. Units: the longest edge and the slowest speed of
+sound are 1.
+
+A trajectory starts from random pressure and random irrotational velocity of equal energy, in a medium that varies
+smoothly at random between ``1`` and ``contrast``. Scheme: :mod:`shodh.physics.acoustics`. The velocity is not
+solenoidal, and is therefore called ``acoustic_velocity``; pressure and velocity have both signs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shodh.errors import ConfigError
+from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.physics.acoustics import SoundField, stable_steps
+from shodh.physics.regime import Progress, check_finite, check_positive, check_request, smooth_noise
+
+# The sound speed is positive.
+FIELDS = (
+    Field("pressure"),
+    Field("acoustic_velocity", kind="vector", placement="face"),
+    Field("sound_speed", static=True),
+)
+PERIODIC = (True, True, False)
+
+
+def walled_noise(seed: int, purpose: str, grid: Sequence[int], lengths: Sequence[float], scale: float) -> Tensor:
+    """Smooth noise of unit variance ``[*grid]`` (fp64), periodic in x and y but not in z."""
+    nx, ny, nz = grid
+    noise = smooth_noise(seed, purpose, (nx, ny, 2 * nz), (*lengths[:2], 2 * lengths[2]), [scale] * 3)[..., :nz]
+    return (noise - noise.mean()) / noise.std()
+
+
+@dataclass(frozen=True)
+class Acoustics:
+    """Sound in a heterogeneous medium; the fields are its parameters.
+
+    Parameters
+    ----------
+    contrast : float
+        Largest over smallest speed of sound, >= 1.
+    medium_scale : float
+        Length scale of the medium, in longest edges.
+    wave_scale : float
+        Length scale of the initial pressure and velocity potential.
+    frame_interval : float
+        Time between frames.
+    courant : float
+        Upper bound of ``dt c sqrt(sum h^-2)``; 1 is the limit of stability.
+    double : bool
+        Solve in fp64 (fields are stored in fp32 all the same).
+    """
+
+    contrast: float = 2.0
+    medium_scale: float = 0.12
+    wave_scale: float = 0.08
+    frame_interval: float = 0.015
+    courant: float = 0.8
+    double: bool = False
+
+    name = "acoustics"
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"contrast": (1.0, 4.0), "wave_scale": (0.04, 0.2)}
+    check: ClassVar[str] = "discrete dispersion relation; exact energy; reflection at an interface"
+
+    def __post_init__(self) -> None:
+        positive = ("medium_scale", "wave_scale", "frame_interval", "courant")
+        check_positive(self.name, **{key: getattr(self, key) for key in positive})
+        if not 1.0 <= self.contrast < np.inf:
+            raise ConfigError(f"{self.name}.contrast={self.contrast} must be a number >= 1")
+        if self.courant > 1.0:
+            raise ConfigError(f"{self.name}.courant={self.courant} must not exceed 1, the limit of stability")
+
+    @property
+    def schema(self) -> RegimeSchema:
+        """Fields and boundaries: periodic, periodic, wall."""
+        return RegimeSchema(self.name, FIELDS, ("periodic", "periodic", "wall"))
+
+    def start(self, seeds: Sequence[int], grid: Sequence[int], spacing: float, device: str) -> SoundField:
+        """The medium and the initial sound of each seed."""
+        lengths = [n * spacing for n in grid]
+
+        def noise(purpose: str, scale: float) -> Tensor:
+            return torch.stack([walled_noise(seed, purpose, grid, lengths, scale) for seed in seeds])
+
+        speed = 1.0 + (self.contrast - 1.0) * torch.sigmoid(2.0 * noise("medium", self.medium_scale))
+        dtype = torch.float64 if self.double else torch.float32
+        sound = SoundField(speed.to(device, dtype), (spacing,) * 3, PERIODIC)
+        sound.pressure.copy_(noise("pressure", self.wave_scale))
+        # The energies p^2 / 2 c^2 and v^2 / 2 start equal.
+        pressure_energy = (sound.pressure.square() / sound.stiffness).flatten(1).mean(1)
+        sound.velocity = sound.slope(noise("potential", self.wave_scale).to(device, dtype))
+        kinetic_energy = sum(component.square().flatten(1).mean(1) for component in sound.velocity)
+        scale = (pressure_energy / kinetic_energy).sqrt().view(-1, 1, 1, 1)
+        for component in sound.velocity:
+            component.mul_(scale)
+        return sound
+
+    def simulate(
+        self,
+        seeds: Sequence[int],
+        grid: tuple[int, ...],
+        frames: int,
+        *,
+        device: str = "cpu",
+        progress: Progress | None = None,
+        **parameters: Any,
+    ) -> Trajectories:
+        """Solve one trajectory for each seed; see :class:`shodh.physics.regime.Regime`."""
+        if parameters:
+            return replace(self, **parameters).simulate(seeds, grid, frames, device=device, progress=progress)
+        check_request(self.name, seeds, grid, frames)
+        sound = self.start(seeds, grid, 1.0 / max(grid), device)
+        # From the bound of the speed, not from the speed: a trajectory has the same steps in every batch.
+        steps = stable_steps(self.frame_interval, self.contrast, sound.spacing, self.courant)
+        dt = self.frame_interval / steps
+        before = sound.energy(dt)
+        pressure = np.empty((len(seeds), frames, *grid), dtype=np.float32)
+        velocity = np.empty((len(seeds), frames, *grid, 3), dtype=np.float32)
+        for index in range(frames):
+            if index:
+                sound.advance(self.frame_interval, steps)
+            check_finite(self.name, seeds, sound.pressure, f"lower {self.name}.courant={self.courant:g}")
+            pressure[:, index] = sound.pressure.float().cpu().numpy()
+            velocity[:, index] = torch.stack(sound.velocity, dim=-1).float().cpu().numpy()
+            if progress is not None:
+                progress((index + 1) / frames)
+        return Trajectories(
+            schema=self.schema,
+            lengths=tuple(n * sound.spacing[0] for n in grid),
+            time=np.arange(frames) * self.frame_interval,
+            values={
+                "pressure": pressure,
+                "acoustic_velocity": velocity,
+                "sound_speed": sound.stiffness.sqrt().float().cpu().numpy(),
+            },
+            parameters={"contrast": self.contrast, "wave_scale": self.wave_scale},
+            diagnostics={
+                "energy": before.double().cpu().numpy(),
+                "energy_drift": (sound.energy(dt) / before - 1.0).double().cpu().numpy(),
+            },
+        )

@@ -1,0 +1,157 @@
+"""Regime ``gray_scott``: the Gray-Scott reaction in a periodic box, self-replicating spots, waves and labyrinths.
+
+``du/dt = D_u lap u - u v^2 + F (1 - u)`` (substrate) and ``dv/dt = D_v lap v + u v^2 - (F + k) v`` (autocatalyst),
+Pearson (Science 261, 1993). Scheme: :mod:`shodh.physics.reaction_diffusion`. Units: lengths and times are those of
+The Well's data set of the same name, so its ``(F, k)`` give its patterns: gliders (.014, .054), bubbles (.098, .057),
+maze (.029, .057), worms (.058, .065), spirals (.018, .051), spots (.030, .062). Its box of length 2 has 128 cells
+across; the default box of 0.5 resolves the same fronts with 32 cells.
+
+A trajectory starts from random smooth patches of ``v`` in the state ``u = 1, v = 0`` and is stored after ``spin_up``.
+Both concentrations stay non-negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shodh.errors import ConfigError
+from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.physics.reaction_diffusion import Reaction, ReactionDiffusion
+from shodh.physics.regime import Progress, check_finite, check_positive, check_request, smooth_noise
+
+# Both concentrations are positive.
+FIELDS = (Field("substrate"), Field("autocatalyst"))
+# A bound of the modulus of the Jacobian's eigenvalues: its largest entries are v^2 and 2 u v, and v stays below 1.
+REACTION_RADIUS = 2.0
+# Noise above this many standard deviations is inside a patch; the rest of the box starts in the trivial state.
+PATCH_LEVEL = 1.0
+
+
+def gray_scott_reaction(feed: float | Tensor, kill: float | Tensor) -> Reaction:
+    """Rates ``(-u v^2 + F (1 - u), u v^2 - (F + k) v)`` of a state ``[2, B, *space]``.
+
+    ``feed`` and ``kill`` may be tensors that broadcast with ``[B, *space]``, one value a trajectory.
+    """
+
+    def rates(values: Tensor) -> Tensor:
+        substrate, autocatalyst = values
+        made = substrate * autocatalyst * autocatalyst
+        return torch.stack((feed * (1.0 - substrate) - made, made - (feed + kill) * autocatalyst))
+
+    return rates
+
+
+def random_patches(seed: int, grid: Sequence[int], length: float, size: float) -> Tensor:
+    """Initial state ``[2, *grid]`` (fp64): ``u = 1, v = 0``, with patches of ``u = 1/2, v = 1/4`` of about ``size``."""
+    lengths = [n * length / max(grid) for n in grid]
+    noise = smooth_noise(seed, "patches", grid, lengths, [0.5 * size] * len(grid))
+    patch = torch.sigmoid(10.0 * (noise - PATCH_LEVEL))
+    return torch.stack((1.0 - 0.5 * patch, 0.25 * patch))
+
+
+@dataclass(frozen=True)
+class GrayScott:
+    """Gray-Scott reaction in three dimensions; the fields are its parameters.
+
+    Parameters
+    ----------
+    feed, kill : float
+        ``F`` and ``k``; the default makes waves that never settle.
+    diffusivity_u, diffusivity_v : float
+        Of the substrate and of the autocatalyst.
+    length : float
+        Longest edge of the box.
+    patch_size : float
+        Size of the initial patches.
+    spin_up : float
+        Time before the first frame.
+    frame_interval : float
+        Time between frames.
+    time_step : float
+        Largest step; The Well's generator used 1.
+    double : bool
+        Solve in fp64 (fields are stored in fp32 all the same).
+    """
+
+    feed: float = 0.018
+    kill: float = 0.051
+    diffusivity_u: float = 2e-5
+    diffusivity_v: float = 1e-5
+    length: float = 0.5
+    patch_size: float = 0.1
+    spin_up: float = 100.0
+    frame_interval: float = 10.0
+    time_step: float = 1.0
+    double: bool = False
+
+    name = "gray_scott"
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"feed": (0.014, 0.098), "kill": (0.051, 0.065)}
+    check: ClassVar[str] = "growth rate of a perturbation of the uniform state; second order in space and time"
+
+    def __post_init__(self) -> None:
+        positive = ("feed", "kill", "diffusivity_u", "diffusivity_v", "length", "patch_size", "frame_interval")
+        check_positive(self.name, **{key: getattr(self, key) for key in (*positive, "time_step")})
+        if not 0 <= self.spin_up < np.inf:
+            raise ConfigError(f"{self.name}.spin_up={self.spin_up} must be a number >= 0")
+
+    @property
+    def schema(self) -> RegimeSchema:
+        """Fields and boundaries: periodic along all axes."""
+        return RegimeSchema(self.name, FIELDS, ("periodic", "periodic", "periodic"))
+
+    def simulate(
+        self,
+        seeds: Sequence[int],
+        grid: tuple[int, ...],
+        frames: int,
+        *,
+        device: str = "cpu",
+        progress: Progress | None = None,
+        **parameters: Any,
+    ) -> Trajectories:
+        """Solve one trajectory for each seed; see :class:`shodh.physics.regime.Regime`."""
+        if parameters:
+            return replace(self, **parameters).simulate(seeds, grid, frames, device=device, progress=progress)
+        check_request(self.name, seeds, grid, frames)
+        spacing = (self.length / max(grid),) * 3
+        system = ReactionDiffusion(
+            gray_scott_reaction(self.feed, self.kill),
+            (self.diffusivity_u, self.diffusivity_v),
+            spacing,
+            periodic=(True, True, True),
+            reaction_radius=REACTION_RADIUS,
+        )
+        start = [random_patches(seed, grid, self.length, self.patch_size) for seed in seeds]
+        state = torch.stack(start, dim=1).to(device, torch.float64 if self.double else torch.float32)
+        state = system.advance(state, self.spin_up, self.time_step) if self.spin_up else state
+        stored = np.empty((2, len(seeds), frames, *grid), dtype=np.float32)
+        for index in range(frames):
+            if index:
+                state = system.advance(state, self.frame_interval, self.time_step)
+            check_finite(self.name, seeds, state.transpose(0, 1), f"lower {self.name}.time_step={self.time_step:g}")
+            stored[:, :, index] = state.float().cpu().numpy()
+            if progress is not None:
+                progress((index + 1) / frames)
+        return Trajectories(
+            schema=self.schema,
+            lengths=tuple(n * spacing[0] for n in grid),
+            time=np.arange(frames) * self.frame_interval,
+            values={"substrate": stored[0], "autocatalyst": stored[1]},
+            parameters={
+                "feed": self.feed,
+                "kill": self.kill,
+                "diffusivity_u": self.diffusivity_u,
+                "diffusivity_v": self.diffusivity_v,
+            },
+            diagnostics={
+                "substrate_min": stored[0].min((1, 2, 3, 4)).astype(np.float64),
+                "autocatalyst_min": stored[1].min((1, 2, 3, 4)).astype(np.float64),
+                "autocatalyst_std": stored[1].std((1, 2, 3, 4), dtype=np.float64),
+            },
+        )

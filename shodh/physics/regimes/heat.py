@@ -1,0 +1,208 @@
+"""Regime ``heat``: heat conduction in a heterogeneous medium with travelling sources and sinks.
+
+``dT/dt = div(k grad T) + q(x, t)`` in a periodic box; ``T`` is the deviation from the mean temperature and has both
+signs. Units: the longest edge and the geometric mean of the extreme conductivities are 1 (unit heat capacity), and so
+the time.
+
+The conductivity is a smooth random mixture of two materials, bounded by ``contrast^(-1/2)`` and ``contrast^(1/2)``.
+Half of the sources heat and half cool, each a Gaussian that crosses the box at a constant velocity of its own, so the
+heat content stays what it was, and no trajectory runs out of life. The strength of a source makes ``T`` of order one.
+
+A trajectory starts from smooth noise and is stored after ``spin_up``.
+
+Scheme: harmonic means at the faces (:mod:`shodh.physics.conduction`), stabilised steps
+(:mod:`shodh.physics.stabilized`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shodh.errors import ConfigError
+from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.physics.conduction import HeterogeneousDiffusion
+from shodh.physics.regime import Progress, check_finite, check_positive, check_request, smooth_noise
+from shodh.physics.stabilized import legendre_step, legendre_steps
+from shodh.seeding import generator
+
+# The conductivity is positive; the temperature has both signs.
+FIELDS = (Field("temperature"), Field("conductivity", static=True))
+# Steepness of the passage from one material to the other: about a fifth of the inclusions' size.
+SHARPNESS = 2.0
+# Peak heating of a source, times its width squared.
+PEAK = 4.0
+# A step may move a source by at most this share of its width.
+MOST_MOVEMENT = 0.25
+
+
+def mixture(seed: int, grid: Sequence[int], lengths: Sequence[float], size: float, contrast: float) -> Tensor:
+    """Conductivity ``[*grid]`` (fp64) of two materials in inclusions of about ``size``; ratio at most ``contrast``."""
+    noise = smooth_noise(seed, "conductivity", grid, lengths, [0.35 * size] * len(grid))
+    return contrast ** (0.5 * torch.tanh(SHARPNESS * noise))
+
+
+class TravellingSources:
+    """Gaussian sources (even) and sinks (odd) of zero sum; each trajectory's follow from its seed.
+
+    The profile along each axis is periodic and has mean 1 on the grid, so the sum over all cells is zero to rounding.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        grid: Sequence[int],
+        lengths: Sequence[float],
+        count: int,
+        width: float,
+        speed: float,
+    ) -> None:
+        draws = [generator(seed, "sources") for seed in seeds]
+        start = [torch.rand(count, 3, generator=draw, dtype=torch.float64) for draw in draws]
+        heading = [torch.randn(count, 3, generator=draw, dtype=torch.float64) for draw in draws]
+        pace = [0.5 + torch.rand(count, 1, generator=draw, dtype=torch.float64) for draw in draws]
+        self._start = torch.stack(start) * torch.tensor(lengths, dtype=torch.float64)
+        direction = torch.nn.functional.normalize(torch.stack(heading), dim=-1)
+        self._velocity = speed * torch.stack(pace) * direction
+        self._sign = torch.where(torch.arange(count) % 2 == 0, 1.0, -1.0).double()[:, None]
+        self.grid, self.lengths, self.width = tuple(grid), tuple(lengths), width
+
+    def __call__(self, time: float, like: Tensor) -> Tensor:
+        """Heating ``[B, *grid]`` at ``time``, with dtype and device of ``like``."""
+        profiles = []
+        for axis, (n, length) in enumerate(zip(self.grid, self.lengths)):
+            x = (torch.arange(n, dtype=torch.float64) + 0.5) * length / n
+            distance = x - (self._start + time * self._velocity)[..., axis, None]
+            distance = distance - length * torch.round(distance / length)
+            profile = torch.exp(-0.5 * (distance / self.width) ** 2)
+            profiles.append(profile / profile.mean(-1, keepdim=True))
+        first, second, third = (p.to(like.device, like.dtype) for p in (self._sign * profiles[0], *profiles[1:]))
+        plane = torch.einsum("bsx,bsy->bxys", first, second)
+        heating = plane.flatten(1, 2) @ third
+        # Peak heating PEAK / width^2: over the conduction losses it gives a temperature of order one.
+        peak = math.prod(length / (self.width * math.sqrt(2.0 * math.pi)) for length in self.lengths)
+        return heating.view(len(heating), *self.grid).mul_(PEAK / (self.width**2 * peak))
+
+
+@dataclass(frozen=True)
+class Heat:
+    """Conduction in a heterogeneous medium; the fields are its parameters.
+
+    Parameters
+    ----------
+    contrast : float
+        Largest over smallest conductivity, >= 1.
+    inclusion_size : float
+        Size of the inclusions, in longest edges.
+    sources : int
+        Sources and sinks together; an even number.
+    source_width : float
+        Standard deviation of their Gaussian.
+    source_speed : float
+        Mean speed; each has its own between half and one and a half times that.
+    initial_scale : float
+        Length scale of the random initial temperature.
+    spin_up : float
+        Time before the first frame.
+    frame_interval : float
+        Time between frames.
+    double : bool
+        Solve in fp64 (fields are stored in fp32 all the same).
+    """
+
+    contrast: float = 30.0
+    inclusion_size: float = 0.25
+    sources: int = 8
+    source_width: float = 0.08
+    source_speed: float = 4.0
+    initial_scale: float = 0.1
+    spin_up: float = 0.02
+    frame_interval: float = 0.01
+    double: bool = False
+
+    name = "heat"
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"contrast": (1.0, 100.0), "source_speed": (0.0, 10.0)}
+    check: ClassVar[str] = "exact decay of a mode; layers in series (harmonic mean) and in parallel (arithmetic mean)"
+
+    def __post_init__(self) -> None:
+        positive = ("inclusion_size", "source_width", "initial_scale", "frame_interval")
+        check_positive(self.name, **{key: getattr(self, key) for key in positive})
+        if not 1.0 <= self.contrast < np.inf:
+            raise ConfigError(f"{self.name}.contrast={self.contrast} must be a number >= 1")
+        if not 0.0 <= self.source_speed < np.inf:
+            raise ConfigError(f"{self.name}.source_speed={self.source_speed} must be a number >= 0")
+        if not 0.0 <= self.spin_up < np.inf:
+            raise ConfigError(f"{self.name}.spin_up={self.spin_up} must be a number >= 0")
+        if self.sources < 0 or self.sources % 2:
+            raise ConfigError(f"{self.name}.sources={self.sources} must be even: as many sinks as sources")
+
+    @property
+    def schema(self) -> RegimeSchema:
+        """Fields and boundaries: periodic along all axes."""
+        return RegimeSchema(self.name, FIELDS, ("periodic", "periodic", "periodic"))
+
+    def simulate(
+        self,
+        seeds: Sequence[int],
+        grid: tuple[int, ...],
+        frames: int,
+        *,
+        device: str = "cpu",
+        progress: Progress | None = None,
+        **parameters: Any,
+    ) -> Trajectories:
+        """Solve one trajectory for each seed; see :class:`shodh.physics.regime.Regime`."""
+        if parameters:
+            return replace(self, **parameters).simulate(seeds, grid, frames, device=device, progress=progress)
+        check_request(self.name, seeds, grid, frames)
+        spacing, dtype = (1.0 / max(grid),) * 3, torch.float64 if self.double else torch.float32
+        lengths = tuple(n * spacing[0] for n in grid)
+        media = [mixture(seed, grid, lengths, self.inclusion_size, self.contrast) for seed in seeds]
+        noise = [smooth_noise(seed, "temperature", grid, lengths, [self.initial_scale] * 3) for seed in seeds]
+        conductivity = torch.stack(media).to(device, dtype)
+        temperature = torch.stack(noise).to(device, dtype)
+        medium = HeterogeneousDiffusion(conductivity, spacing)
+        heating = TravellingSources(seeds, grid, lengths, self.sources, self.source_width, self.source_speed)
+
+        def tendency(state: Tensor, time: float) -> Tensor:
+            rate = medium.tendency(state)
+            return rate.add_(heating(time, rate)) if self.sources else rate
+
+        # The bound holds for every seed, so that a trajectory has the same steps in every batch.
+        radius = 4.0 * self.contrast**0.5 * sum(h**-2 for h in spacing)
+        most = MOST_MOVEMENT * self.source_width / self.source_speed if self.source_speed else math.inf
+
+        def advance(state: Tensor, time: float, interval: float) -> Tensor:
+            steps, stages = legendre_steps(interval, radius, most)
+            for step in range(steps):
+                state = legendre_step(tendency, state, time + step * interval / steps, interval / steps, stages)
+            return state
+
+        if self.spin_up:
+            temperature = advance(temperature, -self.spin_up, self.spin_up)
+        stored = np.empty((len(seeds), frames, *grid), dtype=np.float32)
+        for index in range(frames):
+            if index:
+                temperature = advance(temperature, (index - 1) * self.frame_interval, self.frame_interval)
+            check_finite(self.name, seeds, temperature, f"lower {self.name}.contrast={self.contrast:g}")
+            stored[:, index] = temperature.float().cpu().numpy()
+            if progress is not None:
+                progress((index + 1) / frames)
+        return Trajectories(
+            schema=self.schema,
+            lengths=lengths,
+            time=np.arange(frames) * self.frame_interval,
+            values={"temperature": stored, "conductivity": conductivity.float().cpu().numpy()},
+            parameters={"contrast": self.contrast, "source_speed": self.source_speed},
+            diagnostics={
+                "temperature_mean": temperature.double().mean((1, 2, 3)).cpu().numpy(),
+                "temperature_std": stored.std((1, 2, 3, 4), dtype=np.float64),
+                "conductivity_mean": conductivity.double().mean((1, 2, 3)).cpu().numpy(),
+            },
+        )
