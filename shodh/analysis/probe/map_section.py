@@ -1,0 +1,91 @@
+"""Section: which expert takes which place, drawn over the physical field."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from shodh.analysis.page import Section
+from shodh.analysis.probe.drawing import INK, expert_colours, panels, some
+from shodh.analysis.probe.record import Picture, Recording
+
+TEXT = (
+    "The expert of each token (first choice, coloured cells) over the field of the same sample (grey levels; solids "
+    "hatched), in the middle planes of the box: one sample a regime, one column a layer."
+)
+AXES = "xyz"
+
+
+def map_section(recordings: Sequence[Recording], token_grid: Sequence[int]) -> Section:
+    """Routing maps of up to six regimes, up to six layers each."""
+    shown = [recordings[i] for i in some(len(recordings))]
+    section = Section("routing_map", "Routing over the field", TEXT)
+    for recording in shown:
+        if recording.picture is not None:
+            section.figures[f"map_{recording.name}"] = _map(recording, recording.picture, token_grid)
+    section.summary = {"regimes": [r.name for r in shown], "sample": "first window of the first trajectory"}
+    return section
+
+
+def middle_planes(shape: Sequence[int]) -> list[tuple[int, int]]:
+    """``(axis, index)`` of the middle planes across each axis; of a flat box the one plane there is."""
+    flat = [axis for axis, n in enumerate(shape) if n == 1]
+    if len(shape) == 2 or flat:
+        return [(flat[0] if flat else -1, 0)]
+    return [(axis, shape[axis] // 2) for axis in (1, 2)]
+
+
+def _plane(values: np.ndarray, axis: int, index: int) -> np.ndarray:
+    return (values if axis < 0 else values.take(index, axis)).T
+
+
+def _map(recording: Recording, picture: Picture, token_grid: Sequence[int]) -> Figure:
+    layers = some(len(recording.selected))
+    planes = middle_planes(picture.background.shape)
+    figure, axes = panels(len(planes), len(layers) + 1, 1.9, 1.9, extra=0.9)
+    experts = [recording.selected[layer][0, :, 0].reshape(tuple(token_grid)) for layer in layers]
+    used = np.unique(np.stack(experts))
+    colours = expert_colours(recording.num_experts)
+    for row, (axis, index) in zip(axes, planes, strict=True):
+        cells = _plane(picture.background, axis, index)
+        solid = None if picture.solid is None else _plane(picture.solid, axis, index)
+        for column, panel in enumerate(row):
+            _draw_field(panel, cells, solid)
+            if column == 0:
+                names = [a for i, a in enumerate(AXES[: picture.background.ndim]) if i != axis]
+                panel.set_xlabel(names[0], fontsize=8)
+                panel.set_ylabel(names[1], fontsize=8)
+                continue
+            per_token = 1 if axis < 0 else picture.background.shape[axis] // token_grid[axis]
+            tokens = _plane(experts[column - 1], axis, index // per_token)
+            _draw_tokens(panel, tokens, cells.shape, colours)
+    for panel, title in zip(axes[0], [picture.label, *(f"layer {layer}" for layer in layers)], strict=True):
+        panel.set_title(title, fontsize=9, color=INK)
+    handles = [Patch(color=colours[e], label=f"expert {e}") for e in used]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), fontsize=8, frameon=False)
+    figure.suptitle(recording.name, fontsize=10, color=INK)
+    return figure
+
+
+def _draw_field(panel: Any, cells: np.ndarray, solid: np.ndarray | None) -> None:
+    panel.imshow(cells, origin="lower", cmap="gray")
+    if solid is not None and solid.any():
+        panel.contourf(solid, levels=[0.5, 1.5], colors=["#5b4636"], alpha=0.55)
+    panel.set_xticks([])
+    panel.set_yticks([])
+
+
+def _draw_tokens(panel: Any, tokens: np.ndarray, shape: Sequence[int], colours: Sequence[Any]) -> None:
+    """Token cells as a translucent layer with the edges of the field's cells."""
+    height, width = shape
+    extent = (-0.5, width - 0.5, -0.5, height - 0.5)
+    palette = ListedColormap(list(colours))
+    panel.imshow(
+        tokens, origin="lower", extent=extent, cmap=palette, vmin=-0.5, vmax=len(colours) - 0.5, alpha=0.5,
+        interpolation="nearest",
+    )  # fmt: skip

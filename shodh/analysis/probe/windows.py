@@ -1,0 +1,144 @@
+"""Held-out windows for a probe, read and encoded as it goes: no field of full size outlives its batch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from shodh.config import RegimeConfig
+from shodh.data import RegimeSource, Split, WindowDataset
+from shodh.errors import ConfigError, DataError
+from shodh.models.domain import Domain
+from shodh.train.datasets import Regimes, open_regimes
+from shodh.train.evaluation import Evaluator
+from shodh.train.latents import encode_frames
+
+
+@dataclass(frozen=True)
+class ProbeRegime:
+    """One regime that is probed; ``left_out``: the model was not trained on it."""
+
+    regimes: Regimes
+    number: int
+    left_out: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.regimes.names[self.number]
+
+    @property
+    def source(self) -> RegimeSource:
+        return self.regimes.sources[self.number]
+
+    @property
+    def domain(self) -> Domain:
+        return self.regimes.domains[self.number]
+
+
+class ProbeBatch(NamedTuple):
+    """Windows of one regime: ``B`` samples, ``T`` past frames and the one that follows.
+
+    ``past [B, T, L, *latent grid]``, ``target [B, L, *latent grid]``, ``features [B, S', *latent grid]``, normalised
+    ``fields [B, T + 1, C, *grid]``, ``static [B, S, *grid]``; ``trajectory`` and ``frame [B]`` name the samples.
+    """
+
+    past: Tensor
+    target: Tensor
+    features: Tensor
+    fields: Tensor
+    static: Tensor
+    trajectory: list[int]
+    frame: list[int]
+
+
+def trained_regimes(evaluator: Evaluator) -> list[ProbeRegime]:
+    """The regimes that the run was trained on."""
+    return [ProbeRegime(evaluator.regimes, number) for number in range(len(evaluator.regimes.names))]
+
+
+def left_out_regimes(evaluator: Evaluator, paths: Mapping[str, Path]) -> list[ProbeRegime]:
+    """Regimes that the run never saw, normalised with their own training statistics.
+
+    Raises
+    ------
+    ConfigError
+        A name is that of a regime of the run.
+    DataError
+        A folder is missing or does not fit the run's fields and grid; names it.
+    """
+    known = set(evaluator.regimes.names) & set(paths)
+    if known:
+        raise ConfigError(f"the run was trained on the regimes {sorted(known)}; give left-out regimes other names")
+    found = []
+    for name, path in paths.items():
+        data = evaluator.config.data.model_copy(update={"regimes": (RegimeConfig(name=name, path=path),)})
+        found.append(ProbeRegime(open_regimes(data), 0, left_out=True))
+    return found
+
+
+def held_out_splits(regime: ProbeRegime, split: Split) -> tuple[Split, Split]:
+    """``(fit, test)``: two splits that share no trajectory and that the model was not trained on.
+
+    Every split of a left-out regime is held out, so that its training files may serve to fit a classifier.
+
+    Raises
+    ------
+    DataError
+        The regime has files in one held-out split only.
+    """
+    others: list[Split] = ["valid", "test", "train"] if regime.left_out else ["valid", "test"]
+    for other in others:
+        if other != split and regime.source.files[other]:
+            return other, split
+    raise DataError(
+        f"regime {regime.name!r}: only the split {split!r} is held out; a classifier is fitted on other trajectories "
+        f"than it is tested on, so {regime.source.path} needs a second one of {others}"
+    )
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """At most ``limit`` of ``count`` rows, evenly spread from the first to the last."""
+    return sorted({int(i) for i in np.linspace(0, count - 1, min(count, limit)).round()})
+
+
+@torch.no_grad()
+def batches(
+    evaluator: Evaluator, regime: ProbeRegime, split: Split, limit: int, description: str
+) -> Iterator[ProbeBatch]:
+    """Up to ``limit`` windows of a regime, spread over all trajectories, with a progress bar on a terminal."""
+    data = evaluator.config.data
+    windows = WindowDataset(
+        regime.source,
+        split,
+        history=data.history,
+        horizon=1,
+        stride=data.stride,
+        normalizer=regime.regimes.normalizer,
+    )
+    rows, size = spread(len(windows), limit), evaluator.config.evaluation.batch
+    starts = range(0, len(rows), size)
+    for start in tqdm(starts, f"{description}, {regime.name}", unit="batch", disable=not sys.stderr.isatty()):
+        items = [windows[row] for row in rows[start : start + size]]
+        fields, static = (torch.stack([item[name] for item in items]) for name in ("fields", "static"))
+        encoded = [
+            encode_frames(evaluator.tokenizer, regime.domain, frame, static, evaluator.device)
+            for frame in fields.unbind(1)
+        ]
+        latents = torch.stack([latent for latent, _ in encoded], 1)
+        yield ProbeBatch(
+            past=latents[:, : data.history],
+            target=latents[:, data.history],
+            features=encoded[0][1],
+            fields=fields.to(evaluator.device),
+            static=static.to(evaluator.device),
+            trajectory=[item["trajectory"] for item in items],
+            frame=[item["frame"] for item in items],
+        )
