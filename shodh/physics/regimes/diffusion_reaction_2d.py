@@ -1,0 +1,139 @@
+"""Regime ``diffusion_reaction_2d``: FitzHugh-Nagumo patterns from noise, as in PDEBench.
+
+    du/dt = D_u lap u + u - u^3 - k - v   (activator),      dv/dt = D_v lap v + u - v   (inhibitor)
+
+on the square [-1, 1]^2 without flux through its ends. Defaults are PDEBench's: D_u = 1e-3, D_v = 5e-3, k = 5e-3, both
+fields start from independent N(0, 1) in every cell (so the initial state belongs to a grid), 101 frames in 5 units of
+time. The uniform state u = v = -k^(1/3) is unstable for wavenumbers between 5.1 and 26.2, most at 13.9. Both fields
+take both signs. Scheme: :mod:`shodh.physics.reaction_diffusion`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shodh.errors import ConfigError
+from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.physics.frames import FrameStore, run_frames
+from shodh.physics.reaction_diffusion import Reaction, ReactionDiffusion
+from shodh.physics.regime import Progress, check_positive, check_request
+from shodh.seeding import generator
+
+EDGE = 2.0
+# A bound of the Jacobian's eigenvalues: the noise reaches |u| of about 5, where d(u - u^3)/du = -74.
+REACTION_RADIUS = 80.0
+
+
+def fitzhugh_nagumo(k: float) -> Reaction:
+    """Rates ``(u - u^3 - k - v, u - v)`` of a state ``[2, B, *space]``."""
+
+    def rates(values: Tensor) -> Tensor:
+        activator, inhibitor = values
+        difference = activator - inhibitor
+        return torch.stack((difference - activator**3 - k, difference))
+
+    return rates
+
+
+@dataclass(frozen=True)
+class DiffusionReaction2d:
+    """FitzHugh-Nagumo reaction and diffusion; the fields are its parameters.
+
+    Parameters
+    ----------
+    diffusivity_u, diffusivity_v : float
+        Of the activator and of the inhibitor.
+    k : float
+        Threshold of the reaction.
+    noise : float
+        Standard deviation of the initial fields.
+    frame_interval : float
+        Time between frames.
+    time_step : float
+        Largest step.
+    double : bool
+        Solve in fp64 (fields are stored in fp32 all the same).
+    """
+
+    diffusivity_u: float = 1e-3
+    diffusivity_v: float = 5e-3
+    k: float = 5e-3
+    noise: float = 1.0
+    frame_interval: float = 0.05
+    time_step: float = 0.0125
+    double: bool = False
+
+    name = "diffusion_reaction_2d"
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "diffusivity_u": (5e-4, 2e-3),
+        "diffusivity_v": (2e-3, 1e-2),
+        "k": (1e-3, 1e-2),
+    }
+    check: ClassVar[str] = "growth rate of perturbations of the uniform state (largest .27231 at k = 13.9)"
+
+    def __post_init__(self) -> None:
+        positive = ("diffusivity_u", "diffusivity_v", "frame_interval", "time_step")
+        check_positive(self.name, **{key: getattr(self, key) for key in positive})
+        if not np.isfinite(self.k):
+            raise ConfigError(f"{self.name}.k={self.k} must be a number")
+        if not 0 <= self.noise <= 1:
+            raise ConfigError(f"{self.name}.noise={self.noise} must be between 0 and 1")
+
+    @property
+    def schema(self) -> RegimeSchema:
+        """Two scalars in a closed box."""
+        return RegimeSchema(self.name, (Field("activator"), Field("inhibitor")), ("wall", "wall"))
+
+    def system(self, grid: Sequence[int]) -> ReactionDiffusion:
+        """Right-hand side and time steps on ``grid``."""
+        return ReactionDiffusion(
+            fitzhugh_nagumo(self.k),
+            (self.diffusivity_u, self.diffusivity_v),
+            [EDGE / n for n in grid],
+            periodic=(False, False),
+            reaction_radius=REACTION_RADIUS,
+        )
+
+    def simulate(
+        self,
+        seeds: Sequence[int],
+        grid: tuple[int, ...],
+        frames: int,
+        *,
+        device: str = "cpu",
+        progress: Progress | None = None,
+        **parameters: Any,
+    ) -> Trajectories:
+        """Solve one trajectory for each seed; see :class:`shodh.physics.regime.Regime`."""
+        if parameters:
+            return replace(self, **parameters).simulate(seeds, grid, frames, device=device, progress=progress)
+        check_request(self.name, seeds, grid, frames, ndim=2)
+        system = self.system(grid)
+        draws = [torch.randn(2, *grid, generator=generator(seed, "noise"), dtype=torch.float64) for seed in seeds]
+        dtype = torch.float64 if self.double else torch.float32
+        state = (self.noise * torch.stack(draws, dim=1)).to(device, dtype)
+        store = FrameStore(self.schema, seeds, grid, frames, f"lower {self.name}.time_step (now {self.time_step})")
+
+        def advance() -> None:
+            nonlocal state
+            state = system.advance(state, self.frame_interval, self.time_step)
+
+        def put(index: int) -> None:
+            activator, inhibitor = torch.movedim(state, 1, -1)
+            store.put(index, activator=activator, inhibitor=inhibitor)
+
+        run_frames(frames, put, advance, progress)
+        return Trajectories(
+            schema=self.schema,
+            lengths=(EDGE, EDGE),
+            time=np.arange(frames) * self.frame_interval,
+            values=store.values,
+            parameters={"diffusivity_u": self.diffusivity_u, "diffusivity_v": self.diffusivity_v, "k": self.k},
+            diagnostics={"activator_std": store.values["activator"][:, -1].std((1, 2), dtype=np.float64)},
+        )
