@@ -78,7 +78,7 @@ class ArrayHeader:
             if given is not None and len(given) != len(self.grid):
                 raise ConfigError(f"{path}: {name} {list(given)} has {len(given)} entries, the grid is {self.grid}")
         said = [n for n in ("boundary", "lengths", "time_step") if getattr(hints, n) is not None]
-        notes = tuple(n for n in self.notes if n.split()[0] not in said)
+        notes = tuple(n for n in self.notes if n.replace(":", " ").split()[0] not in said)
         time = self.time
         if hints.time_step is not None:
             time = np.arange(self.num_frames) * hints.time_step

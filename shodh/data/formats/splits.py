@@ -145,7 +145,7 @@ def find_files(path: Path) -> dict[Split | None, list[Path]]:
     folder = path / "data" if (path / "data").is_dir() else path
     by_folder = {s: _data_files(folder / name) for name, s in _ALIASES.items() if (folder / name).is_dir()}
     if by_folder:
-        return {**by_folder}
+        return {split: files for split, files in by_folder.items()}
     loose = _data_files(folder) if folder.is_dir() else []
     by_name: dict[Split | None, list[Path]] = {}
     for file in loose:
@@ -172,14 +172,15 @@ def time_blocks(frames: int, shares: Mapping[Split, float]) -> dict[Split, range
     wanted = [s for s in SPLITS if shares.get(s, 0.0) > 0]
     gap = max(1, round(GAP * frames))
     usable = frames - gap * (len(wanted) - 1)
-    if usable < len(wanted):
+    total = sum(shares[s] for s in wanted)
+    sizes = {s: max(1, round(usable * shares[s] / total)) for s in wanted}
+    sizes[wanted[0]] = usable - sum(sizes[s] for s in wanted[1:])
+    if sizes[wanted[0]] < 1:
         raise DataError(f"one trajectory of {frames} frames cannot be split into {wanted}; give the files in folders")
-    total, start, spent, blocks = sum(shares[s] for s in wanted), 0, 0.0, {}
-    for position, split in enumerate(wanted):
-        spent += shares[split]
-        stop = max(start + 1, round(usable * spent / total) + position * gap)
-        blocks[split] = range(start, stop)
-        start = stop + gap
+    blocks, start = {}, 0
+    for split in wanted:
+        blocks[split] = range(start, start + sizes[split])
+        start += sizes[split] + gap
     return blocks
 
 
