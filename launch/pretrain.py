@@ -16,13 +16,21 @@ EXAMPLES = """examples:
   deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/demo.yaml
   deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/demo.yaml --resume auto
   python launch/pretrain.py --config launch/configs/demo.yaml --set parallel.ep_size=1 name=one-rank
+  deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/demo.yaml --set name=next --init-from converted/demo
   deepspeed launch/pretrain.py --config launch/configs/h100_multinode.yaml --dry-run --nodes 16
 """
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = training_parser(__doc__, EXAMPLES)
-    parser.add_argument("--init-from", type=Path, metavar="CHECKPOINT", help="start a new run from these weights")
+    parser.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="WEIGHTS",
+        help="start a new run from a checkpoint folder, a folder of tools/convert_checkpoint.py or a safetensors file, "
+        "at any ranks, EP degree and ZeRO stage (a checkpoint of a bf16 run gives its bf16 weights; converted to fp32, "
+        "its float32 master weights)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan; touch no data, allocate no weights")
     parser.add_argument("--nodes", type=int, help="dry run: nodes to plan for (default: what the configuration says)")
     parser.add_argument("--gpus-per-node", type=int, help="dry run: GPUs of a node")

@@ -1,3 +1,16 @@
 """Shodh: sparse multi-physics foundation models with exactly conserved mass."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def from_pretrained(path_or_hub_id: Any, *, device: Any = "cpu", **download: Any) -> Any:
+    """Load a model from a converted folder or the hub: a `shodh.models.pretrained.ShodhModel`.
+
+    torch is imported by the call, not by ``import shodh``.
+    """
+    return import_module("shodh.models.pretrained").from_pretrained(path_or_hub_id, device=device, **download)

@@ -11,21 +11,23 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shodh.errors import CheckpointError
 from shodh.files import sync_to_disk, write_atomically
+from shodh.pickles import refuse_foreign_globals
 from shodh.train.run_folder import RunFolder, describe_environment
 from shodh.train.runtime import together
+from shodh.weights import INDEX, WEIGHTS, open_weights, persistent_buffers
+from shodh.weights import load_into as load_into
+from shodh.weights import load_weights as load_weights
 
-WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"
 
 
@@ -54,13 +56,6 @@ def _gathered(parameter: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield f"{path}.{name}" if path else name, buffer
-
-
 def exchange_state(model: nn.Module) -> dict[str, Tensor]:
     """Plain names, plain layout: one CPU tensor a parameter, all experts stacked by global id.
 
@@ -73,39 +68,33 @@ def exchange_state(model: nn.Module) -> dict[str, Tensor]:
         if keep:
             state[name] = value.cpu().contiguous().clone()
     if keep:
-        state.update((name, buffer.detach().cpu().clone()) for name, buffer in _persistent_buffers(model))
+        state.update((name, buffer.detach().cpu().clone()) for name, buffer in persistent_buffers(model))
     return state
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file of weights; raises `CheckpointError` that names it."""
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"no weights at {path}") from error
-    except Exception as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+def read_initial_weights(path: Path) -> dict[str, Tensor]:
+    """Weights of an operator for a new run: from a checkpoint folder, a converted folder, or a safetensors file.
 
-
-def load_into(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
-    """Copy an exchange-format state into a model that holds all experts; names and shapes must agree."""
-    expected = {name: p.shape for name, p in model.named_parameters()}
-    expected.update((name, b.shape) for name, b in _persistent_buffers(model))
-    problems = [f"lacks {name}" for name in sorted(expected.keys() - state.keys())]
-    problems += [f"has unknown {name}" for name in sorted(state.keys() - expected.keys())]
-    problems += [
-        f"{name} is {list(state[name].shape)}, the model's {list(expected[name])}"
-        for name in sorted(expected.keys() & state.keys())
-        if state[name].shape != expected[name]
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems[:3])}{more}")
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(state[name])
-        for name, b in _persistent_buffers(model):
-            b.copy_(state[name])
+    Raises
+    ------
+    CheckpointError
+        Names the file that is missing or damaged; DeepSpeed's own folders are to be converted first.
+    """
+    if path.is_dir() and (path / MANIFEST).exists():
+        manifest = read_manifest(path)
+        verify_file(path, WEIGHTS, manifest)
+    elif path.is_dir() and next(path.glob("*_model_states.pt"), None) is not None:
+        raise CheckpointError(f"{path} is DeepSpeed's own; convert it first: tools/convert_checkpoint.py {path} OUT")
+    elif path.is_dir() and not (path / WEIGHTS).exists() and not (path / INDEX).exists():
+        raise CheckpointError(
+            f"{path} is not a complete checkpoint: it has no {MANIFEST}; nor a converted folder: it has no {WEIGHTS}"
+        )
+    weights = {name: stored.read() for name, stored in open_weights(path).items()}
+    prefix = "operator."
+    chosen = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)} or weights
+    if any(name.startswith("tokenizer.") for name in chosen):
+        raise CheckpointError(f"{path} holds a tokenizer alone; expected the weights of an operator")
+    return chosen
 
 
 def _files(folder: Path) -> list[Path]:
@@ -196,14 +185,25 @@ def verify_checkpoint(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> dict
     """
     manifest = read_manifest(checkpoint)
     for name in sorted(manifest["files"])[share[0] :: share[1]]:
-        expected, path = manifest["files"][name], checkpoint / name
-        if not path.is_file():
-            raise CheckpointError(f"checkpoint file {path} is missing")
-        if path.stat().st_size != expected["size"]:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, and {expected['size']} were written")
-        if checksum(path) != expected["sha256"]:
-            raise CheckpointError(f"{path} is damaged: its checksum is not the one that was written")
+        verify_file(checkpoint, name, manifest)
     return manifest
+
+
+def verify_file(checkpoint: Path, name: str, manifest: dict[str, Any]) -> None:
+    """Compare one file with the manifest; raises `CheckpointError` that names it."""
+    path = checkpoint / name
+    if not path.resolve().is_relative_to(checkpoint.resolve()) or name not in manifest["files"]:
+        raise CheckpointError(f"{checkpoint / MANIFEST} is damaged: {name!r} is no file of this checkpoint")
+    try:
+        size, digest = int(manifest["files"][name]["size"]), str(manifest["files"][name]["sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint / MANIFEST} is damaged: no size and checksum of {name}") from error
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint file {path} is missing")
+    if path.stat().st_size != size:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, and {size} were written")
+    if checksum(path) != digest:
+        raise CheckpointError(f"{path} is damaged: its checksum is not the one that was written")
 
 
 def load_checkpoint(engine: Any, checkpoint: Path, topology: dict[str, int]) -> dict[str, Any]:
@@ -212,11 +212,15 @@ def load_checkpoint(engine: Any, checkpoint: Path, topology: dict[str, int]) -> 
     Raises
     ------
     CheckpointError
-        A file is missing or damaged, or ranks, expert degree or ZeRO stage are not those that wrote it.
+        A file is missing or damaged, or would run something when it is loaded; or ranks, expert degree or ZeRO stage
+        are not those that wrote it.
     """
     rank, world = _rank_and_world()
     with together():
         manifest = verify_checkpoint(checkpoint, (rank, world))
+        # DeepSpeed unpickles freely: look at every program it might run before it does, listed in the manifest or not.
+        for path in sorted(checkpoint.rglob("*.pt"))[rank::world]:
+            refuse_foreign_globals(path)
         written = manifest["topology"]
         if written != topology:
             differ = [f"{k}={written.get(k)} (now {v})" for k, v in topology.items() if written.get(k) != v]

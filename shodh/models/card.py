@@ -1,0 +1,101 @@
+"""The model card: what a model is, what it was measured to do, how to load it, and what it cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_HEAD = """---
+license: apache-2.0
+library_name: shodh
+tags: [physics, pde, mixture-of-experts, foundation-model]
+---
+
+# {name}
+
+A Shodh model: {what}, written in {dtype}.
+
+| | |
+| --- | --- |
+| regimes | {regimes} |
+| fields | {fields} |
+| grid | {grid} |
+| parameters, total | {total:,} |
+| parameters, active a token | {active:,} |
+| training step | {step} |
+| seed | {seed} |
+
+## Load it
+
+```python
+import shodh
+
+model = shodh.from_pretrained("{name}")
+following = model.predict(fields, static, regime="{regime}")  # physical units in, physical units out
+```
+
+`fields` is `[batch, {history}, channels, *grid]`, oldest frame first, in the order of the fields above, a vector taking
+one channel an axis; `static` is `[batch, static channels, *grid]`. Scalars live at cell centres, component i of a
+vector on the upper face of its cell along axis i. DeepSpeed is not needed.
+"""
+
+_TAIL = """
+## Limits
+
+- It knows the regimes, fields, grid and boundaries listed here, and nothing was measured outside them.
+- A velocity that is solenoidal conserves mass by construction; no-slip inside solids is learned, not enforced.
+- Errors grow along a rollout: look at the numbers above before you trust long ones.
+- Training data, seeds and settings stand under `run` in `config.json`.
+
+Licence: Apache-2.0.
+"""
+
+
+def model_card(description: Mapping[str, Any], numbers: Mapping[str, Any] | None = None) -> str:
+    """Markdown for a ``config.json``; ``numbers`` is an evaluation's ``metrics.json``, where there is one."""
+    run, parameters = description["run"], description["parameters"]
+    what = " and ".join(description["parts"])
+    card = _HEAD.format(
+        name=run["name"],
+        what=what,
+        dtype=description["dtype"],
+        regimes=", ".join(description["regimes"]),
+        fields=", ".join(_describe_field(f) for f in description["fields"]),
+        grid=" x ".join(str(n) for n in run["data"]["grid"]),
+        total=parameters["total"],
+        active=parameters["active"],
+        step=description["source"]["step"] if description["source"]["step"] is not None else "unknown",
+        seed=run["seed"],
+        history=run["data"]["history"],
+        regime=description["regimes"][0],
+    )
+    rows = list(_rows((numbers or {}).get("regimes", {})))
+    if rows:
+        split = (numbers or {}).get("split", "held-out")
+        card += f"\n## Measured\n\nOn the {split} split, one model step; lower is better.\n\n"
+        card += "| regime | measure | model | persistence |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"
+    else:
+        card += "\n## Measured\n\nNothing yet: `launch/evaluate.py` was not run on it before it was converted.\n"
+    return card + _TAIL
+
+
+def _describe_field(field: Mapping[str, Any]) -> str:
+    words = [w for w in ("solenoidal", "static") if field.get(w)] + [str(field.get("kind", "scalar"))]
+    return f"{field['name']} ({' '.join(words)})"
+
+
+def _rows(regimes: Mapping[str, Any]) -> Iterator[str]:
+    """One row a measure that has a value for the model and one for persistence."""
+    for regime, tree in regimes.items():
+        for path, node in _measures(tree):
+            yield f"| {regime} | {path} | {node['model']:.4g} | {node['persistence']:.4g} |"
+
+
+def _measures(tree: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, float]]]:
+    if not isinstance(tree, Mapping):
+        return
+    if isinstance(tree.get("model"), float) and isinstance(tree.get("persistence"), float):
+        yield path, tree
+        return
+    for name, node in tree.items():
+        yield from _measures(node, f"{path} {name}".strip())

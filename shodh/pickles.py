@@ -1,0 +1,116 @@
+"""Other people's ``.pt`` files, read without running what they hold.
+
+A pickle is a program. `read_pt` runs torch's restricted unpickler with a short list of DeepSpeed's own classes, each
+replaced by a plain stand-in, so that DeepSpeed is neither needed nor imported; `refuse_foreign_globals` looks at the
+program without running it, for files that DeepSpeed itself is about to load.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shodh.errors import CheckpointError
+
+
+class ZeroStage(IntEnum):
+    """Stands for ``deepspeed.runtime.zero.config.ZeroStageEnum``."""
+
+    disabled = 0
+    optimizer_states = 1
+    gradients = 2
+    weights = 3
+
+
+class Fragment:
+    """Stands for ``deepspeed.utils.tensor_fragment.fragment_address``: a place in a flat partition."""
+
+    numel: int
+    start: int
+
+
+class LossScaler:
+    """Stands for the loss scaler, whose state nobody needs here."""
+
+
+#: DeepSpeed's classes that its checkpoints hold, and what is made of them.
+STAND_INS: dict[str, type] = {
+    "deepspeed.runtime.zero.config.ZeroStageEnum": ZeroStage,
+    "deepspeed.utils.tensor_fragment.fragment_address": Fragment,
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler": LossScaler,
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": LossScaler,
+}
+
+
+def _allowed() -> Any:
+    return torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])
+
+
+def _check_container(path: Path) -> None:
+    """A plain ``torch.save`` archive: its parts are stored, not compressed, and lie within the file."""
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{path} is truncated or no torch.save file: {error}") from error
+    if any(p.compress_type != zipfile.ZIP_STORED for p in parts) or sum(p.file_size for p in parts) > size:
+        raise CheckpointError(f"{path} is no plain torch.save file: it is compressed, or its parts overlap")
+
+
+def refuse_foreign_globals(path: Path) -> None:
+    """Look at a ``.pt`` file without running it.
+
+    Only the pickle is read, never the tensors, so that this is cheap for files of any size.
+
+    Raises
+    ------
+    CheckpointError
+        It is damaged, or names something else than tensors, plain containers and `STAND_INS`; the message names it.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    _check_container(path)
+    try:
+        with _allowed():
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception as error:  # whatever a damaged or hand-made pickle leads to
+        raise CheckpointError(f"{path} is refused: its pickle cannot be read safely ({_first_line(error)})") from error
+    if foreign:
+        raise CheckpointError(
+            f"{path} is refused: it would call {', '.join(sorted(foreign))}, which no checkpoint of DeepSpeed does"
+        )
+
+
+def read_pt(path: Path) -> Any:
+    """The content of a ``.pt`` file, tensors mapped and not read; nothing in it is run.
+
+    Raises
+    ------
+    CheckpointError
+        As `refuse_foreign_globals`; or a tensor claims more values than the file holds.
+    """
+    refuse_foreign_globals(path)
+    try:
+        with _allowed():
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever a damaged or hand-made pickle leads to
+        raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def flat_values(tensor: Any, what: str, path: Path) -> torch.Tensor:
+    """``tensor`` as a flat view, after the check that its values lie in the file: an expanded one claims any size."""
+    if not isinstance(tensor, torch.Tensor):
+        raise CheckpointError(f"{path} is damaged: {what} is {type(tensor).__name__}, not a tensor")
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes() or not tensor.is_contiguous():
+        raise CheckpointError(f"{path} is damaged: {what} claims {list(tensor.shape)} and does not hold the values")
+    return tensor.detach().reshape(-1)
