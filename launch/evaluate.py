@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     evaluator = open_run(args.run, args.checkpoint, torch.device("cuda" if cuda else "cpu"))
     evaluation = evaluate(evaluator, args.split or evaluator.config.evaluation.split)
-    sys.stdout.write(write_report(evaluator.folder, evaluation, evaluator.regimes.dynamic))
+    sys.stdout.write(write_report(evaluator.folder, evaluation))
     sys.stdout.write(f"\nreport: {evaluator.folder.report / 'index.html'}\n")
     return 0
 

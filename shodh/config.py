@@ -19,14 +19,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from shodh.errors import ConfigError
+from shodh.fields import Boundary, Placement, StaticScale
 from shodh.fields import Field as PhysicalField
-from shodh.fields import Boundary, Placement
 
 Fraction = typing.Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = typing.Annotated[float, Field(ge=0.0)]
 Count = typing.Annotated[int, Field(ge=0)]
 FileFormat = Literal["auto", "well", "pdebench", "dpot", "fno", "jhtdb", "rock"]
-Grid = tuple[PositiveInt, PositiveInt, PositiveInt]
+Grid = typing.Annotated[tuple[PositiveInt, ...], Field(min_length=2, max_length=3)]
+#: Layers along z of a field that has two space dimensions: one latent cell.
+FLAT_LAYERS = 8
 
 
 class Section(BaseModel):
@@ -43,10 +45,25 @@ class FieldConfig(Section):
     solenoidal: bool = False
     static: bool = False
     masked_by: str | None = Field(None, description="static field that is 1 where this scalar does not exist (is zero)")
+    positive: bool = Field(False, description="a scalar that is never negative; decoding keeps it so")
+    static_scale: StaticScale = Field("none", description="how a static scalar reaches the models; log: over decades")
+    optional: bool = Field(False, description="some regimes do not have it; the models see which")
 
     def build(self) -> PhysicalField:
+        """The field; raises `ConfigError` for settings that do not go together."""
         placement: Placement = "face" if self.kind == "vector" else "center"
-        return PhysicalField(self.name, self.kind, "1", placement, self.solenoidal, self.static, self.masked_by)
+        return PhysicalField(
+            self.name,
+            self.kind,
+            "1",
+            placement,
+            self.solenoidal,
+            self.static,
+            self.masked_by,
+            self.positive,
+            self.static_scale,
+            self.optional,
+        )
 
 
 class RegimeConfig(Section):
@@ -57,6 +74,9 @@ class RegimeConfig(Section):
     share: PositiveFloat = Field(1.0, description="share of every global batch, relative to the other regimes")
     fields: dict[str, str | None] = Field(
         default_factory=dict, description="our field name -> name in the file; null: absent, a static field of zeros"
+    )
+    only: tuple[str, ...] | None = Field(
+        None, description="fields that this regime has, by our names; the others are absent; null: all of data.fields"
     )
     placement: Placement | None = Field(
         None, description="where vectors live in the files; null: read the file's attribute, 'center' without one"
@@ -96,16 +116,45 @@ class DataConfig(Section):
                 raise ValueError(f"data.{what} has repeated names {repeated}")
         known = [f.name for f in self.fields]
         for regime in self.regimes:
-            for name in regime.fields:
+            named = [("maps", name) for name in regime.fields] + [("has only", name) for name in regime.only or ()]
+            for verb, name in named:
                 if name not in known:
-                    raise ValueError(f"regime {regime.name!r} maps {name!r}, which is not in data.fields {known}")
+                    raise ValueError(f"regime {regime.name!r} {verb} {name!r}, which is not in data.fields {known}")
+            absent = [name for name in regime.fields if name not in self.present(regime)]
+            if absent:
+                raise ValueError(f"regime {regime.name!r} maps {absent}, and has only {list(self.present(regime))}")
+            lacking = [f.name for f in self.fields if not f.optional and f.name not in self.present(regime)]
+            if lacking:
+                raise ValueError(f"regime {regime.name!r} lacks {lacking}; mark them 'optional: true' in data.fields")
+            if all(f.static for f in self.fields if f.name in self.present(regime)):
+                raise ValueError(f"regime {regime.name!r} needs at least one field that changes in time")
         static = [f.name for f in self.fields if f.static and f.kind == "scalar"]
         for f in self.fields:
             if f.masked_by is not None and f.masked_by not in static:
                 raise ValueError(f"field {f.name!r} is masked_by {f.masked_by!r}, not a static scalar field {static}")
         if all(f.static for f in self.fields):
             raise ValueError("data.fields needs at least one field that changes in time")
+        for f in self.fields:
+            try:
+                f.build()
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
         return self
+
+    def present(self, regime: RegimeConfig) -> tuple[str, ...]:
+        """Names of the fields a regime has, in the order of ``fields``."""
+        return tuple(f.name for f in self.fields if regime.only is None or f.name in regime.only)
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Names of the fields that a regime may lack: those that change in time, then the static ones."""
+        return tuple(f.name for f in sorted(self.fields, key=lambda f: f.static) if f.optional)
+
+    @property
+    def cells(self) -> tuple[int, int, int]:
+        """Cells of the three axes that the models see: a field in two dimensions is eight equal layers."""
+        x, y, z = (*self.grid, FLAT_LAYERS)[:3]
+        return x, y, z
 
 
 class TrainConfig(Section):
@@ -268,6 +317,8 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         side = 8 * self.operator.patch
         bad = [n for n in self.data.grid if n % 8]
+        if len(self.data.grid) == 2 and self.operator.patch > 1:
+            raise ValueError(f"operator.patch={self.operator.patch}: two dimensions have one latent layer; use patch 1")
         if bad:
             raise ValueError(f"data.grid {list(self.data.grid)}: the tokenizer divides axes by 8, and {bad} do not fit")
         bad = [n for n in self.data.grid if n % side]
@@ -291,7 +342,7 @@ class RunConfig(Section):
     @property
     def latent_grid(self) -> tuple[int, int, int]:
         """Cells of a latent along each axis."""
-        x, y, z = self.data.grid
+        x, y, z = self.data.cells
         return x // 8, y // 8, z // 8
 
 

@@ -20,6 +20,7 @@ from shodh.errors import ConfigError
 Boundary = Literal["periodic", "wall", "open"]
 Kind = Literal["scalar", "vector"]
 Placement = Literal["center", "face"]
+StaticScale = Literal["none", "zscore", "log"]
 
 AXES = ("x", "y", "z")
 
@@ -45,6 +46,13 @@ class Field:
         Constant in time (a solid mask, a permeability): an input, never a target.
     masked_by : str, optional
         Name of a static field that is 1 where this scalar does not exist, and is stored as zero (a tracer in solids).
+    positive : bool
+        A scalar that is never negative (a concentration, a density); decoding keeps it so.
+    static_scale : {"none", "zscore", "log"}
+        How a static scalar reaches the models: as stored (a mask), with zero mean and unit variance, or with zero mean
+        and unit variance of its logarithm (a permeability over decades).
+    optional : bool
+        Some regimes do not have it; the models see which.
     """
 
     name: str
@@ -54,12 +62,19 @@ class Field:
     solenoidal: bool = False
     static: bool = False
     masked_by: str | None = None
+    positive: bool = False
+    static_scale: StaticScale = "none"
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if self.masked_by is not None and self.kind != "scalar":
             raise ConfigError(f"field {self.name!r}: only a scalar can be masked_by another field")
         if self.kind == "scalar" and (self.placement != "center" or self.solenoidal):
             raise ConfigError(f"field {self.name!r}: a scalar lives at the cell centre and cannot be solenoidal")
+        if self.positive and (self.kind != "scalar" or self.static):
+            raise ConfigError(f"field {self.name!r}: only a scalar that changes in time can be positive")
+        if self.static_scale != "none" and (self.kind != "scalar" or not self.static):
+            raise ConfigError(f"field {self.name!r}: static_scale={self.static_scale!r} is for static scalars alone")
 
     def num_components(self, ndim: int) -> int:
         """Channels this field takes in ``ndim`` space dimensions."""
@@ -80,7 +95,11 @@ class RegimeSchema:
         if repeated:
             raise ConfigError(f"regime {self.name!r}: repeated field names {repeated}")
         if "open" in self.boundary and any(f.solenoidal for f in self.fields):
-            raise ConfigError(f"regime {self.name!r}: a solenoidal field needs axes that are periodic or walled")
+            names = [f.name for f in self.fields if f.solenoidal]
+            raise ConfigError(
+                f"regime {self.name!r}: {', '.join(names)} is solenoidal and needs axes that are periodic or walled, "
+                f"the boundary is {list(self.boundary)}; map its vector to a field that is not solenoidal"
+            )
 
     @property
     def ndim(self) -> int:

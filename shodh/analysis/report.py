@@ -96,14 +96,11 @@ def _image(path: Path) -> str:
     return f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>'
 
 
-def _slice_rows(example: Any, fields: Sequence[Any]) -> list[tuple[str, Any, Any]]:
-    labels = []
-    for f in fields:
-        labels += [f"{f.name} {axis}" for axis in "xyz"] if f.kind == "vector" else [f.name]
-    return [(label, example.truth[i].numpy(), example.prediction[i].numpy()) for i, label in enumerate(labels)]
+def _slice_rows(example: Any) -> list[tuple[str, Any, Any]]:
+    return [(label, example.truth[i].numpy(), example.prediction[i].numpy()) for i, label in enumerate(example.labels)]
 
 
-def write_figures(folder: RunFolder, evaluation: Evaluation, fields: Sequence[Any]) -> list[Path]:
+def write_figures(folder: RunFolder, evaluation: Evaluation) -> list[Path]:
     """All PNG files of the report, in the order of the page."""
     out = folder.report
     metrics = evaluation.metrics
@@ -115,24 +112,18 @@ def write_figures(folder: RunFolder, evaluation: Evaluation, fields: Sequence[An
         paths.append(figures.rollout(out / "rollout.png", rollouts))
     for example in evaluation.examples:
         solid = None if example.solid is None else example.solid.numpy()
-        rows = _slice_rows(example, fields)
+        rows = _slice_rows(example)
         paths.append(figures.slices(out / f"slices_{example.regime}.png", example.regime, rows, solid))
     curve = figures.training_curve(out / "training.png", read_metrics(folder.path / "metrics.jsonl"))
     return paths if curve is None else [*paths, curve]
 
 
-def write_report(folder: RunFolder, evaluation: Evaluation, fields: Sequence[Any]) -> str:
-    """Write ``RUN/report/`` (``metrics.json``, PNG files, ``index.html``); returns the table for the terminal.
-
-    Parameters
-    ----------
-    fields : sequence of Field
-        Dynamic fields in channel order.
-    """
+def write_report(folder: RunFolder, evaluation: Evaluation) -> str:
+    """Write ``RUN/report/`` (``metrics.json``, PNG files, ``index.html``); returns the table for the terminal."""
     folder.report.mkdir(parents=True, exist_ok=True)
     metrics = {**evaluation.metrics, "published": SHODH_MOE, "env": describe_environment()}
     write_atomically(folder.report / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    pictures = write_figures(folder, evaluation, fields)
+    pictures = write_figures(folder, evaluation)
     errors, divergences, routing = error_table(metrics), divergence_table(metrics), routing_table(metrics)
     operator = next(iter(metrics["regimes"].values()))["divergence"]["operator"]
     routed_note = (

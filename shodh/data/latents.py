@@ -38,7 +38,8 @@ def data_identity(sources: Iterable[RegimeSource]) -> str:
     """Hex digest of the files behind the sources: their names, sizes and times of change, and the wanted fields."""
     digest = hashlib.sha256()
     for source in sources:
-        digest.update(repr((source.name, source.fields, source.mapping, source.placement, source.opening)).encode())
+        wanted = (source.name, source.fields, source.present, source.mapping, source.placement, source.opening)
+        digest.update(repr(wanted).encode())
         for split in SPLITS:
             for file in source.files[split]:
                 status = file.path.stat()
@@ -158,6 +159,8 @@ class _FrameReader:
         source = self.source
         static = torch.empty(source.num_static_channels, *source.grid)
         source.read_static(self.split, trajectory, static.numpy())
+        if self.normalizer is not None:
+            self.normalizer.normalize_static_(static, source.name)
         for start in range(0, num_frames, self.batch_size):
             frames = range(start, min(start + self.batch_size, num_frames))
             fields = torch.empty(len(frames), source.num_channels, *source.grid)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from shodh.data.source import RegimeSource
-from shodh.data.stats import Statistics
+from shodh.data.stats import Moments, Statistics
 from shodh.errors import DataError
 from shodh.fields import Field
 
@@ -26,12 +27,13 @@ class FieldNormalizer:
     square of its values, **rounded to a power of two**. Dividing float32 by a power of two changes the exponent
     alone, so the normalised field is exactly proportional to the physical one: a field whose discrete divergence is
     zero keeps it exactly, and ``denormalize(normalize(x)) == x`` bitwise (barring underflow). A field without
-    variance has the scale 1.
+    variance has the scale 1. A field that a regime does not have has no constants, and its channels are left as they
+    are. A static scalar with a `Field.static_scale` becomes ``(x - mean) / std``, or the same of ``log x``.
 
     Parameters
     ----------
     fields : sequence of Field
-        Dynamic fields in the order of the channels; static ones among them are left out.
+        The vocabulary; dynamic fields in the order of the channels, and static ones in the order of theirs.
     ndim : int
         Space dimensions.
     constants : mapping
@@ -42,14 +44,16 @@ class FieldNormalizer:
         self, fields: Sequence[Field], ndim: int, constants: Mapping[str, Mapping[str, tuple[float, float]]]
     ) -> None:
         self.fields = tuple(f for f in fields if not f.static)
+        self.static = tuple(f for f in fields if f.static)
         self.ndim = ndim
+        known = [f.name for f in (*self.fields, *self.static)]
         self.constants = {
-            regime: {f.name: _constant(regime, f, by_field) for f in self.fields}
+            regime: {name: _constant(regime, name, by_field[name]) for name in known if name in by_field}
             for regime, by_field in constants.items()
         }
         self.regimes = tuple(self.constants)
         pairs = [
-            [by_field[f.name] for f in self.fields for _ in range(f.num_components(ndim))]
+            [by_field.get(f.name, (0.0, 1.0)) for f in self.fields for _ in range(f.num_components(ndim))]
             for by_field in self.constants.values()
         ]
         table = torch.tensor(pairs, dtype=torch.float32)  # [R, C, (mean, scale)]
@@ -57,13 +61,22 @@ class FieldNormalizer:
 
     @classmethod
     def from_statistics(
-        cls, fields: Sequence[Field], ndim: int, statistics: Mapping[str, Statistics]
+        cls,
+        fields: Sequence[Field],
+        ndim: int,
+        statistics: Mapping[str, Statistics],
+        present: Mapping[str, Collection[str]] | None = None,
     ) -> FieldNormalizer:
-        """From ``{regime: statistics}`` by our field names, as `RegimeSource.statistics` gives them."""
+        """From ``{regime: statistics}`` by our field names, as `RegimeSource.statistics` gives them.
+
+        ``present`` names the fields that each regime has; all of them if omitted. Static fields are left as they are.
+        """
         constants: dict[str, dict[str, tuple[float, float]]] = {}
         for regime, values in statistics.items():
             constants[regime] = {}
             for field in (f for f in fields if not f.static):
+                if present is not None and field.name not in present[regime]:
+                    continue
                 if field.name not in values["mean"] or field.name not in values["std"]:
                     raise DataError(f"regime {regime!r}: the statistics lack the field {field.name!r}")
                 constants[regime][field.name] = _mean_and_scale(
@@ -73,12 +86,18 @@ class FieldNormalizer:
 
     @classmethod
     def from_sources(cls, sources: Sequence[RegimeSource]) -> FieldNormalizer:
-        """From the training statistics of sources that want the same dynamic fields."""
-        dynamic = sources[0].schema.dynamic
+        """From the training statistics of sources with the same vocabulary."""
+        fields, ndim = sources[0].fields, len(sources[0].grid)
         for source in sources:
-            if source.schema.dynamic != dynamic:
-                raise DataError(f"regimes {sources[0].name!r} and {source.name!r} have different dynamic fields")
-        return cls.from_statistics(dynamic, len(sources[0].grid), {s.name: s.statistics() for s in sources})
+            if source.fields != fields:
+                raise DataError(
+                    f"regimes {sources[0].name!r} and {source.name!r} have different vocabularies of fields"
+                )
+        statistics = {s.name: s.statistics() for s in sources}
+        dynamic = cls.from_statistics(
+            fields, ndim, statistics, {s.name: [f.name for f in s.present] for s in sources}
+        ).constants
+        return cls(fields, ndim, {s.name: {**dynamic[s.name], **_static_constants(s)} for s in sources})
 
     def normalize(self, values: Tensor, regime: int | str | Tensor) -> Tensor:
         """Normalise ``values [..., C, *grid]``.
@@ -102,6 +121,21 @@ class FieldNormalizer:
         mean, scale = self._constants_like(values, regime)
         return values.sub_(mean).div_(scale)
 
+    def normalize_static_(self, values: Tensor, regime: str) -> Tensor:
+        """Scale static channels ``[S, *grid]`` of one regime in place, as their `Field.static_scale` says."""
+        start = 0
+        for f in self.static:
+            stop = start + f.num_components(self.ndim)
+            if f.static_scale != "none" and f.name in self.constants[regime]:
+                mean, scale = self.constants[regime][f.name]
+                channels = values[start:stop]
+                if f.static_scale == "log":
+                    _require_positive(bool((channels > 0).all()), regime, f)
+                    channels.log_()
+                channels.sub_(mean).div_(scale)
+            start = stop
+        return values
+
     def denormalize(self, values: Tensor, regime: int | str | Tensor) -> Tensor:
         """Undo `normalize`."""
         mean, scale = self._constants_like(values, regime)
@@ -110,17 +144,22 @@ class FieldNormalizer:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings for JSON, to go into checkpoints."""
         fields = [{"name": f.name, "kind": f.kind} for f in self.fields]
+        static = [{"name": f.name, "kind": f.kind, "static_scale": f.static_scale} for f in self.static]
         constants = {
             regime: {name: {"mean": mean, "scale": scale} for name, (mean, scale) in by_field.items()}
             for regime, by_field in self.constants.items()
         }
-        return {"ndim": self.ndim, "fields": fields, "regimes": constants}
+        return {"ndim": self.ndim, "fields": fields, "static": static, "regimes": constants}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> FieldNormalizer:
         """Undo `to_dict`; DataError if ``content`` has another form."""
         try:
             fields = [Field(f["name"], f["kind"]) for f in content["fields"]]
+            fields += [
+                Field(f["name"], f["kind"], static=True, static_scale=f["static_scale"])
+                for f in content.get("static", [])
+            ]
             constants = {
                 str(regime): {name: (float(v["mean"]), float(v["scale"])) for name, v in by_field.items()}
                 for regime, by_field in content["regimes"].items()
@@ -156,18 +195,46 @@ def power_of_two(value: float) -> float:
     return 2.0 ** round(math.log2(value))
 
 
-def _constant(regime: str, field: Field, by_field: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
-    if field.name not in by_field:
-        raise DataError(f"regime {regime!r}: no normalisation of the field {field.name!r}")
-    mean, scale = by_field[field.name]
+def _constant(regime: str, name: str, constant: tuple[float, float]) -> tuple[float, float]:
+    mean, scale = constant
     if not (math.isfinite(mean) and math.isfinite(scale) and scale > 0):
-        raise DataError(f"regime {regime!r}: field {field.name!r} has mean={mean}, scale={scale}; must be finite, > 0")
+        raise DataError(f"regime {regime!r}: field {name!r} has mean={mean}, scale={scale}; must be finite, > 0")
     return float(mean), float(scale)
+
+
+def _require_positive(holds: bool, regime: str, field: Field) -> None:
+    if not holds:
+        raise DataError(
+            f"regime {regime!r}: static_scale 'log' needs positive values, and {field.name!r} has some that are not; "
+            "use 'zscore' or correct the data"
+        )
+
+
+def _static_constants(source: RegimeSource) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation of each scaled static field, or of its logarithm, over the training trajectories."""
+    scaled = {f.name: n for n, f in enumerate(source.static) if f.static_scale != "none" and f in source.present}
+    if not scaled:
+        return {}
+    channels = np.empty((source.num_static_channels, *source.grid), dtype=np.float32)
+    starts = np.cumsum([0] + [f.num_components(len(source.grid)) for f in source.static])
+    moments = {name: Moments(1) for name in scaled}
+    for trajectory in range(source.num_trajectories("train")):
+        source.read_static("train", trajectory, channels)
+        for name, number in scaled.items():
+            values = channels[starts[number], None].astype(np.float64)
+            if source.static[number].static_scale == "log":
+                _require_positive(bool((values > 0).all()), source.name, source.static[number])
+                values = np.log(values)
+            moments[name].add(values)
+    source.close()
+    return {name: (float(m.mean[0]), float(m.std[0]) or 1.0) for name, m in moments.items()}
 
 
 def _mean_and_scale(regime: str, field: Field, ndim: int, mean: Any, std: Any) -> tuple[float, float]:
     means, stds = (list(v) if isinstance(v, list | tuple) else [v] for v in (mean, std))
     components = field.num_components(ndim)
+    if field.kind == "vector" and len(means) == len(stds) == ndim - 1:  # Two dimensions, read with a third.
+        means, stds, components = [*means, 0.0], [*stds, 0.0], ndim
     if len(means) != components or len(stds) != components:
         raise DataError(f"regime {regime!r}: statistics of {field.name!r} must have {components} components")
     if field.kind == "vector":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,7 @@ class RegimeSource:
         Folder with ``data/{train,valid,test}/*.hdf5`` or ``.h5``, or with ``train`` ... directly; files or folders of
         other formats are split as `shodh.data.formats.splits` says.
     fields : sequence of Field
-        Fields that are wanted, by our names and in the order of the channels. A wanted vector at ``"face"`` that
+        The vocabulary: fields by our names, in the order of the channels. A wanted vector at ``"face"`` that
         is stored at ``"center"`` is averaged onto the upper faces when it is read (a wall face gets zero). It is
         then **not exactly divergence-free**: away from walls its staggered divergence is the central-difference
         divergence of the stored values, at walls not even that.
@@ -44,6 +45,12 @@ class RegimeSource:
         files have none, and gives zeros (no solid anywhere).
     placement : mapping, optional
         ``{our name: placement as stored}`` for vectors of files that do not say it, or say it wrongly.
+    only : sequence of str, optional
+        Names of the fields that this regime has; all of them if omitted. The channels of the others are read as zeros,
+        which mean nothing.
+    layers : int, optional
+        Files of two space dimensions are given a periodic third one with this many equal layers, near-cubic cells, and
+        vectors without a component along it.
     format : str
         Of the files; see `shodh.data.formats.open_file`.
     hints : FileHints, optional
@@ -71,10 +78,14 @@ class RegimeSource:
         format: str = "auto",
         hints: FileHints | None = None,
         split: Sequence[float] = (0.8, 0.1, 0.1),
+        only: Sequence[str] | None = None,
+        layers: int | None = None,
     ) -> None:
         self.name = name
         self.path = Path(path)
         self.fields = tuple(fields)
+        self.layers = layers
+        self.present = tuple(f for f in self.fields if only is None or f.name in only)
         self.mapping = dict(mapping or {})
         self.placement = dict(placement or {})
         self._stored_name = self._resolve_names()
@@ -90,7 +101,7 @@ class RegimeSource:
             )
         for file in (f for files in self.files.values() for f in files):
             self._check_file(file)
-        RegimeSchema(name, self.fields, self.boundary)  # Refuses fields that do not go with the boundary.
+        RegimeSchema(name, self.present, self.boundary)  # Refuses fields that do not go with the boundary.
         self._starts = {s: [0, *accumulate(f.num_trajectories for f in fs)] for s, fs in self.files.items()}
 
     @property
@@ -98,34 +109,51 @@ class RegimeSource:
         return self.files["train"][0]
 
     @property
+    def flat(self) -> bool:
+        """Whether the files have two space dimensions and are read with a third one."""
+        return self.layers is not None and len(self._first.grid) == 2
+
+    @property
     def grid(self) -> tuple[int, ...]:
-        return self._first.grid
+        return (*self._first.grid, self.layers) if self.layers and self.flat else self._first.grid
 
     @property
     def lengths(self) -> tuple[float, ...]:
+        if self.layers and self.flat:
+            return (*self._first.lengths, self.layers * math.prod(self._first.spacing) ** 0.5)
         return self._first.lengths
 
     @property
     def spacing(self) -> tuple[float, ...]:
-        return self._first.spacing
+        return tuple(length / cells for length, cells in zip(self.lengths, self.grid, strict=True))
 
     @property
     def boundary(self) -> tuple[Boundary, ...]:
-        return self._first.boundary
+        return (*self._first.boundary, "periodic") if self.flat else self._first.boundary
 
     @cached_property
     def schema(self) -> RegimeSchema:
-        """The wanted fields with the boundary of the files; ConfigError if they do not go together."""
-        return RegimeSchema(self.name, self.fields, self.boundary)
+        """The fields that are present, with the boundary of the files; ConfigError if they do not go together."""
+        return RegimeSchema(self.name, self.present, self.boundary)
+
+    @property
+    def dynamic(self) -> tuple[Field, ...]:
+        """Fields of the vocabulary that change in time: the channels of `read`."""
+        return tuple(f for f in self.fields if not f.static)
+
+    @property
+    def static(self) -> tuple[Field, ...]:
+        """Static fields of the vocabulary: the channels of `read_static`."""
+        return tuple(f for f in self.fields if f.static)
 
     @property
     def num_channels(self) -> int:
-        """Channels of the dynamic fields together."""
-        return sum(f.num_components(len(self.grid)) for f in self.schema.dynamic)
+        """Channels of the dynamic fields of the vocabulary together."""
+        return sum(f.num_components(len(self.grid)) for f in self.dynamic)
 
     @property
     def num_static_channels(self) -> int:
-        return sum(f.num_components(len(self.grid)) for f in self.schema.static)
+        return sum(f.num_components(len(self.grid)) for f in self.static)
 
     def num_trajectories(self, split: Split) -> int:
         return self._starts[split][-1]
@@ -149,12 +177,12 @@ class RegimeSource:
     def read(self, split: Split, trajectory: int, frames: range, out: np.ndarray) -> None:
         """Read the dynamic fields of frames of a trajectory into ``out`` [T, C, *grid], float32, physical units."""
         file, local = self.locate(split, trajectory)
-        self._read_channels(self.schema.dynamic, file, local, frames, out)
+        self._read_channels(self.dynamic, file, local, frames, out)
 
     def read_static(self, split: Split, trajectory: int, out: np.ndarray) -> None:
         """Read the static fields of a trajectory into ``out`` [S, *grid], float32."""
         file, local = self.locate(split, trajectory)
-        self._read_channels(self.schema.static, file, local, range(1), out[None])
+        self._read_channels(self.static, file, local, range(1), out[None])
 
     def statistics(self) -> Statistics:
         """Statistics of the training split, by our field names.
@@ -162,7 +190,7 @@ class RegimeSource:
         Taken from ``stats.yaml`` beside the data; computed from the training files, and logged, where that is missing
         or lacks a field. A vector that is averaged onto faces on reading has the statistics of the stored one.
         """
-        wanted = {f.name: stored for f in self.fields if (stored := self._stored_name[f.name]) is not None}
+        wanted = {f.name: stored for f in self.present if (stored := self._stored_name[f.name]) is not None}
         path = self.path / "stats.yaml"
         statistics = read_stats(path) if path.is_file() else {key: {} for key in KEYS}
         if any(stored not in statistics[key] for stored in wanted.values() for key in ("mean", "std")):
@@ -179,7 +207,8 @@ class RegimeSource:
             self._open.popitem()[1].close()
 
     def _resolve_names(self) -> dict[str, str | None]:
-        schema = RegimeSchema(self.name, self.fields, ())  # refuses repeated names
+        RegimeSchema(self.name, self.fields, ())  # refuses repeated names
+        schema = RegimeSchema(self.name, self.present, ())
         if not schema.dynamic:
             raise ConfigError(f"regime {self.name!r}: none of the wanted fields changes in time")
         known = {f.name: f for f in self.fields}
@@ -206,7 +235,7 @@ class RegimeSource:
                 raise DataError(f"{file.path}: {what} is {ours}, but {first} in {self._first.path}")
         if not np.allclose(file.lengths, self._first.lengths, rtol=1e-4):
             raise DataError(f"{file.path}: lengths are {file.lengths}, but {self._first.lengths} in {self._first.path}")
-        for wanted in self.fields:
+        for wanted in self.present:
             self._check_field(file, wanted)
 
     def _check_field(self, file: TrajectoryFile, wanted: Field) -> None:
@@ -241,14 +270,29 @@ class RegimeSource:
         for field in fields:
             stop = start + field.num_components(len(self.grid))
             channels = out[:, start:stop]
-            stored = self._stored_name[field.name]
+            stored = self._stored_name[field.name] if field in self.present else None
             if stored is None:
                 channels[...] = 0.0
+            elif self.flat:
+                self._read_flat(field, file, trajectory, frames, channels)
             else:
-                self._handle(file).read(stored, trajectory, frames, channels[0] if field.static else channels)
-            if field.placement == "face" and self._placement(file, field) == "center":
-                average_to_faces(channels, self.boundary)
+                self._read_field(field, file, trajectory, frames, channels)
             start = stop
+
+    def _read_field(self, field: Field, file: TrajectoryFile, trajectory: int, frames: range, out: np.ndarray) -> None:
+        """Fill ``out`` [T, C, *grid of the file] with one field that the files have."""
+        stored = self._stored_name[field.name]
+        assert stored is not None
+        self._handle(file).read(stored, trajectory, frames, out[0] if field.static else out)
+        if field.placement == "face" and self._placement(file, field) == "center":
+            average_to_faces(out, file.boundary)
+
+    def _read_flat(self, field: Field, file: TrajectoryFile, trajectory: int, frames: range, out: np.ndarray) -> None:
+        """`_read_field` of a file of two dimensions into equal layers; a vector's third component is zero."""
+        layer = np.empty((len(out), field.num_components(2), *file.grid), dtype=np.float32)
+        self._read_field(field, file, trajectory, frames, layer)
+        out[:, : layer.shape[1]] = layer[..., None]
+        out[:, layer.shape[1] :] = 0.0
 
     def _handle(self, file: TrajectoryFile) -> TrajectoryFile:
         """``file``, noted as used last; the one unused for longest is closed when too many are open."""

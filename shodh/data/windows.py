@@ -50,7 +50,8 @@ class WindowDataset(Dataset[dict[str, Any]]):
     """Normalised windows of one split of one regime (map-style, so that a sampler decides the order).
 
     An item is a dict: ``fields`` float32 ``[T, C, *grid]`` with ``T = history + horizon`` and the channels of the
-    dynamic fields in order, components x, y, z; ``static`` float32 ``[S, *grid]``, as stored; ``regime``,
+    dynamic fields in order, components x, y, z; ``static`` float32 ``[S, *grid]``, as `Field.static_scale` says (as
+    stored without a normaliser); channels of absent fields are zero; ``regime``,
     ``trajectory`` (its number in the split) and ``frame`` (the first one), int.
 
     Parameters
@@ -108,6 +109,7 @@ class WindowDataset(Dataset[dict[str, Any]]):
         self.source.read_static(self.split, trajectory, static.numpy())
         if self.normalizer is not None:
             self.normalizer.normalize_(fields, self.source.name)
+            self.normalizer.normalize_static_(static, self.source.name)
         return {
             "fields": fields,
             "static": static,

@@ -1,4 +1,4 @@
-"""Boxes and what the models see of them: boundary, spacing, solids and walls as input channels."""
+"""Boxes and what the models see of them: boundary, spacing, solids, walls and absent fields as input channels."""
 
 from __future__ import annotations
 
@@ -17,10 +17,30 @@ NUM_WALL_CHANNELS = 3
 
 @dataclass(frozen=True)
 class Domain:
-    """A box: boundary and length of each axis. The geometry of a sample, given with it, never its regime's name."""
+    """A box and what exists in it: given with a sample, never its regime's name.
+
+    Parameters
+    ----------
+    boundary, lengths
+        Of each axis; lengths in the units of the file.
+    presence : tuple of (str, bool)
+        Whether each of the fields that some regime of the run lacks exists here, in the order of the vocabulary.
+    floors : tuple of (str, float)
+        Normalised value that stands for zero, of each positive field.
+    flat : bool
+        Fields of two dimensions, as equal layers along z; vectors have no third component.
+    """
 
     boundary: tuple[Boundary, Boundary, Boundary]
     lengths: tuple[float, float, float]
+    presence: tuple[tuple[str, bool], ...] = ()
+    floors: tuple[tuple[str, float], ...] = ()
+    flat: bool = False
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Names of the fields that do not exist here."""
+        return tuple(name for name, there in self.presence if not there)
 
     def spacing(self, grid: Sequence[int]) -> tuple[float, float, float]:
         """Cell sizes on a grid, in the units of the file."""
@@ -28,25 +48,37 @@ class Domain:
         return x, y, z
 
     def to_dict(self) -> dict[str, Any]:
-        return {"boundary": list(self.boundary), "lengths": list(self.lengths)}
+        return {
+            "boundary": list(self.boundary),
+            "lengths": list(self.lengths),
+            "presence": dict(self.presence),
+            "floors": dict(self.floors),
+            "flat": self.flat,
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Domain:
-        return cls(tuple(values["boundary"]), tuple(values["lengths"]))
+        presence, floors = (tuple(values.get(key, {}).items()) for key in ("presence", "floors"))
+        flat = bool(values.get("flat", False))
+        return cls(tuple(values["boundary"]), tuple(values["lengths"]), presence, floors, flat)
 
 
 def add_walls(static: Tensor, domain: Domain) -> Tensor:
-    """Append one channel an axis that is 1 in the cells next to a wall: ``[B, S, X, Y, Z] -> [B, S + 3, X, Y, Z]``.
+    """Static fields with what a domain says: ``[B, S, X, Y, Z] -> [B, S + 3 + P, X, Y, Z]``.
 
-    Convolutions wrap around on every axis; through these channels they learn where nothing wraps.
+    One channel an axis is 1 in the cells next to a wall and -1 in those next to an open end: convolutions wrap around
+    on every axis, and learn through these where nothing wraps. One constant channel a field of `Domain.presence` is 1
+    where the field exists: absent is not zero.
     """
     walls = static.new_zeros(static.shape[0], NUM_WALL_CHANNELS, *static.shape[2:])
     for axis, boundary in enumerate(domain.boundary):
-        if boundary == "wall":
+        if boundary != "periodic":
+            mark = 1.0 if boundary == "wall" else -1.0
             channel = walls[:, axis]
-            channel.narrow(axis + 1, 0, 1).fill_(1.0)
-            channel.narrow(axis + 1, channel.shape[axis + 1] - 1, 1).fill_(1.0)
-    return torch.cat((static, walls), 1)
+            channel.narrow(axis + 1, 0, 1).fill_(mark)
+            channel.narrow(axis + 1, channel.shape[axis + 1] - 1, 1).fill_(mark)
+    flags = static.new_tensor([float(there) for _, there in domain.presence]).view(1, -1, 1, 1, 1)
+    return torch.cat((static, walls, flags.expand(len(static), -1, *static.shape[2:])), 1)
 
 
 def static_features(geometry: Tensor) -> Tensor:
@@ -56,9 +88,9 @@ def static_features(geometry: Tensor) -> Tensor:
     return cells.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
 
 
-def num_static_features(num_static_fields: int) -> int:
-    """Channels of `static_features` for this many static fields."""
-    return 8 * (num_static_fields + NUM_WALL_CHANNELS)
+def num_static_features(num_static_fields: int, num_optional: int = 0) -> int:
+    """Channels of `static_features` for this many static fields, and fields that may be absent."""
+    return 8 * (num_static_fields + NUM_WALL_CHANNELS + num_optional)
 
 
 def extend_into_solids(scalar: Tensor, solid: Tensor, reach: int = 7) -> Tensor:

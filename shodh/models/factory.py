@@ -13,7 +13,8 @@ from shodh.moe.experts import ExpertLayerReference
 def build_tokenizer(config: RunConfig) -> Tokenizer:
     """The tokenizer of a run, on the current default device; weights are not drawn yet."""
     fields = [f.build() for f in config.data.fields]
-    return Tokenizer(config.tokenizer, [f for f in fields if not f.static], [f for f in fields if f.static])
+    schemas = [config.data.present(regime) for regime in config.data.regimes]
+    return Tokenizer(config.tokenizer, [f for f in fields if not f.static], [f for f in fields if f.static], schemas)
 
 
 def build_operator(
@@ -24,7 +25,7 @@ def build_operator(
     return LatentTransformer(
         config.operator,
         config.tokenizer.latent_channels,
-        num_static_features(num_static),
+        num_static_features(num_static, len(config.data.optional)),
         config.latent_grid,
         config.data.history,
         expert_layer,

@@ -3,12 +3,17 @@
 The network emits a face field; `shodh.ops.helmholtz_potential` takes the vector potential and the harmonic part (one
 constant per periodic axis) of its divergence-free part, and `shodh.ops.decode_velocity` turns them into a velocity
 whose discrete divergence is zero. A network that emits the potential itself learns the large scales far more slowly.
+
+Regimes may have different fields. The channels are those of the whole vocabulary; which of them exist is said by
+constant channels of the geometry (`shodh.models.domain.add_walls`), which every convolution of the networks sees. The
+networks are shared; each set of fields has its own linear basis and its own statistics of latents (`SchemaBasis`).
+Absent channels enter as zeros and leave as zeros.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,11 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh.config import TokenizerConfig
+from shodh.errors import ConfigError
 from shodh.fields import Field
+from shodh.models.basis import PATCH, PatchBasis, SchemaBasis
 from shodh.models.domain import NUM_WALL_CHANNELS, Domain, extend_into_solids
 from shodh.ops import decode_velocity, helmholtz_potential
 
-PATCH = 8  # cells of the field per latent cell and axis
+__all__ = ["PATCH", "PatchBasis", "Potential", "Tokenizer", "existing_channels", "field_slices", "relative_spacing"]
 
 
 class Potential(NamedTuple):
@@ -37,6 +44,17 @@ def field_slices(fields: Sequence[Field]) -> dict[str, slice]:
         stop = start + f.num_components(3)
         slices[f.name] = slice(start, stop)
         start = stop
+    return slices
+
+
+def existing_channels(fields: Sequence[Field], domain: Domain) -> dict[str, slice]:
+    """`field_slices` of the fields that exist in a domain; without the third component of vectors in a flat one."""
+    slices = {
+        f.name: s for f, s in zip(fields, field_slices(fields).values(), strict=True) if f.name not in domain.absent
+    }
+    kinds = {f.name: f.kind for f in fields}
+    if domain.flat:
+        slices = {n: slice(s.start, s.stop - (kinds[n] == "vector")) for n, s in slices.items()}
     return slices
 
 
@@ -57,51 +75,6 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         return x + self.conv2(F.silu(self.norm2(h)))
-
-
-class PatchBasis(nn.Module):
-    """Principal components of 8^3 patches: the linear part of the autoencoder, fixed before training.
-
-    ``encode`` and ``decode`` are transposes of each other: the best linear autoencoder of its size on the patches it
-    was fitted to. The networks beside it learn what a linear map cannot. Zero until `fit`.
-    """
-
-    weight: Tensor
-    scale: Tensor
-
-    def __init__(self, channels: int, latent_channels: int) -> None:
-        super().__init__()
-        self.channels = channels
-        self.register_buffer("weight", torch.zeros(latent_channels, channels * PATCH**3))
-        self.register_buffer("scale", torch.ones(1))
-
-    @staticmethod
-    def patches(fields: Tensor) -> Tensor:
-        """``[B, C, X, Y, Z] -> [B, C * 8^3, X/8, Y/8, Z/8]``."""
-        cells = fields.unflatten(4, (-1, PATCH)).unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))
-        return cells.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
-
-    @torch.no_grad()
-    def fit(self, patches: Tensor) -> None:
-        """Set the components from patches ``[N, C * 8^3]``; latents then have a root mean square of one."""
-        covariance = patches.double().T @ patches.double() / len(patches)
-        values, vectors = torch.linalg.eigh(covariance)
-        count = min(len(self.weight), vectors.shape[1])
-        chosen = vectors[:, -count:].flip(1)
-        # An eigenvector's sign is arbitrary: make its largest entry positive, so that machines agree.
-        rows = chosen.abs().argmax(0)
-        chosen = chosen * chosen.gather(0, rows.view(1, -1)).sign()
-        self.weight.zero_()
-        self.weight[:count].copy_(chosen.T)
-        self.scale.copy_((values[-count:].clamp(min=0).sum() / len(self.weight)).sqrt().clamp(min=1e-6).view(1))
-
-    def encode(self, fields: Tensor) -> Tensor:
-        return torch.einsum("bpxyz,lp->blxyz", self.patches(fields), self.weight.float() / self.scale.float())
-
-    def decode(self, latent: Tensor) -> Tensor:
-        cells = torch.einsum("blxyz,lp->bpxyz", latent, self.weight.float() * self.scale.float())
-        cells = cells.unflatten(1, (self.channels, PATCH, PATCH, PATCH)).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        return cells.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 class Encoder(nn.Module):
@@ -175,16 +148,36 @@ class Tokenizer(nn.Module):
         Dynamic fields in channel order, a vector taking three channels; solenoidal vectors are decoded exactly.
     static : sequence of Field
         Static fields given with every sample (solid mask and the like), in channel order.
+    schemas : sequence of collections of str, optional
+        Names of the fields of each regime; by default there is one that has all.
     """
 
     latent_mean: Tensor
     latent_std: Tensor
 
-    def __init__(self, config: TokenizerConfig, fields: Sequence[Field], static: Sequence[Field]) -> None:
+    def __init__(
+        self,
+        config: TokenizerConfig,
+        fields: Sequence[Field],
+        static: Sequence[Field],
+        schemas: Sequence[Collection[str]] | None = None,
+    ) -> None:
         super().__init__()
         self.fields = tuple(fields)
         self.num_channels = sum(f.num_components(3) for f in self.fields)
-        num_geometry = sum(f.num_components(3) for f in static) + NUM_WALL_CHANNELS
+        schemas = [[f.name for f in (*fields, *static)]] if schemas is None else schemas
+        self.optional = [f.name for f in (*fields, *static) if f.optional]
+        num_geometry = sum(f.num_components(3) for f in static) + NUM_WALL_CHANNELS + len(self.optional)
+        slices = field_slices(self.fields)
+        heads: dict[str, list[int]] = {}
+        #: Number of the head of each known combination of presence flags.
+        self._head_of: dict[tuple[bool, ...], int] = {}
+        for schema in schemas:
+            names = [f.name for f in self.fields if f.name in schema]
+            channels = [c for name in names for c in range(slices[name].start, slices[name].stop)]
+            heads.setdefault("+".join(names), channels)
+            flags = tuple(name in schema for name in self.optional)
+            self._head_of[flags] = list(heads).index("+".join(names))
         masks = {name: where.start for name, where in field_slices(static).items()}
         #: (channel of a masked scalar, channel of its mask in the geometry)
         self.masked = [
@@ -192,18 +185,50 @@ class Tokenizer(nn.Module):
             for f in self.fields
             if f.masked_by is not None
         ]
-        self.basis = PatchBasis(self.num_channels, config.latent_channels)
+        self.basis = SchemaBasis(heads, self.num_channels, config.latent_channels)
         self.encoder = Encoder(self.num_channels + num_geometry, config)
         self.decoder = Decoder(num_geometry, self.num_channels, config)
-        self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
-        self.register_buffer("latent_std", torch.ones(config.latent_channels))
+        self.register_buffer("latent_mean", torch.zeros(len(heads), config.latent_channels))
+        self.register_buffer("latent_std", torch.ones(len(heads), config.latent_channels))
+
+    def presence(self, geometry: Tensor) -> Tensor:
+        """Which of the `optional` fields exist, read from the geometry: ``[B, G, X, Y, Z] -> [B, P]``, 0 or 1."""
+        return geometry[:, geometry.shape[1] - len(self.optional) :, 0, 0, 0]
+
+    def head(self, geometry: Tensor) -> Tensor:
+        """Number of the linear basis and the latent statistics of each sample, ``[B]``."""
+        if len(self._head_of) == 1:
+            return torch.zeros(len(geometry), dtype=torch.long, device=geometry.device)
+        flags = [tuple(bool(flag) for flag in row) for row in self.presence(geometry).tolist()]
+        for row in flags:
+            if row not in self._head_of:
+                there = [name for name, flag in zip(self.optional, row, strict=True) if flag]
+                raise ConfigError(f"no regime that this tokenizer was made for has, of {self.optional}, just {there}")
+        return torch.tensor([self._head_of[row] for row in flags], device=geometry.device)
+
+    def exists(self, geometry: Tensor) -> Tensor:
+        """1 where a field exists in a cell, else 0: ``[B, C, X, Y, Z]``, or ``[B, C, 1, 1, 1]`` without masks."""
+        shape = geometry.shape[2:] if self.masked else (1, 1, 1)
+        exists = geometry.new_ones(len(geometry), self.num_channels, *shape)
+        for channel, mask in self.masked:
+            exists[:, channel] = 1 - geometry[:, mask]
+        slices, presence = field_slices(self.fields), self.presence(geometry)
+        for number, name in enumerate(self.optional):
+            if name in slices:
+                exists[:, slices[name]] *= presence[:, number].view(-1, 1, 1, 1, 1)
+        return exists
 
     def encode(self, fields: Tensor, geometry: Tensor) -> Tensor:
         """Normalised fields ``[B, C, X, Y, Z]`` and geometry ``[B, G, X, Y, Z]`` -> latents ``[B, L, x, y, z]``."""
         dtype = self.encoder.out.weight.dtype
-        fields = self.fill(fields, geometry)
-        latent = self.basis.encode(fields) + self.encoder(torch.cat((fields, geometry), 1).to(dtype)).float()
-        return (latent - self.latent_mean.view(1, -1, 1, 1, 1)) / self.latent_std.view(1, -1, 1, 1, 1)
+        fields, head = self.fill(fields, geometry), self.head(geometry)
+        latent = self.basis.encode(fields, head) + self.encoder(torch.cat((fields, geometry), 1).to(dtype)).float()
+        mean, std = self._latent_statistics(head)
+        return (latent - mean) / std
+
+    def _latent_statistics(self, head: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (values[head].view(len(head), -1, 1, 1, 1) for values in (self.latent_mean, self.latent_std))
+        return mean, std
 
     def fill(self, fields: Tensor, geometry: Tensor) -> Tensor:
         """Fields with masked scalars continued smoothly to where they do not exist."""
@@ -216,19 +241,17 @@ class Tokenizer(nn.Module):
 
     def emit(self, latent: Tensor, geometry: Tensor) -> Tensor:
         """What the decoder network emits, ``[B, C, X, Y, Z]``: scalars, and of every solenoidal vector a face field
-        whose divergence-free part is meant."""
-        latent = latent * self.latent_std.view(1, -1, 1, 1, 1) + self.latent_mean.view(1, -1, 1, 1, 1)
+        whose divergence-free part is meant; zero where a field does not exist."""
+        head = self.head(geometry)
+        mean, std = self._latent_statistics(head)
+        latent = latent * std + mean
         correction: Tensor = self.decoder(latent.to(self.encoder.out.weight.dtype), geometry)
-        emitted = self.basis.decode(latent) + correction
-        if not self.masked:
-            return emitted
-        exists = torch.ones_like(emitted)
-        for channel, mask in self.masked:
-            exists[:, channel] = 1 - geometry[:, mask]
-        return emitted * exists
+        emitted = self.basis.decode(latent, head) + correction
+        return emitted * self.exists(geometry) if self.masked or self.optional else emitted
 
     def potentials(self, emitted: Tensor, domain: Domain) -> dict[str, Potential]:
         """Vector potential and harmonic part of each solenoidal field, for samples that share one domain."""
+        emitted = self._flatten(emitted, domain)
         spacing = relative_spacing(domain, emitted.shape[2:])
         slices = field_slices(self.fields)
         return {
@@ -236,20 +259,34 @@ class Tokenizer(nn.Module):
                 *helmholtz_potential(emitted[:, slices[f.name]], spacing=spacing, boundary=domain.boundary)
             )
             for f in self.fields
-            if f.solenoidal
+            if f.solenoidal and f.name not in domain.absent
         }
+
+    def _flatten(self, emitted: Tensor, domain: Domain) -> Tensor:
+        """What is emitted in a flat domain: the mean over its equal layers, vectors without a component across."""
+        if not domain.flat:
+            return emitted
+        emitted = emitted.mean(4, keepdim=True).expand_as(emitted).clone()
+        for f in self.fields:
+            if f.kind == "vector":
+                emitted[:, field_slices(self.fields)[f.name].stop - 1] = 0
+        return emitted
 
     def assemble(self, emitted: Tensor, domain: Domain, *, exact: bool = False) -> Tensor:
         """Fields ``[B, C, X, Y, Z]`` of samples that share one domain, from `emit`."""
+        emitted = self._flatten(emitted, domain)
         spacing = relative_spacing(domain, emitted.shape[2:])
         potentials = self.potentials(emitted, domain)
+        floors = dict(domain.floors)
         parts = []
         for f in self.fields:
-            if f.solenoidal:
+            if f.name in potentials:
                 potential, harmonic = potentials[f.name]
                 parts.append(
                     decode_velocity(potential, harmonic, spacing=spacing, boundary=domain.boundary, exact=exact)
                 )
+            elif f.positive and f.name in floors:
+                parts.append(keep_above(emitted[:, field_slices(self.fields)[f.name]], floors[f.name]))
             else:
                 parts.append(emitted[:, field_slices(self.fields)[f.name]])
         return torch.cat(parts, 1)
@@ -282,6 +319,20 @@ class Tokenizer(nn.Module):
         """Reconstruction and latents, for training."""
         latent = self.encode(fields, geometry)
         return self.decode(latent, geometry, domains, index), latent
+
+
+def keep_above(values: Tensor, floor: float, width: float = 0.01) -> Tensor:
+    """Keep normalised values of a positive field above the ``floor`` that zero has become, smoothly.
+
+    With ``z = values - floor`` and ``w = width``: ``p(z) = z`` for ``z >= w``, else ``w^2 / (2 w - z)``. Continuous
+    with its first derivative, increasing, positive for every ``z``; its inverse is ``z = 2 w - w^2 / p`` below ``w``.
+    Data farther than ``w`` (a hundredth of a standard deviation) from zero pass unchanged, data between zero and ``w``
+    are raised by at most ``w / 2``; so it is applied to what is decoded alone, and the truth is never transformed. A
+    value of exactly zero in a field with the floor zero does not exist (`Field.masked_by`), and stays.
+    """
+    z = values - floor
+    kept = torch.where(z >= width, values, floor + width**2 / (2 * width - z.clamp(max=width)))
+    return torch.where(values == 0, values, kept) if floor == 0 else kept
 
 
 def relative_spacing(domain: Domain, grid: Sequence[int]) -> tuple[float, float, float]:

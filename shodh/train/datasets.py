@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shodh.config import DataConfig, RegimeConfig, RunConfig
 from shodh.data import FieldNormalizer, MixtureLoader, MixtureSampler, RegimeSource, Split
@@ -15,6 +16,7 @@ from shodh.data.loader import SampleDataset
 from shodh.errors import DataError
 from shodh.fields import Field
 from shodh.models.domain import Domain
+from shodh.models.tokenizer import existing_channels, field_slices
 from shodh.topology import Topology
 from shodh.train.runtime import rank
 
@@ -33,11 +35,27 @@ class Regimes:
 
     @property
     def dynamic(self) -> tuple[Field, ...]:
-        return self.sources[0].schema.dynamic
+        """Fields of the vocabulary that change in time, in the order of the channels."""
+        return self.sources[0].dynamic
 
-    @property
-    def num_static(self) -> int:
-        return self.sources[0].num_static_channels
+    def fields_of(self, number: int) -> tuple[Field, ...]:
+        """Fields that change in time and exist in one regime."""
+        return self.sources[number].schema.dynamic
+
+    def channels(self, number: int) -> dict[str, slice]:
+        """Channels of the fields that exist in one regime; of vectors, the components that do."""
+        return existing_channels(self.dynamic, self.domains[number])
+
+    def solid_channel(self, number: int) -> int | None:
+        """Static channel of the field ``solid``, None where the regime has none."""
+        source = self.sources[number]
+        slices = field_slices(source.static)
+        return slices["solid"].start if "solid" in {f.name for f in source.schema.static} else None
+
+    def presence(self, index: Tensor) -> Tensor:
+        """1 where a dynamic field exists in the regime of a sample: ``[B] -> [B, F]``."""
+        table = [[float(f.name not in domain.absent) for f in self.dynamic] for domain in self.domains]
+        return torch.tensor(table, device=index.device)[index]
 
 
 def opening(regime: RegimeConfig) -> dict[str, Any]:
@@ -66,18 +84,50 @@ def open_regimes(config: DataConfig, normalizer: FieldNormalizer | None = None) 
         if regime.placement is not None:
             placement = {f.name: regime.placement for f in fields if f.kind == "vector"}
         source = RegimeSource(
-            regime.name, regime.path, fields, mapping=regime.fields, placement=placement, **opening(regime)
+            regime.name,
+            regime.path,
+            fields,
+            mapping=regime.fields,
+            placement=placement,
+            only=config.present(regime),
+            layers=config.cells[2],
+            **opening(regime),
         )
-        if tuple(source.grid) != config.grid:
+        if source.grid != config.cells:
+            found = list(source.grid[:2] if source.flat else source.grid)
             raise DataError(
-                f"{regime.path}: the fields are {list(source.grid)}, and data.grid is {list(config.grid)}; use "
-                f"--set data.grid={list(source.grid)} or other data"
+                f"{regime.path}: the fields are {found}, and data.grid is {list(config.grid)}; all regimes of a run "
+                f"have one grid: use --set data.grid={found} or other data"
             )
         sources.append(source)
     if normalizer is None:
         normalizer = FieldNormalizer.from_sources(sources)
-    domains = [Domain(tuple(s.boundary), tuple(s.lengths)) for s in sources]  # type: ignore[arg-type]
-    return Regimes(sources, normalizer, domains)
+    for source in sources:
+        _check_constants(source, normalizer)
+    return Regimes(sources, normalizer, [domain_of(source, normalizer) for source in sources])
+
+
+def domain_of(source: RegimeSource, normalizer: FieldNormalizer) -> Domain:
+    """What the models are told of a regime's samples beside their fields."""
+    (bx, by, bz), (x, y, z) = source.boundary, source.lengths
+    present = {f.name for f in source.present}
+    optional = sorted((f for f in source.fields if f.optional), key=lambda f: f.static)
+    constants = normalizer.constants[source.name]
+    floors = [(f.name, -constants[f.name][0] / constants[f.name][1]) for f in source.schema.dynamic if f.positive]
+    return Domain(
+        (bx, by, bz), (x, y, z), tuple((f.name, f.name in present) for f in optional), tuple(floors), source.flat
+    )
+
+
+def _check_constants(source: RegimeSource, normalizer: FieldNormalizer) -> None:
+    """The fields of a regime are those that it was normalised with."""
+    needed = {f.name for f in source.present if not f.static or f.static_scale != "none"}
+    known = set(normalizer.constants[source.name])
+    if needed != known:
+        raise DataError(
+            f"regime {source.name!r} has the fields {sorted(needed)}, and the tokenizer was trained on {sorted(known)} "
+            "of it; make data.regimes[..].only agree, or train the tokenizer anew"
+        )
 
 
 def training_splits(config: RunConfig) -> tuple[tuple[Split, int], ...]:

@@ -20,10 +20,11 @@ from tqdm import tqdm
 from shodh.config import RunConfig
 from shodh.data import LatentWindowDataset, Split, WindowDataset
 from shodh.errors import CheckpointError
+from shodh.fields import AXES
 from shodh.models.domain import Domain, add_walls
 from shodh.models.factory import build_operator
 from shodh.models.operator import LatentTransformer
-from shodh.models.tokenizer import Potential, Tokenizer, field_slices, relative_spacing
+from shodh.models.tokenizer import Potential, Tokenizer, relative_spacing
 from shodh.moe.routing import count_by_regime, regime_information
 from shodh.ops import decode_velocity, divergence, face_flux
 from shodh.train.checkpoint import WEIGHTS, load_into, load_weights, read_manifest
@@ -55,9 +56,10 @@ class Means:
 
 @dataclass
 class Example:
-    """One window for the figures: normalised fields ``[C, X, Y, Z]`` and the solid mask."""
+    """One window for the figures: normalised fields ``[C, X, Y, Z]``, those that exist, and the solid mask."""
 
     regime: str
+    labels: list[str]
     truth: Tensor
     prediction: Tensor
     solid: Tensor | None
@@ -134,7 +136,9 @@ class RegimeEvaluation:
         self.number = number
         self.domain: Domain = evaluator.regimes.domains[number]
         self.name = evaluator.regimes.names[number]
-        self.slices = field_slices(evaluator.regimes.dynamic)
+        self.slices = evaluator.regimes.channels(number)
+        self.channels = [c for s in self.slices.values() for c in range(s.start, s.stop)]
+        self.solid = evaluator.regimes.solid_channel(number)
         self.means = Means()
         self.table: Tensor | None = None
         self.divergence = DivergenceMeter(evaluator, number)
@@ -146,7 +150,8 @@ class RegimeEvaluation:
         return self.e.tokenizer.assemble(emitted, self.domain), emitted
 
     def _add_errors(self, kind: str, prediction: Tensor, target: Tensor) -> None:
-        self.means.add(f"decoded_mse/{kind}", (prediction - target).square().flatten(1).mean(1))
+        error = (prediction - target)[:, self.channels]
+        self.means.add(f"decoded_mse/{kind}", error.square().flatten(1).mean(1))
         for name, channels in self.slices.items():
             u, v = prediction[:, channels], target[:, channels]
             self.means.add(f"l2re/{name}/{kind}", relative_l2(u, v))
@@ -166,8 +171,8 @@ class RegimeEvaluation:
         self._add_errors("persistence", fields[:, history - 1], truth)
         self._add_errors("tokenizer", self._decode(target, geometry)[0], truth)
         self.divergence.add(self.e.tokenizer.potentials(emitted, self.domain))
-        if self.e.regimes.num_static:
-            self._add_solid_speed(prediction, static[:, 0])
+        if self.solid is not None:
+            self._add_solid_speed(prediction, static[:, self.solid])
         if output.routing:
             count = len(self.e.regimes.names)
             label = torch.full((len(latents),), self.number, device=latents.device)
@@ -175,12 +180,22 @@ class RegimeEvaluation:
             table = torch.stack(counts).cpu()
             self.table = table if self.table is None else self.table + table
         if self.example is None:
-            solid = static[0, 0].cpu() if self.e.regimes.num_static else None
-            self.example = Example(self.name, truth[0].cpu(), prediction[0].cpu(), solid)
+            solid = None if self.solid is None else static[0, self.solid].cpu()
+            shown = [values[0, self.channels].cpu() for values in (truth, prediction)]
+            self.example = Example(self.name, self._labels(), shown[0], shown[1], solid)
+
+    def _labels(self) -> list[str]:
+        """A name for each existing channel."""
+        kinds = {f.name: f.kind for f in self.e.regimes.dynamic}
+        return [
+            f"{name} {axis}" if kinds[name] == "vector" else name
+            for name, s in self.slices.items()
+            for axis in AXES[: s.stop - s.start]
+        ]
 
     def _add_solid_speed(self, prediction: Tensor, solid: Tensor) -> None:
         """Speed inside solids over the mean speed in the fluid: the decode conserves mass, it does not know no-slip."""
-        for f in self.e.regimes.dynamic:
+        for f in self.e.regimes.fields_of(self.number):
             if f.solenoidal:
                 speed = prediction[:, self.slices[f.name]].square().sum(1)
                 inside = (speed * solid).flatten(1).sum(1) / solid.flatten(1).sum(1).clamp(min=1)
@@ -232,9 +247,9 @@ class DivergenceMeter:
         regimes = evaluator.regimes
         domain = regimes.domains[number]
         self._domain = domain
-        self._spacing = domain.spacing(evaluator.config.data.grid)
+        self._spacing = domain.spacing(evaluator.config.data.cells)
         constants = regimes.normalizer.constants[regimes.names[number]]
-        self._scale = {f.name: constants[f.name][1] for f in regimes.dynamic}
+        self._scale = {f.name: constants[f.name][1] for f in regimes.fields_of(number)}
         self._max: dict[str, float] = {}
         self._square: dict[str, list[float]] = {}
 

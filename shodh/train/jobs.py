@@ -18,15 +18,16 @@ from shodh.config import RunConfig, TrainConfig, to_dict
 from shodh.data import WindowDataset
 from shodh.errors import CheckpointError, ConfigError
 from shodh.files import atomic_path, write_atomically
+from shodh.models.basis import PATCH, PatchBasis
 from shodh.models.domain import add_walls
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
-from shodh.models.tokenizer import PATCH, Tokenizer
+from shodh.models.tokenizer import Tokenizer
 from shodh.topology import Topology, plan_topology
 from shodh.train.checkpoint import WEIGHTS, load_into, load_weights, read_manifest, verify_checkpoint
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.engine import build_engine, load_deepspeed_config
-from shodh.train.latents import TOKENIZER_FILE, encode_frames, open_for_operator, prepare_latents
+from shodh.train.latents import TOKENIZER_FILE, open_for_operator, prepare_latents
 from shodh.train.loop import Task, Trainer
 from shodh.train.operator_task import OperatorTask
 from shodh.train.run_folder import RunFolder
@@ -140,24 +141,31 @@ def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
 
 
 def training_frames(regimes: Regimes, count: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """``(regime, item)`` of about ``count`` frames spread evenly over the training data, the same number a regime."""
+    """``(regime, item)`` of ``count`` frames of each regime, evenly over its training data; fewer if it has less."""
     for number, source in enumerate(regimes.sources):
         data = WindowDataset(source, "train", history=1, horizon=0, normalizer=regimes.normalizer)
-        share = min(max(1, count // len(regimes.sources)), len(data))
+        share = min(count, len(data))
         for index in torch.linspace(0, len(data) - 1, share).long().tolist():
             yield number, data[index]
 
 
-def fit_basis(model: Tokenizer, regimes: Regimes, frames: int = 128, patches: int = 16384) -> None:
-    """Set the tokenizer's linear part from training frames; rank 0 decides, so that all ranks have the same bits."""
+def fit_basis(model: Tokenizer, regimes: Regimes, frames: int = 64, patches: int = 8192) -> None:
+    """Set the tokenizer's linear part from training frames; rank 0 decides, so that all ranks have the same bits.
+
+    ``frames`` and ``patches`` are those of a regime. Each set of fields has a basis of its own, from the regimes that
+    have these fields.
+    """
     if rank() == 0:
-        chosen = []
+        chosen: dict[int, list[Tensor]] = {}
         total = frames * math.prod(n // PATCH for n in regimes.sources[0].grid)
         for number, item in training_frames(regimes, frames):
             geometry = add_walls(item["static"][None], regimes.domains[number])
-            rows = model.basis.patches(model.fill(item["fields"], geometry)).flatten(2)[0].T
-            chosen.append(rows[:: max(1, total // patches)])
-        model.basis.fit(torch.cat(chosen))
+            head = int(model.head(geometry))
+            fields = model.fill(item["fields"], geometry)[:, model.basis.channels[head]]
+            rows = PatchBasis.patches(fields).flatten(2)[0].T
+            chosen.setdefault(head, []).append(rows[:: max(1, total // patches)])
+        for head, basis in enumerate(model.basis.heads.values()):
+            basis.fit(torch.cat(chosen[head]))  # type: ignore[operator]
     if dist.is_initialized() and dist.get_world_size() > 1:
         for buffer in model.basis.buffers():
             value = buffer.to("cuda") if dist.get_backend() == "nccl" else buffer
@@ -169,18 +177,19 @@ def fit_basis(model: Tokenizer, regimes: Regimes, frames: int = 128, patches: in
 def _with_latent_statistics(
     config: RunConfig, regimes: Regimes, weights: Path, device: torch.device
 ) -> dict[str, Tensor]:
-    """Weights with mean and standard deviation of each latent channel over training frames put in."""
+    """Weights with mean and standard deviation of each latent channel put in, over training frames of each head."""
     model = build_tokenizer(config)
     state = load_weights(weights)
     load_into(model, state, weights)
     model.to(device).eval()
-    parts = []
-    for number, item in training_frames(regimes, 256):
-        latent, _ = encode_frames(model, regimes.domains[number], item["fields"], item["static"][None], device)
-        parts.append(latent[0].flatten(1).cpu())
-    values = torch.cat(parts, 1).double()
-    std = values.std(1).clamp(min=1e-6)
-    return {**state, "latent_mean": values.mean(1).float(), "latent_std": std.float()}
+    parts: dict[int, list[Tensor]] = {}
+    for number, item in training_frames(regimes, 128):
+        geometry = add_walls(item["static"][None].to(device), regimes.domains[number])
+        latent = model.encode(item["fields"].to(device), geometry)
+        parts.setdefault(int(model.head(geometry)), []).append(latent[0].flatten(1).cpu())
+    values = [torch.cat(parts[head], 1).double() for head in range(len(parts))]
+    mean, std = (torch.stack(rows).float() for rows in ([v.mean(1) for v in values], [v.std(1) for v in values]))
+    return {**state, "latent_mean": mean, "latent_std": std.clamp(min=1e-6)}
 
 
 def publish_tokenizer(config: RunConfig, regimes: Regimes, folder: RunFolder, device: torch.device) -> None:

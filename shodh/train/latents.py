@@ -82,7 +82,7 @@ def load_tokenizer(config: RunConfig) -> TrainedTokenizer:
         raise CheckpointError(
             f"the tokenizer in {folder.path} was trained on the regimes {list(normalizer.regimes)}, without {unknown}"
         )
-    model = build_tokenizer(config)
+    model = build_tokenizer(trained)
     load_into(model, load_weights(weights), weights)
     return TrainedTokenizer(model.eval().requires_grad_(False), normalizer, weights, checksum(weights))
 

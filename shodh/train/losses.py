@@ -54,6 +54,17 @@ def reconstruction_terms(prediction: Tensor, target: Tensor, fields: Sequence[Fi
     return terms
 
 
+def weigh_fields(terms: dict[str, Tensor], presence: Tensor, fields: Sequence[Field]) -> dict[str, Tensor]:
+    """Terms ``[B]`` by field, zero where a field is absent, the others raised so that every sample weighs the same.
+
+    ``presence`` is ``[B, F]``. The mean over all fields of the result is, for each sample, the mean over its own ones;
+    where all are present nothing changes.
+    """
+    weight = presence * (presence.shape[1] / presence.sum(1, keepdim=True))
+    column = {f.name: number for number, f in enumerate(fields)}
+    return {name: term * weight[:, column[name.split("/", 1)[1]]] for name, term in terms.items()}
+
+
 def reconstruction_loss(terms: dict[str, Tensor], weights: TokenizerLoss) -> Tensor:
     """Weighted mean over fields and samples of `reconstruction_terms`."""
     by_kind = {"relative_l2": weights.relative_l2, "gradient": weights.gradient, "spectral": weights.spectral}

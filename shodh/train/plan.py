@@ -167,7 +167,7 @@ def describe_plan(plan: Plan) -> str:
     utilisation = f"{ASSUMED_UTILISATION:.0%} of {PEAK_FLOPS[train.precision] / 1e12:.0f}"
     fits = memory.total / 2**30 < 0.9 * GPU_MEMORY_GIB
     total = plan.dense_parameters + plan.expert_parameters
-    grid, latent = " x ".join(map(str, config.data.grid)), " x ".join(map(str, config.latent_grid))
+    grid, latent = " x ".join(map(str, config.data.cells)), " x ".join(map(str, config.latent_grid))
     feed_forward = "dense feed-forward of equal active size"
     if experts.num_experts:
         feed_forward = (

@@ -14,12 +14,12 @@ from shodh.models.domain import Domain, add_walls
 from shodh.topology import Topology
 from shodh.train.datasets import Regimes, mixture_loader, training_splits
 from shodh.train.loop import Batch
-from shodh.train.losses import reconstruction_loss, reconstruction_terms
+from shodh.train.losses import reconstruction_loss, reconstruction_terms, weigh_fields
 from shodh.train.metrics import Metrics, MetricWriter, RegimeMeans
 
 
 def sample_geometry(static: Tensor, domains: Sequence[Domain], index: Tensor) -> Tensor:
-    """Static fields with wall channels, sample by sample: ``[B, S, X, Y, Z] -> [B, S + 3, X, Y, Z]``."""
+    """`add_walls`, sample by sample: ``[B, S, X, Y, Z] -> [B, S + 3 + P, X, Y, Z]``."""
     return torch.cat([add_walls(static[b : b + 1], domains[i]) for b, i in enumerate(index.tolist())])
 
 
@@ -51,6 +51,7 @@ class TokenizerTask:
 
     def loss(self, engine: Any, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         terms, latent = self._terms(engine, batch)
+        terms = weigh_fields(terms, self.regimes.presence(batch["regime"]), self.regimes.dynamic)
         metrics: Metrics = {f"train/{k}": (v.detach().mean(), "mean") for k, v in terms.items()}
         metrics["latent/std"] = (latent.detach().float().std(), "mean")
         return reconstruction_loss(terms, self.loss_config), metrics
@@ -66,12 +67,16 @@ class TokenizerTask:
 
     def validate(self, engine: Any, step: int) -> Metrics:
         means = RegimeMeans(self.regimes.names)
+        columns = {f.name: number for number, f in enumerate(self.regimes.dynamic)}
         for batch in self._loaders["valid"].iterate(0, self.valid_batches):
             batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
             terms, _ = self._terms(engine, batch)
+            presence = self.regimes.presence(batch["regime"])
             for name, values in terms.items():
-                if name.startswith("relative_l2"):
-                    means.add(name.replace("relative_l2", "relative_square"), values, batch["regime"])
+                kind, field = name.split("/", 1)
+                if kind == "relative_l2":
+                    there = presence[:, columns[field]] > 0
+                    means.add(f"relative_square/{field}", values[there], batch["regime"][there])
         return means.reduce("valid")
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ def test_tokenizer_commutes_with_shifts_by_whole_latent_cells_along_periodic_axe
     model = Tokenizer(config, FIELDS, (Field("solid", static=True),))
     initialise(model, 0)
     draw = torch.Generator().manual_seed(0)
-    model.basis.fit(torch.randn(300, 4 * PATCH**3, generator=draw))
+    model.basis.heads["velocity+tracer"].fit(torch.randn(300, 4 * PATCH**3, generator=draw))
     fields = torch.randn(1, 4, *GRID, generator=draw)
     solid = (torch.rand(1, 1, *GRID, generator=draw) < 0.3).float()
     cells = (2, 1, 0)
