@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -102,6 +103,7 @@ def _read_tif(path: str, shape: Sequence[int] | None, dtype: str | None) -> np.n
         import tifffile
     except ImportError as error:
         raise DataError(f"{path}: reading .tif needs the package tifffile (pip install tifffile)") from error
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs damage that is raised or harmless
     try:
         with tifffile.TiffFile(path) as file:
             claimed = int(file.series[0].nbytes) if file.series else 0

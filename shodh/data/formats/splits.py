@@ -143,9 +143,11 @@ def find_files(path: Path) -> dict[Split | None, list[Path]]:
     if path.is_file():
         return {None: [path]}
     folder = path / "data" if (path / "data").is_dir() else path
-    by_folder = {s: _data_files(folder / name) for name, s in _ALIASES.items() if (folder / name).is_dir()}
+    by_folder: dict[Split | None, list[Path]] = {
+        split: _data_files(folder / name) for name, split in _ALIASES.items() if (folder / name).is_dir()
+    }
     if by_folder:
-        return {split: files for split, files in by_folder.items()}
+        return by_folder
     loose = _data_files(folder) if folder.is_dir() else []
     by_name: dict[Split | None, list[Path]] = {}
     for file in loose:
