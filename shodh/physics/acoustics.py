@@ -58,7 +58,7 @@ class SoundField:
             self._kick(dt if step + 1 < steps else 0.5 * dt)
 
     def energy(self, dt: float) -> Tensor:
-        """Energy per cell ``[B]``, conserved by steps of ``dt``: mean of ``p^2 / 2 c^2 + v^2 / 2 - (dt grad p)^2 / 8``."""
+        """Mean of ``(p^2 / c^2 + v^2 - (dt grad p)^2 / 4) / 2``, ``[B]``: an energy that steps of ``dt`` conserve."""
         total = (self.pressure.square() / self.stiffness).flatten(1).mean(1)
         for component, slope in zip(self.velocity, self.slope(self.pressure)):
             total += (component.square() - 0.25 * dt**2 * slope.square()).flatten(1).mean(1)

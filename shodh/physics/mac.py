@@ -4,8 +4,8 @@ Equations, with density 1 and a uniform body force ``f`` along axis 1::
 
     du/dt + div(u u) = -grad p + div(nu (grad u + grad u^T)) + f,      div u = 0
 
-Internal axes are (0 wall-normal, 1 along, 2 across); axes 1 and 2 are periodic. The bed (below axis 0) is no-slip or
-free-slip, the lid free-slip. Layout and placement: :mod:`shodh.physics.operators`.
+Internal axes are (0 wall-normal, 1 along, 2 across); axes 1 and 2 are periodic. The bed (below axis 0) and the lid are
+no-slip or free-slip. Layout and placement: :mod:`shodh.physics.operators`.
 
 Scheme. Harlow & Welch (1965) placement; momentum fluxes from two-point averages in divergence form, which on a uniform
 grid is skew-symmetric for a discretely divergence-free velocity: advection neither makes nor destroys kinetic energy.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from shodh.physics.operators import divergence_padded, fill_periodic, inner, padded_like, shifted, subtract_gradient
 from shodh.physics.poisson import ChannelPoisson
-from shodh.physics.scalar import SSP_RK3, ScalarTransport
+from shodh.physics.scalar import SSP_RK3, Transported
 
 # Limits of stability on the imaginary axis (advection) and on the negative real axis (diffusion) of a three-stage
 # third-order Runge-Kutta scheme.
@@ -48,8 +48,8 @@ class ChannelFlow:
         Kinematic viscosity.
     force : float
         Body force per mass along axis 1.
-    no_slip_bed : bool
-        Otherwise the bed is free-slip, like the lid.
+    no_slip_bed, no_slip_lid : bool
+        Otherwise free-slip.
     frame_velocity : float
         Speed of the frame along axis 1.
     dtype, device
@@ -69,6 +69,7 @@ class ChannelFlow:
         viscosity: float,
         force: float = 0.0,
         no_slip_bed: bool = True,
+        no_slip_lid: bool = False,
         frame_velocity: float = 0.0,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
@@ -76,7 +77,7 @@ class ChannelFlow:
         self.space = tuple(space)
         self.spacing = tuple(length / n for length, n in zip(lengths, space))
         self.viscosity, self.force = viscosity, force
-        self.no_slip_bed, self.frame_velocity = no_slip_bed, frame_velocity
+        self.no_slip_bed, self.no_slip_lid, self.frame_velocity = no_slip_bed, no_slip_lid, frame_velocity
         like = torch.empty(0, dtype=dtype, device=device)
         self.velocity = padded_like(space, batch, components=3, like=like)
         self._tendency = torch.zeros(3, *space, batch, dtype=dtype, device=device)
@@ -115,12 +116,12 @@ class ChannelFlow:
         velocity, n0 = self.velocity, self.space[0]
         velocity[0, 0] = 0.0
         velocity[0, n0] = 0.0
-        velocity[1:, n0 + 1] = velocity[1:, n0]
-        if self.no_slip_bed:
-            torch.neg(velocity[1:, 1], out=velocity[1:, 0])
-            velocity[1, 0] -= 2.0 * self.frame_velocity
-        else:
-            velocity[1:, 0] = velocity[1:, 1]
+        for halo, cell, no_slip in ((0, 1, self.no_slip_bed), (n0 + 1, n0, self.no_slip_lid)):
+            if no_slip:
+                torch.neg(velocity[1:, cell], out=velocity[1:, halo])
+                velocity[1, halo] -= 2.0 * self.frame_velocity
+            else:
+                velocity[1:, halo] = velocity[1:, cell]
         fill_periodic(velocity, 2)
         fill_periodic(velocity, 3)
 
@@ -138,7 +139,7 @@ class ChannelFlow:
         subtract_gradient(self.velocity, pressure, self.spacing)
         self.fill_halos()
 
-    def step(self, dt: float | Tensor, scalar: ScalarTransport | None = None) -> None:
+    def step(self, dt: float | Tensor, scalar: Transported | None = None) -> None:
         """Advance by one step, and ``scalar`` (in the same moving frame) with the flow.
 
         ``dt`` may differ from flow to flow, ``[B]``; a flow whose ``dt`` is zero is left bitwise as it is.
@@ -159,7 +160,7 @@ class ChannelFlow:
             self.interior[..., resting] = self._start[..., resting]
             self.fill_halos()
 
-    def advance(self, interval: float, courant: float, scalar: ScalarTransport | None = None) -> Tensor:
+    def advance(self, interval: float, courant: float, scalar: Transported | None = None) -> Tensor:
         """Advance all flows by ``interval``, each with equal steps of its own.
 
         The steps of a flow follow from its velocity at the start of the interval, so they do not depend on the other

@@ -11,6 +11,7 @@ velocity is zero and the mask ``open_faces`` removes their diffusion.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,20 @@ from shodh.physics.operators import fill_periodic, inner, padded_like
 # c <- w c0 + (1 - w) (c + dt L(c)), with c0 the state at the start of the step.
 SSP_RK2 = (0.0, 0.5)
 SSP_RK3 = (0.0, 0.75, 1.0 / 3.0)
+
+
+class Transported(Protocol):
+    """A scalar that a flow can take along, stage by stage of its Runge-Kutta steps."""
+
+    @property
+    def diffusivity(self) -> float | Tensor:
+        """Bounds the step."""
+
+    def begin_step(self) -> None:
+        """Remember the state at the start of a step."""
+
+    def stage(self, velocity: Tensor, weight: float, dt: float | Tensor) -> None:
+        """One Shu-Osher stage in the flow's padded velocity at the start of the stage."""
 
 
 class ScalarTransport:
