@@ -23,9 +23,9 @@ from collections.abc import Iterable, Mapping
 import h5py
 import numpy as np
 
-from shodh.files import atomic_path
 from shodh.errors import DataError
 from shodh.fields import AXES, Boundary, Field, Trajectories
+from shodh.files import atomic_path
 
 TENSOR_GROUPS = ("t0_fields", "t1_fields", "t2_fields")
 BOUNDARY_CODES: dict[Boundary, str] = {"wall": "WALL", "periodic": "PERIODIC", "open": "OPEN"}
@@ -57,16 +57,24 @@ def write_trajectories(
     """
     _check(os.fspath(path), trajectories)
     with atomic_path(path) as temporary, h5py.File(temporary, "w", locking=False) as file:
-        _write_root(file, trajectories, attributes or {})
-        _write_dimensions(file, trajectories)
-        _write_boundaries(file, trajectories)
-        _write_scalars(file, trajectories)
-        _write_fields(file, trajectories)
+        for name, dataset in create_layout(file, trajectories, attributes or {}).items():
+            dataset[...] = trajectories.values[name]
+
+
+def create_layout(
+    file: h5py.File, trajectories: Trajectories, attributes: Mapping[str, str | int | float]
+) -> dict[str, h5py.Dataset]:
+    """Everything of a file but the values of its fields, of which only the shapes are used; their datasets by name."""
+    _write_root(file, trajectories, attributes)
+    _write_dimensions(file, trajectories)
+    _write_boundaries(file, trajectories)
+    _write_scalars(file, trajectories)
+    return _create_fields(file, trajectories)
 
 
 def expected_shape(field: Field, trajectories: Trajectories) -> tuple[int, ...]:
     """Shape of ``field`` in ``trajectories`` and on disk: ``[B, (T,) *grid(, D)]``."""
-    time = () if field.static else (len(trajectories.time),)
+    time = () if field.static else (np.shape(trajectories.time)[-1],)
     components = (trajectories.schema.ndim,) if field.kind == "vector" else ()
     return (len(trajectories), *time, *trajectories.grid, *components)
 
@@ -119,7 +127,8 @@ def _write_dimensions(file: h5py.File, trajectories: Trajectories) -> None:
     group = file.create_group("dimensions")
     axes = AXES[: trajectories.schema.ndim]
     group.attrs["spatial_dims"] = _strings(axes)
-    group.create_dataset("time", data=np.asarray(trajectories.time, dtype=np.float64)).attrs["sample_varying"] = False
+    time = np.asarray(trajectories.time, dtype=np.float64)
+    group.create_dataset("time", data=time).attrs["sample_varying"] = time.ndim == 2
     for axis, cells, spacing in zip(axes, trajectories.grid, trajectories.spacing):
         centres = group.create_dataset(axis, data=((np.arange(cells) + 0.5) * spacing).astype(np.float32))
         centres.attrs["sample_varying"] = False
@@ -151,8 +160,9 @@ def _write_scalars(file: h5py.File, trajectories: Trajectories) -> None:
         dataset.attrs["time_varying"] = False
 
 
-def _write_fields(file: h5py.File, trajectories: Trajectories) -> None:
+def _create_fields(file: h5py.File, trajectories: Trajectories) -> dict[str, h5py.Dataset]:
     schema = trajectories.schema
+    created = {}
     for order, group_name in enumerate(TENSOR_GROUPS):
         group = file.create_group(group_name)
         members = [f for f in schema.fields if (1 if f.kind == "vector" else 0) == order]
@@ -163,7 +173,7 @@ def _write_fields(file: h5py.File, trajectories: Trajectories) -> None:
             dataset = group.create_dataset(
                 field.name, shape=shape, dtype=np.float32, chunks=(1,) * leading + shape[leading:]
             )
-            dataset[...] = trajectories.values[field.name]
+            created[field.name] = dataset
             dataset.attrs["dim_varying"] = np.ones(schema.ndim, dtype=bool)
             dataset.attrs["sample_varying"] = True
             dataset.attrs["time_varying"] = not field.static
@@ -171,3 +181,4 @@ def _write_fields(file: h5py.File, trajectories: Trajectories) -> None:
             if field.kind == "vector":
                 dataset.attrs["placement"] = field.placement
                 dataset.attrs["solenoidal"] = field.solenoidal
+    return created
