@@ -95,7 +95,7 @@ class PorousMedia:
     double: bool = False
 
     name = "porous_media"
-    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"porosity_min": (0.4, 0.9), "grain": (0.15, 0.4)}
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"porosity_min": (0.4, 0.8), "grain": (0.15, 0.4)}
     check: ClassVar[str] = "drag of simple cubic arrays of spheres (Zick and Homsy 1982)"
 
     def __post_init__(self) -> None:
