@@ -1,0 +1,335 @@
+"""What a file holds and what is wrong with it: fields, storage, ranges, divergence, assumptions, advice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from shodh.data import hdf5
+from shodh.data.formats import SUFFIXES, FileHints, TrajectoryFile, open_file
+from shodh.data.formats.arrays import ArrayFile
+from shodh.data.formats.splits import SPLITS, Split, find_files
+from shodh.data.stats import Moments
+from shodh.data.well_reader import WellFile
+from shodh.errors import DataError, ShodhError
+from shodh.fields import Boundary
+
+# A field whose divergence is below this part of its gradient is taken as solenoidal: float32 gives 1e-6 and less,
+# compressible or differently discretised ones 1e-2 and more.
+SOLENOIDAL = 1e-3
+FRAMES_EACH = 8
+
+Progress = Callable[[float], None]
+
+
+@dataclass
+class FieldReport:
+    """One field. Ranges are over the finite values of the frames that were read; vectors have one per component."""
+
+    name: str
+    kind: str
+    units: str
+    static: bool
+    placement: str
+    dtype: str
+    chunks: list[int] | None
+    compression: str | None
+    minimum: list[float] = field(default_factory=list)
+    maximum: list[float] = field(default_factory=list)
+    mean: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)
+    not_finite: int = 0
+    divergence: dict[str, float] | None = None
+    solenoidal: str | None = None
+
+
+@dataclass
+class FileReport:
+    """One file: what it is, its fields, what was assumed, and its problems with what to do."""
+
+    path: str
+    format: str
+    bytes: int
+    grid: list[int]
+    lengths: list[float]
+    spacing: list[float]
+    boundary: list[str]
+    trajectories: int
+    frames: int
+    time_first: float
+    time_last: float
+    time_step: float | None
+    parameters: dict[str, Any]
+    fields: list[FieldReport]
+    assumed: list[str]
+    problems: list[str]
+    frames_read: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class FolderReport:
+    """A folder: its files by split, the first one in full, and files that are refused or differ."""
+
+    path: str
+    files: dict[str, int]
+    trajectories: dict[str, int]
+    first: FileReport | None
+    problems: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect_file(
+    path: Path,
+    format: str = "auto",
+    hints: FileHints | None = None,
+    *,
+    every_frame: bool = False,
+    progress: Progress = lambda _: None,
+) -> FileReport:
+    """Describe one file; one snapshot is in memory at a time.
+
+    Parameters
+    ----------
+    path, format, hints
+        See `shodh.data.formats.open_file`.
+    every_frame : bool
+        Read everything; otherwise up to 8 frames, evenly spaced, of up to 8 trajectories.
+    progress : callable, optional
+        Called with the fraction done.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be opened. What can be opened but not read becomes a problem in the report.
+    """
+    file = open_file(path, format, hints)
+    time = file.time if file.time.ndim == 1 else file.time[0]
+    steps = np.diff(time)
+    uniform = len(steps) > 0 and np.allclose(steps, steps[0], rtol=1e-3)
+    sampled = _sample(file, every_frame)
+    report = FileReport(
+        path=str(path),
+        format=file.format,
+        bytes=path.stat().st_size,
+        grid=list(file.grid),
+        lengths=list(file.lengths),
+        spacing=list(file.spacing),
+        boundary=list(file.boundary),
+        trajectories=file.num_trajectories,
+        frames=file.num_frames,
+        time_first=float(time[0]),
+        time_last=float(time[-1]),
+        time_step=float(steps[0]) if uniform else None,
+        parameters={n: np.asarray(v).tolist() for n, v in file.parameters.items()},
+        fields=[],
+        assumed=list(file.notes),
+        problems=[],
+        frames_read=len(sampled),
+    )
+    if len(steps) and not (steps > 0).all():
+        report.problems.append("times do not increase; correct them or state time_step")
+    elif len(steps) and not uniform:
+        report.problems.append("times are not evenly spaced: a model that steps in frames sees different steps")
+    names = list(file.fields)
+    for number, name in enumerate(names):
+        report.fields.append(
+            _inspect_field(file, name, sampled, report.problems, lambda f, n=number: progress((n + f) / len(names)))  # type: ignore[misc]
+        )
+    _advise(file, report)
+    file.close()
+    return report
+
+
+def inspect_folder(
+    path: Path,
+    format: str = "auto",
+    hints: FileHints | None = None,
+    *,
+    every_frame: bool = False,
+    progress: Progress = lambda _: None,
+) -> FolderReport:
+    """Describe a folder of files: the first one in full, the headers of all others."""
+    found = find_files(path)
+    if not any(found.values()):
+        raise DataError(f"{path}: there are no data files ({', '.join(SUFFIXES)}), directly or in train, valid, test")
+    files: dict[str, int] = {}
+    trajectories: dict[str, int] = {}
+    first: TrajectoryFile | None = None
+    problems: list[str] = []
+    everything = [(split, file) for split, group in found.items() for file in group]
+    for number, (split, file_path) in enumerate(everything):
+        key = split or "not split"
+        files[key] = files.get(key, 0) + 1
+        progress(0.5 * (number + 1) / len(everything))
+        try:
+            file = open_file(file_path, format, hints)
+        except ShodhError as error:
+            problems.append(str(error))
+            continue
+        trajectories[key] = trajectories.get(key, 0) + file.num_trajectories
+        if first is None:
+            first = file
+        problems += _differences(file, first)
+    problems += [f"there is no split {s!r}" for s in _lacking(found)]
+    report = None
+    if first is not None:
+        done = lambda f: progress(0.5 + 0.5 * f)  # noqa: E731
+        report = inspect_file(first.path, format, hints, every_frame=every_frame, progress=done)
+    return FolderReport(str(path), files, trajectories, report, problems)
+
+
+def _lacking(found: dict[Split | None, list[Path]]) -> list[Split]:
+    return [] if None in found else [s for s in SPLITS if not found.get(s)]
+
+
+def _differences(file: TrajectoryFile, first: TrajectoryFile) -> list[str]:
+    return [
+        f"{file.path}: {what} is {getattr(file, what)}, but {getattr(first, what)} in {first.path}"
+        for what in ("grid", "boundary", "num_frames")
+        if getattr(file, what) != getattr(first, what)
+    ] + [f"{file.path}: has no field {n!r}" for n in first.fields if n not in file.fields]
+
+
+def _sample(file: TrajectoryFile, everything: bool) -> list[tuple[int, int]]:
+    """``(trajectory, frame)`` to read."""
+    limit = 10**9 if everything else FRAMES_EACH
+
+    def spread(count: int) -> list[int]:
+        return sorted({round(i) for i in np.linspace(0, count - 1, min(count, limit))})
+
+    return [(n, t) for n in spread(file.num_trajectories) for t in spread(file.num_frames)]
+
+
+def _inspect_field(
+    file: TrajectoryFile, name: str, sampled: list[tuple[int, int]], problems: list[str], progress: Progress
+) -> FieldReport:
+    field = file.field(name)
+    dtype, chunks, compression = _storage(file, name)
+    report = FieldReport(name, field.kind, field.units, field.static, field.placement, dtype, chunks, compression)
+    components = field.num_components(len(file.grid))
+    low, high = np.full(components, np.inf), np.full(components, -np.inf)
+    moments, meters = Moments(components), _Divergence(file.spacing, file.boundary)
+    places = list(dict.fromkeys((n, 0) for n, _ in sampled)) if field.static else sampled
+    out = np.empty((components, *file.grid), dtype=np.float32)
+    for number, (trajectory, frame) in enumerate(places):
+        try:
+            file.read(name, trajectory, range(frame, frame + 1), out if field.static else out[None], finite=False)
+        except DataError as error:
+            problems.append(str(error))
+            break
+        values = out.reshape(components, -1)
+        good = np.isfinite(values)
+        report.not_finite += int(values.size - good.sum())
+        low = np.minimum(low, values.min(axis=1, where=good, initial=np.inf))
+        high = np.maximum(high, values.max(axis=1, where=good, initial=-np.inf))
+        if good.all():
+            moments.add(values)
+            if field.kind == "vector" and components == len(file.grid) > 1:
+                meters.add(out.astype(np.float64))
+        progress((number + 1) / len(places))
+    finite = [float(v) for v in (*low, *high) if math.isfinite(v)]
+    if len(finite) == 2 * components:
+        report.minimum, report.maximum = low.tolist(), high.tolist()
+    if moments.count:
+        report.mean, report.std = moments.mean.tolist(), moments.std.tolist()
+    if meters.used:
+        report.divergence = meters.result()
+        report.solenoidal = _solenoidal(report.divergence)
+    if report.not_finite:
+        problems.append(f"field {name!r} holds {report.not_finite} values that are NaN or infinite; remove the samples")
+    if moments.count and not any(report.std) and not field.static:
+        problems.append(f"field {name!r} is constant; leave it out")
+    return report
+
+
+class _Divergence:
+    """Divergence over gradient, both root mean squares, of the same values read as collocated and as staggered."""
+
+    def __init__(self, spacing: tuple[float, ...], boundary: tuple[Boundary, ...]) -> None:
+        self._spacing, self._boundary = spacing, boundary
+        self._squares = np.zeros(4)
+        self.used = False
+
+    def add(self, vector: np.ndarray) -> None:
+        """A snapshot [D, *grid]; cells at the ends of axes that are not periodic are left out."""
+        grid = vector.shape[1:]
+        if min(grid) < 3:
+            return
+        self.used = True
+        inner = tuple(slice(None) if b == "periodic" else slice(1, -1) for b in self._boundary)
+        for position, central in ((0, True), (2, False)):
+            total, gradient = np.zeros(grid), np.zeros(grid)
+            for axis, h in enumerate(self._spacing):
+                below = np.roll(vector[axis], 1, axis)
+                above = np.roll(vector[axis], -1, axis) if central else vector[axis]
+                slope = (above - below) / (2 * h if central else h)
+                total += slope
+                gradient += np.square(slope)
+            self._squares[position] += np.square(total[inner]).sum()
+            self._squares[position + 1] += gradient[inner].sum()
+
+    def result(self) -> dict[str, float]:
+        pairs = {"collocated": self._squares[:2], "staggered": self._squares[2:]}
+        return {name: float(np.sqrt(d / g)) if g > 0 else 0.0 for name, (d, g) in pairs.items()}
+
+
+def _solenoidal(divergence: dict[str, float]) -> str:
+    best = min(divergence, key=lambda name: divergence[name])
+    return best if divergence[best] < SOLENOIDAL else "no"
+
+
+def _storage(file: TrajectoryFile, name: str) -> tuple[str, list[int] | None, str | None]:
+    """Type, chunks and compression of the (first) dataset of a field."""
+    if isinstance(file, WellFile):
+        dataset = file.stored(name).dataset
+    elif isinstance(file, ArrayFile):
+        dataset = file.header.fields[name].arrays[0][0]
+    else:
+        return "float32", None, None
+    if not h5py.is_hdf5(file.path):
+        return "as stored", None, None
+    with hdf5.open_hdf5(file.path) as opened:
+        stored = hdf5.dataset(opened, dataset, str(file.path))
+        filters = [w for w in (stored.compression, "shuffle" if stored.shuffle else None) if w]
+        return str(stored.dtype), list(stored.chunks) if stored.chunks else None, "+".join(filters) or None
+
+
+def _advise(file: TrajectoryFile, report: FileReport) -> None:
+    """Problems that are no damage: what would be slow, or cannot be trained on as it is."""
+    interleaved = isinstance(file, ArrayFile) and any(
+        f.time_is_inner or "n" in f.axes[1:] for f in file.header.fields.values()
+    )
+    if interleaved:
+        report.problems.append("frames are interleaved in the file and slow to read; run tools/convert_data.py on it")
+    elif any(f.compression not in (None, "shuffle") for f in report.fields):
+        report.problems.append("fields are compressed, which reads 4-10x slower; run tools/convert_data.py on it")
+    elif any(f.chunks and not f.static and _is_not_a_snapshot(file, f) for f in report.fields):
+        report.problems.append("chunks are no whole snapshots, which reads slower; run tools/convert_data.py on it")
+    if len(file.grid) == 1:
+        report.problems.append("one space dimension; models need two or three")
+    bad = [n for n in file.grid if n % 8]
+    if bad and len(file.grid) > 1:
+        report.problems.append(f"the tokenizer divides axes by 8, and {bad} of the grid {list(file.grid)} do not fit")
+    if file.num_frames < 2:
+        report.problems.append("a single frame: there is no next one to predict")
+    for f in report.fields:
+        if f.divergence and f.solenoidal == "collocated":
+            report.problems.append(
+                f"field {f.name!r} is solenoidal by central differences; averaged onto faces it stays so off walls"
+            )
+
+
+def _is_not_a_snapshot(file: TrajectoryFile, report: FieldReport) -> bool:
+    values = math.prod(file.grid)
+    return math.prod(report.chunks or [0]) not in (values, values * len(file.grid))
