@@ -6,7 +6,10 @@ import errno
 import functools
 import importlib.util
 import io
+import multiprocessing
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +24,9 @@ import pytest
 
 from shodh.cli import run_main
 from shodh.data import RegimeSource, WellFile, read_stats
-from shodh.physics import get_regime
+from shodh.generation import Interval
+from shodh.physics import REGIMES, get_regime
+from shodh.seeding import stable_seed
 
 TOOL = Path(__file__).parents[2] / "tools" / "generate_data.py"
 SMALL = ["--grid", "8", "10", "9", "--trajectories", "5", "--frames", "2", "--workers", "1"]
@@ -134,6 +139,12 @@ def test_bad_input_gets_one_line(tool: ModuleType, capsys: pytest.CaptureFixture
     assert "REGIME.KEY=VALUE" in run("--set", "re_tau")
     assert "not among" in run("--set", "porous_media.grain=0.1")
     assert "--grid" in run("--grid", "8", "8")
+    assert "2 dimensions" in run("--grid", "8", "8", "8", regime="shallow_water_2d")
+    assert "LOW:HIGH" in run("--vary", "open_channel.re_tau=100")
+    assert "smaller first" in run("--vary", "open_channel.re_tau=200:100")
+    assert "positive" in run("--vary", "open_channel.re_tau=-1:100")
+    assert "both set and varied" in run("--vary", "open_channel.spin_up=0:1", *QUICK)
+    assert "of type bool" in run("--vary", "open_channel.double=0:1")
     assert "at least 3" in run("--trajectories", "2")
     assert "sum to 1" in run("--split", "0.5", "0.1", "0.1")
     assert "no trajectory for training" in run("--split", "0", "0.6", "0.4")
@@ -156,8 +167,8 @@ def test_full_disk_is_reported_and_leaves_no_half_file(
     assert "no disk space" in fail(tool, capsys, *arguments)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
     monkeypatch.undo()
-    usage = tool.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(tool.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert "GB are free" in fail(tool, capsys, *arguments)
 
 
@@ -182,6 +193,96 @@ def test_workers_give_the_same_files_as_one_process(tool: ModuleType, tmp_path: 
         with h5py.File(path) as a, h5py.File(other) as b:
             assert np.array_equal(a["t1_fields/velocity"][:], b["t1_fields/velocity"][:])
             assert np.array_equal(a["t0_fields/solid"][:], b["t0_fields/solid"][:])
+
+
+def test_regimes_of_both_dimensions_in_one_command(tool: ModuleType, tmp_path: Path) -> None:
+    """One number serves both; the positive and open 2-D fields come back through the reader."""
+    options = ["--grid", "8", "--trajectories", "3", "--frames", "2", "--workers", "1", "--out", str(tmp_path)]
+    assert tool.main(["--regime", "shallow_water_2d", "porous_media", *options]) == 0
+    flat = RegimeSource("a", tmp_path / "shallow_water_2d", get_regime("shallow_water_2d").schema.fields)
+    deep = RegimeSource("b", tmp_path / "porous_media", get_regime("porous_media").schema.fields)
+    assert flat.grid == (8, 8) and flat.boundary == ("open", "open") and deep.grid == (8, 8, 8)
+
+
+def test_names_stand_for_all_regimes_of_a_dimension(tool: ModuleType) -> None:
+    flat, deep = tool.expand_regimes(["all2d"]), tool.expand_regimes(["all3d"])
+    assert "shallow_water_2d" in flat and "open_channel" in deep
+    assert set(flat) | set(deep) == set(REGIMES) and not set(flat) & set(deep)
+    assert tool.expand_regimes(["all2d", "shallow_water_2d"]) == flat
+
+
+def test_varied_parameters_are_stored_and_used(tool: ModuleType, tmp_path: Path) -> None:
+    """Each trajectory equals one solved with the value that is stored with it, whatever file it is in."""
+    name, interval = "diffusion_reaction_2d", "1e-4:1e-2"
+    options = ["--regime", name, "--grid", "8", "--trajectories", "6", "--frames", "2", "--workers", "1"]
+    options += ["--vary", f"{name}.diffusivity_u={interval}", f"{name}.k=0.001:0.002"]
+    drawn = []
+    for per_file in ("4", "1"):
+        out = tmp_path / per_file
+        assert tool.main([*options, "--out", str(out), "--trajectories-per-file", per_file]) == 0
+        files = sorted((out / name / "data/train").glob("*.hdf5"))
+        scalars = {
+            key: np.concatenate([h5py.File(f)[f"scalars/{key}"][:] for f in files]) for key in ("diffusivity_u", "k")
+        }
+        fields = np.concatenate([h5py.File(f)["t0_fields/activator"][:] for f in files])
+        drawn.append((scalars, fields))
+    (scalars, fields), (again, same) = drawn
+    assert np.array_equal(fields, same) and all(np.array_equal(scalars[key], again[key]) for key in scalars)
+    assert len(np.unique(scalars["diffusivity_u"])) == 4 and len(np.unique(scalars["k"])) == 4
+    assert (scalars["k"] >= 0.001).all() and (scalars["k"] <= 0.002).all()
+    values = {key: float(value[2]) for key, value in scalars.items()}
+    alone = get_regime(name, **values).simulate([stable_seed(0, name, 2)], (8, 8), 2)
+    np.testing.assert_allclose(fields[2], alone.values["activator"][0], atol=1e-6)
+
+
+def test_wide_intervals_are_drawn_uniformly_in_the_logarithm() -> None:
+    wide, narrow = Interval(1e-5, 1e-3), Interval(1.0, 3.0)
+    draws = np.array([[i.draw(seed, "x") for seed in range(2000)] for i in (wide, narrow)])
+    for values, low, high in ((np.log(draws[0]), np.log(1e-5), np.log(1e-3)), (draws[1], 1.0, 3.0)):
+        share = (values - low) / (high - low)
+        # Five standard errors of the mean and of the variance of a uniform variable.
+        assert abs(share.mean() - 0.5) < 5 * np.sqrt(1 / 12 / 2000)
+        assert abs(share.var() - 1 / 12) < 5 * np.sqrt(1 / 180 / 2000)
+        assert share.min() >= 0 and share.max() <= 1
+
+
+def test_what_changes_the_times_cannot_vary_within_a_file(
+    tool: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ["--regime", "shallow_water_2d", "--grid", "8", "--trajectories", "4", "--frames", "2", "--workers", "1"]
+    line = fail(tool, capsys, *options, "--out", str(tmp_path), "--vary", "shallow_water_2d.frame_interval=0.01:0.02")
+    assert "cannot be varied" in line
+
+
+def test_killing_it_again_and_again_gives_the_same_files(tool: ModuleType, tmp_path: Path) -> None:
+    """SIGKILL at ten random moments against an undisturbed run; `tools/bench/killing.py` does it with workers."""
+    options = ["--regime", "diffusion_reaction_2d", "porous_media", "--grid", "12", "--trajectories", "12"]
+    options += ["--frames", "8", "--workers", "1", "--trajectories-per-file", "1"]
+
+    def start(out: str) -> multiprocessing.context.ForkProcess:
+        process = multiprocessing.get_context("fork").Process(
+            target=tool.main, args=([*options, "--out", str(tmp_path / out)],)
+        )
+        process.start()
+        return process
+
+    began = time.monotonic()
+    start("whole").join(timeout=120)
+    duration = time.monotonic() - began
+    moments = random.Random(0)
+    killed = 0
+    for _ in range(10):
+        process = start("killed")
+        process.join(timeout=moments.uniform(0.0, 0.2) * duration)
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+    assert killed >= 5
+    process = start("killed")
+    process.join(timeout=120)
+    assert process.exitcode == 0
+    whole = snapshot(tmp_path / "whole")
+    assert len(whole) == 26 and snapshot(tmp_path / "killed") == whole
 
 
 def test_interrupted_run_leaves_whole_files_only(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ FLOORS = {
     "moe": 3,
     "merge": 3,
     "models": 4,
+    "generation": 4,
     "train": 5,
     "analysis": 6,
     "exchange": 6,

@@ -2,12 +2,13 @@
 
 Units: the height of the channel and the mean inflow speed are 1. The inflow is the developed (parabolic) profile; the
 outflow is open. The Reynolds number is that of the mean speed and the nominal size of an obstacle. In the range given
-the flow past one obstacle goes from steady to periodic shedding. Obstacles lie in the first half of the channel, away from
-its walls and from each other; a trajectory starts at rest behind them and is stored after ``spin_up``.
+the flow past one obstacle goes from steady to periodic shedding. Obstacles lie in the first half of the channel, away
+from its walls and from each other; a trajectory starts at rest behind them and is stored after ``spin_up``.
 
 Scheme: :mod:`shodh.physics.through_flow`. The discrete divergence is zero in every cell, but what flows through the
-open ends makes the velocity one that no potential with zero flux at the ends represents, so the field is ``flow_velocity``
-and not declared solenoidal. Obstacles are staircases of cells: for accurate forces resolve one with 10 cells or more.
+open ends makes the velocity one that no potential with zero flux at the ends represents; so the field is called
+``flow_velocity`` and is not declared solenoidal. Obstacles are staircases of cells: for accurate forces resolve one
+with 10 cells or more.
 """
 
 from __future__ import annotations

@@ -1,0 +1,154 @@
+"""Solving the files of a data set, on one device or in several processes side by side."""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from shodh.data import compute_statistics, write_stats, write_trajectories
+from shodh.errors import ConfigError, DataError
+from shodh.fields import Trajectories
+from shodh.generation.plan import SETTINGS, Job, Part
+from shodh.generation.variation import join
+from shodh.seeding import stable_seed
+
+Report = Callable[[str, float], None]
+
+
+def solve(job: Job, part: Part, device: str, progress: Callable[[float], None]) -> None:
+    """Solve the trajectories of one file and write it."""
+    indices = range(part.first, part.first + part.count)
+    seeds = [stable_seed(job.settings["seed"], job.regime.name, index) for index in indices]
+    write_trajectories(
+        part.path,
+        simulate(job, seeds, device, progress),
+        attributes={SETTINGS: json.dumps(job.settings)},
+    )
+
+
+def simulate(job: Job, seeds: Sequence[int], device: str, progress: Callable[[float], None]) -> Trajectories:
+    """Trajectories of these seeds: one batch, or one by one where parameters vary."""
+    grid, frames = tuple(job.settings["grid"]), job.settings["frames"]
+    if not job.vary:
+        return job.regime.simulate(seeds, grid, frames, device=device, progress=progress)
+    varied = {key: [interval.draw(seed, key) for seed in seeds] for key, interval in job.vary.items()}
+    solved = []
+    for index, seed in enumerate(seeds):
+        regime = replace(job.regime, **{key: values[index] for key, values in varied.items()})
+
+        def report(fraction: float, done: int = index) -> None:
+            progress((done + fraction) / len(seeds))
+
+        solved.append(regime.simulate([seed], grid, frames, device=device, progress=report))
+    return join(solved, varied)
+
+
+class Stopped(Exception):
+    """The run was interrupted; raised inside a worker, which then tidies up."""
+
+
+_channel: tuple[Any, Any, int]  # in a worker: its progress queue, the event that stops it, and its parent
+
+
+def start_worker(queue: Any, stop: Any, parent: int) -> None:
+    """Prepare a worker process."""
+    global _channel
+    _channel = (queue, stop, parent)
+    queue.cancel_join_thread()  # unread progress must not hold up the end
+
+
+def solve_in_worker(job: Job, part: Part) -> None:
+    """`solve` on the CPU of a worker, reporting to the parent and ending with it."""
+    queue, stop, parent = _channel
+
+    def report(fraction: float) -> None:
+        if stop.is_set() or os.getppid() != parent:
+            raise Stopped
+        queue.put((str(part.path), fraction))
+
+    with one_thread():
+        solve(job, part, "cpu", report)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Solve a file on one thread: sums then do not depend on the number of cores or workers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def solve_all(tasks: Sequence[tuple[Job, Part]], device: str, workers: int, report: Report) -> None:
+    """Solve all files, several at once on the CPU; ``report(path, fraction)`` is told of the progress of each."""
+    for job, _ in tasks:
+        (job.folder / "stats.yaml").unlink(missing_ok=True)
+    if workers == 1 or len(tasks) < 2:
+        with one_thread():
+            for job, part in tasks:
+                solve(job, part, device, functools.partial(report, str(part.path)))
+        return
+    context = multiprocessing.get_context("spawn")
+    queue, stop = context.Queue(), context.Event()
+    pool = ProcessPoolExecutor(workers, context, start_worker, (queue, stop, os.getpid()))
+    try:
+        # Workers inherit that Ctrl-C is ignored: it is the parent's business, which then stops them.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        futures = {pool.submit(solve_in_worker, job, part) for job, part in tasks}
+        signal.signal(signal.SIGINT, handler)
+        while futures:
+            finished, futures = wait(futures, timeout=0.2, return_when=FIRST_EXCEPTION)
+            while not queue.empty():
+                report(*queue.get())
+            for future in finished:
+                future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process was killed, perhaps for want of memory; use fewer --workers or "
+            "--trajectories-per-file and run the same command again"
+        ) from error
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def write_missing_statistics(jobs: Sequence[Job]) -> None:
+    """Write ``stats.yaml`` of the training split where it is missing."""
+    for job in jobs:
+        if not (job.folder / "stats.yaml").exists():
+            train = sorted(part.path for part in job.parts if part.split == "train")
+            write_stats(job.folder / "stats.yaml", compute_statistics(train, job.regime.schema))
+
+
+def pick_device(name: str) -> str:
+    """``"cpu"`` or ``"cuda"`` for ``"auto"``, ``"cpu"`` or ``"cuda"``."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: no CUDA device was found; use --device cpu")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pick_workers(wanted: int | None, device: str, files: int) -> int:
+    """Processes that solve files side by side: one on a GPU, as many as cores or files otherwise."""
+    if wanted is not None and wanted < 1:
+        raise ConfigError(f"--workers {wanted}: must be at least 1")
+    if device != "cpu":
+        return 1
+    return max(1, min(wanted or cpu_cores(), files))
