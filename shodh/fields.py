@@ -97,8 +97,8 @@ class RegimeSchema:
         if "open" in self.boundary and any(f.solenoidal for f in self.fields):
             names = [f.name for f in self.fields if f.solenoidal]
             raise ConfigError(
-                f"regime {self.name!r}: {', '.join(names)} is solenoidal and needs axes that are periodic or walled, "
-                f"the boundary is {list(self.boundary)}; map its vector to a field that is not solenoidal"
+                f"regime {self.name!r}: a solenoidal field needs axes that are periodic or walled, and the boundary is "
+                f"{list(self.boundary)}; map the vector of {', '.join(names)} to a field that is not solenoidal"
             )
 
     @property
