@@ -129,10 +129,11 @@ class _RegimeEffects:
         output = self.e.operator(batch.past, batch.features).latent
         self.means.add(f"{name}/latent", (output - batch.target).square().flatten(1).mean(1))
         if self.decode:
-            domain, some = self.recording.regime.domain, slice(None, None, DECODE_EVERY)
-            emitted = self.e.tokenizer.emit(output[some], add_walls(batch.static[some], domain))
-            decoded = self.e.tokenizer.assemble(emitted, domain)
-            self.means.add(f"{name}/decoded", (decoded - batch.fields[some, -1]).square().flatten(1).mean(1))
+            regime, some = self.recording.regime, slice(None, None, DECODE_EVERY)
+            emitted = self.e.tokenizer.emit(output[some], add_walls(batch.static[some], regime.domain))
+            error = self.e.tokenizer.assemble(emitted, regime.domain) - batch.fields[some, -1]
+            existing = torch.cat([error[:, s] for s in regime.regimes.channels(regime.number).values()], 1)
+            self.means.add(f"{name}/decoded", existing.square().flatten(1).mean(1))
 
     def ratios(self, number: int) -> tuple[float, float | None]:
         values = self.means.result()

@@ -15,6 +15,7 @@ from shodh.analysis.probe.drawing import INK, heat, panels
 from shodh.analysis.probe.record import Recording
 
 MATTERS = 1.05  # an expert matters where removing it raises a regime's latent error by more than 5 %
+TITLES = {"remove": "expert removed", "reroute": "its tokens to the next best", "force": "all tokens to it"}
 WHOLE = ("remove all", "shuffle tokens", "shuffle samples")
 TEXT = (
     "Usage is not importance: an expert that takes many tokens may be spared, and one that takes few may not. Here "
@@ -34,6 +35,7 @@ def causality_section(effects: Effects, recordings: Sequence[Recording]) -> Sect
     section.tables["experts_that_matter"] = table
     section.tables["interventions"] = _interventions_table(effects)
     section.text += f" {len(matter)} of {layers * experts} experts matter by this measure. {_verdict(correlation)}"
+    section.text += _whole_sentence(effects, regimes)
     section.summary = {
         "matters_above": MATTERS,
         "experts_that_matter": matter,
@@ -61,6 +63,14 @@ def _verdict(correlation: float | None) -> str:
             "All experts are used alike, or removal does the same everywhere, so that usage cannot be set against it."
         )
     return f"Rank correlation between an expert's share of a regime and the harm of its removal: {correlation:.2f}."
+
+
+def _whole_sentence(effects: Effects, regimes: Sequence[str]) -> str:
+    parts = []
+    for regime in regimes:
+        gone, strange = (float(np.mean(effects[k, None, None, regime].latent)) for k in (WHOLE[0], WHOLE[2]))
+        parts.append(f"{regime} {gone:.2f} and {strange:.2f}")
+    return f" Without any routed expert, and with the choices of other samples, the error is: {'; '.join(parts)}."
 
 
 def _layer_name(layer: int | None) -> str:
@@ -132,18 +142,17 @@ def _interventions_table(effects: Effects) -> Table:
 
 def _knock_out_figure(effects: Effects, regimes: Sequence[str], layers: int, experts: int) -> Figure:
     """Latent error by layer and expert: removed, rerouted and forced, a row a regime."""
-    kinds = ("remove", "reroute", "force")
-    figure, axes = panels(len(regimes), len(kinds), max(2.2, 0.5 * experts), max(1.2, 0.35 * (layers + 1)))
-    for row, regime in zip(axes, regimes, strict=True):
-        for panel, kind in zip(row, kinds, strict=True):
+    figure, axes = panels(len(regimes), len(TITLES), max(2.2, 0.5 * experts), max(1.2, 0.35 * (layers + 1)))
+    for number, (row, regime) in enumerate(zip(axes, regimes, strict=True)):
+        for panel, kind in zip(row, TITLES, strict=True):
             at = [*range(layers), None]
             values = np.array([[np.mean(effects[kind, a, e, regime].latent) for e in range(experts)] for a in at])
             image = heat(panel, values, low=0.5, high=1.5, cmap="RdBu_r")
             panel.set_yticks(range(layers + 1), [_layer_name(a) for a in at], fontsize=8)
             panel.set_xticks(range(0, experts, max(1, experts // 8)))
-            if row is axes[0]:
-                panel.set_title(KINDS[kind], fontsize=8, color=INK)
-            if row is axes[-1]:
+            if number == 0:
+                panel.set_title(TITLES[kind], fontsize=9, color=INK)
+            if number == len(regimes) - 1:
                 panel.set_xlabel("expert", fontsize=8)
         row[0].set_ylabel(f"{regime}\nlayer", fontsize=8)
         figure.colorbar(image, ax=row[-1])

@@ -75,7 +75,8 @@ def _matrices_figure(matrices: dict[str, list[np.ndarray]]) -> Figure:
     figure, axes = panels(len(matrices), len(layers), 2.2, 2.0)
     for row, (name, values) in zip(axes, matrices.items(), strict=True):
         for panel, layer in zip(row, layers, strict=True):
-            image = heat(panel, values[layer], low=-1, high=1, cmap="RdBu_r")
+            signed = name != "CKA"
+            image = heat(panel, values[layer], low=-float(signed), high=1, cmap="RdBu_r" if signed else "Greens")
             panel.set_title(f"layer {layer}", fontsize=9, color=INK)
             _number_experts(panel, values[layer].shape)
         row[0].set_ylabel(f"{name}\nexpert", fontsize=8)
@@ -147,7 +148,7 @@ def _match_figure(matrices: Sequence[np.ndarray], other_name: str) -> Figure:
     layers = some(len(matrices))
     figure, axes = panels(1, len(layers), 2.2, 2.1)
     for panel, layer in zip(axes[0], layers, strict=True):
-        image = heat(panel, matrices[layer], low=-1, high=1, cmap="RdBu_r")
+        image = heat(panel, matrices[layer], low=0, high=1, cmap="Greens")
         match = match_experts(matrices[layer])
         panel.scatter(match.second, match.first, s=420, marker="s", facecolors="none", edgecolors=INK, linewidths=1.4)
         panel.set_title(f"layer {layer}", fontsize=9, color=INK)

@@ -42,7 +42,7 @@ def local_section(recordings: Sequence[Recording], token_grid: Sequence[int]) ->
         [layer, QUANTITIES[name], c.information, float(c.null.mean()), c.p_value, c.corrected, c.explained]
         for (layer, name), c in found.items()
     ]
-    header = ["layer", "quantity", "bits", "bits by chance", "p", "bits beyond chance", "explained share"]
+    header = ["layer", "quantity", "nats", "nats by chance", "p", "nats beyond chance", "explained share"]
     section.tables["local_information"] = Table(header, rows)
     section.tables["local_shares"] = _share_table(recordings, bins)
     section.summary = {
@@ -57,7 +57,7 @@ def local_section(recordings: Sequence[Recording], token_grid: Sequence[int]) ->
 
 def _by_name(found: Found, layer: int) -> dict[str, dict[str, float | None]]:
     return {
-        name: {"bits": c.corrected, "p": c.p_value, "explained": c.explained}
+        name: {"nats": c.corrected, "p": c.p_value, "explained": c.explained}
         for (at, name), c in found.items()
         if at == layer
     }
@@ -129,10 +129,15 @@ def _share_figure(recordings: Sequence[Recording], bins: Bins, layer: int) -> Fi
     names = [n for n in QUANTITIES if any((r.name, n) in bins for r in shown)]
     figure, axes = panels(len(shown), len(names), 2.0, 1.5)
     colours = expert_colours(shown[0].num_experts)
-    for row, recording in zip(axes, shown, strict=True):
+    for number, (row, recording) in enumerate(zip(axes, shown, strict=True)):
+        row[0].set_ylabel(recording.name, fontsize=8)
         for panel, name in zip(row, names, strict=True):
+            if number == 0:
+                panel.set_title(QUANTITIES[name], fontsize=9, color=INK)
             if (recording.name, name) not in bins:
-                panel.set_axis_off()
+                panel.set_xticks([])
+                panel.set_yticks([])
+                panel.spines[:].set_visible(False)
                 panel.text(0.5, 0.5, "none", ha="center", va="center", color="#8a93a0", fontsize=8)
                 continue
             numbers, _ = bins[recording.name, name]
@@ -146,10 +151,6 @@ def _share_figure(recordings: Sequence[Recording], bins: Bins, layer: int) -> Fi
             panel.set_xticks([0, len(shares) - 1], ["low", "high"] if len(shares) > 1 else ["", ""], fontsize=8)
             panel.set_yticks([0, 1])
             panel.spines[["top", "right"]].set_visible(False)
-            if panel is row[0]:
-                panel.set_ylabel(recording.name, fontsize=8)
-            if row is axes[0]:
-                panel.set_title(QUANTITIES[name], fontsize=9, color=INK)
     figure.suptitle(
         f"layer {layer}: share of each expert (colours) by quartile of the quantity", fontsize=10, color=INK
     )

@@ -13,12 +13,12 @@ from matplotlib.patches import Patch
 from shodh.analysis.page import Section
 from shodh.analysis.probe.drawing import INK, expert_colours, panels, some
 from shodh.analysis.probe.record import Picture, Recording
+from shodh.fields import AXES
 
 TEXT = (
     "The expert of each token (first choice, coloured cells) over the field of the same sample (grey levels; solids "
     "hatched), in the middle planes of the box: one sample a regime, one column a layer."
 )
-AXES = "xyz"
 
 
 def map_section(recordings: Sequence[Recording], token_grid: Sequence[int]) -> Section:
@@ -32,21 +32,19 @@ def map_section(recordings: Sequence[Recording], token_grid: Sequence[int]) -> S
     return section
 
 
-def middle_planes(shape: Sequence[int]) -> list[tuple[int, int]]:
-    """``(axis, index)`` of the middle planes across each axis; of a flat box the one plane there is."""
-    flat = [axis for axis, n in enumerate(shape) if n == 1]
-    if len(shape) == 2 or flat:
-        return [(flat[0] if flat else -1, 0)]
-    return [(axis, shape[axis] // 2) for axis in (1, 2)]
+def middle_planes(shape: Sequence[int], token_grid: Sequence[int]) -> list[tuple[int, int]]:
+    """``(axis, index)`` of the middle planes across y and z, or across the one axis along which there is one token."""
+    flat = [axis for axis, tokens in enumerate(token_grid) if tokens == 1]
+    return [(axis, shape[axis] // 2) for axis in (flat[:1] or (1, 2))]
 
 
 def _plane(values: np.ndarray, axis: int, index: int) -> np.ndarray:
-    return (values if axis < 0 else values.take(index, axis)).T
+    return values.take(index, axis).T
 
 
 def _map(recording: Recording, picture: Picture, token_grid: Sequence[int]) -> Figure:
     layers = some(len(recording.selected))
-    planes = middle_planes(picture.background.shape)
+    planes = middle_planes(picture.background.shape, token_grid)
     figure, axes = panels(len(planes), len(layers) + 1, 1.9, 1.9, extra=0.9)
     experts = [recording.selected[layer][0, :, 0].reshape(tuple(token_grid)) for layer in layers]
     used = np.unique(np.stack(experts))
@@ -57,12 +55,11 @@ def _map(recording: Recording, picture: Picture, token_grid: Sequence[int]) -> F
         for column, panel in enumerate(row):
             _draw_field(panel, cells, solid)
             if column == 0:
-                names = [a for i, a in enumerate(AXES[: picture.background.ndim]) if i != axis]
+                names = [a for i, a in enumerate(AXES) if i != axis]
                 panel.set_xlabel(names[0], fontsize=8)
                 panel.set_ylabel(names[1], fontsize=8)
                 continue
-            per_token = 1 if axis < 0 else picture.background.shape[axis] // token_grid[axis]
-            tokens = _plane(experts[column - 1], axis, index // per_token)
+            tokens = _plane(experts[column - 1], axis, index * token_grid[axis] // picture.background.shape[axis])
             _draw_tokens(panel, tokens, cells.shape, colours)
     for panel, title in zip(axes[0], [picture.label, *(f"layer {layer}" for layer in layers)], strict=True):
         panel.set_title(title, fontsize=9, color=INK)
@@ -75,7 +72,9 @@ def _map(recording: Recording, picture: Picture, token_grid: Sequence[int]) -> F
 def _draw_field(panel: Any, cells: np.ndarray, solid: np.ndarray | None) -> None:
     panel.imshow(cells, origin="lower", cmap="gray")
     if solid is not None and solid.any():
-        panel.contourf(solid, levels=[0.5, 1.5], colors=["#5b4636"], alpha=0.55)
+        hatched = panel.contourf(solid, levels=[0.5, 1.5], colors="none", hatches=["////"])
+        hatched.set_edgecolor("#b9b2a4")
+        hatched.set_linewidth(0)
     panel.set_xticks([])
     panel.set_yticks([])
 

@@ -16,7 +16,6 @@ from shodh.analysis.probe.interventions import sparse_layers
 from shodh.analysis.probe.local_physics import LocalPhysics
 from shodh.analysis.probe.windows import ProbeBatch, ProbeRegime, batches
 from shodh.data import Split
-from shodh.fields import Field
 from shodh.seeding import generator
 from shodh.train.evaluation import Evaluator
 
@@ -112,13 +111,7 @@ def physical_fields(regime: ProbeRegime, batch: ProbeBatch) -> tuple[dict[str, T
     """The last past frame by field, and the static fields, in physical units: ``[B, components, *grid]``."""
     last = batch.fields[:, batch.past.shape[1] - 1]
     physical = regime.regimes.normalizer.denormalize(last, regime.name)
-    schema = regime.source.schema
-    return _by_name(physical, schema.dynamic), _by_name(batch.static, schema.static)
-
-
-def _by_name(channels: Tensor, fields: tuple[Field, ...]) -> dict[str, Tensor]:
-    sizes = [f.num_components(channels.ndim - 2) for f in fields]
-    return dict(zip((f.name for f in fields), channels.split(sizes, 1), strict=True))
+    return regime.by_name(physical), regime.by_name(batch.static, static=True)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import xlogy
 
 from shodh.seeding import stable_seed
 
@@ -14,7 +15,7 @@ NULL_DRAWS = 100
 
 
 class ConditionalInformation(NamedTuple):
-    """Information of a binned quantity about the expert within regimes, in bits.
+    """Information of a binned quantity about the expert within regimes, in nats.
 
     ``information`` is ``I(expert; bin | regime)`` as counted; ``null`` its draws where place is decoupled; ``entropy``
     is ``H(expert | regime)``, the most that there can be.
@@ -54,15 +55,15 @@ def count_bins(bins: np.ndarray, selected: np.ndarray, num_bins: int, num_expert
     return np.bincount(cells.ravel(), minlength=num_bins * num_experts).reshape(num_bins, num_experts)
 
 
-def entropy_bits(counts: np.ndarray) -> np.ndarray:
-    """Entropy in bits over the last axis of counts; 0 for no counts."""
-    p = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
-    return -(p * np.log2(np.where(p > 0, p, 1.0))).sum(-1)
+def entropy(counts: np.ndarray) -> float:
+    """Entropy in nats of counts; 0 for no counts."""
+    p = counts / max(counts.sum(), 1)
+    return float(-xlogy(p, p).sum())
 
 
-def information_bits(table: np.ndarray) -> float:
-    """Mutual information in bits of a table of counts ``[A, B]``, as counted (biased upward by finite samples)."""
-    return float(entropy_bits(table.sum(0)) + entropy_bits(table.sum(1)) - entropy_bits(table.ravel()))
+def mutual_information(table: np.ndarray) -> float:
+    """Mutual information in nats of counts ``[A, B]``, by the frequencies as they are (biased upwards)."""
+    return entropy(table.sum(0)) + entropy(table.sum(1)) - entropy(table)
 
 
 def shift_bins(bins: np.ndarray, token_grid: Sequence[int], rng: np.random.Generator) -> np.ndarray:
@@ -98,9 +99,9 @@ def conditional_information(
 
     def mean(current: Sequence[np.ndarray]) -> float:
         parts = zip(current, selected, num_bins, strict=True)
-        return sum(s.size / total * information_bits(count_bins(b, s, n, num_experts)) for b, s, n in parts)
+        return sum(s.size / total * mutual_information(count_bins(b, s, n, num_experts)) for b, s, n in parts)
 
     null = [mean([shift_bins(b, g, rng) for b, g in zip(bins, token_grids, strict=True)]) for _ in range(draws)]
     usage = [np.bincount(s.ravel(), minlength=num_experts) for s in selected]
-    entropy = sum(s.size / total * float(entropy_bits(u)) for s, u in zip(selected, usage, strict=True))
-    return ConditionalInformation(mean(bins), np.array(null), entropy)
+    usage_entropy = sum(s.size / total * entropy(u) for s, u in zip(selected, usage, strict=True))
+    return ConditionalInformation(mean(bins), np.array(null), usage_entropy)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from shodh.config import RegimeConfig
+from shodh.config import DataConfig, RegimeConfig
 from shodh.data import RegimeSource, Split, WindowDataset
+from shodh.data.formats.splits import open_splits
 from shodh.errors import ConfigError, DataError
 from shodh.models.domain import Domain
 from shodh.train.datasets import Regimes, open_regimes
@@ -41,6 +42,14 @@ class ProbeRegime:
     @property
     def domain(self) -> Domain:
         return self.regimes.domains[self.number]
+
+    def by_name(self, channels: Tensor, *, static: bool = False) -> dict[str, Tensor]:
+        """The fields that exist in this regime, ``[B, components, *grid]``, of the channels of all of the run's."""
+        schema = self.source.schema
+        existing = {f.name for f in (schema.static if static else schema.dynamic)}
+        fields = [f for f in self.source.fields if f.static == static]
+        parts = channels.split([f.num_components(channels.ndim - 2) for f in fields], 1)
+        return {f.name: part for f, part in zip(fields, parts, strict=True) if f.name in existing}
 
 
 class ProbeBatch(NamedTuple):
@@ -79,9 +88,20 @@ def left_out_regimes(evaluator: Evaluator, paths: Mapping[str, Path]) -> list[Pr
         raise ConfigError(f"the run was trained on the regimes {sorted(known)}; give left-out regimes other names")
     found = []
     for name, path in paths.items():
-        data = evaluator.config.data.model_copy(update={"regimes": (RegimeConfig(name=name, path=path),)})
+        regime = _describe(name, path, evaluator.config.data)
+        data = evaluator.config.data.model_copy(update={"regimes": (regime,)})
         found.append(ProbeRegime(open_regimes(data), 0, left_out=True))
     return found
+
+
+def _describe(name: str, path: Path, data: DataConfig) -> RegimeConfig:
+    """A regime with those of the run's fields that its files have; static ones that they lack are zeros, or absent."""
+    files = open_splits(path)["train"]
+    lacking = [f for f in data.fields if files and f.name not in files[0].fields]
+    absent = {f.name for f in lacking if f.optional}
+    zeros: dict[str, str | None] = {f.name: None for f in lacking if f.static and not f.optional}
+    only = tuple(f.name for f in data.fields if f.name not in absent) if absent else None
+    return RegimeConfig(name=name, path=path, fields=zeros, only=only)
 
 
 def held_out_splits(regime: ProbeRegime, split: Split) -> tuple[Split, Split]:
