@@ -22,7 +22,8 @@ def describe_engine(engine: Any, config: Any) -> dict[str, Any]:
     """Outputs for the probe, and the dtype of every parameter and buffer."""
     from shodh.models.domain import num_static_features
 
-    inputs = probe_input(config.data.history, config.tokenizer.latent_channels, num_static_features(1))
+    static = num_static_features(sum(f.static for f in config.data.fields), len(config.data.optional))
+    inputs = probe_input(config.data.history, config.tokenizer.latent_channels, static)
     engine.eval()
     with torch.no_grad():
         output = engine(*inputs)
@@ -135,3 +136,27 @@ def pretrain_with_idle_experts(config_path: Path, overrides: list[str]) -> dict[
 
     SemanticRouter.__init__ = biased  # type: ignore[method-assign]
     return pretrain(config_path, overrides)
+
+
+def start_from(config_path: Path, overrides: list[str], weights: Path) -> dict[str, Any]:
+    """Start a run from weights and stop before the first step: the engine's weights, masters and outputs."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from shodh.config import load_config
+    from shodh.train import jobs
+    from shodh.train.checkpoint import exchange_state
+    from shodh.train.loop import Trainer
+
+    config = load_config(config_path, overrides)
+    seen: dict[str, Any] = {}
+
+    def look(trainer: Trainer) -> bool:
+        seen.update(describe_engine(trainer.engine, config))
+        seen["state"] = exchange_state(trainer.engine.module)
+        master = safe_get_full_fp32_param(trainer.engine.module.embed.weight)
+        seen["master"] = None if master is None else master.detach().clone()
+        return True
+
+    Trainer.fit = look  # type: ignore[method-assign]
+    jobs.pretrain(config, None, weights)
+    return seen
