@@ -156,7 +156,7 @@ def open_weights(path: Path) -> dict[str, StoredTensor]:
     CheckpointError
         Names the file that is missing or damaged, or the tensor that the index and the shards disagree on.
     """
-    if path.is_file():
+    if path.is_file() or not path.exists():
         return open_file(path)
     if (path / INDEX).is_file():
         return _open_shards(path)

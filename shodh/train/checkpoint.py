@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,37 @@ def read_initial_weights(path: Path) -> dict[str, Tensor]:
     if any(name.startswith("tokenizer.") for name in chosen):
         raise CheckpointError(f"{path} holds a tokenizer alone; expected the weights of an operator")
     return chosen
+
+
+def set_masters(engine: Any, state: Mapping[str, Tensor]) -> None:
+    """Give the optimiser float32 weights: DeepSpeed makes its own from the model after it was cast to bf16.
+
+    Parameters
+    ----------
+    state : mapping
+        Weights by name, of stacked experts this rank's; those that are not float32 are left out.
+    """
+    for name, parameter in engine.module.named_parameters():
+        if state[name].dtype != torch.float32:
+            continue
+        value = state[name].flatten().to(parameter.device)
+        if hasattr(parameter, "ds_id"):
+            _set_shard(parameter, value)
+        elif (mapping := parameter._hp_mapping) is not None:
+            address = mapping.lp_fragment_address
+            mapping.hp_fragment.data.copy_(value[address.start : address.start + address.numel])
+
+
+def _set_shard(parameter: Tensor, value: Tensor) -> None:
+    """ZeRO 3: this rank's share of a parameter, the last one padded. DeepSpeed's setter of whole values cannot pad."""
+    from deepspeed.utils import safe_set_local_fp32_param
+
+    optimizer = parameter._z3_optimizer  # type: ignore[attr-defined]
+    size, place = parameter.ds_tensor.numel(), optimizer._get_param_partition_rank(parameter)  # type: ignore[attr-defined]
+    share = value.new_zeros(size)
+    part = value[place * size : (place + 1) * size]
+    share[: len(part)] = part
+    safe_set_local_fp32_param(parameter, share)
 
 
 def _files(folder: Path) -> list[Path]:

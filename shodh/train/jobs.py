@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
 from shodh.models.tokenizer import Tokenizer
 from shodh.topology import Topology, plan_topology
-from shodh.train.checkpoint import WEIGHTS, load_into, load_weights, read_manifest, verify_checkpoint
+from shodh.train.checkpoint import WEIGHTS, load_into, load_weights, read_initial_weights, read_manifest, set_masters
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.engine import build_engine, load_deepspeed_config
 from shodh.train.latents import TOKENIZER_FILE, open_for_operator, prepare_latents
@@ -86,12 +86,15 @@ def _run(
     model: nn.Module,
     task: Task,
     start: Path | None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> bool:
-    """Build the engine, resume if asked, train."""
+    """Build the engine, resume if asked, train; ``weights`` are those the model was given, in their own precision."""
     from shodh.moe.layer import optimizer_groups
 
     count = sum(p.numel() for p in model.parameters())
     engine = build_engine(model, optimizer_groups(model, train.weight_decay), train, deepspeed, config.kernels)
+    if weights is not None:
+        set_masters(engine, weights)
     trainer = Trainer(task, engine, train, topology, folder, config.seed)
     if start is not None:
         trainer.resume(start)
@@ -201,7 +204,12 @@ def publish_tokenizer(config: RunConfig, regimes: Regimes, folder: RunFolder, de
     final = folder.path / "tokenizer.safetensors"
     with atomic_path(final) as partial:
         save_file({name: tensor.float().contiguous() for name, tensor in state.items()}, str(partial))
-    content = {"weights": final.name, "normalizer": regimes.normalizer.to_dict(), "regimes": regimes.names}
+    content = {
+        "weights": final.name,
+        "normalizer": regimes.normalizer.to_dict(),
+        "regimes": regimes.names,
+        "domains": {name: d.to_dict() for name, d in zip(regimes.names, regimes.domains, strict=True)},
+    }
     write_atomically(folder.path / TOKENIZER_FILE, json.dumps(content, indent=1) + "\n")
     log.info("tokenizer written to %s", final)
 
@@ -214,7 +222,8 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
     resume : str, optional
         ``"auto"`` goes on from the newest checkpoint of the run folder, if there is one; a path, from that one.
     init_from : Path, optional
-        A checkpoint folder whose weights a *new* run starts from, at any number of ranks, EP degree and ZeRO stage.
+        A checkpoint folder, converted folder or safetensors file whose weights a *new* run starts from, at any number
+        of ranks, EP degree and ZeRO stage.
     """
     train, ep_size = config.operator.train, config.parallel.ep_size
     num_experts = config.operator.experts.num_experts
@@ -225,7 +234,7 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
     if start is not None:
         _check_same_run(config, folder)
     if init_from is not None:
-        verify_checkpoint(init_from)
+        read_initial_weights(init_from)  # Mapped, not read: what cannot be used is refused before ranks connect.
     device = start_distributed()
     with together():
         regimes, trained = open_for_operator(config)
@@ -235,17 +244,20 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
     with together():
         step = 0 if start is None else int(read_manifest(start)["state"]["step"])
         task = OperatorTask(config, regimes, cache, topology, folder.routing, step)
-        model = _build_operator(config, ep_size, init_from)
-    return _run(config, train, deepspeed, topology, folder, model.to(device), task, start)
+        model, weights = _build_operator(config, ep_size, init_from)
+    return _run(config, train, deepspeed, topology, folder, model.to(device), task, start, weights)
 
 
-def _build_operator(config: RunConfig, ep_size: int, init_from: Path | None) -> nn.Module:
-    """The operator with this rank's experts, freshly drawn or from the weights of a checkpoint."""
+def _build_operator(
+    config: RunConfig, ep_size: int, init_from: Path | None
+) -> tuple[nn.Module, dict[str, Tensor] | None]:
+    """The operator with this rank's experts, freshly drawn or from given weights, and this rank's part of these."""
     from shodh.moe.layer import expert_layer_factory, local_state
 
     model = build_operator(config, expert_layer_factory(ep_size, rank() % ep_size), config.kernels)
     initialise(model, config.seed)
-    if init_from is not None:
-        weights = init_from / WEIGHTS
-        load_into(model, local_state(model, load_weights(weights)), weights)
-    return model
+    if init_from is None:
+        return model, None
+    weights = local_state(model, read_initial_weights(init_from))
+    load_into(model, weights, init_from)
+    return model, weights

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import rank_jobs
-from helper import run_ranks
+from helper import ROOT, run_ranks
 from msgspec import UNSET
 
 from shodh.config import RunConfig, load_config
@@ -88,3 +89,20 @@ class Laboratory:
                     shutil.rmtree(checkpoint)
             (path / "latest").write_text(f"step_{until:08d}\n")
         return Run(path, [f"name={name}", *run.overrides[1:]], run.ranks)
+
+
+def make_laboratory(folder: Path, write_config: Callable[..., Path]) -> Laboratory:
+    """A laboratory with a trained tokenizer.
+
+    Noise, shifts and a selection bias are on, so that whatever a checkpoint could forget is in play.
+    """
+    stages = {stage: ROOT / "ds_configs" / f"zero{stage}.json" for stage in (1, 2, 3)}
+    operator = {
+        "input_noise": 0.05,
+        "random_shifts": True,
+        "experts": {"balance": {"bias_rate": 1.0e-3}},
+        "train": {"checkpoint_every": 5, "keep_checkpoints": 3, "valid_every": 5},
+    }
+    config = write_config(folder / "tiny.yaml", operator=operator)
+    run_ranks(1, rank_jobs.train_tokenizer, config, [f"deepspeed={stages[1]}"])
+    return Laboratory(config, stages, load_config(config).tokenizer_dir)

@@ -1,0 +1,100 @@
+"""Round trips: engine -> safetensors -> engine, at any ZeRO stage and expert degree, without losing a bit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import rank_jobs
+import torch
+from helper import run_ranks
+from laboratory import Laboratory, Run
+from safetensors.torch import load_file
+
+import shodh
+from shodh.exchange.convert import convert
+from shodh.models.domain import num_static_features
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS = [(stage, ep_size) for stage in (1, 2, 3) for ep_size in (1, 2)]
+
+
+def converted(run: Run, folder: Path, dtype: str = "fp32") -> Path:
+    """Convert the last checkpoint as plain ``engine.save_checkpoint`` would have left it."""
+    raw = folder / "raw"
+    shutil.copytree(run.checkpoint(10), raw)
+    (raw / "manifest.json").unlink()
+    (raw / "model.safetensors").unlink()
+    convert(raw, folder / "out", dtype, config_path=run.path / "config.yaml", verify=True)
+    return folder / "out"
+
+
+@pytest.mark.parametrize(("stage", "ep_size"), LAYOUTS)
+def test_round_trip_is_bitwise(laboratory: Laboratory, stage: int, ep_size: int, tmp_path: Path) -> None:
+    """Back at the same layout, and ``shodh.from_pretrained`` gives the engine's outputs."""
+    run = laboratory.run(2, ep_size, stage)
+    out = converted(run, tmp_path)
+    overrides = laboratory.overrides(f"back-{stage}-{ep_size}", ep_size, stage)
+    ranks = run_ranks(2, rank_jobs.start_from, laboratory.config, overrides, out)
+    assert_same_weights(ranks[0]["state"], run)
+    for rank, before in zip(ranks, run.ranks, strict=True):
+        assert torch.equal(rank["latent"], before["latent"])
+    model = shodh.from_pretrained(out)
+    inputs = rank_jobs.probe_input(model.history, model.config.tokenizer.latent_channels, num_static_features(1))
+    with torch.no_grad():
+        output = model.operator(*inputs)
+    for before in run.ranks:
+        assert torch.equal(output.latent, before["latent"])
+        assert all(torch.equal(r.selected, s) for r, s in zip(output.routing, before["selected"], strict=True))
+
+
+@pytest.mark.parametrize(("written", "read"), [((1, 1), (3, 2)), ((3, 2), (2, 1)), ((2, 2), (1, 1))])
+def test_weights_move_to_another_layout_bitwise(
+    laboratory: Laboratory, written: tuple[int, int], read: tuple[int, int], tmp_path: Path
+) -> None:
+    run = laboratory.run(2, written[1], written[0])
+    overrides = laboratory.overrides(f"moved-{written}-{read}".replace(" ", ""), read[1], read[0])
+    overrides[0] = f"name=moved{written[0]}{written[1]}{read[0]}{read[1]}"
+    ranks = run_ranks(2, rank_jobs.start_from, laboratory.config, overrides, converted(run, tmp_path))
+    assert_same_weights(ranks[0]["state"], run)
+
+
+def test_one_rank_starts_from_a_file_or_a_checkpoint_of_two(laboratory: Laboratory) -> None:
+    run = laboratory.run(2, 2, 1)
+    for number, source in enumerate((run.checkpoint(10), run.checkpoint(10) / "model.safetensors")):
+        overrides = laboratory.overrides(f"file{number}", 1, 2)
+        (rank,) = run_ranks(1, rank_jobs.start_from, laboratory.config, overrides, source)
+        assert_same_weights(rank["state"], run)
+
+
+@pytest.mark.parametrize("stage", (1, 3))
+def test_bf16_run_goes_on_from_the_masters(laboratory: Laboratory, stage: int, tmp_path: Path) -> None:
+    """Not from what they were rounded to."""
+    run = laboratory.run(2, 2, stage, "operator.train.precision=bf16")
+    out = converted(run, tmp_path)
+    masters = load_file(out / "model.safetensors")["operator.embed.weight"]
+    overrides = laboratory.overrides(f"masters-{stage}", 1, stage, "operator.train.precision=bf16")
+    ranks = run_ranks(2, rank_jobs.start_from, laboratory.config, overrides, out)
+    assert_same_weights(ranks[0]["state"], run)
+    assert torch.equal(ranks[0]["master"], masters)
+    assert not torch.equal(masters, masters.bfloat16().float())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", (1, 3))
+def test_experts_that_several_ranks_share(laboratory: Laboratory, stage: int, tmp_path: Path) -> None:
+    """Four ranks, EP 2: each expert is partitioned over the two ranks that hold it, which are not neighbours."""
+    run = laboratory.run(4, 2, stage)
+    state = load_file(converted(run, tmp_path) / "model.safetensors")
+    expected = load_file(run.checkpoint(10) / "model.safetensors")
+    for name, tensor in expected.items():
+        assert torch.equal(state[f"operator.{name}"], tensor), name
+
+
+def assert_same_weights(state: dict[str, torch.Tensor], run: Run) -> None:
+    expected = load_file(run.checkpoint(10) / "model.safetensors")
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert state[name].dtype == tensor.dtype and torch.equal(state[name], tensor), name

@@ -1,0 +1,52 @@
+"""Real checkpoints of tiny runs on two ranks, as this project and as DeepSpeed alone would leave them."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
+
+from laboratory import Laboratory, Run, make_laboratory
+
+SHORT = ("operator.train.steps=2", "operator.train.checkpoint_every=0", "operator.train.valid_every=0")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def laboratory(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> Laboratory:
+    return make_laboratory(tmp_path_factory.mktemp("exchange"), write_config)
+
+
+@pytest.fixture(scope="session")
+def runs(laboratory: Laboratory) -> Callable[..., Run]:
+    """``runs(stage, precision="fp32")``: two steps on two ranks with the experts spread over both."""
+    return lambda stage, precision="fp32": laboratory.run(2, 2, stage, *SHORT, f"operator.train.precision={precision}")
+
+
+@pytest.fixture
+def raw(runs: Callable[..., Run], tmp_path: Path) -> Callable[..., Path]:
+    """``raw(stage, precision)``: a copy of a checkpoint as ``engine.save_checkpoint`` alone leaves it."""
+
+    def make(stage: int, precision: str = "fp32") -> Path:
+        run = runs(stage, precision)
+        folder = tmp_path / "foreign" / "global_step2"
+        shutil.copytree(run.checkpoint(2), folder)
+        (folder / "manifest.json").unlink()
+        (folder / "model.safetensors").unlink()
+        shutil.copy(run.path / "config.yaml", folder.parent)
+        return folder
+
+    return make

@@ -1,0 +1,343 @@
+"""What cannot be trusted is refused in one line that names the file, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from laboratory import Laboratory, Run
+from safetensors.torch import load_file, save_file
+
+import shodh
+from shodh.errors import CheckpointError
+from shodh.exchange.convert import convert
+from shodh.pickles import read_pt, refuse_foreign_globals
+from shodh.train.checkpoint import checksum, load_checkpoint, read_initial_weights
+from shodh.weights import INDEX, WEIGHTS
+
+pytestmark = pytest.mark.distributed
+
+
+class Payload:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def refused(source: Path, tmp_path: Path, match: str, **options: Any) -> str:
+    """Convert ``source`` in vain; returns the line."""
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match=match) as caught:
+        convert(source, out, **options)
+    assert not [p for p in tmp_path.iterdir() if "out" in p.name], "nothing may be left"
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def flip_bit(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("protocol", (2, 4))
+@pytest.mark.parametrize("victim", ("mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"))
+def test_payload_is_refused_by_name_and_not_run(
+    victim: str, protocol: int, raw: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, created = raw(1), tmp_path / "created"
+    content = torch.load(folder / victim, weights_only=False)
+    content["extra"] = Payload(created)
+    torch.save(content, folder / victim, pickle_protocol=protocol)
+    line = refused(folder, tmp_path, f"{victim} is refused")
+    assert protocol != 2 or "would call posix.mkdir" in line
+    assert not created.exists()
+
+
+def test_payload_in_an_expert_file_is_refused(raw: Callable[..., Path], tmp_path: Path) -> None:
+    folder, created = raw(1), tmp_path / "created"
+    for path in folder.glob("*_optim_states.pt"):
+        path.unlink()
+    torch.save({"a": Payload(created)}, folder / "layer_1_expert_3_mp_rank_00_model_states.pt")
+    refused(folder, tmp_path, "layer_1_expert_3_mp_rank_00_model_states.pt is refused.*posix.mkdir")
+    assert not created.exists()
+
+
+def test_pickles_in_other_containers_are_refused(tmp_path: Path) -> None:
+    created = tmp_path / "created"
+    legacy, packed, script = (tmp_path / name for name in ("legacy.pt", "packed.pt", "script.pt"))
+    torch.save(Payload(created), legacy, _use_new_zipfile_serialization=False)
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for part in source.infolist():
+            target.writestr(part.filename, source.read(part))
+    torch.jit.script(torch.nn.Linear(1, 1)).save(script)
+    for path in (legacy, packed, script):
+        for read in (refuse_foreign_globals, read_pt):
+            with pytest.raises(CheckpointError, match=path.name):
+                read(path)
+    assert not created.exists()
+    assert torch.equal(read_pt(tmp_path / "plain.pt")["a"], torch.zeros(1000))
+
+
+def test_a_tensor_larger_than_its_file_is_not_allocated(raw: Callable[..., Path], tmp_path: Path) -> None:
+    folder = raw(1)
+    path = folder / "mp_rank_00_model_states.pt"
+    content = torch.load(path, weights_only=False)
+    name = content["buffer_names"][0]
+    content["module"][name] = torch.zeros(1).expand(10**12)
+    torch.save(content, path)
+    refused(folder, tmp_path, f"{name} claims \\[1000000000000\\]")
+
+
+def test_resume_refuses_a_payload_before_deepspeed_sees_it(
+    laboratory: Laboratory, runs: Callable[..., Run], tmp_path: Path
+) -> None:
+    """Also where the manifest was rewritten to fit, or does not list the file."""
+
+    class Engine:
+        def load_checkpoint(self, *_: Any, **__: Any) -> None:
+            raise AssertionError("DeepSpeed would have unpickled it")
+
+    run = laboratory.copy(runs(1), f"payload-{tmp_path.name}")
+    folder, created = run.checkpoint(2), tmp_path / "created"
+    topology = json.loads((folder / "manifest.json").read_text())["topology"]
+    for victim, listed in (("zero_pp_rank_0_mp_rank_00_optim_states.pt", True), ("more_model_states.pt", False)):
+        before = (folder / victim).read_bytes() if listed else b""
+        torch.save({"extra": Payload(created)}, folder / victim)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if listed:
+            size = (folder / victim).stat().st_size
+            manifest["files"][victim] = {"size": size, "sha256": checksum(folder / victim)}
+        original = (folder / "manifest.json").read_text()
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(Exception, match=f"{victim} is refused: it would call posix.mkdir"):
+            load_checkpoint(Engine(), folder, topology)
+        (folder / "manifest.json").write_text(original)
+        (folder / victim).write_bytes(before)
+    assert not created.exists()
+
+
+@pytest.mark.parametrize("stage", (1, 3))
+def test_truncated_optimizer_file(stage: int, raw: Callable[..., Path], tmp_path: Path) -> None:
+    folder = raw(stage)
+    path = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    refused(folder, tmp_path, f"{path.name} is truncated")
+
+
+@pytest.mark.parametrize("victim", (WEIGHTS, "zero_pp_rank_0_mp_rank_00_optim_states.pt"))
+def test_flipped_bit_is_seen_by_the_manifest(
+    victim: str, laboratory: Laboratory, runs: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = laboratory.copy(runs(1), f"flipped-{victim}")
+    path = run.checkpoint(2) / victim
+    flip_bit(path, path.stat().st_size // 2)
+    refused(run.path, tmp_path, f"{victim} is damaged: its checksum")
+
+
+@pytest.mark.parametrize(
+    ("stage", "victim", "message"),
+    [
+        (1, "layer_1_expert_2_mp_rank_00_model_states.pt", "expert file .*layer_1_expert_2_.* is missing"),
+        (1, "zero_pp_rank_0_mp_rank_00_optim_states.pt", "optimizer file of rank 0 is missing"),
+        (2, "zero_pp_rank_1_mp_rank_00_optim_states.pt", "was written by 2 ranks, and 1 optimizer files"),
+        (3, "zero_pp_rank_1_mp_rank_00_model_states.pt", "has 1 model files and 2 optimizer files"),
+    ],
+)
+def test_missing_file(stage: int, victim: str, message: str, raw: Callable[..., Path], tmp_path: Path) -> None:
+    folder = raw(stage)
+    (folder / victim).unlink()
+    refused(folder, tmp_path, message)
+
+
+def test_file_of_an_expert_too_many(raw: Callable[..., Path], tmp_path: Path) -> None:
+    folder = raw(1)
+    source = folder / "layer_0_expert_3_mp_rank_00_model_states.pt"
+    (folder / "layer_0_expert_4_mp_rank_00_model_states.pt").write_bytes(source.read_bytes())
+    refused(folder, tmp_path, r"a file of expert 4 in layer 0, and its experts are \[4, 4\] by layer")
+
+
+def test_number_of_experts_that_is_not_the_configurations(runs: Callable[..., Run], tmp_path: Path) -> None:
+    run = runs(1)
+    config = tmp_path / "config.yaml"
+    config.write_text((run.path / "config.yaml").read_text().replace("num_experts: 4", "num_experts: 8"))
+    refused(
+        run.checkpoint(2) / WEIGHTS,
+        tmp_path,
+        r"does not fit the model: .*experts.w1 is \[4, 32, 32\], the model's \[8, 32, 32\]",
+        config_path=config,
+    )
+
+
+@pytest.mark.parametrize("stage", (1, 3))
+def test_partition_of_another_dtype_or_length(stage: int, raw: Callable[..., Path], tmp_path: Path) -> None:
+    key = "single_partition_of_fp32_groups" if stage == 1 else "fp32_flat_groups"
+    folder = raw(stage)
+    path = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = torch.load(path, weights_only=False)
+    groups = content["optimizer_state_dict"][key]
+    whole = groups[0]
+    groups[0] = whole.half()
+    torch.save(content, path)
+    refused(folder, tmp_path, "mixes dtypes")
+    groups[0] = whole[:-5].clone()
+    torch.save(content, path)
+    refused(folder, tmp_path, "lies outside its partition")
+
+
+def test_foreign_folders(tmp_path: Path) -> None:
+    refused(tmp_path / "absent", tmp_path, "does not exist; expected a run folder")
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday" / "photo.jpg").write_bytes(b"jpeg")
+    refused(tmp_path / "holiday", tmp_path, "holiday is not a run folder, .* or a converted folder")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"architectures": ["Bert"]}')
+    refused(tmp_path / "other", tmp_path, "other is not a run folder")
+    (tmp_path / "notes.txt").write_text("text")
+    refused(tmp_path / "notes.txt", tmp_path, "no config.yaml at or above|notes.txt is not a run folder")
+    torch.save({"model": torch.zeros(1)}, tmp_path / "holiday" / "mp_rank_00_model_states.pt")
+    (tmp_path / "holiday" / "config.yaml").write_text("name: a\ndata: {regimes: [{name: a, path: b}]}\n")
+    refused(tmp_path / "holiday", tmp_path, "mp_rank_00_model_states.pt is not DeepSpeed's")
+
+
+def test_tag_that_is_not_there(runs: Callable[..., Run], tmp_path: Path) -> None:
+    refused(runs(1).path, tmp_path, r"has no checkpoint 'step_9' \(there are \['step_00000002'\]\)", tag="step_9")
+    refused(runs(1).path, tmp_path, "has no checkpoint '../../x'", tag="../../x")
+
+
+@pytest.fixture
+def converted(runs: Callable[..., Run], tmp_path: Path) -> Path:
+    """A sharded folder."""
+    folder = tmp_path / "converted"
+    convert(runs(1).path, folder, max_shard_size=200_000)
+    return folder
+
+
+def test_existing_folder_is_replaced_on_request_only(converted: Path, runs: Callable[..., Run], tmp_path: Path) -> None:
+    before = {p.name: p.read_bytes() for p in converted.iterdir()}
+    with pytest.raises(CheckpointError, match="converted exists; .*--overwrite"):
+        convert(runs(1).path, converted)
+    assert {p.name: p.read_bytes() for p in converted.iterdir()} == before
+    with pytest.raises(CheckpointError, match="does not exist"):
+        convert(tmp_path / "absent", converted, overwrite=True)
+    assert {p.name: p.read_bytes() for p in converted.iterdir()} == before
+    convert(converted, converted, "bf16", overwrite=True, verify=True)
+    assert sorted(p.name for p in converted.iterdir()) == ["README.md", "config.json", WEIGHTS]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="replaces nothing else"):
+        convert(converted, mine, overwrite=True)
+    assert (mine / "thesis.tex").exists()
+
+
+def test_failure_while_writing_leaves_nothing(
+    runs: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("shodh.weights.sync_to_disk", full)
+    with pytest.raises(OSError, match="No space"):
+        convert(runs(1).path, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_verification_finds_a_bit_that_was_written_wrong(
+    runs: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from shodh.exchange import convert as module
+
+    write = module.write_pretrained
+
+    def write_and_flip(folder: Path, *arguments: Any, **options: Any) -> list[Path]:
+        files = write(folder, *arguments, **options)
+        flip_bit(files[0], files[0].stat().st_size - 3)
+        return files
+
+    monkeypatch.setattr(module, "write_pretrained", write_and_flip)
+    refused(runs(1).path, tmp_path, "what was written differs", verify=True)
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", lambda c: c.update(format_version=2), "config.json: format_version: Input should be 1"),
+        ("config.json", lambda c: c.update(colour="red"), "config.json: colour: Extra inputs"),
+        ("config.json", lambda c: c["run"].update(sed=1), "unknown key 'sed': did you mean 'seed'"),
+        ("config.json", lambda c: c.pop("normalizer"), "config.json: normalizer: Field required"),
+        ("config.json", lambda c: c["normalizer"].pop("regimes"), "normalisation constants are incomplete"),
+        ("config.json", lambda c: c["domains"].clear(), "domains lacks the regimes"),
+        ("config.json", lambda c: c["domains"]["open_channel"].pop("lengths"), "a domain of config.json is malformed"),
+        ("config.json", lambda c: c["run"]["operator"].update(depth=3), "lacks operator.blocks.2"),
+        (INDEX, lambda c: c.pop("weight_map"), "index.json is damaged: it has no weight_map"),
+        (
+            INDEX,
+            lambda c: c["weight_map"].update({"operator.head.bias": "../../etc/passwd"}),
+            "names the shard '../../etc",
+        ),
+        (INDEX, lambda c: c["weight_map"].update({"operator.head.bias": "absent.safetensors"}), "absent.* is missing"),
+        (INDEX, lambda c: c["weight_map"].update({"ghost": max(c["weight_map"].values())}), "disagree on ghost"),
+    ],
+)
+def test_damaged_json_of_a_converted_folder(
+    file: str, change: Callable[[dict[str, Any]], object], message: str, converted: Path, tmp_path: Path
+) -> None:
+    edit_json(converted / file, change)
+    refused(converted, tmp_path, message)
+    with pytest.raises(CheckpointError, match=message):
+        shodh.from_pretrained(converted)
+
+
+@pytest.mark.parametrize("file", ("config.json", INDEX))
+def test_json_that_is_cut_off(file: str, converted: Path, tmp_path: Path) -> None:
+    (converted / file).write_text((converted / file).read_text()[:-20])
+    refused(converted, tmp_path, f"{file} is damaged: it is not valid JSON")
+
+
+def test_damaged_shards(converted: Path, tmp_path: Path) -> None:
+    first, shard, *_ = sorted(converted.glob("model-*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    refused(converted, tmp_path, f"{shard.name} is not a readable safetensors file")
+    save_file(load_file(first), shard)
+    refused(converted, tmp_path, f"{shard.name} and .* disagree")
+    shard.unlink()
+    refused(converted, tmp_path, f"{shard.name} is missing")
+
+
+def test_nan_is_kept_and_verified_bit_by_bit(runs: Callable[..., Run], tmp_path: Path) -> None:
+    """A diverged run may be looked into: conversion changes no value."""
+    weights = load_file(runs(1).checkpoint(2) / WEIGHTS)
+    weights["head.bias"][3] = float("nan")
+    save_file(weights, tmp_path / "w.safetensors")
+    convert(tmp_path / "w.safetensors", tmp_path / "out", config_path=runs(1).path / "config.yaml", verify=True)
+    assert load_file(tmp_path / "out" / WEIGHTS)["operator.head.bias"].isnan().sum() == 1
+
+
+def test_initial_weights_that_cannot_be_used(raw: Callable[..., Path], laboratory: Laboratory, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="convert it first: tools/convert_checkpoint.py"):
+        read_initial_weights(raw(1))
+    with pytest.raises(CheckpointError, match="no weights at .*absent"):
+        read_initial_weights(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
+        read_initial_weights(tmp_path)
+    convert(laboratory.load(laboratory.overrides("any", 1, 1)).tokenizer_dir, tmp_path / "tokenizer")
+    with pytest.raises(CheckpointError, match="holds a tokenizer alone"):
+        read_initial_weights(tmp_path / "tokenizer")
