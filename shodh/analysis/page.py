@@ -44,7 +44,7 @@ nav { font-size: .9rem; color: var(--soft); columns: 2; margin: 1rem 0 } nav a {
 table { border-collapse: collapse; margin: .4rem 0; font-size: .9rem; font-variant-numeric: tabular-nums }
 td, th { padding: .22rem .7rem; text-align: right; white-space: nowrap }
 th { border-bottom: 2px solid var(--ink); font-weight: 600 } td { border-bottom: 1px solid var(--line) }
-td:first-child, th:first-child { text-align: left; padding-left: 0 }
+td:first-child, th:first-child { text-align: left; padding-left: 0 } .text { text-align: left }
 img { max-width: 100%; display: block; margin: .8rem 0 }
 .note { color: var(--soft); font-size: .85rem }
 """
@@ -73,6 +73,8 @@ class Section:
         File stem -> table, written as CSV, and shown on the page when short.
     figures : dict
         File stem -> figure (a `Figure` object without pyplot's state), written as PNG and inlined in the page.
+    files_only : tuple of str
+        Tables that are never shown on the page.
     """
 
     key: str
@@ -81,16 +83,21 @@ class Section:
     summary: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, Table] = field(default_factory=dict)
     figures: dict[str, Figure] = field(default_factory=dict)
+    files_only: tuple[str, ...] = ()
 
 
 @dataclass
 class Headline:
-    """What a reader must see first: a verdict in a few words, the sentence and the numbers that decided it."""
+    """What a reader must see first: a verdict in a few words, the sentence and the numbers that decided it.
+
+    ``note`` is small print: thresholds, and where the numbers are from.
+    """
 
     verdict: str
     text: str
     tone: Tone = "neutral"
     numbers: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
     figures: dict[str, Figure] = field(default_factory=dict)
 
 
@@ -151,7 +158,7 @@ def render_page(title: str, headline: Headline | None, sections: Sequence[Sectio
         body.append(f'<h2 id="{html.escape(section.key)}">{html.escape(section.title)}</h2>')
         body.append(f"<p>{html.escape(section.text)}</p>")
         body += [_image(stem, images[stem]) for stem in section.figures]
-        body += [_table_html(stem, table) for stem, table in section.tables.items()]
+        body += [_table_html(stem, t, stem not in section.files_only) for stem, t in section.tables.items()]
     head = f"<meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"
 
@@ -211,18 +218,25 @@ def _headline_html(headline: Headline) -> str:
         f"<div><b>{html.escape(format_cell(value))}</b>{html.escape(name)}</div>"
         for name, value in headline.numbers.items()
     )
+    note = f"<p class=note>{html.escape(headline.note)}</p>" if headline.note else ""
     return (
         f'<div class=verdict style="--tone: var(--{headline.tone})"><strong>{html.escape(headline.verdict)}</strong>'
-        f"<p>{html.escape(headline.text)}</p><div class=numbers>{numbers}</div></div>"
+        f"<p>{html.escape(headline.text)}</p><div class=numbers>{numbers}</div></div>{note}"
     )
 
 
-def _table_html(stem: str, table: Table) -> str:
-    if len(table.rows) > SHOWN_ROWS:
+def _table_html(stem: str, table: Table, shown: bool) -> str:
+    if not shown or len(table.rows) > SHOWN_ROWS:
         return f"<p class=note>{html.escape(stem)}.csv: {len(table.rows)} rows.</p>"
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.header)
-    rows = ("".join(f"<td>{html.escape(format_cell(cell))}</td>" for cell in row) for row in table.rows)
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    texts = [all(isinstance(cell, str | None) for cell in column) for column in zip(*table.rows, strict=True)]
+    kinds = [" class=text" if text else "" for text in texts] or [""] * len(table.header)
+    head = "".join(f"<th{kind}>{html.escape(name)}</th>" for name, kind in zip(table.header, kinds, strict=True))
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td{kind}>{html.escape(format_cell(c))}</td>" for c, kind in zip(row, kinds, strict=True))
+        + "</tr>"
+        for row in table.rows
+    )
     return f"<div class=wide><table><tr>{head}</tr>{body}</table></div><p class=note>{html.escape(stem)}.csv</p>"
 
 

@@ -19,7 +19,7 @@ Version 1, which is still read, knew neither pairs nor trajectories and wrote no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TextIO, TypeVar
@@ -36,6 +36,7 @@ VERSION = 2
 BLOCK_BYTES = 1 << 20
 
 Version = Annotated[int, msgspec.Meta(ge=1, le=VERSION)]
+Whole = Annotated[int, msgspec.Meta(ge=0)]
 T = TypeVar("T")
 
 
@@ -68,10 +69,10 @@ class RawRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What statistics need of a line, arrays still as text: twice as fast to read as a `RoutingRecord`."""
 
     v: Version
-    step: int
+    step: Whole
     split: str
-    layer: int
-    num_experts: int
+    layer: Whole
+    num_experts: Whole
     counts: msgspec.Raw
     pairs: msgspec.Raw | UnsetType = UNSET
     sample: str | UnsetType = UNSET
@@ -255,31 +256,44 @@ def read_trace(path: Path) -> Iterator[RoutingRecord]:
     DataError
         A line in the middle is damaged, or of another version; the message names file and line.
     """
-    for block in read_blocks(path, RoutingRecord):
+    for _, block in read_blocks(path, RoutingRecord):
         yield from block
 
 
-def read_blocks(path: Path, kind: type[T]) -> Iterator[list[T]]:
-    """As `read_trace`, a list of records a megabyte, of any msgspec type."""
+def read_blocks(
+    path: Path, kind: type[T], progress: Callable[[int], object] | None = None
+) -> Iterator[tuple[int, list[T]]]:
+    """As `read_trace`, some thousand records of any msgspec type at once, with the number of lines before them.
+
+    Parameters
+    ----------
+    progress : callable, optional
+        Called with the number of bytes that were read.
+    """
     decoder = msgspec.json.Decoder(kind)
     rest, number = b"", 0
     with path.open("rb") as file:
         while chunk := file.read(BLOCK_BYTES):
-            lines, newline, rest = (rest + chunk).rpartition(b"\n")
-            if not newline:
+            if progress is not None:
+                progress(len(chunk))
+            text = rest + chunk
+            end = text.rfind(b"\n") + 1
+            rest = text[end:]
+            if not end:
                 continue
             try:
-                records = decoder.decode_lines(lines)
+                records = decoder.decode_lines(memoryview(text)[:end])
             except msgspec.MsgspecError:
-                raise _damage(path, number, lines, decoder) from None
-            yield records
-            number += lines.count(b"\n") + 1
+                raise _damage(path, number, text[: end - 1], decoder) from None
+            if records:
+                yield number, records
+            number += len(records)
     if rest:
         try:
             last = decoder.decode(rest)
         except msgspec.MsgspecError:
             return
-        yield [last]
+        yield number, [last]
 
 
 def _damage(path: Path, before: int, lines: bytes, decoder: msgspec.json.Decoder[Any]) -> DataError:

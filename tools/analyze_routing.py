@@ -1,0 +1,103 @@
+"""Analyse the routing of a run: load, specialisation, fingerprints, stability, structure, and a probe of its experts.
+
+Writes ``summary.json``, CSV tables, PNG figures and one self-contained ``index.html``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from tqdm import tqdm
+
+from shodh.analysis.page import Section, text_table, write_page
+from shodh.analysis.routing import analyse, find_traces, read_traces
+from shodh.cli import run_main
+from shodh.errors import ConfigError
+from shodh.train.run_folder import RunFolder
+from shodh.train.runtime import quiet_logs
+
+EXAMPLES = """examples:
+  python tools/analyze_routing.py runs/demo --out runs/demo/report/routing
+  python tools/analyze_routing.py runs/demo --out out --checkpoint step_00000300 --other-run runs/demo-seed1
+  python tools/analyze_routing.py runs/demo --out out --no-probe --split train
+  python tools/analyze_routing.py megatron_traces/ --out out
+
+RUN is a run folder, a folder of .jsonl traces, or one trace; Megatron's router traces are recognised. The experts of a
+run folder with a checkpoint are probed on held-out data too (about a minute for the demo); --no-probe leaves that out.
+"""
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=layout)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, folder of traces, or trace")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the results")
+    parser.add_argument("--split", help="split to analyse (default: held-out samples where traced, else training)")
+    parser.add_argument("--no-probe", action="store_true", help="read traces alone, no checkpoint")
+    probe = parser.add_argument_group("probe of a checkpoint")
+    probe.add_argument("--checkpoint", metavar="TAG", help="tag of the checkpoint (default: the newest)")
+    probe.add_argument("--other-run", type=Path, metavar="RUN2", help="another run, whose experts are matched")
+    probe.add_argument(
+        "--probe-data", nargs="+", action="extend", default=[], metavar="NAME=PATH", help="regimes left out of training"
+    )
+    probe.add_argument("--windows", type=int, default=24, help="windows of a regime that are probed (default: 24)")
+    probe.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    args = parser.parse_args(argv)
+    if args.no_probe and (args.checkpoint or args.other_run or args.probe_data):
+        raise ConfigError("--no-probe contradicts --checkpoint, --other-run and --probe-data; give one or the other")
+    if args.windows < 1:
+        raise ConfigError(f"--windows {args.windows}: must be at least 1")
+    return args
+
+
+def left_out(settings: Sequence[str]) -> dict[str, Path]:
+    """Regimes by name from ``NAME=PATH``."""
+    found = {}
+    for setting in settings:
+        name, equals, path = setting.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(f"--probe-data {setting!r}: expected NAME=PATH")
+        found[name] = Path(path)
+    return found
+
+
+def probe(args: argparse.Namespace) -> list[Section]:
+    """Sections of the probe, if there is a checkpoint or one was asked for."""
+    asked = args.checkpoint or args.other_run or args.probe_data
+    if args.no_probe or not (asked or RunFolder(args.run).latest()):
+        return []
+    from shodh.analysis.probe import probe_sections
+
+    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if cuda else "cpu")
+    unseen = left_out(args.probe_data)
+    return probe_sections(args.run, args.checkpoint, args.other_run, device, left_out=unseen, limit=args.windows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    quiet_logs()
+    files = find_traces(args.run)
+    size = sum(path.stat().st_size for path in files)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="traces", disable=not sys.stderr.isatty()) as bar:
+        trace = read_traces(files, bar.update)
+    headline, sections = analyse(trace, args.split)
+    *sections, what_was_read = sections
+    write_page(args.out, f"{args.run.resolve().name}: routing", headline, [*sections, *probe(args), what_was_read])
+    sys.stdout.write(f"{headline.verdict}. {headline.text}\n")
+    for section in sections[:2]:
+        for stem, table in section.tables.items():
+            if stem == section.key:
+                sys.stdout.write(f"\n{text_table(table)}\n")
+    sys.stdout.write(f"\npage: {args.out / 'index.html'}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
