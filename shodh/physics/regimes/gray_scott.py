@@ -118,13 +118,14 @@ class GrayScott:
         """Solve one trajectory for each seed; see :class:`shodh.physics.regime.Regime`."""
         if parameters:
             return replace(self, **parameters).simulate(seeds, grid, frames, device=device, progress=progress)
-        check_request(self.name, seeds, grid, frames)
-        spacing = (self.length / max(grid),) * 3
+        ndim = self.schema.ndim
+        check_request(self.name, seeds, grid, frames, ndim=ndim)
+        spacing = (self.length / max(grid),) * ndim
         system = ReactionDiffusion(
             gray_scott_reaction(self.feed, self.kill),
             (self.diffusivity_u, self.diffusivity_v),
             spacing,
-            periodic=(True, True, True),
+            periodic=(True,) * ndim,
             reaction_radius=REACTION_RADIUS,
         )
         start = [random_patches(seed, grid, self.length, self.patch_size) for seed in seeds]
@@ -138,6 +139,7 @@ class GrayScott:
             stored[:, :, index] = state.float().cpu().numpy()
             if progress is not None:
                 progress((index + 1) / frames)
+        sampled = tuple(range(1, ndim + 2))
         return Trajectories(
             schema=self.schema,
             lengths=tuple(n * spacing[0] for n in grid),
@@ -150,8 +152,8 @@ class GrayScott:
                 "diffusivity_v": self.diffusivity_v,
             },
             diagnostics={
-                "substrate_min": stored[0].min((1, 2, 3, 4)).astype(np.float64),
-                "autocatalyst_min": stored[1].min((1, 2, 3, 4)).astype(np.float64),
-                "autocatalyst_std": stored[1].std((1, 2, 3, 4), dtype=np.float64),
+                "substrate_min": stored[0].min(sampled).astype(np.float64),
+                "autocatalyst_min": stored[1].min(sampled).astype(np.float64),
+                "autocatalyst_std": stored[1].std(sampled, dtype=np.float64),
             },
         )
