@@ -56,10 +56,6 @@ class HeterogeneousDiffusion:
         """``div(k grad values)``, ``[B, X, Y, Z]``."""
         return divergence(self.flux(values), self.spacing, first=1).neg_()
 
-    def radius(self) -> Tensor:
-        """A bound ``[B]`` of the operator's spectral radius (Gershgorin)."""
-        return 4.0 * self._conductivity.flatten(1).amax(1) * sum(h**-2 for h in self.spacing)
-
     def solve(self, source: Tensor, *, tolerance: float, max_iterations: int) -> CGResult:
         """Potential of zero mean with ``-div(k grad p) = source - mean(source)``, by conjugate gradients.
 

@@ -38,7 +38,8 @@ FIELDS = (Field("temperature"), Field("conductivity", static=True))
 SHARPNESS = 2.0
 # Peak heating of a source, times its width squared.
 PEAK = 4.0
-# A step may move a source by at most this share of its width.
+# Longest step: in times of diffusion over a source's width (error of a frame 2e-4), and in movements by that width.
+MOST_DIFFUSION = 0.15
 MOST_MOVEMENT = 0.25
 
 
@@ -176,7 +177,9 @@ class Heat:
 
         # The bound holds for every seed, so that a trajectory has the same steps in every batch.
         radius = 4.0 * self.contrast**0.5 * sum(h**-2 for h in spacing)
-        most = MOST_MOVEMENT * self.source_width / self.source_speed if self.source_speed else math.inf
+        most = MOST_DIFFUSION * self.source_width**2
+        if self.source_speed:
+            most = min(most, MOST_MOVEMENT * self.source_width / self.source_speed)
 
         def advance(state: Tensor, time: float, interval: float) -> Tensor:
             steps, stages = legendre_steps(interval, radius, most)
