@@ -33,6 +33,7 @@ REQUIRED = [
     "numpy>=1.26",
     "h5py>=3.10",
     "safetensors>=0.5",
+    "huggingface_hub>=0.30",
     "pydantic>=2.7,<3",
     "pyyaml>=6.0",
     "tensorboard>=2.15",
