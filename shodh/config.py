@@ -264,6 +264,9 @@ class OperatorConfig(Section):
     patch: PositiveInt = Field(1, description="latent cells per token and axis")
     position: Literal["rotary", "learned"] = "rotary"
     experts: ExpertsConfig = ExpertsConfig()
+    loss: Literal["mse", "over_persistence"] = Field(
+        "mse", description="error of a sample as it is, or over the mean change of its regime in one step"
+    )
     input_noise: Weight = Field(0.0, description="standard deviation added to the normalised latent history")
     random_shifts: bool = Field(True, description="shift training samples by whole latent cells along periodic axes")
     activation_checkpointing: bool = False

@@ -35,8 +35,7 @@ class PatchBasis(nn.Module):
     @torch.no_grad()
     def fit(self, patches: Tensor) -> None:
         """Set the components from patches ``[N, C * 8^3]``; latents then have a root mean square of one."""
-        covariance = patches.double().T @ patches.double() / len(patches)
-        values, vectors = torch.linalg.eigh(covariance)
+        values, vectors = _principal_components(patches.double())
         count = min(len(self.weight), vectors.shape[1])
         chosen = vectors[:, -count:].flip(1)
         # An eigenvector's sign is arbitrary: make its largest entry positive, so that machines agree.
@@ -53,6 +52,18 @@ class PatchBasis(nn.Module):
         cells = torch.einsum("blxyz,lp->bpxyz", latent, self.weight.float() * self.scale.float())
         cells = cells.unflatten(1, (self.channels, PATCH, PATCH, PATCH)).permute(0, 1, 5, 2, 6, 3, 7, 4)
         return cells.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def _principal_components(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances, ascending, and directions ``[D, n]`` of patches ``[N, D]``; from the smaller of both products."""
+    count, size = patches.shape
+    if count >= size:
+        values, vectors = torch.linalg.eigh(patches.T @ patches / count)
+        return values, vectors
+    values, rows = torch.linalg.eigh(patches @ patches.T / count)
+    there = values > 1e-12 * values[-1]  # The rest is rounding: it has no direction.
+    values, rows = values[there], rows[:, there]
+    return values, patches.T @ rows / (count * values).sqrt()
 
 
 class SchemaBasis(nn.Module):

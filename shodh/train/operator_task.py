@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shodh.config import RunConfig
+from shodh.data import LatentWindowDataset
 from shodh.moe.balance import GlobalBalance, entropy, update_selection_bias
 from shodh.moe.router import SemanticRouter
 from shodh.moe.routing import Routing, count_by_regime, regime_information
@@ -41,10 +42,12 @@ class OperatorTask:
         self.operator = config.operator
         self.history = config.data.history
         self.sparse = config.operator.experts.num_experts > 0
+        relative = config.operator.loss == "over_persistence"
         self._loaders = {
             split: mixture_loader(open_latents(config, regimes, cache, split), config, topology, seed)
             for split, seed in training_splits(config)
         }
+        self._change = mean_changes(open_latents(config, regimes, cache, "train")) if relative else None
         self._balance = GlobalBalance()
         path = traces / f"rank{rank()}.jsonl"
         limit = config.routing_trace if self.sparse else 0
@@ -106,11 +109,12 @@ class OperatorTask:
         output = engine(self._noise(history, batch, step), static)
         error = (output.latent - target).square().flatten(1).mean(1)
         persistence = (history[:, -1] - target).square().flatten(1).mean(1)
-        loss = error.mean()
+        mse = error.mean()
         metrics: Metrics = {
-            "train/latent_mse": (loss.detach(), "mean"),
-            "train/over_persistence": (loss.detach() / persistence.mean(), "mean"),
+            "train/latent_mse": (mse.detach(), "mean"),
+            "train/over_persistence": (mse.detach() / persistence.mean(), "mean"),
         }
+        loss = mse if self._change is None else (error / self._change.to(error.device)[regime]).mean()
         if output.routing:
             loss = loss + self._account(output.routing, regime, step, metrics)
         return loss, metrics
@@ -198,6 +202,21 @@ class OperatorTask:
             loader.close()
         for source in self.regimes.sources:
             source.close()
+
+
+def mean_changes(datasets: Sequence[LatentWindowDataset], windows: int = 64) -> Tensor:
+    """Mean square of the last change in windows of each dataset, ``[R]``: what persistence would lose.
+
+    From at most ``windows`` windows of each, spread evenly; at least a hundredth of the largest, so that a regime that
+    hardly moves does not decide alone.
+    """
+    changes = []
+    for data in datasets:
+        rows = torch.linspace(0, len(data) - 1, min(windows, len(data))).long().tolist()
+        latents = (data[row]["latents"] for row in rows)
+        changes.append(torch.stack([(z[-1] - z[-2]).square().mean() for z in latents]).mean())
+    change = torch.stack(changes)
+    return change.clamp(min=0.01 * float(change.max()))
 
 
 def routing_metrics(table: Tensor) -> Metrics:

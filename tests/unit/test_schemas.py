@@ -18,6 +18,7 @@ from shodh.models.init import initialise
 from shodh.models.tokenizer import Tokenizer, existing_channels, keep_above, relative_spacing
 from shodh.ops import divergence
 from shodh.train.losses import reconstruction_loss, reconstruction_terms, weigh_fields
+from shodh.train.operator_task import mean_changes
 
 GRID = (16, 8, 16)
 DYNAMIC = (
@@ -279,3 +280,32 @@ def test_two_dimensions_are_eight_layers() -> None:
         config_from_dict({**tree(grid=[32, 32]), "operator": {"patch": 2}})
     with pytest.raises(ConfigError, match="data.grid"):
         config_from_dict(tree(grid=[32]))
+
+
+def test_components_of_few_patches_are_those_of_the_covariance() -> None:
+    draw = torch.Generator().manual_seed(0)
+    patches = torch.randn(30, PATCH**3, generator=draw) * torch.linspace(3, 0.1, PATCH**3)
+    few, many = PatchBasis(1, 5), PatchBasis(1, 5)
+    few.fit(patches)
+    many.fit(patches.repeat(20, 1))  # More rows than columns: the other product, of the same covariance.
+    torch.testing.assert_close(few.weight, many.weight, rtol=0, atol=1e-5)
+    torch.testing.assert_close(few.scale, many.scale)
+    rank_two = PatchBasis(1, 5)
+    rank_two.fit(patches[:2])
+    torch.testing.assert_close(rank_two.weight @ rank_two.weight.T, torch.diag(torch.tensor([1.0, 1, 0, 0, 0])))
+
+
+def test_mean_changes_are_what_persistence_loses_and_have_a_floor() -> None:
+    draw = torch.Generator().manual_seed(0)
+
+    def windows(step: float) -> Any:
+        first, change = (torch.randn(20, 1, 3, 2, 2, 2, generator=draw) for _ in range(2))
+        return [{"latents": torch.cat((a, a, a + step * b))} for a, b in zip(first, change, strict=True)]
+
+    fast, slow, still = (windows(step) for step in (2.0, 0.5, 1e-6))
+    expected = [
+        torch.stack([(w["latents"][2] - w["latents"][1]).square().mean() for w in d]).mean() for d in (fast, slow)
+    ]
+    found = mean_changes([fast, slow, still])
+    torch.testing.assert_close(found[:2], torch.stack(expected))
+    assert float(found[2]) == pytest.approx(0.01 * float(found[0]))
