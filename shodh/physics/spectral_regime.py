@@ -17,7 +17,7 @@ from shodh.fields import Boundary, Field, RegimeSchema, Trajectories
 from shodh.physics.frames import FrameStore
 from shodh.physics.operators import divergence
 from shodh.physics.regime import Progress, check_positive, check_request
-from shodh.physics.spectral import COURANT_LIMIT, BlowUp, Equations, SpectralGrid, advance, random_scalar
+from shodh.physics.spectral import COURANT_LIMIT, BlowUp, Equations, SpectralGrid, advance
 
 VELOCITY = Field("velocity", kind="vector", placement="face", solenoidal=True)
 PRESSURE = Field("pressure")
@@ -196,9 +196,3 @@ class _Run:
             parameters=regime.constants,
             diagnostics={**diagnostics, "steps": self.steps.double().numpy()},
         )
-
-
-def dye(space: SpectralGrid, seed: int, scale: float) -> Tensor:
-    """Patches of dye between 0 and 1 of size ``scale``, a logistic function of smooth noise, ``[1, *modes]``."""
-    smooth = random_scalar(space, seed, "tracer", lambda k: torch.exp(-0.5 * (scale * k) ** 2))
-    return torch.fft.rfftn(torch.sigmoid(3.0 * smooth), dim=space.axes, norm="forward")[None]

@@ -1,4 +1,4 @@
-"""Time one frame of each regime at several grids, and how much of a field it changes.
+"""Time one frame of each regime at several grids, and tell how much of a field it changes right after the start.
 
 One trajectory on one thread, as tools/generate_data.py runs a file: t(n + 1 frames) - t(1 frame), over n. On a CPU the
 time is that of the process (all its threads), which other work on the machine disturbs little; wall-clock times stand

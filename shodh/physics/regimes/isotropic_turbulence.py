@@ -23,14 +23,20 @@ from torch import Tensor
 from shodh.errors import ConfigError
 from shodh.fields import Field
 from shodh.physics.regime import check_positive
-from shodh.physics.spectral import SpectralGrid, random_vector
+from shodh.physics.spectral import SpectralGrid, random_scalar, random_vector
 from shodh.physics.spectral_flow import IncompressibleFlow, derivative_skewness, flow_statistics, overshoot
-from shodh.physics.spectral_regime import PRESSURE, TRACER, VELOCITY, SpectralRegime, dye
+from shodh.physics.spectral_regime import PRESSURE, TRACER, VELOCITY, SpectralRegime
 
 
 def random_velocity(space: SpectralGrid, seed: int, peak: float, purpose: str = "initial velocity") -> Tensor:
     """Solenoidal field of unit rms component with ``E(k) ~ k^4 exp(-2 (k / peak)^2)``, ``[3, *modes]``."""
     return random_vector(space, seed, purpose, lambda k: k * torch.exp(-((k / peak) ** 2)))
+
+
+def dye(space: SpectralGrid, seed: int, scale: float) -> Tensor:
+    """Patches of dye between 0 and 1 of size ``scale``, a logistic function of smooth noise, ``[1, *modes]``."""
+    smooth = random_scalar(space, seed, "tracer", lambda k: torch.exp(-0.5 * (scale * k) ** 2))
+    return torch.fft.rfftn(torch.sigmoid(3.0 * smooth), dim=space.axes, norm="forward")[None]
 
 
 @dataclass(frozen=True)
