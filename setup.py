@@ -40,6 +40,7 @@ REQUIRED = [
     "matplotlib>=3.8",
     "scipy>=1.11",
     "msgspec>=0.19",
+    "scikit-learn>=1.4",
     "tqdm>=4.66",
 ]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "the-well>=1.2", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"]

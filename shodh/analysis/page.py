@@ -97,8 +97,8 @@ class Headline:
     text: str
     tone: Tone = "neutral"
     numbers: Mapping[str, Any] = field(default_factory=dict)
-    note: str = ""
     figures: dict[str, Figure] = field(default_factory=dict)
+    note: str = ""
 
 
 def write_page(
@@ -122,9 +122,9 @@ def write_page(
         What the JSON file holds; by default the headline and each section's summary by its key.
     """
     keys = [section.key for section in sections]
-    stems = [stem for section in (headline, *sections) if section is not None for stem in section.figures]
-    stems += [stem for section in sections for stem in section.tables]
-    for names in (keys, stems):
+    figures = [stem for part in (headline, *sections) if part is not None for stem in part.figures]
+    tables = [stem for section in sections for stem in section.tables]
+    for names in (keys, figures, tables):
         repeated = {name for name in names if names.count(name) > 1}
         assert not repeated, f"sections share the names {sorted(repeated)}"
     out.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,9 @@ def section(key: str = "load", rows: int = 2) -> Section:
 
 
 def test_everything_is_written_and_the_page_stands_alone(tmp_path: Path) -> None:
-    headline = Headline("collapsed", "one expert took <all>", "bad", {"share": 0.987654}, {"first": figure()})
+    headline = Headline(
+        "collapsed", "one expert took <all>", "bad", {"share": 0.987654}, {"first": figure()}, "small print"
+    )
     write_page(tmp_path / "out", "a run", headline, [section()])
     out = tmp_path / "out"
     names = {"summary.json", "index.html", "load_table.csv", "load_figure.png", "first.png"}
@@ -36,7 +38,7 @@ def test_everything_is_written_and_the_page_stands_alone(tmp_path: Path) -> None
     assert page.count("data:image/png;base64,") == 2
     assert "http" not in page and 'src="data:' in page and "<link" not in page and "<script" not in page
     assert page.index("collapsed") < page.index("Load &lt;load&gt;")
-    assert "0.988" in page and "0.123" in page
+    assert "small print" in page and "0.988" in page and "0.123" in page
 
 
 def test_json_is_strict(tmp_path: Path) -> None:
@@ -54,6 +56,11 @@ def test_tables_are_written_in_full_and_shown_when_short(tmp_path: Path) -> None
     rows = list(csv.reader((tmp_path / "load_table.csv").open()))
     assert rows[:3] == [["expert", "share"], ["0", ""], ["1", "0.123456789"]]
     page = (tmp_path / "index.html").read_text()
+    quiet = section("quiet")
+    quiet.files_only = ("quiet_table",)
+    write_page(tmp_path / "quiet", "a run", None, [quiet])
+    assert "<table>" not in (tmp_path / "quiet" / "index.html").read_text()
+    assert (tmp_path / "quiet" / "quiet_table.csv").exists()
     assert page.count("<table>") == 1 and f"long_table.csv: {SHOWN_ROWS + 1} rows" in page
 
 

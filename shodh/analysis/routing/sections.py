@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from shodh.analysis.fingerprint import read_regimes
 from shodh.analysis.page import Headline, Section, Table
-from shodh.analysis.probe.fingerprint import read_regimes
 from shodh.analysis.routing import plots
 from shodh.analysis.routing.resampling import Interval, share_intervals
 from shodh.analysis.routing.samples import Look

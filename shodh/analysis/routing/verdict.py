@@ -75,7 +75,7 @@ def decide(layers: dict[int, LayerFigures], source: str, bifurcation: dict[int, 
         steps = list(bifurcation.values())
         late = None if any(s is None for s in steps) else max(s for s in steps if s is not None)
         numbers["all layers above U 0.9 from step"] = "never" if late is None else late
-    return Headline(verdict.capitalize(), text, TONES[verdict], numbers, f"From {source}. {THRESHOLDS}")
+    return Headline(verdict.capitalize(), text, TONES[verdict], numbers, note=f"From {source}. {THRESHOLDS}")
 
 
 def _reason(verdict: str, u: float | None, entropy: float) -> str:

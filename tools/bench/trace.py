@@ -1,0 +1,112 @@
+"""Speed and memory of reading a routing trace: written, read back by a fresh process, and thrown away."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+
+from shodh.analysis.routing import read_traces
+from shodh.cli import run_main
+from shodh.files import write_atomically
+from shodh.train.run_folder import describe_environment
+
+TARGET = 10**8
+EXAMPLES = """examples:
+  python tools/bench/trace.py --out tools/bench/results/trace_cpu.json
+  python tools/bench/trace.py --records 200000 --regimes 6 --experts 16
+"""
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--records", type=int, nargs="+", default=[250_000, 2_000_000], help="sizes of traces")
+    parser.add_argument("--regimes", type=int, default=2)
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument(
+        "--folder", type=Path, help="where the trace is written meanwhile (default: a temporary folder)"
+    )
+    parser.add_argument("--out", type=Path, help="write the numbers, machine, versions and command as JSON")
+    parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def write(path: Path, records: int, args: argparse.Namespace) -> None:
+    """A trace as training writes it: one record a layer and step, 4096 tokens each."""
+    rng = np.random.default_rng(0)
+    names = [f"regime_{chr(ord('a') + r)}" for r in range(args.regimes)]
+    tails = []
+    for _ in range(97):  # different digits, so that nothing is read from a cache of numbers
+        counts = rng.multinomial(4096 // args.regimes, rng.dirichlet(np.ones(args.experts)), args.regimes).tolist()
+        score = [round(v, 6) for v in rng.dirichlet(np.ones(args.experts)).tolist()]
+        tail = {"rank": 0, "num_tokens": 4096, "top_k": 1, "num_experts": args.experts}
+        tail |= {"counts": dict(zip(names, counts, strict=True)), "mean_score": score, "confidence": score[0]}
+        tails.append(json.dumps(tail, separators=(",", ":"))[1:])
+    with path.open("w") as file:
+        for number in range(records):
+            step, layer = divmod(number, args.layers)
+            file.write(f'{{"v":2,"step":{step},"split":"train","layer":{layer},{tails[number % 97]}\n')
+
+
+def measure(path: Path) -> dict[str, float]:
+    """Read one trace in this process."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    wall, cpu = time.perf_counter(), time.process_time()
+    trace = read_traces([path])
+    seconds = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"records": trace.tables.records, **seconds, "peak_mib": peak, "peak_before_mib": before}
+
+
+def run_case(records: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Write a trace, and read it in a process of its own, so that the peak of memory is its own."""
+    path = folder / f"trace_{records}.jsonl"
+    write(path, records, args)
+    try:
+        command = [sys.executable, __file__, "--read", str(path)]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        size = path.stat().st_size
+    finally:
+        path.unlink()
+    assert found["records"] == records
+    return {**found, "bytes_per_record": size / records, "records_per_cpu_s": records / found["cpu_s"]}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.read is not None:
+        sys.stdout.write(json.dumps(measure(args.read)))
+        return 0
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        cases = [run_case(records, args, Path(folder)) for records in sorted(args.records)]
+    for case in cases:
+        sys.stdout.write(
+            f"{case['records']:>10,} records of {case['bytes_per_record']:.0f} bytes: "
+            f"{case['records_per_cpu_s'] / 1e6:.2f} million a CPU second, peak {case['peak_mib']:.0f} MiB "
+            f"({case['peak_before_mib']:.0f} MiB before reading)\n"
+        )
+    last = cases[-1]
+    hours = TARGET / last["records_per_cpu_s"] / 3600
+    sys.stdout.write(f"extrapolated, not run: {TARGET:,} records in {hours:.2f} CPU hours, at the same memory\n")
+    if args.out is not None:
+        shape = {"regimes": args.regimes, "experts": args.experts, "layers": args.layers}
+        result = {"shape": shape, "cases": cases, "extrapolated_cpu_hours_1e8": hours, "env": describe_environment()}
+        write_atomically(args.out, json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
