@@ -17,8 +17,10 @@ from shodh.analysis.probe.causality import measure_effects
 from shodh.analysis.probe.expert_sections import match_section, similarity_section
 from shodh.analysis.probe.record import Recording, record
 from shodh.analysis.probe.windows import held_out_splits, left_out_regimes, spread, trained_regimes
-from shodh.config import load_config
+from shodh.config import RunConfig, load_config
+from shodh.data import write_trajectories
 from shodh.errors import ConfigError, DataError
+from shodh.fields import Field, RegimeSchema, Trajectories
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
 from shodh.train.datasets import open_regimes
@@ -30,6 +32,17 @@ EXPERTS, LAYERS = 4, 2
 Open = Callable[..., Evaluator]
 
 
+def drawn_evaluator(config: RunConfig, seed: int) -> Evaluator:
+    """A run with drawn weights, opened as if it had been trained."""
+    opened = open_regimes(config.data)
+    tokenizer, model = build_tokenizer(config), build_operator(config)
+    initialise(tokenizer, 7)
+    initialise(model, seed)
+    trained = TrainedTokenizer(tokenizer.eval().requires_grad_(False), opened.normalizer, Path("none"), "")
+    folder = RunFolder(config.out / f"run-{seed}")
+    return Evaluator(config, folder, "none", opened, trained, model.eval().requires_grad_(False), torch.device("cpu"))
+
+
 @pytest.fixture(scope="module")
 def open_tiny(write_config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Open:
     """``open_tiny(seed, **operator)``: a run of the tiny configuration, opened, with drawn weights."""
@@ -38,15 +51,7 @@ def open_tiny(write_config: Callable[..., Path], tmp_path_factory: pytest.TempPa
         path = tmp_path_factory.mktemp("probe") / "config.yaml"
         config = load_config(write_config(path, operator=operator))
         data = config.data.model_copy(update={"regimes": config.data.regimes[regimes]})
-        config = config.model_copy(update={"data": data})
-        opened = open_regimes(config.data)
-        tokenizer, model = build_tokenizer(config), build_operator(config)
-        initialise(tokenizer, 7)
-        initialise(model, seed)
-        trained = TrainedTokenizer(tokenizer.eval().requires_grad_(False), opened.normalizer, path, "")
-        folder = RunFolder(path.parent / f"run-{seed}")
-        device = torch.device("cpu")
-        return Evaluator(config, folder, "none", opened, trained, model.eval().requires_grad_(False), device)
+        return drawn_evaluator(config.model_copy(update={"data": data}), seed)
 
     return make
 
@@ -146,6 +151,41 @@ def test_the_same_tokens_are_recorded_whatever_the_model(open_tiny: Open) -> Non
     assert first.selected.shape == (LAYERS, 4, 8, 1)
     assert len(set(first.trajectory.tolist())) == 2, "windows are spread over the trajectories"
     np.testing.assert_allclose(first.shares().sum(-1), 1)
+
+
+def write_flat(root: Path, name: str, fields: tuple[Field, ...], seed: int) -> None:
+    """Two trajectories a split of a periodic regime of two dimensions."""
+    rng = np.random.default_rng(seed)
+    schema = RegimeSchema(name, fields, ("periodic", "wall"))
+    for split in ("train", "valid", "test"):
+        values = {f.name: rng.standard_normal((2, 4, 16, 24, *(2,) * (f.kind == "vector"))) for f in fields}
+        trajectories = Trajectories(
+            schema, (1.0, 2.0), 0.1 * np.arange(4), {k: v.astype("f4") for k, v in values.items()}
+        )
+        write_trajectories(root / name / "data" / split / "part.hdf5", trajectories)
+
+
+def test_flat_regimes_with_different_fields_are_probed(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    velocity, heat = Field("velocity", "vector", placement="face"), Field("heat")
+    write_flat(tmp_path, "windy", (velocity,), 0)
+    write_flat(tmp_path, "hot", (heat,), 1)
+    write_flat(tmp_path, "warm", (heat,), 2)
+    fields = [{"name": "velocity", "kind": "vector", "optional": True}, {"name": "heat", "optional": True}]
+    regimes = [{"name": n, "path": str(tmp_path / n), "only": [f]} for n, f in (("windy", "velocity"), ("hot", "heat"))]
+    data = {"grid": [16, 24], "fields": fields, "regimes": regimes}
+    config = load_config(write_config(tmp_path / "flat.yaml", data=data, operator={"depth": 1}))
+    evaluator = drawn_evaluator(config, 0)
+    sections = by_key(probe_model(evaluator, left_out={"warm": tmp_path / "warm"}, limit=2, seeds=1))
+    explained = sections["local_physics"].tables["local_shares"].rows
+    assert {(row[0], row[2]) for row in explained} == {
+        ("windy", "|vorticity|"),
+        ("windy", "strain rate"),
+        ("windy", "distance to a wall or solid"),
+        ("hot", "distance to a wall or solid"),
+    }
+    assert set(sections["routing_map"].figures) == {"map_windy", "map_hot"}
+    assert sections["probe_fingerprint"].summary["left_out"].keys() == {"warm"}
+    assert all(np.isfinite(row[4]) for row in sections["causality"].tables["interventions"].rows)
 
 
 def test_windows_are_spread_from_the_first_to_the_last() -> None:

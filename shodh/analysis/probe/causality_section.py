@@ -59,9 +59,7 @@ def causality_section(effects: Effects, recordings: Sequence[Recording]) -> Sect
 
 def _verdict(correlation: float | None) -> str:
     if correlation is None:
-        return (
-            "All experts are used alike, or removal does the same everywhere, so that usage cannot be set against it."
-        )
+        return "Usage or the harm of removal does not vary, so that they have no correlation."
     return f"Rank correlation between an expert's share of a regime and the harm of its removal: {correlation:.2f}."
 
 

@@ -24,7 +24,8 @@ SIMILARITY_TEXT = (
 )
 BILINEAR_TEXT = (
     " These experts are bilinear, so the second row is exact: the cosine of their symmetric tensors without the "
-    "self-contraction term, that is, the correlation of their outputs for Gaussian inputs."
+    "self-contraction term, that is, the correlation of their outputs for Gaussian inputs. Those fill all directions "
+    "and held-out tokens only some, so that experts may be unrelated as functions and yet alike on data."
 )
 MATCH_TEXT = (
     "Which expert of this run plays the part of which expert of the other (Hungarian matching, one to one), first by "

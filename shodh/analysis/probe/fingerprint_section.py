@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from shodh.analysis.fingerprint import CLASSIFIERS, Reading, read_regimes
 from shodh.analysis.page import Section, Table
 from shodh.analysis.probe.drawing import INK, heat, panels
-from shodh.analysis.probe.fingerprint import CLASSIFIERS, Reading, read_regimes
 from shodh.analysis.probe.record import Recording
 
 TEXT = (

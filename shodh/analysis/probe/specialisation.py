@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import xlogy
 
+from shodh.analysis.routing.statistics import entropy, mutual_information, shares
 from shodh.seeding import stable_seed
 
 BINS = 4
@@ -55,17 +55,6 @@ def count_bins(bins: np.ndarray, selected: np.ndarray, num_bins: int, num_expert
     return np.bincount(cells.ravel(), minlength=num_bins * num_experts).reshape(num_bins, num_experts)
 
 
-def entropy(counts: np.ndarray) -> float:
-    """Entropy in nats of counts; 0 for no counts."""
-    p = counts / max(counts.sum(), 1)
-    return float(-xlogy(p, p).sum())
-
-
-def mutual_information(table: np.ndarray) -> float:
-    """Mutual information in nats of counts ``[A, B]``, by the frequencies as they are (biased upwards)."""
-    return entropy(table.sum(0)) + entropy(table.sum(1)) - entropy(table)
-
-
 def shift_bins(bins: np.ndarray, token_grid: Sequence[int], rng: np.random.Generator) -> np.ndarray:
     """Each sample's ``bins [N, S]`` rolled around its token grid by a random shift: as smooth as before, elsewhere."""
     shifts = [rng.integers(0, n, len(bins)) for n in token_grid]
@@ -99,9 +88,9 @@ def conditional_information(
 
     def mean(current: Sequence[np.ndarray]) -> float:
         parts = zip(current, selected, num_bins, strict=True)
-        return sum(s.size / total * mutual_information(count_bins(b, s, n, num_experts)) for b, s, n in parts)
+        return sum(s.size / total * float(mutual_information(count_bins(b, s, n, num_experts))) for b, s, n in parts)
 
     null = [mean([shift_bins(b, g, rng) for b, g in zip(bins, token_grids, strict=True)]) for _ in range(draws)]
     usage = [np.bincount(s.ravel(), minlength=num_experts) for s in selected]
-    usage_entropy = sum(s.size / total * entropy(u) for s, u in zip(selected, usage, strict=True))
+    usage_entropy = sum(s.size / total * float(entropy(shares(u))) for s, u in zip(selected, usage, strict=True))
     return ConditionalInformation(mean(bins), np.array(null), usage_entropy)
