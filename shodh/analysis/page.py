@@ -228,7 +228,8 @@ def _headline_html(headline: Headline) -> str:
 def _table_html(stem: str, table: Table, shown: bool) -> str:
     if not shown or len(table.rows) > SHOWN_ROWS:
         return f"<p class=note>{html.escape(stem)}.csv: {len(table.rows)} rows.</p>"
-    texts = [all(isinstance(cell, str | None) for cell in column) for column in zip(*table.rows, strict=True)]
+    columns = [[cell for cell in column if cell is not None] for column in zip(*table.rows, strict=True)]
+    texts = [bool(column) and all(isinstance(cell, str) for cell in column) for column in columns]
     kinds = [" class=text" if text else "" for text in texts] or [""] * len(table.header)
     head = "".join(f"<th{kind}>{html.escape(name)}</th>" for name, kind in zip(table.header, kinds, strict=True))
     body = "".join(

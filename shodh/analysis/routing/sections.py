@@ -49,13 +49,13 @@ def _bifurcation(view: View) -> dict[int, int | None]:
 
 def load_section(view: View) -> Section:
     """How evenly experts are used: at the end of the run, and over time."""
-    header = ["layer", "experts", "MaxVio", "CV", "Gini", "entropy / max", "effective experts", "dead", "verdict"]
+    header = ["layer", "experts", "MaxVio", "CV", "Gini", "entropy / max", "effective experts", "dead"]
     rows, summary, totals = [], {}, {}
     for layer in view.layers:
         counts = view.units(layer).table.sum(0)
         figures, found = load(counts), _layer_figures(view, layer)
         verdict = classify(found.u, found.entropy, found.experts)
-        rows.append([layer, len(counts), *(float(v) for v in figures[:5]), found.dead, verdict])
+        rows.append([layer, len(counts), *(float(v) for v in figures[:5]), found.dead])
         summary[str(layer)] = {"share": shares(counts), **figures._asdict(), "verdict": verdict}
         totals[layer] = shares(counts)
     over_time = _load_over_time(view)
@@ -179,6 +179,7 @@ def fingerprint_section(view: View) -> Section:
         dict(found),
         tables,
         {"trace_confusion": plots.matrices(matrices, regimes, "read as", "true")},
+        files_only=tuple(stem for stem in tables if stem.startswith("trace_confusion")),
     )
 
 

@@ -40,6 +40,7 @@ def stability_section(view: View) -> Section:
         {"last": final},
         {"stability": Table(["layer", "step", "next step", "switch rate", "saturation"], rows)},
         {"stability": plots.curve_grid({"router saturation": curve(4, 1), "switch rate": curve(3, 2)})},
+        files_only=("stability",),
     )
 
 

@@ -1,0 +1,81 @@
+"""``tools/analyze_routing.py``: a page from traces, and one line for bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shodh.moe.trace import VERSION
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def record(step: int, layer: int) -> str:
+    """Each regime at its own expert."""
+    counts = {"channel": [64, 0], "porous": [0, 64]}
+    values = {"v": VERSION, "step": step, "split": "train", "layer": layer, "rank": 0, "num_tokens": 128, "top_k": 1}
+    return json.dumps({**values, "num_experts": 2, "counts": counts, "mean_score": [0.5, 0.5], "confidence": 0.9})
+
+
+def traces(folder: Path) -> Path:
+    (folder / "routing").mkdir(parents=True)
+    lines = [record(step, layer) for step in range(30) for layer in range(2)]
+    (folder / "routing" / "rank0.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/analyze_routing.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_page_of_a_run_without_checkpoint(tmp_path: Path) -> None:
+    finished = tool(traces(tmp_path / "run"), "--out", tmp_path / "out")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith("Specialised.") and finished.stderr == ""
+    assert str(tmp_path / "out" / "index.html") in finished.stdout
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["verdict"] == "Specialised" and summary["title"] == "run: routing"
+    assert summary["specialisation"]["layers"]["1"]["u"]["value"] == pytest.approx(1)
+    assert "<h1>run: routing</h1>" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_bad_input_is_answered_in_one_line(tmp_path: Path) -> None:
+    """In one process: starting one a case would take most of the time."""
+    run = traces(tmp_path / "run")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "rank0.jsonl").write_text(f"{record(0, 0)}\n{{\n{record(1, 0)}\n")
+    cases = [
+        ([tmp_path / "absent"], "no such run folder"),
+        ([broken], "rank0.jsonl, line 2: not a routing record"),
+        ([run, "--split", "valid"], "no split 'valid'; it has train"),
+        ([run, "--no-probe", "--checkpoint", "x"], "--no-probe contradicts --checkpoint"),
+        ([run, "--probe-data", "heat"], "--probe-data 'heat': expected NAME=PATH"),
+        ([run, "--windows", "0"], "--windows 0: must be at least 1"),
+        ([run, "--checkpoint", "step_1"], "is not a run folder: it has no config.yaml"),
+    ]
+    listed = [[[str(a) for a in arguments], text] for arguments, text in cases]
+    code = (
+        "import json, sys; sys.path.insert(0, 'tools')\n"
+        "import analyze_routing\n"
+        "from shodh.cli import run_main\n"
+        "for arguments, _ in json.loads(sys.argv[1]):\n"
+        "    try:\n"
+        "        run_main(lambda: analyze_routing.main([*arguments, '--out', sys.argv[2]]))\n"
+        "    except SystemExit as end:\n"
+        "        sys.stdout.write(f'{end.code}\\n')\n"
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", code, json.dumps(listed), str(out)]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert finished.stdout.split() == ["2"] * len(cases), finished.stderr
+    lines = finished.stderr.splitlines()
+    assert len(lines) == len(cases)
+    for line, (_, text) in zip(lines, cases, strict=True):
+        assert line.startswith("error: ") and text in line
+    assert not out.exists()
