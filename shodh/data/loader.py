@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -92,7 +95,7 @@ class MixtureLoader:
         Only one iteration can be under way; a new one ends the former.
         """
         if self._loader is None:
-            self._loader = DataLoader(self._dataset, batch_sampler=self._plan, collate_fn=_collate, **self._options)
+            self._loader = DataLoader(self._dataset, batch_sampler=self._plan, collate_fn=_keep, **self._options)
         self._plan.start, self._plan.stop = start, stop
         batches = iter(self._loader)
         while (batch := _next(batches)) is not None:
@@ -137,6 +140,7 @@ class _Plan:
 class _Mixture(Dataset[dict[str, Any] | _Failure]):
     def __init__(self, datasets: Sequence[SampleDataset]) -> None:
         self.datasets = list(datasets)
+        self._buffers = _Buffers()
 
     def __getitem__(self, sample: Sample) -> dict[str, Any] | _Failure:
         regime, index = sample
@@ -144,6 +148,49 @@ class _Mixture(Dataset[dict[str, Any] | _Failure]):
             return self.datasets[regime][index]
         except ShodhError as error:
             return _Failure(str(error))
+
+    def __getitems__(self, samples: list[Sample]) -> Batch | _Failure:
+        """A batch; datasets that can write into its tensors do so, and nothing is copied."""
+        shapes = [getattr(self.datasets[regime], "tensor_shapes", None) for regime, _ in samples]
+        if shapes[0] is None or any(s != shapes[0] for s in shapes):
+            return _collate([self[sample] for sample in samples])
+        batch = {name: self._buffers.take((len(samples), *shape)) for name, shape in shapes[0].items()}
+        items: list[dict[str, Any]] = []
+        for row, (regime, index) in enumerate(samples):
+            target = {name: tensor[row] for name, tensor in batch.items()}
+            try:
+                items.append(self.datasets[regime].read_into(index, target))  # type: ignore[attr-defined]
+            except ShodhError as error:
+                return _Failure(str(error))
+        plain = [{k: v for k, v in item.items() if k not in batch} for item in items]
+        return batch | torch.utils.data.default_collate(plain)
+
+
+class _Buffers:
+    """Batch tensors without the cost of fresh memory: an array is taken again once nobody holds a tensor of it.
+
+    In a worker they lie in shared memory, where the receiving process finds them without a copy; since a worker cannot
+    know when it has done so, they are fresh there.
+    """
+
+    KEPT = 4
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[int, ...], list[np.ndarray]] = {}
+
+    def take(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """An uninitialised float32 tensor."""
+        if torch.utils.data.get_worker_info() is not None:
+            return torch.empty(0).set_(torch.UntypedStorage._new_shared(4 * math.prod(shape))).view(shape)  # type: ignore[call-overload]
+        arrays = self._arrays.setdefault(shape, [])
+        for array in arrays:
+            # Three hold it when it is free: the list, this loop, and the argument of getrefcount.
+            if sys.getrefcount(array) <= 3:
+                return torch.from_numpy(array)
+        array = np.empty(shape, dtype=np.float32)
+        if len(arrays) < self.KEPT:
+            arrays.append(array)
+        return torch.from_numpy(array)
 
 
 def _collate(items: list[dict[str, Any] | _Failure]) -> Batch | _Failure:
@@ -153,6 +200,11 @@ def _collate(items: list[dict[str, Any] | _Failure]) -> Batch | _Failure:
             return item
         batch.append(item)
     return torch.utils.data.default_collate(batch)
+
+
+def _keep(batch: Batch | _Failure) -> Batch | _Failure:
+    """Batches leave the dataset complete; a function of the module, so that workers can be spawned."""
+    return batch
 
 
 def _check_fit(datasets: Sequence[SampleDataset], sampler: MixtureSampler) -> None:

@@ -119,7 +119,16 @@ class FieldNormalizer:
     def normalize_(self, values: Tensor, regime: int | str | Tensor) -> Tensor:
         """`normalize` in place."""
         mean, scale = self._constants_like(values, regime)
-        return values.sub_(mean).div_(scale)
+        if isinstance(regime, Tensor) and regime.ndim == 1:
+            return values.sub_(mean).div_(scale)
+        # A snapshot at a time stays in the cache; most vectors need no shift, and some fields no scale.
+        for snapshot in values.reshape(-1, *values.shape[-1 - self.ndim :]):
+            for channel, shift, factor in zip(snapshot, mean.flatten().tolist(), scale.flatten().tolist()):
+                if shift != 0.0:
+                    channel.sub_(shift)
+                if factor != 1.0:
+                    channel.div_(factor)
+        return values
 
     def normalize_static_(self, values: Tensor, regime: str) -> Tensor:
         """Scale static channels ``[S, *grid]`` of one regime in place, as their `Field.static_scale` says."""

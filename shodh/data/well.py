@@ -102,8 +102,15 @@ def _check(path: str, trajectories: Trajectories) -> None:
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Whether all values are finite; the two reductions carry NaN along and need no temporary array."""
-    return values.size == 0 or bool(np.isfinite(values.min()) and np.isfinite(values.max()))
+    """Whether all values are finite, in one pass over them: a finite sum has finite terms only.
+
+    The sum of large finite values may overflow; then the extremes decide.
+    """
+    if values.size == 0:
+        return True
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = values.sum(dtype=values.dtype if values.dtype.kind == "f" else None)
+    return bool(np.isfinite(total) or (np.isfinite(values.min()) and np.isfinite(values.max())))
 
 
 def _strings(values: Iterable[str]) -> np.ndarray:

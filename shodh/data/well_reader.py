@@ -176,9 +176,13 @@ class WellFile:
             raise damaged(self.path, error) from error
         if finite and not is_finite(values):
             raise DataError(f"{self.path}: field {stored.field.name!r} holds NaN or infinity in {where}")
-        if not direct:
-            # One component at a time is a strided read and a contiguous write; a length-1 axis broadcasts.
-            for component in range(len(out)):
+        if vector and all(stored.varying):
+            # Slab by slab, so that the components that lie side by side are fetched into the cache once.
+            for slab in range(len(values)):
+                for component in range(len(out)):
+                    out[component][slab] = values[slab, ..., component]
+        elif not direct:
+            for component in range(len(out)):  # a length-1 axis broadcasts
                 out[component] = values[..., component] if vector else values
 
     def _buffer(self, shape: tuple[int, ...]) -> np.ndarray:

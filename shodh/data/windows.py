@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,10 +100,18 @@ class WindowDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of an item, all float32."""
+        return {"fields": self.sample_shape, "static": (self.source.num_static_channels, *self.source.grid)}
+
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read_into(index, {name: torch.empty(shape) for name, shape in self.tensor_shapes.items()})
+
+    def read_into(self, index: int, out: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """The item ``index``, its tensors written into ``out`` (contiguous, as `tensor_shapes` says)."""
         trajectory, frame = self.index[index]
-        fields = torch.empty(self.sample_shape)
-        static = torch.empty(self.source.num_static_channels, *self.source.grid)
+        fields, static = out["fields"], out["static"]
         frames = range(frame, frame + self.index.span, self.stride)
         self.source.read(self.split, trajectory, frames, fields.numpy())
         self.source.read_static(self.split, trajectory, static.numpy())

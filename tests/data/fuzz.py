@@ -25,6 +25,7 @@ import numpy as np
 from layouts import LAYOUTS, Fields
 
 from shodh.data.formats import FORMATS, open_file
+from shodh.data.formats.probe import probe
 from shodh.errors import ShodhError
 
 MEMORY = 3 << 30
@@ -190,6 +191,7 @@ DAMAGES: dict[str, Callable[[Path, np.random.Generator], None]] = {
 
 def examine(path: Path, format: str) -> None:
     """All that a reader does with a file: its header, and one snapshot of each field."""
+    probe(path, format, timeout=TIMEOUT / 2)
     file = open_file(path, format)
     if int(np.prod(file.grid, dtype=object)) > 10**8:
         raise AssertionError(f"the grid {file.grid} was believed")
@@ -226,7 +228,7 @@ class Worker:
     def __init__(self) -> None:
         context = multiprocessing.get_context("fork")
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=work, args=(other, MEMORY), daemon=True)
+        self.process = context.Process(target=work, args=(other, MEMORY))
         self.process.start()
         other.close()
 

@@ -13,6 +13,7 @@ from layouts import pdebench_cfd
 
 from shodh.data import hdf5
 from shodh.data.formats import open_file
+from shodh.data.formats.probe import probe
 from shodh.errors import DataError
 
 EVERY_PAIR = len(fuzz.ALL) * len(fuzz.DAMAGES)
@@ -52,6 +53,16 @@ def test_without_the_checks_absurd_claims_are_believed(tmp_path, monkeypatch):
     monkeypatch.setattr("shodh.data.formats.arrays.check_dataset", lambda *_: None)
     file = open_file(path)
     file.read("density", 0, range(1), np.empty((1, 1, 6, 7), dtype=np.float32), finite=False)
+
+
+def test_a_structure_that_hangs_or_crashes_the_library_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "2D_CFD.hdf5"
+    pdebench_cfd(path, grid=(6, 7))
+    probe(path)
+    for misbehave, reason in ((lambda *_: time.sleep(30), "hangs"), (lambda *_: os._exit(3), "crashes")):
+        monkeypatch.setattr("shodh.data.formats.open_file", misbehave)
+        with pytest.raises(DataError, match=reason):
+            probe(path, timeout=1)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ import h5py
 import numpy as np
 
 from shodh.data.formats import FileHints, TrajectoryFile
-from shodh.data.formats.splits import SPLITS, Split, open_splits
+from shodh.data.formats.probe import probe
+from shodh.data.formats.splits import SPLITS, Split, find_files, open_splits
 from shodh.data.stats import compute_statistics, write_stats
 from shodh.data.well import create_layout
 from shodh.data.well_reader import WellFile
@@ -106,6 +107,9 @@ def plan_conversion(
         If a source cannot be used, differs from the first in grid, lengths or boundary, lacks a field, or nothing in
         it changes in time.
     """
+    for source in sources:
+        for path in (p for found in find_files(source).values() for p in found):
+            probe(path, format, hints)
     opened = [open_splits(source, format=format, hints=hints, shares=shares) for source in sources]
     files = {split: [file for splits in opened for file in splits.get(split, [])] for split in SPLITS}
     every = [file for split in SPLITS for file in files[split]]

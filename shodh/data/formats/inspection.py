@@ -14,6 +14,7 @@ import numpy as np
 from shodh.data import hdf5
 from shodh.data.formats import SUFFIXES, FileHints, TrajectoryFile, open_file
 from shodh.data.formats.arrays import ArrayFile
+from shodh.data.formats.probe import probe
 from shodh.data.formats.splits import SPLITS, Split, find_files
 from shodh.data.stats import Moments
 from shodh.data.well_reader import WellFile
@@ -113,6 +114,7 @@ def inspect_file(
     DataError
         If the file cannot be opened. What can be opened but not read becomes a problem in the report.
     """
+    probe(path, format, hints)
     file = open_file(path, format, hints)
     time = file.time if file.time.ndim == 1 else file.time[0]
     steps = np.diff(time)
@@ -173,6 +175,7 @@ def inspect_folder(
         files[key] = files.get(key, 0) + 1
         progress(0.5 * (number + 1) / len(everything))
         try:
+            probe(file_path, format, hints)
             file = open_file(file_path, format, hints)
         except ShodhError as error:
             problems.append(str(error))

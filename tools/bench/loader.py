@@ -1,0 +1,171 @@
+"""Time the way of a sample from file to batch against a raw read of the same bytes, in the same order.
+
+Raw: ``pread`` of each snapshot's chunk into one reused buffer. All contestants run interleaved in one process on a warm
+page cache; medians over rounds, and ratios are medians of ratios within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import h5py
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from shodh.data import FieldNormalizer, MixtureLoader, MixtureSampler, RegimeSource, WindowDataset, write_trajectories
+from shodh.fields import Field, RegimeSchema, Trajectories
+
+EXAMPLES = """examples:
+  python tools/bench/loader.py --json tools/bench/results/loader_cpu.json
+  python tools/bench/loader.py --grid 64 --rounds 5 --workers 2
+"""
+KINDS = {
+    "4 scalars": tuple(Field(n) for n in "abcd"),
+    "vector + scalar": (Field("velocity", "vector", placement="face", solenoidal=True), Field("tracer")),
+}
+
+
+def write(folder: Path, fields: tuple[Field, ...], grid: int, samples: int) -> Path:
+    """One training file of single-frame windows, and the smallest of the others."""
+    rng = np.random.default_rng(0)
+    schema = RegimeSchema("box", fields, ("periodic",) * 3)
+    for split, count in (("train", samples),):
+        shape = (1, count, grid, grid, grid)
+        values = {f.name: rng.random((*shape, *((3,) * (f.kind == "vector"))), dtype=np.float32) for f in fields}
+        file = Trajectories(schema, (1.0, 1.0, 1.0), np.arange(float(count)), values)
+        write_trajectories(folder / "data" / split / "box.hdf5", file)
+    return folder
+
+
+def chunk_offsets(path: Path, fields: tuple[Field, ...]) -> list[list[tuple[int, int]]]:
+    """``(offset, bytes)`` of the chunks of each sample."""
+    offsets: list[list[tuple[int, int]]] = []
+    with h5py.File(path) as file:
+        for field in fields:
+            dataset = file[f"t{int(field.kind == 'vector')}_fields/{field.name}"]
+            for frame in range(dataset.shape[1]):
+                info = dataset.id.get_chunk_info_by_coord((0, frame, *(0,) * (dataset.ndim - 2)))
+                while len(offsets) <= frame:
+                    offsets.append([])
+                offsets[frame].append((info.byte_offset, info.size))
+    return offsets
+
+
+def raw_reader(path: Path, fields: tuple[Field, ...], order: list[int]) -> Callable[[], None]:
+    offsets = chunk_offsets(path, fields)
+    buffer = np.empty(sum(size for _, size in offsets[0]), dtype=np.uint8)
+    descriptor = os.open(path, os.O_RDONLY)
+
+    def read() -> None:
+        for sample in order:
+            start = 0
+            for offset, size in offsets[sample]:
+                done = os.preadv(descriptor, [memoryview(buffer)[start : start + size]], offset)
+                assert done == size
+                start += size
+
+    return read
+
+
+def contestants(
+    folder: Path, fields: tuple[Field, ...], workers: list[int]
+) -> tuple[dict[str, Callable[[], Any]], int]:
+    source = RegimeSource("box", folder, fields)
+    normalizer = FieldNormalizer.from_sources([source])
+    plain = WindowDataset(source, "train", history=1, horizon=0)
+    dataset = WindowDataset(source, "train", history=1, horizon=0, normalizer=normalizer)
+    sampler = MixtureSampler(0, [len(dataset)], [1.0], 1)
+    order = [index for step in range(len(dataset)) for _, index in sampler.batch(step)]
+    out = np.empty(dataset.sample_shape, dtype=np.float32)
+
+    def read_into_reused() -> None:
+        for index in order:
+            source.read("train", 0, range(index, index + 1), out)
+
+    def items(data: WindowDataset) -> Callable[[], None]:
+        def run() -> None:
+            for index in order:
+                data[index]
+
+        return run
+
+    def loads(loader: MixtureLoader) -> Callable[[], None]:
+        def run() -> None:
+            for batch in loader.iterate(0, len(order)):
+                del batch
+
+        return run
+
+    calls: dict[str, Callable[[], Any]] = {
+        "raw pread": raw_reader(source.files["train"][0].path, fields, order),
+        "source.read": read_into_reused,
+        "item, physical": items(plain),
+        "item, normalised": items(dataset),
+    }
+    for count in workers:
+        loader = MixtureLoader([dataset], sampler, num_workers=count)
+        calls[f"loader, {count} workers"] = loads(loader)
+    return calls, len(order) * out.nbytes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--grid", type=int, default=128, help="cells along each axis (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=12, help="samples of a pass (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="(default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="where the files are written (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, help="write the table to this file as well")
+    options = parser.parse_args(arguments)
+    rows = []
+    for kind, fields in KINDS.items():
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            calls, size = contestants(
+                write(Path(folder), fields, options.grid, options.samples), fields, options.workers
+            )
+            times: dict[str, list[float]] = {name: [] for name in calls}
+            for number in tqdm(range(options.rounds + 1), desc=kind, disable=None):
+                for name, call in calls.items():
+                    start = time.perf_counter()
+                    call()
+                    if number:  # the first round warms up
+                        times[name].append(time.perf_counter() - start)
+        for name, seconds in times.items():
+            share = statistics.median(b / a for a, b in zip(seconds, times["raw pread"], strict=True))
+            rows.append(
+                {"fields": kind, "name": name, "gb_per_s": size / statistics.median(seconds) / 1e9, "over_raw": share}
+            )
+    print(f"{options.grid}^3 x 4 channels, float32, batch 1, {torch.get_num_threads()} threads")
+    for row in rows:
+        print(f"{row['fields']:<16} {row['name']:<20} {row['gb_per_s']:>8.2f} GB/s {row['over_raw']:>6.2f} of raw")
+    if options.json is not None:
+        head = {
+            "command": " ".join(["python", "tools/bench/loader.py", *(arguments or sys.argv[1:])]),
+            "machine": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "h5py": h5py.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
