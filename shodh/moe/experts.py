@@ -106,12 +106,13 @@ class ExpertLayerReference(nn.Module):
         rows = x.reshape(-1, dim)
         self.router.batch_shape = (batch, tokens)
         scores, selected, _ = self.router(rows)
-        out = rows.new_zeros(rows.shape, dtype=torch.promote_types(rows.dtype, torch.float32))
+        out = rows.new_zeros((*selected.shape, dim), dtype=torch.promote_types(rows.dtype, torch.float32))
         for expert in range(self.num_experts):
             token, slot = (selected == expert).nonzero(as_tuple=True)
             routed = self.experts(rows[token], expert).to(out.dtype) * scores[token, slot].unsqueeze(-1)
-            out = out.index_add(0, token, routed.to(out.dtype))
-        combined = out.to(x.dtype).view(batch, tokens, dim)
+            out[token, slot] = routed.to(out.dtype)
+        # Summed slot by slot, as the expert-parallel layer does it: the same bits.
+        combined = out.sum(1).to(x.dtype).view(batch, tokens, dim)
         if self.shared_experts is not None:
             combined = combined + self.shared_experts(x)
         return combined, self.router.take()

@@ -50,6 +50,19 @@ def test_round_trip_is_bitwise(laboratory: Laboratory, stage: int, ep_size: int,
         assert all(torch.equal(r.selected, s) for r, s in zip(output.routing, before["selected"], strict=True))
 
 
+def test_outputs_are_bitwise_those_of_the_engine_with_four_experts_a_token(
+    laboratory: Laboratory, tmp_path: Path
+) -> None:
+    """Four terms have an order of summation: both must take the same."""
+    settings = ("operator.experts.top_k=4", "operator.experts.router.kind=token")
+    run = laboratory.run(2, 2, 1, *settings)
+    convert(run.path, tmp_path / "out")
+    model = shodh.from_pretrained(tmp_path / "out")
+    inputs = rank_jobs.probe_input(model.history, model.config.tokenizer.latent_channels, num_static_features(1))
+    with torch.no_grad():
+        assert torch.equal(model.operator(*inputs).latent, run.ranks[0]["latent"])
+
+
 @pytest.mark.parametrize(("written", "read"), [((1, 1), (3, 2)), ((3, 2), (2, 1)), ((2, 2), (1, 1))])
 def test_weights_move_to_another_layout_bitwise(
     laboratory: Laboratory, written: tuple[int, int], read: tuple[int, int], tmp_path: Path

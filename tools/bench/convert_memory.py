@@ -1,0 +1,249 @@
+"""Measure the memory of a conversion on made-up checkpoints of several gigabytes.
+
+Made are what DeepSpeed leaves of a bf16 run on two ranks with the experts spread over both (ZeRO 1 and ZeRO 3; without
+Adam's moments and the bf16 copies, which a conversion maps at most and never reads), and safetensors. Each is converted
+in a process of its own, whose memory is sampled every 5 ms: RssAnon is what the process allocated, and what must fit;
+RssFile are pages of the mapped source, a view of the page cache that the kernel takes back whenever it needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from shodh.config import RunConfig, config_from_dict, dump_config
+from shodh.data import FieldNormalizer
+from shodh.models.factory import build_operator, build_tokenizer
+from shodh.models.init import initialise
+from shodh.weights import expected_shapes, persistent_buffers
+
+EXAMPLES = """examples:
+  python tools/bench/convert_memory.py --json tools/bench/results/convert_memory_cpu.json
+  python tools/bench/convert_memory.py --depth 1 --folder /scratch          a quick look
+"""
+RANKS = 2
+COUNTERS = ("RssAnon", "RssFile", "VmRSS")
+
+
+def make_config(folder: Path, depth: int) -> RunConfig:
+    experts = {"num_experts": 16, "hidden": 4096}
+    tree = {
+        "name": "large",
+        "out": str(folder),
+        "data": {"grid": [16, 16, 16], "regimes": [{"name": "porous_media", "path": "nowhere"}]},
+        "operator": {"dim": 1024, "heads": 16, "depth": depth, "experts": experts},
+    }
+    return config_from_dict(tree)
+
+
+def write_tokenizer(config: RunConfig) -> None:
+    """The run folder of a tokenizer that was never trained."""
+    folder = config.tokenizer_dir
+    folder.mkdir(parents=True)
+    model = build_tokenizer(config)
+    initialise(model, 0)
+    state = model.state_dict()
+    save_file({name: state[name].contiguous() for name in expected_shapes(model)}, folder / "tokenizer.safetensors")
+    fields = [f.build() for f in config.data.fields]
+    constants = {r.name: {f.name: (0.0, 1.0) for f in fields if not f.static} for r in config.data.regimes}
+    domain = {"boundary": ["periodic"] * 3, "lengths": [1.0] * 3}
+    content = {
+        "weights": "tokenizer.safetensors",
+        "normalizer": FieldNormalizer(fields, 3, constants).to_dict(),
+        "domains": {r.name: domain for r in config.data.regimes},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def write_deepspeed(config: RunConfig, folder: Path, stage: int) -> int:
+    """A folder as two ranks leave it; returns the bytes of its float32 weights."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    folder.mkdir(parents=True)
+    (folder.parent / "config.yaml").write_text(dump_config(config))
+    with torch.device("meta"):
+        model = build_operator(config)
+    num_experts = config.operator.experts.num_experts
+    shapes: list[dict[str, tuple[int, ...]]] = [{}, {}]
+    for name, parameter in model.named_parameters():
+        expert = ".experts." in name
+        local = (num_experts // RANKS, *parameter.shape[1:]) if expert else tuple(parameter.shape)
+        shapes[expert][name] = local
+    per_rank = num_experts // RANKS
+    ranks = [{"rank": r, "experts": list(range(r * per_rank, (r + 1) * per_rank))} for r in range(RANKS)]
+    prefixes = sorted({name.rpartition(".")[0] for name in shapes[1]})
+    layers = [
+        {"num_experts": num_experts, "expert_placement": {"ranks": ranks}, "expert_key_prefix": prefix}
+        for prefix in prefixes
+    ]
+    buffers = {name: torch.zeros(b.shape) for name, b in persistent_buffers(model)}
+    module = {
+        "module": {**buffers, "embed.bias": torch.zeros(0, dtype=torch.bfloat16)},
+        "buffer_names": list(buffers),
+        "param_shapes": shapes,
+        "frozen_param_shapes": None,
+        "ds_version": "0.19.8",
+        "ds_config": {},
+        "global_steps": 1,
+        "ds_autoep_layers": layers,
+    }
+    sizes = [sum(math.prod(s) for s in group.values()) for group in shapes]
+    counts = [RANKS, 1]  # ranks among which a parameter of the group is split
+    for rank in range(RANKS):
+        if stage == 3:
+            torch.save(module, folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+        flats, mappings = [], []
+        for group, count in zip(shapes, counts, strict=True):
+            shares = {name: -(-math.prod(shape) // count) for name, shape in group.items()}
+            total = sum(math.prod(shape) for shape in group.values())
+            share = sum(shares.values()) if stage == 3 else -(-total // count)
+            flats.append(torch.randn(share, generator=torch.Generator().manual_seed(rank)))
+            mapping, start, first = {}, 0, share * rank if count > 1 else 0
+            for name, shape in group.items():
+                stop = start + math.prod(shape)
+                low, high = max(start, first), min(stop, first + share)
+                if low < high:
+                    mapping[name] = fragment_address(numel=high - low, start=low - first)
+                start = stop
+            mappings.append(mapping)
+        state: dict[str, Any] = {"zero_stage": ZeroStageEnum(stage)}
+        if stage == 3:
+            state["partition_count"] = RANKS
+            state["fp32_flat_groups"] = flats
+            state["ds_zero_partition_groups"] = [{"partition_count": count} for count in counts]
+        else:
+            state["partition_count"] = counts
+            state["single_partition_of_fp32_groups"] = flats
+            state["param_slice_mappings"] = mappings
+        path = folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": state, "ds_version": "0.19.8"}, path)
+    if stage < 3:
+        torch.save(module, folder / "mp_rank_00_model_states.pt")
+        for layer in range(len(prefixes)):
+            for expert in range(num_experts):
+                torch.save({}, folder / f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt")
+    return 4 * (sizes[0] + RANKS * sizes[1])
+
+
+def read_counters() -> dict[str, int]:
+    """Bytes, from ``/proc/self/status``."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    table = {name.rstrip(":"): value for name, value, *_ in (line.split() for line in lines if len(line.split()) > 2)}
+    return {name: 1024 * int(table[name]) for name in COUNTERS}
+
+
+def measure(source: Path, out: Path, dtype: str, limit: int, verify: bool) -> dict[str, Any]:
+    """Convert in this process; the peaks of its memory, and what it had before."""
+    from shodh.exchange.convert import convert
+
+    before = read_counters()
+    peaks, done = dict(before), threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.005):
+            for name, value in read_counters().items():
+                peaks[name] = max(peaks[name], value)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    start = time.perf_counter()
+    try:
+        written = convert(source, out, dtype, max_shard_size=limit, verify=verify)
+    finally:
+        done.set()
+        thread.join()
+    largest = max((out / name).stat().st_size for name in written.files)
+    return {
+        "seconds": time.perf_counter() - start,
+        "bytes_written": written.bytes,
+        "files": len(written.files),
+        "largest_shard": largest,
+        "before": before,
+        "peak": peaks,
+        "anon_over_shard": peaks["RssAnon"] - largest,
+    }
+
+
+def run_child(*arguments: Any) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--measure", json.dumps([str(a) for a in arguments])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if finished.returncode:
+        raise SystemExit(finished.stderr)
+    result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    return result
+
+
+def write_report(path: Path, rows: list[dict[str, Any]]) -> None:
+    head = {
+        "command": f"python tools/bench/convert_memory.py {' '.join(sys.argv[1:])}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "verified": True,
+        "units": "bytes; RssAnon: allocated, RssFile: pages of mapped files, which the kernel may take back",
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**head, "cases": rows}, indent=1) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--depth", type=int, default=5, help="layers of 16 experts, 0.87 GB each (default: %(default)s)"
+    )
+    parser.add_argument("--max-shard-size", type=int, default=10**9, metavar="BYTES", help="default: %(default)s")
+    parser.add_argument("--folder", type=Path, help="where to make them (default: the temporary folder)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        source, out, dtype, limit, verify = json.loads(options.measure)
+        print(json.dumps(measure(Path(source), Path(out), dtype, int(limit), verify == "True")))
+        return 0
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        config = make_config(folder, options.depth)
+        write_tokenizer(config)
+        limit = options.max_shard_size
+        rows = []
+        cases = [("zero1", "fp32"), ("zero3", "fp32"), ("safetensors", "bf16")]
+        for kind, dtype in tqdm(cases, unit="case", disable=not sys.stderr.isatty()):
+            source = folder / "out-zero1" if kind == "safetensors" else folder / kind / "global_step1"
+            size = write_deepspeed(config, source, int(kind[-1])) if kind != "safetensors" else rows[0]["bytes_written"]
+            row = {"source": kind, "dtype": dtype, "source_bytes": size}
+            rows.append({**row, **run_child(source, folder / f"out-{kind}", dtype, limit, True)})
+            row = rows[-1]
+            print(
+                f"{kind:<12}{size / 1e9:6.2f} GB -> {dtype}, {row['files']} files, largest "
+                f"{row['largest_shard'] / 1e9:.2f} GB, {row['seconds']:.0f} s; "
+                f"peak RssAnon {row['peak']['RssAnon'] / 1e9:.2f} GB ({row['before']['RssAnon'] / 1e9:.2f} before), "
+                f"RssFile {row['peak']['RssFile'] / 1e9:.2f} GB"
+            )
+            for path in sorted(source.parent.glob("**/*.pt")) if kind != "safetensors" else []:
+                path.unlink()
+            if options.json is not None:
+                write_report(options.json, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
