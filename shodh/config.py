@@ -107,6 +107,9 @@ class DataConfig(Section):
     history: PositiveInt = Field(2, description="past frames the operator sees")
     stride: PositiveInt = Field(1, description="frames between two model steps")
     workers: Count = Field(0, description="loader processes per rank")
+    mixture_temperature: PositiveFloat | None = Field(
+        None, description="shares times windows^(1/temperature): 1 in proportion to size, large equal; null: shares"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

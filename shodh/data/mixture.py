@@ -127,6 +127,19 @@ def batch_counts(shares: Sequence[float], global_batch: int) -> tuple[int, ...]:
     return tuple(counts)
 
 
+def temperature_shares(sizes: Sequence[int], shares: Sequence[float], temperature: float | None) -> list[float]:
+    """Shares times ``size^(1 / temperature)``; as they are without a temperature.
+
+    At 1 every sample is drawn equally often, towards infinity every regime is.
+    """
+    if temperature is None:
+        return list(shares)
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"mixture_temperature={temperature}; must be a positive number")
+    largest = max(sizes)
+    return [share * (size / largest) ** (1.0 / temperature) for size, share in zip(sizes, shares, strict=True)]
+
+
 def _interleave(counts: Sequence[int]) -> list[tuple[int, int]]:
     """``(regime, number)`` ordered so that every stretch of the batch has nearly the shares of the whole.
 

@@ -13,6 +13,7 @@ from shodh.config import DataConfig, RegimeConfig, RunConfig
 from shodh.data import FieldNormalizer, MixtureLoader, MixtureSampler, RegimeSource, Split
 from shodh.data.formats import FileHints
 from shodh.data.loader import SampleDataset
+from shodh.data.mixture import temperature_shares
 from shodh.errors import DataError
 from shodh.fields import Field
 from shodh.models.domain import Domain
@@ -139,9 +140,9 @@ def mixture_loader(
     datasets: Sequence[SampleDataset], config: RunConfig, topology: Topology, seed: int
 ) -> MixtureLoader:
     """This rank's micro-batches of a mixture with the configured shares of the regimes."""
-    sampler = MixtureSampler(
-        seed, [len(d) for d in datasets], [r.share for r in config.data.regimes], topology.global_batch
-    )
+    sizes = [len(d) for d in datasets]
+    shares = temperature_shares(sizes, [r.share for r in config.data.regimes], config.data.mixture_temperature)
+    sampler = MixtureSampler(seed, sizes, shares, topology.global_batch)
     return MixtureLoader(
         datasets,
         sampler,

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from shodh.data import MixtureSampler, batch_counts
+from shodh.data.mixture import temperature_shares
 from shodh.errors import ConfigError, DataError, TopologyError
 
 SIZES, SHARES = [37, 11, 101], [2.0, 1.0, 5.0]
@@ -117,3 +118,27 @@ def test_senseless_mixtures_are_refused():
         MixtureSampler(-1, [5], [1], 8)
     with pytest.raises(DataError, match="regime 1"):
         MixtureSampler(0, [5, 0], [1, 1], 8)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_eight_regimes_keep_their_composition_on_every_number_of_ranks(world):
+    sizes = [10 * (n + 1) for n in range(8)]
+    mixture = MixtureSampler(0, sizes, temperature_shares(sizes, [1.0] * 8, 2.0), 64)
+    for step in (0, 7, 1000):
+        parts = [mixture.local_batch(step, rank, world) for rank in range(world)]
+        assert [sample for part in parts for sample in part] == mixture.batch(step)
+        counts = [Counter(regime for regime, _ in part) for part in parts]
+        assert sum(counts, Counter()) == dict(enumerate(mixture.counts))
+        # evenly interleaved: no rank's count of a regime is off its share by more than one
+        assert all(abs(c[r] - mixture.counts[r] / world) <= 1 for c in counts for r in range(8))
+
+
+def test_temperature_goes_from_proportional_to_equal():
+    sizes = [100, 400, 1600]
+    assert temperature_shares(sizes, [1, 1, 1], 1.0) == pytest.approx([1 / 16, 1 / 4, 1])
+    assert temperature_shares(sizes, [1, 1, 1], 2.0) == pytest.approx([1 / 4, 1 / 2, 1])
+    assert temperature_shares(sizes, [1, 1, 1], 1e9) == pytest.approx([1, 1, 1])
+    assert temperature_shares(sizes, [3, 2, 1], None) == [3, 2, 1]
+    assert temperature_shares(sizes, [3, 2, 1], 2.0) == pytest.approx([3 / 4, 1, 1])
+    with pytest.raises(ConfigError, match="temperature"):
+        temperature_shares(sizes, [1, 1, 1], -1.0)
