@@ -1,31 +1,22 @@
-"""The figures of a report; each function writes one PNG file."""
+"""The figures of a report; each function returns one, without pyplot's state."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 INK = "#1b2a41"
 MODEL, BASELINE = "#0b6e4f", "#b23a48"
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=110)
-    return path
-
-
 def slices(
-    path: Path,
     title: str,
     rows: Sequence[tuple[str, np.ndarray, np.ndarray]],
     solid: np.ndarray | None,
-) -> Path:
+) -> Figure:
     """Truth, prediction and error in the middle plane across y, a row a channel.
 
     Parameters
@@ -57,10 +48,10 @@ def slices(
                 figure.colorbar(image, ax=panel, shrink=0.8)
         panels[row][0].set_ylabel(label, color=INK)
     figure.suptitle(f"{title}: x-z plane, one model step, normalised", color=INK)
-    return _save(figure, path)
+    return figure
 
 
-def rollout(path: Path, rollouts: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> Path:
+def rollout(rollouts: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> Figure:
     """VRMSE by autoregressive step, a panel a regime: ``{regime: {field: {"model": [...], "persistence": [...]}}}``."""
     figure = Figure(figsize=(4.4 * len(rollouts), 3.4), layout="constrained")
     panels = figure.subplots(1, len(rollouts), squeeze=False)[0]
@@ -76,10 +67,10 @@ def rollout(path: Path, rollouts: Mapping[str, Mapping[str, Mapping[str, Sequenc
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.legend(fontsize=8, frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
-    return _save(figure, path)
+    return figure
 
 
-def expert_shares(path: Path, routing: Mapping[str, Any]) -> Path:
+def expert_shares(routing: Mapping[str, Any]) -> Figure:
     """Share of each regime's tokens by expert, a panel a layer, with U and NMI."""
     layers = routing["layers"]
     regimes = list(layers[0]["shares"])
@@ -94,10 +85,10 @@ def expert_shares(path: Path, routing: Mapping[str, Any]) -> Path:
         panel.set_xticks(range(shares.shape[1]))
         panel.set_xlabel("expert")
         panel.set_yticks(range(len(regimes)), regimes if number == 0 else [""] * len(regimes))
-    return _save(figure, path)
+    return figure
 
 
-def training_curve(path: Path, lines: Sequence[Mapping[str, float]]) -> Path | None:
+def training_curve(lines: Sequence[Mapping[str, float]]) -> Figure | None:
     """Latent error of training and validation by step, and U; None if the run has no metrics."""
     train = [(line["step"], line["train/latent_mse"]) for line in lines if "train/latent_mse" in line]
     if not train:
@@ -119,4 +110,4 @@ def training_curve(path: Path, lines: Sequence[Mapping[str, float]]) -> Path | N
         right.set_ylim(0, 1.05)
         right.set_ylabel("U", color=MODEL)
     panel.legend(fontsize=8, frameon=False)
-    return _save(figure, path)
+    return figure

@@ -75,6 +75,8 @@ class Section:
         File stem -> figure (a `Figure` object without pyplot's state), written as PNG and inlined in the page.
     files_only : tuple of str
         Tables that are never shown on the page.
+    rows_shown : int
+        Rows up to which a table counts as short.
     """
 
     key: str
@@ -84,6 +86,7 @@ class Section:
     tables: dict[str, Table] = field(default_factory=dict)
     figures: dict[str, Figure] = field(default_factory=dict)
     files_only: tuple[str, ...] = ()
+    rows_shown: int = SHOWN_ROWS
 
 
 @dataclass
@@ -158,7 +161,8 @@ def render_page(title: str, headline: Headline | None, sections: Sequence[Sectio
         body.append(f'<h2 id="{html.escape(section.key)}">{html.escape(section.title)}</h2>')
         body.append(f"<p>{html.escape(section.text)}</p>")
         body += [_image(stem, images[stem]) for stem in section.figures]
-        body += [_table_html(stem, t, stem not in section.files_only) for stem, t in section.tables.items()]
+        limits = {stem: 0 if stem in section.files_only else section.rows_shown for stem in section.tables}
+        body += [_table_html(stem, table, limits[stem]) for stem, table in section.tables.items()]
     head = f"<meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"
 
@@ -225,8 +229,8 @@ def _headline_html(headline: Headline) -> str:
     )
 
 
-def _table_html(stem: str, table: Table, shown: bool) -> str:
-    if not shown or len(table.rows) > SHOWN_ROWS:
+def _table_html(stem: str, table: Table, limit: int) -> str:
+    if len(table.rows) > limit:
         return f"<p class=note>{html.escape(stem)}.csv: {len(table.rows)} rows.</p>"
     columns = [[cell for cell in column if cell is not None] for column in zip(*table.rows, strict=True)]
     texts = [bool(column) and all(isinstance(cell, str) for cell in column) for column in columns]
