@@ -141,6 +141,12 @@ def test_with_self_contraction_the_pairing_is_the_gaussian_expectation_and_witho
     assert abs(float(products.mean()) - (2 * tensor + contraction)) < 4 * error
     assert abs(contraction) > 20 * error, "the self-contraction term is seen"
 
+    norms = [float(y.square().sum(1).mean()) ** 0.5 for y in (first, second)]
+    cosine = float(products.mean()) / (norms[0] * norms[1])
+    # The norms of quartic moments scatter by about sqrt(8 / N) each, well below what the two definitions differ by.
+    assert tensor_similarity(a, b, self_contraction=True)[0, 1] == pytest.approx(cosine, abs=0.03)
+    assert abs(tensor_similarity(a, b)[0, 1] - cosine) > 0.1
+
     centred = ((first - first.mean(0)) * (second - second.mean(0))).sum(1)
     assert abs(float(centred.mean()) - 2 * tensor) < 4 * float(centred.std()) / len(x) ** 0.5
 
