@@ -226,6 +226,9 @@ def test_varied_parameters_are_stored_and_used(tool: ModuleType, tmp_path: Path)
         }
         fields = np.concatenate([h5py.File(f)["t0_fields/activator"][:] for f in files])
         drawn.append((scalars, fields))
+        # The reader gives them back too.
+        read = np.concatenate([np.atleast_1d(WellFile(f).parameters["diffusivity_u"]) for f in files])
+        np.testing.assert_allclose(read, scalars["diffusivity_u"], rtol=1e-6)
     (scalars, fields), (again, same) = drawn
     assert np.array_equal(fields, same) and all(np.array_equal(scalars[key], again[key]) for key in scalars)
     assert len(np.unique(scalars["diffusivity_u"])) == 4 and len(np.unique(scalars["k"])) == 4
