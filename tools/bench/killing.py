@@ -74,7 +74,12 @@ def main() -> int:
         finish(options, killed)
         expected, found = snapshot(whole), snapshot(killed)
         different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    result = {"regimes": len({Path(name).parts[0] for name in expected}), "files": len(expected), "kills_at_work": hits, "different": different}
+    result = {
+        "regimes": len({Path(name).parts[0] for name in expected}),
+        "files": len(expected),
+        "kills_at_work": hits,
+        "different": different,
+    }
     sys.stdout.write(json.dumps(result | {"undisturbed_seconds": round(duration, 1)}) + "\n")
     return 1 if different else 0
 
