@@ -202,7 +202,7 @@ def _collate(items: list[dict[str, Any] | _Failure]) -> Batch | _Failure:
     return torch.utils.data.default_collate(batch)
 
 
-def _keep(batch: Batch | _Failure) -> Batch | _Failure:
+def _keep(batch: Any) -> Any:
     """Batches leave the dataset complete; a function of the module, so that workers can be spawned."""
     return batch
 
