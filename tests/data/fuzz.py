@@ -252,7 +252,7 @@ def run(count: int, seed: int, folder: Path, show: Callable[[int], None] = lambd
     worker, verdicts, wrong, messages = Worker(), Counter[str](), [], Counter[str]()
     by_damage: dict[str, Counter[str]] = {}
     layouts, damages = list(ALL.items()), list(DAMAGES.items())
-    start = time.monotonic()
+    start, isolated = time.monotonic(), 0
     for number in range(count):
         rng = np.random.default_rng([seed, number])
         layout, (format, name, write) = layouts[number % len(layouts)]
@@ -266,6 +266,7 @@ def run(count: int, seed: int, folder: Path, show: Callable[[int], None] = lambd
         by_damage.setdefault(damage, Counter())[result] += 1
         if result == "refused":
             messages[text.replace(str(path), "FILE")[:60]] += 1
+            isolated += any(word in text for word in ("reading hangs", "reading crashes"))
         elif result != "read":
             wrong.append({"number": number, "layout": layout, "damage": damage, "verdict": result, "text": text[:300]})
         if result in ("hang", "crash"):
@@ -280,6 +281,7 @@ def run(count: int, seed: int, folder: Path, show: Callable[[int], None] = lambd
         "verdicts": dict(verdicts),
         "by_damage": {d: dict(c) for d, c in by_damage.items()},
         "different_messages": len(messages),
+        "hangs_and_crashes_of_the_library_caught": isolated,
         "wrong": wrong,
         "seconds": round(time.monotonic() - start, 1),
     }

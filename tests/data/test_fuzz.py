@@ -23,6 +23,8 @@ def test_damaged_files_are_read_or_refused_in_one_line(tmp_path):
     result = fuzz.run(EVERY_PAIR, 1, tmp_path)
     assert result["wrong"] == []
     assert result["verdicts"]["refused"] > EVERY_PAIR // 3
+    assert result["verdicts"]["read"] > EVERY_PAIR // 10
+    assert result["hangs_and_crashes_of_the_library_caught"] < EVERY_PAIR // 50
     assert set(result["by_damage"]) == set(fuzz.DAMAGES)
 
 

@@ -57,7 +57,9 @@ def _look(sender: Connection, path: Path, format: str, hints: FileHints | None) 
         file = open_file(path, format, hints)
         space = int(np.prod(file.grid, dtype=object)) * 4 * 4 * len(file.grid)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY + space,) * 2)
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        limit = used + MEMORY + space
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
         last = range(file.num_frames - 1, file.num_frames)
         for name, field in file.fields.items():
             out = np.empty((1, field.num_components(len(file.grid)), *file.grid), dtype=np.float32)
