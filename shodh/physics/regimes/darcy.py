@@ -91,7 +91,7 @@ class Darcy:
     max_iterations: int = 2000
 
     name = "darcy"
-    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"log_std": (0.1, 2.5), "correlation": (0.15, 1.0)}
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"log_std": (0.1, 1.5), "correlation": (0.15, 1.0)}
     check: ClassVar[str] = "layered media exact; square checkerboard sqrt(k1 k2) (Dykhne 1971); mass balance"
 
     def __post_init__(self) -> None:

@@ -62,7 +62,8 @@ class GrayScott:
     Parameters
     ----------
     feed, kill : float
-        ``F`` and ``k``; the default makes waves that never settle.
+        ``F`` and ``k``; the default makes waves. Not every pair in the ranges, nor every seed, keeps a pattern alive:
+        look at the diagnostic ``autocatalyst_std``.
     diffusivity_u, diffusivity_v : float
         Of the substrate and of the autocatalyst.
     length : float
@@ -91,7 +92,7 @@ class GrayScott:
     double: bool = False
 
     name = "gray_scott"
-    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"feed": (0.014, 0.098), "kill": (0.051, 0.065)}
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"feed": (0.014, 0.058), "kill": (0.051, 0.065)}
     check: ClassVar[str] = "growth rate of a perturbation of the uniform state; second order in space and time"
 
     def __post_init__(self) -> None:
