@@ -62,6 +62,7 @@ def test_pdebench_and_dpot_files_train_together(tmp_path):
         ("launch/train_tokenizer.py", "--config", str(config)),
         ("launch/pretrain.py", "--config", str(config)),
         ("launch/evaluate.py", "--run", str(tmp_path / "runs" / "mixed")),
+        ("tools/export_fields.py", str(tmp_path / "runs" / "mixed"), "--out", str(tmp_path / "vtk")),
     ):
         done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -70,3 +71,7 @@ def test_pdebench_and_dpot_files_train_together(tmp_path):
     for regime in regimes.values():
         assert set(regime["l2re"]) == {"velocity", "density", "pressure"}
         assert all(np.isfinite(v) for field in regime["l2re"].values() for v in field.values())
+    names = {path.name for path in (tmp_path / "vtk").iterdir()}
+    assert {"mixed_cfd.pvd", "mixed_cfd_00000.vti", "mixed_dpot.pvd", "mixed_dpot_00000.vti"} <= names
+    head = (tmp_path / "vtk" / "mixed_cfd_00000.vti").read_bytes().split(b"<AppendedData", 1)[0]
+    assert all(f'Name="{n}"'.encode() in head for n in ("velocity", "velocity_truth", "density_error"))
