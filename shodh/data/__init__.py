@@ -5,7 +5,6 @@ The way of a sample: `WellFile` (one file) -> `RegimeSource` (the splits of a re
 `write_latents` and `LatentWindowDataset` put a cache of encoded snapshots in the place of the fields.
 """
 
-from shodh.files import atomic_path, remove_partial_files
 from shodh.data.latent_windows import LatentWindowDataset
 from shodh.data.latents import data_identity, file_stems, latent_key, split_folder, write_latents
 from shodh.data.loader import Batch, MixtureLoader
@@ -16,6 +15,7 @@ from shodh.data.stats import compute_statistics, read_stats, write_stats
 from shodh.data.well import write_trajectories
 from shodh.data.well_reader import WellFile
 from shodh.data.windows import WindowDataset
+from shodh.files import atomic_path, remove_partial_files
 
 __all__ = [
     "SPLITS",

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.files import atomic_path
+from shodh.data.formats import TrajectoryFile
 from shodh.data.normalize import FieldNormalizer
 from shodh.data.source import SPLITS, RegimeSource, Split
-from shodh.data.formats import TrajectoryFile
 from shodh.errors import DataError
+from shodh.files import atomic_path
 
 Encode = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 FORMAT_VERSION = 1

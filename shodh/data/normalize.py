@@ -119,7 +119,7 @@ class FieldNormalizer:
     def normalize_(self, values: Tensor, regime: int | str | Tensor) -> Tensor:
         """`normalize` in place."""
         mean, scale = self._constants_like(values, regime)
-        if isinstance(regime, Tensor) and regime.ndim == 1:
+        if (isinstance(regime, Tensor) and regime.ndim == 1) or not values.is_contiguous():
             return values.sub_(mean).div_(scale)
         # A snapshot at a time stays in the cache; most vectors need no shift, and some fields no scale.
         for snapshot in values.reshape(-1, *values.shape[-1 - self.ndim :]):

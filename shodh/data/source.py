@@ -15,7 +15,8 @@ from typing import Any, get_args
 import numpy as np
 
 from shodh.data.formats import FileHints, TrajectoryFile
-from shodh.data.formats.splits import SPLITS, Split, open_splits
+from shodh.data.formats.splits import SPLITS as SPLITS
+from shodh.data.formats.splits import Split, open_splits
 from shodh.data.stats import KEYS, Statistics, compute_statistics, read_stats
 from shodh.errors import ConfigError, DataError
 from shodh.fields import Boundary, Field, Placement, RegimeSchema

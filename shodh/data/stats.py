@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from shodh.files import atomic_path
 from shodh.data.formats import TrajectoryFile, open_file
 from shodh.errors import DataError
 from shodh.fields import Field, RegimeSchema
+from shodh.files import atomic_path
 
 Statistics = dict[str, dict[str, Any]]
 KEYS = ("mean", "std", "mean_delta", "std_delta")

@@ -191,3 +191,16 @@ def test_wrong_channels_and_unknown_regimes_are_refused(fields, tmp_path, make_t
     write_trajectories(tmp_path / "a.hdf5", make_trajectories())
     with pytest.raises(DataError, match="no field 'pressure'"):
         compute_statistics([WellFile(tmp_path / "a.hdf5")], ["pressure"])
+
+
+def test_normalising_in_place_gives_the_same_bits_for_any_strides():
+    fields = (Field("velocity", "vector"), Field("heat"), Field("plain"))
+    constants = {"velocity": (0.0, 4.0), "heat": (3.0, 0.7), "plain": (0.0, 1.0)}
+    normalizer = FieldNormalizer(fields, 3, {"box": constants})
+    values = torch.randn(2, 5, 4, 3, 6, generator=torch.Generator().manual_seed(0))
+    expected = normalizer.normalize(values, "box")
+    strided = values.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert not strided.is_contiguous()
+    for tensor in (values.clone(), strided):
+        normalizer.normalize_(tensor, "box")
+        assert torch.equal(tensor, expected)
