@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -58,22 +60,31 @@ class Stopped(Exception):
     """The run was interrupted; raised inside a worker, which then tidies up."""
 
 
-_channel: tuple[Any, Any, int]  # in a worker: its progress queue, the event that stops it, and its parent
+_channel: tuple[Any, Any]  # in a worker: its progress queue, and the event that stops it
 
 
-def start_worker(queue: Any, stop: Any, parent: int) -> None:
+def start_worker(queue: Any, stop: Any) -> None:
     """Prepare a worker process."""
     global _channel
-    _channel = (queue, stop, parent)
+    _channel = (queue, stop)
     queue.cancel_join_thread()  # unread progress must not hold up the end
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, killed without a chance to say so; the next run removes its rest."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def solve_in_worker(job: Job, part: Part) -> None:
-    """`solve` on the CPU of a worker, reporting to the parent and ending with it."""
-    queue, stop, parent = _channel
+    """`solve` on the CPU of a worker, reporting to the parent."""
+    queue, stop = _channel
 
     def report(fraction: float) -> None:
-        if stop.is_set() or os.getppid() != parent:
+        if stop.is_set():
             raise Stopped
         queue.put((str(part.path), fraction))
 
@@ -103,7 +114,7 @@ def solve_all(tasks: Sequence[tuple[Job, Part]], device: str, workers: int, repo
         return
     context = multiprocessing.get_context("spawn")
     queue, stop = context.Queue(), context.Event()
-    pool = ProcessPoolExecutor(workers, context, start_worker, (queue, stop, os.getpid()))
+    pool = ProcessPoolExecutor(workers, context, start_worker, (queue, stop))
     try:
         # Workers inherit that Ctrl-C is ignored: it is the parent's business, which then stops them.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -20,6 +20,7 @@ from types import ModuleType
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 
 from shodh.cli import run_main
@@ -317,3 +318,20 @@ def test_interrupted_run_leaves_whole_files_only(tmp_path: Path) -> None:
     assert 1 <= len(files) < 12
     for path in files:
         assert WellFile(path).num_frames == 60
+
+
+def test_workers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    """A killed run tells its workers nothing; they must not stay, or write beside the next run."""
+    size = ["--frames", "60", "--trajectories", "12", "--workers", "2", "--trajectories-per-file", "1"]
+    process = psutil.Popen(command(tmp_path / "out", *size), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out").rglob("*.hdf5")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = process.children(recursive=True)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    for left in alive:
+        left.kill()
+    assert not alive
