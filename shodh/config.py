@@ -450,6 +450,23 @@ class EvaluationConfig(Section):
     batch: PositiveInt = 8
 
 
+class FamilyConfig(Section):
+    """A family of flows with continuous parameters, and the place of a run in it; what merging experts reads."""
+
+    name: str = Field(min_length=1)
+    parameters: dict[str, float | tuple[float, float]] = Field(
+        min_length=1, description="physical parameter -> value; of an anchor, which learns all of the family, its range"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> FamilyConfig:
+        for name, value in self.parameters.items():
+            low, high = value if isinstance(value, tuple) else (value, math.inf)
+            if not math.isfinite(low) or low >= high or (isinstance(value, tuple) and not math.isfinite(high)):
+                raise ValueError(f"parameter {name}={value}: expected a finite number, or [low, high] with low < high")
+        return self
+
+
 class RunConfig(Section):
     """Everything about one run."""
 
@@ -465,6 +482,7 @@ class RunConfig(Section):
     operator: OperatorConfig = OperatorConfig()
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    family: FamilyConfig | None = Field(None, description="for tools/merge_experts.py; null: no family")
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -38,6 +38,28 @@ _SAFETENSORS_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+class LazyTensor(Protocol):
+    """A tensor whose values are read or computed part by part, when they are needed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def numel(self) -> int: ...
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """The values ``start .. stop - 1`` of the flat tensor, in its own dtype."""
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The values in order, cast, a bounded number at once."""
+
+    def read(self) -> Tensor:
+        """The whole tensor."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +97,16 @@ class StoredTensor:
         flat = self.fragments[0] if len(self.fragments) == 1 else torch.cat(self.fragments)
         return flat.view(self.shape)
 
+    def part(self, start: int, stop: int) -> Tensor:
+        """The values ``start .. stop - 1`` of the flat tensor."""
+        if len(self.fragments) == 1:
+            return self.fragments[0][start:stop]
+        parts, first = [], 0
+        for fragment in self.fragments:
+            parts.append(fragment[max(0, start - first) : max(0, stop - first)])
+            first += fragment.numel()
+        return torch.cat(parts)
+
     def chunks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """The values in order, cast, at most `CHUNK` at once."""
         for fragment in self.fragments:
@@ -83,6 +115,7 @@ class StoredTensor:
 
 
 Weights = Mapping[str, StoredTensor]
+LazyWeights = Mapping[str, LazyTensor]
 Progress = Callable[[int], object]  # told the bytes of each part that is done
 
 
@@ -90,7 +123,9 @@ def ignore(done: int) -> None:
     """No progress is shown."""
 
 
-def target_dtypes(tensors: Weights, dtype: torch.dtype | None, keep: Collection[str] = ()) -> dict[str, torch.dtype]:
+def target_dtypes(
+    tensors: LazyWeights, dtype: torch.dtype | None, keep: Collection[str] = ()
+) -> dict[str, torch.dtype]:
     """What each tensor is written as: ``dtype``, but integers and the names in ``keep`` as they are."""
     return {
         name: t.dtype if dtype is None or name in keep or not t.dtype.is_floating_point else dtype
@@ -204,7 +239,7 @@ def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 def write_file(
     path: Path,
-    tensors: Weights,
+    tensors: LazyWeights,
     dtypes: Mapping[str, torch.dtype],
     metadata: Mapping[str, str] | None = None,
     progress: Progress = ignore,
@@ -241,7 +276,7 @@ def write_file(
 
 def write_weights(
     folder: Path,
-    tensors: Weights,
+    tensors: LazyWeights,
     dtypes: Mapping[str, torch.dtype],
     max_shard_size: int = MAX_SHARD_SIZE,
     metadata: Mapping[str, str] | None = None,
@@ -266,7 +301,7 @@ def write_weights(
 
 
 def differences(
-    written: Weights, source: Weights, dtypes: Mapping[str, torch.dtype], progress: Progress = ignore
+    written: Weights, source: LazyWeights, dtypes: Mapping[str, torch.dtype], progress: Progress = ignore
 ) -> list[str]:
     """Names whose bits in ``written`` are not those of ``source`` after the cast, or that only one of them has."""
     found = sorted(written.keys() ^ source.keys())
@@ -277,7 +312,7 @@ def differences(
     return found
 
 
-def _same_bits(one: StoredTensor, other: StoredTensor, dtype: torch.dtype, progress: Progress) -> bool:
+def _same_bits(one: StoredTensor, other: LazyTensor, dtype: torch.dtype, progress: Progress) -> bool:
     position = 0
     flat = one.fragments[0]  # What was written is one piece.
     for part in other.chunks(dtype):

@@ -22,6 +22,7 @@ from shodh.models.domain import Domain
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.weights import (
     MAX_SHARD_SIZE,
+    LazyWeights,
     Progress,
     Weights,
     check_fit,
@@ -51,6 +52,7 @@ class Source(Section):
     sha256: str = Field(description="of the manifest, or of the files where there is none")
     step: int | None = None
     masters: bool = Field(False, description="float32 master weights of a run in lower precision")
+    init_from: str | None = Field(None, description="sha256 of the source whose weights the run started from")
 
 
 class ModelDescription(Section):
@@ -70,6 +72,7 @@ class ModelDescription(Section):
     parameters: dict[str, int]
     versions: dict[str, str]
     source: Source
+    merge: dict[str, Any] | None = Field(None, description="how it was made of experts; null: it was trained")
 
     @model_validator(mode="after")
     def _check(self) -> ModelDescription:
@@ -164,7 +167,7 @@ def check_weights(description: ModelDescription, tensors: Weights, source: Path)
     check_kinds(tensors, source)
 
 
-def written_dtypes(config: RunConfig, parts: tuple[Part, ...], tensors: Weights, dtype: torch.dtype) -> Dtypes:
+def written_dtypes(config: RunConfig, parts: tuple[Part, ...], tensors: LazyWeights, dtype: torch.dtype) -> Dtypes:
     """What each tensor is written as: buffers (statistics, bases, selection biases) stay float32, as in training."""
     with torch.device("meta"):
         keep = {name for name, _ in persistent_buffers(build_parts(config, parts))}
@@ -187,7 +190,7 @@ def count_parameters(config: RunConfig, parts: tuple[Part, ...]) -> dict[str, in
 def write_pretrained(
     folder: Path,
     description: ModelDescription,
-    tensors: Weights,
+    tensors: LazyWeights,
     dtypes: Mapping[str, torch.dtype],
     max_shard_size: int = MAX_SHARD_SIZE,
     numbers: Mapping[str, Any] | None = None,
