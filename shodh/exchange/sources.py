@@ -102,10 +102,11 @@ def open_source(
     if run is not None and (run / TOKENIZER_FILE).is_file():
         raise CheckpointError(f"{path} is a checkpoint of a tokenizer; convert its run folder {run}")
     operator = _open_operator(path, dtype)
+    source = operator.source.model_copy(update={"init_from": None if run is None else RunFolder(run).started_from()})
     folder = _tokenizer_folder(config, run, tokenizer)
     tensors = {f"tokenizer.{name}": t for name, t in _tokenizer_weights(folder).items()}
     tensors.update((f"operator.{name}", t) for name, t in operator.tensors.items())
-    description = _describe(config, folder, ("tokenizer", "operator"), dtype, operator.source, tensors, path)
+    description = _describe(config, folder, ("tokenizer", "operator"), dtype, source, tensors, path)
     return Model(description, tensors, _numbers(run, path.name))
 
 

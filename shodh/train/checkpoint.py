@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from shodh.errors import CheckpointError
 from shodh.files import sync_to_disk, write_atomically
+from shodh.models.description import CONFIG, METADATA_KEY, is_pretrained, parse_description
 from shodh.pickles import refuse_foreign_globals
 from shodh.train.run_folder import RunFolder, describe_environment
 from shodh.train.runtime import together
-from shodh.weights import INDEX, WEIGHTS, open_weights, persistent_buffers
+from shodh.weights import INDEX, WEIGHTS, open_weights, persistent_buffers, read_json, read_metadata
 from shodh.weights import load_into as load_into
 from shodh.weights import load_weights as load_weights
 
@@ -96,6 +97,21 @@ def read_initial_weights(path: Path) -> dict[str, Tensor]:
     if any(name.startswith("tokenizer.") for name in chosen):
         raise CheckpointError(f"{path} holds a tokenizer alone; expected the weights of an operator")
     return chosen
+
+
+def source_checksum(path: Path) -> str:
+    """What names the weights at ``path``, also after a conversion: SHA-256 of the manifest of their checkpoint.
+
+    Of a converted folder it is the one of the checkpoint that it was made of; of weights without either, the one of
+    the file, or of the index of shards.
+    """
+    if is_pretrained(path):
+        return parse_description(read_json(path / CONFIG), path / CONFIG).source.sha256
+    if path.is_file() and (description := read_metadata(path).get(METADATA_KEY)) is not None:
+        return parse_description(json.loads(description), path).source.sha256
+    if path.is_dir():
+        path = next(file for name in (MANIFEST, WEIGHTS, INDEX) if (file := path / name).exists())
+    return checksum(path)
 
 
 def set_masters(engine: Any, state: Mapping[str, Tensor]) -> None:

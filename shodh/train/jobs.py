@@ -24,7 +24,15 @@ from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
 from shodh.models.tokenizer import Tokenizer
 from shodh.topology import Topology, plan_topology
-from shodh.train.checkpoint import WEIGHTS, load_into, load_weights, read_initial_weights, read_manifest, set_masters
+from shodh.train.checkpoint import (
+    WEIGHTS,
+    load_into,
+    load_weights,
+    read_initial_weights,
+    read_manifest,
+    set_masters,
+    source_checksum,
+)
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.engine import build_engine, load_deepspeed_config
 from shodh.train.latents import TOKENIZER_FILE, open_for_operator, prepare_latents
@@ -240,6 +248,8 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
         regimes, trained = open_for_operator(config)
         if rank() == 0:
             folder.create(config, deepspeed)
+            if start is None:
+                folder.record_start(None if init_from is None else source_checksum(init_from))
     cache = prepare_latents(config, regimes, trained, device)
     with together():
         step = 0 if start is None else int(read_manifest(start)["state"]["step"])

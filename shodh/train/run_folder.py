@@ -17,7 +17,9 @@ from shodh import __version__
 from shodh.config import RunConfig, dump_config, load_config
 from shodh.errors import ConfigError
 from shodh.files import write_atomically
+from shodh.weights import read_json
 
+START = "init_from.json"
 PACKAGES = ("torch", "deepspeed", "numpy", "h5py", "safetensors", "pydantic")
 
 
@@ -68,6 +70,19 @@ class RunFolder:
         write_atomically(self.path / "config.yaml", dump_config(config))
         write_atomically(self.path / "ds_config.json", json.dumps(deepspeed, indent=2) + "\n")
         write_atomically(self.path / "env.json", json.dumps(describe_environment(), indent=2) + "\n")
+
+    def record_start(self, checksum: str | None) -> None:
+        """Keep the checksum of the weights that a new run starts from (`source_checksum`); None: freshly drawn."""
+        path = self.path / START
+        if checksum is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_atomically(path, json.dumps({"init_from": checksum}) + "\n")
+
+    def started_from(self) -> str | None:
+        """What `record_start` kept; None for freshly drawn weights, or a run of an older version."""
+        path = self.path / START
+        return str(read_json(path).get("init_from")) if path.exists() else None
 
     def config(self) -> RunConfig:
         """The resolved configuration of the run; raises `ConfigError` if this is no run folder."""

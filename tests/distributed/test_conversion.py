@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 
 import shodh
 from shodh.exchange.convert import convert
+from shodh.models.description import read_pretrained
 from shodh.models.domain import num_static_features
+from shodh.train.checkpoint import source_checksum
+from shodh.train.run_folder import RunFolder
 
 pytestmark = pytest.mark.distributed
 
@@ -80,6 +83,23 @@ def test_one_rank_starts_from_a_file_or_a_checkpoint_of_two(laboratory: Laborato
         overrides = laboratory.overrides(f"file{number}", 1, 2)
         (rank,) = run_ranks(1, rank_jobs.start_from, laboratory.config, overrides, source)
         assert_same_weights(rank["state"], run)
+
+
+def test_a_run_and_its_conversion_name_the_checkpoint_they_started_from(laboratory: Laboratory, tmp_path: Path) -> None:
+    """By a checksum that the conversion of that checkpoint carries too."""
+    run, anchor = laboratory.run(2, 2, 1), tmp_path / "anchor"
+    convert(run.checkpoint(10), anchor)
+    checksum = read_pretrained(anchor)[0].source.sha256
+    for source in (run.checkpoint(10), anchor, anchor / "model.safetensors"):
+        assert source_checksum(source) == checksum
+    overrides = laboratory.overrides("expert", 1, 1)
+    run_ranks(1, rank_jobs.start_from, laboratory.config, overrides, anchor)
+    folder = RunFolder(laboratory.load(overrides).run_dir)
+    assert folder.started_from() == checksum and RunFolder(run.path).started_from() is None
+    shutil.copytree(run.checkpoint(10), folder.checkpoints / "step_00000010")
+    convert(folder.checkpoints / "step_00000010", tmp_path / "expert")
+    assert read_pretrained(tmp_path / "expert")[0].source.init_from == checksum
+    assert read_pretrained(anchor)[0].source.init_from is None
 
 
 @pytest.mark.parametrize("stage", (1, 3))
