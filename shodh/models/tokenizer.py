@@ -37,23 +37,25 @@ class Potential(NamedTuple):
     harmonic: Tensor | None
 
 
-def field_slices(fields: Sequence[Field]) -> dict[str, slice]:
-    """Channels of each dynamic field of a 3-D schema, in order."""
+def field_slices(fields: Sequence[Field], ndim: int = 3) -> dict[str, slice]:
+    """Channels of each field in ``ndim`` dimensions, in order."""
     slices, start = {}, 0
     for f in fields:
-        stop = start + f.num_components(3)
+        stop = start + f.num_components(ndim)
         slices[f.name] = slice(start, stop)
         start = stop
     return slices
 
 
-def existing_channels(fields: Sequence[Field], domain: Domain) -> dict[str, slice]:
+def existing_channels(fields: Sequence[Field], domain: Domain, ndim: int = 3) -> dict[str, slice]:
     """`field_slices` of the fields that exist in a domain; without the third component of vectors in a flat one."""
     slices = {
-        f.name: s for f, s in zip(fields, field_slices(fields).values(), strict=True) if f.name not in domain.absent
+        f.name: s
+        for f, s in zip(fields, field_slices(fields, ndim).values(), strict=True)
+        if f.name not in domain.absent
     }
     kinds = {f.name: f.kind for f in fields}
-    if domain.flat:
+    if domain.flat and ndim == 3:
         slices = {n: slice(s.start, s.stop - (kinds[n] == "vector")) for n, s in slices.items()}
     return slices
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from shodh.data.formats import FileHints
 from shodh.data.loader import SampleDataset
 from shodh.data.mixture import temperature_shares
 from shodh.errors import DataError
-from shodh.fields import Field
+from shodh.fields import Boundary, Field
 from shodh.models.domain import Domain
 from shodh.models.tokenizer import existing_channels, field_slices
 from shodh.topology import Topology
@@ -35,6 +36,11 @@ class Regimes:
         return [source.name for source in self.sources]
 
     @property
+    def ndim(self) -> int:
+        """Space dimensions of the samples."""
+        return len(self.sources[0].grid)
+
+    @property
     def dynamic(self) -> tuple[Field, ...]:
         """Fields of the vocabulary that change in time, in the order of the channels."""
         return self.sources[0].dynamic
@@ -45,12 +51,12 @@ class Regimes:
 
     def channels(self, number: int) -> dict[str, slice]:
         """Channels of the fields that exist in one regime; of vectors, the components that do."""
-        return existing_channels(self.dynamic, self.domains[number])
+        return existing_channels(self.dynamic, self.domains[number], self.ndim)
 
     def solid_channel(self, number: int) -> int | None:
         """Static channel of the field ``solid``, None where the regime has none."""
         source = self.sources[number]
-        slices = field_slices(source.static)
+        slices = field_slices(source.static, self.ndim)
         return slices["solid"].start if "solid" in {f.name for f in source.schema.static} else None
 
     def presence(self, index: Tensor) -> Tensor:
@@ -65,13 +71,15 @@ def opening(regime: RegimeConfig) -> dict[str, Any]:
     return {"format": regime.format, "hints": hints, "split": regime.split}
 
 
-def open_regimes(config: DataConfig, normalizer: FieldNormalizer | None = None) -> Regimes:
+def open_regimes(config: DataConfig, normalizer: FieldNormalizer | None = None, *, extrude: bool = True) -> Regimes:
     """Open the data of every regime and check that it fits the configuration.
 
     Parameters
     ----------
     normalizer : FieldNormalizer, optional
         The one a tokenizer was trained with; by default it is made from the training statistics.
+    extrude : bool
+        Whether two space dimensions are read as equal layers of three; not so for operators on the fields themselves.
 
     Raises
     ------
@@ -91,10 +99,10 @@ def open_regimes(config: DataConfig, normalizer: FieldNormalizer | None = None) 
             mapping=regime.fields,
             placement=placement,
             only=config.present(regime),
-            layers=config.cells[2],
+            layers=config.cells[2] if extrude else None,
             **opening(regime),
         )
-        if source.grid != config.cells:
+        if source.grid != (config.cells if extrude else config.grid):
             found = list(source.grid[:2] if source.flat else source.grid)
             raise DataError(
                 f"{regime.path}: the fields are {found}, and data.grid is {list(config.grid)}; all regimes of a run "
@@ -110,14 +118,20 @@ def open_regimes(config: DataConfig, normalizer: FieldNormalizer | None = None) 
 
 def domain_of(source: RegimeSource, normalizer: FieldNormalizer) -> Domain:
     """What the models are told of a regime's samples beside their fields."""
-    (bx, by, bz), (x, y, z) = source.boundary, source.lengths
+    (bx, by, bz), (x, y, z) = _box(source)
+    flat = source.flat or len(source.grid) == 2
     present = {f.name for f in source.present}
     optional = sorted((f for f in source.fields if f.optional), key=lambda f: f.static)
     constants = normalizer.constants[source.name]
     floors = [(f.name, -constants[f.name][0] / constants[f.name][1]) for f in source.schema.dynamic if f.positive]
-    return Domain(
-        (bx, by, bz), (x, y, z), tuple((f.name, f.name in present) for f in optional), tuple(floors), source.flat
-    )
+    return Domain((bx, by, bz), (x, y, z), tuple((f.name, f.name in present) for f in optional), tuple(floors), flat)
+
+
+def _box(source: RegimeSource) -> tuple[tuple[Boundary, ...], tuple[float, ...]]:
+    """Boundary and lengths of three axes; two dimensions are a periodic layer of near-cubic cells."""
+    if len(source.grid) == 2:
+        return (*source.boundary, "periodic"), (*source.lengths, math.prod(source.spacing) ** 0.5)
+    return source.boundary, source.lengths
 
 
 def _check_constants(source: RegimeSource, normalizer: FieldNormalizer) -> None:
