@@ -36,6 +36,8 @@ from shodh.weights import expected_shapes, persistent_buffers
 EXAMPLES = """examples:
   python tools/bench/convert_memory.py --json tools/bench/results/convert_memory_cpu.json
   python tools/bench/convert_memory.py --depth 1 --folder /scratch          a quick look
+  mkdir /sys/fs/cgroup/memory/small; echo 1900M > /sys/fs/cgroup/memory/small/memory.limit_in_bytes
+  python tools/bench/convert_memory.py --cgroup /sys/fs/cgroup/memory/small with all memory limited, page cache too
 """
 RANKS = 2
 COUNTERS = ("RssAnon", "RssFile", "VmRSS")
@@ -181,22 +183,45 @@ def measure(source: Path, out: Path, dtype: str, limit: int, verify: bool) -> di
     }
 
 
-def run_child(*arguments: Any) -> dict[str, Any]:
+def forget_pages(folder: Path) -> None:
+    """Drop the page cache of a folder's files, which is charged to whoever reads them first."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def run_child(cgroup: Path | None, *arguments: Any) -> dict[str, Any]:
     command = [sys.executable, __file__, "--measure", json.dumps([str(a) for a in arguments])]
+    if cgroup is not None:
+        forget_pages(Path(arguments[0]))
+        # The shell enters the group and then becomes the conversion.
+        command = ["sh", "-c", 'echo $$ > "$0"; exec "$@"', str(cgroup / "cgroup.procs"), *command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     if finished.returncode:
-        raise SystemExit(finished.stderr)
+        raise SystemExit(f"the conversion ended with exit code {finished.returncode}\n{finished.stderr}")
     result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
     return result
 
 
-def write_report(path: Path, rows: list[dict[str, Any]]) -> None:
+def cgroup_limit(cgroup: Path | None) -> str | None:
+    """The memory limit of a control group, version 1 or 2."""
+    if cgroup is None:
+        return None
+    files = [cgroup / name for name in ("memory.limit_in_bytes", "memory.max")]
+    return next(f.read_text().strip() for f in files if f.exists())
+
+
+def write_report(path: Path, rows: list[dict[str, Any]], cgroup: Path | None) -> None:
     head = {
         "command": f"python tools/bench/convert_memory.py {' '.join(sys.argv[1:])}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "verified": True,
+        "limit": cgroup_limit(cgroup),
         "units": "bytes; RssAnon: allocated, RssFile: pages of mapped files, which the kernel may take back",
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -213,6 +238,9 @@ def main() -> int:
     parser.add_argument("--max-shard-size", type=int, default=10**9, metavar="BYTES", help="default: %(default)s")
     parser.add_argument("--folder", type=Path, help="where to make them (default: the temporary folder)")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    parser.add_argument(
+        "--cgroup", type=Path, metavar="FOLDER", help="memory control group, with a limit, that conversions run in"
+    )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -230,7 +258,7 @@ def main() -> int:
             source = folder / "out-zero1" if kind == "safetensors" else folder / kind / "global_step1"
             size = write_deepspeed(config, source, int(kind[-1])) if kind != "safetensors" else rows[0]["bytes_written"]
             row = {"source": kind, "dtype": dtype, "source_bytes": size}
-            rows.append({**row, **run_child(source, folder / f"out-{kind}", dtype, limit, True)})
+            rows.append({**row, **run_child(options.cgroup, source, folder / f"out-{kind}", dtype, limit, True)})
             row = rows[-1]
             print(
                 f"{kind:<12}{size / 1e9:6.2f} GB -> {dtype}, {row['files']} files, largest "
@@ -241,7 +269,7 @@ def main() -> int:
             for path in sorted(source.parent.glob("**/*.pt")) if kind != "safetensors" else []:
                 path.unlink()
             if options.json is not None:
-                write_report(options.json, rows)
+                write_report(options.json, rows, options.cgroup)
     return 0
 
 
