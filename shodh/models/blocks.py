@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh.models.kernels import Kernels, rms_norm
-from shodh.moe.experts import FeedForward
-from shodh.moe.routing import Routing
+from shodh.moe.experts import FeedForward, LinearFeedForward
+from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing
 
 
 def rotary_angles(grid: tuple[int, int, int], head_dim: int, base: float = 100.0) -> Tensor:
@@ -55,7 +55,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; its feed-forward is dense, or shared plus routed experts.
 
-    ``forward(x [B, S, D], cos, sin) -> (x, Routing or None)``
+    ``forward(x [B, S, D], cos, sin, inputs) -> (x, Routing or None)``
     """
 
     def __init__(
@@ -69,9 +69,11 @@ class Block(nn.Module):
         # Residual branches start small, so that depth does not change the size of the first outputs (GPT-2).
         self.initial_gain = {"attention.out.weight": (2 * depth) ** -0.5}
 
-    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, inputs: RouterInputs = NO_INPUTS
+    ) -> tuple[Tensor, Routing | None]:
         x = x + self.attention(self.norm1(x), cos, sin)
-        if isinstance(self.feed_forward, FeedForward):
+        if isinstance(self.feed_forward, FeedForward | LinearFeedForward):
             return x + self.feed_forward(self.norm2(x)), None
-        out, routing = self.feed_forward(self.norm2(x))
+        out, routing = self.feed_forward(self.norm2(x), inputs)
         return x + out, routing

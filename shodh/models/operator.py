@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shodh.config import ExpertsConfig, OperatorConfig
+from shodh.errors import ConfigError
 from shodh.models.blocks import Block, rotary_angles
 from shodh.models.kernels import Kernels
-from shodh.moe.experts import ExpertLayerReference, FeedForward
-from shodh.moe.routing import Routing
+from shodh.moe.experts import ExpertLayerReference, build_dense, output_width
+from shodh.moe.routing import RouterInputs, Routing
 from shodh.seeding import Key, generator
 
 ExpertLayerFactory = Callable[[ExpertsConfig, int], nn.Module]
@@ -87,9 +88,13 @@ class LatentTransformer(nn.Module):
 
     def _feed_forward(self, expert_layer: ExpertLayerFactory) -> nn.Module:
         experts = self.config.experts
+        if output_width(experts, self.config.dim) != self.config.dim:
+            raise ConfigError(
+                f"operator.experts: form linear gives hidden={experts.hidden} channels; use hidden={self.config.dim}, "
+                "which is operator.dim"
+            )
         if experts.num_experts == 0:
-            hidden = (experts.num_shared + experts.top_k) * experts.hidden
-            return FeedForward(self.config.dim, hidden, experts.activation)
+            return build_dense(experts, self.config.dim, experts.num_shared + experts.top_k)
         return expert_layer(experts, self.config.dim)
 
     def _rotary(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -129,7 +134,9 @@ class LatentTransformer(nn.Module):
             latent = latent + gate * (history[:, -back] - history[:, -back - 1])
         return latent
 
-    def forward(self, history: Tensor, static: Tensor) -> OperatorOutput:
+    def forward(
+        self, history: Tensor, static: Tensor, regime: Tensor | None = None, noise: tuple[int, ...] | None = None
+    ) -> OperatorOutput:
         """Predict the next latent.
 
         Parameters
@@ -138,7 +145,11 @@ class LatentTransformer(nn.Module):
             Normalised latents, oldest first.
         static : Tensor [B, S, x, y, z]
             Time-constant inputs on the latent grid.
+        regime, noise
+            For routers that are told the regime or draw noise, and refused by all others; see
+            `shodh.moe.step.router_arguments`.
         """
+        inputs = RouterInputs(regime, noise)
         tokens = self._to_tokens(torch.cat((history.flatten(1, 2), static.to(history.dtype)), 1))
         # In bf16 the residual keeps the precision of the input: the model rounds what it adds, not what it is given.
         x = self.embed(tokens.to(self.embed.weight.dtype))
@@ -146,11 +157,12 @@ class LatentTransformer(nn.Module):
             x = x + self.position.position.to(x.dtype)
         cos, sin = self._rotary(x)
         routing: list[Routing] = []
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
+            given = (x, cos, sin, inputs.at_layer(number))
             if self.config.activation_checkpointing and torch.is_grad_enabled():
-                x, decision = checkpoint(block, x, cos, sin, use_reentrant=False)
+                x, decision = checkpoint(block, *given, use_reentrant=False)
             else:
-                x, decision = block(x, cos, sin)
+                x, decision = block(*given)
             if decision is not None:
                 routing.append(decision)
         return OperatorOutput(self._next(history, self._from_tokens(self.head(self.norm(x)))), routing)

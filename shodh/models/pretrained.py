@@ -22,6 +22,7 @@ from shodh.models.description import (
 from shodh.models.domain import Domain, add_walls, static_features
 from shodh.models.operator import LatentTransformer
 from shodh.models.tokenizer import Tokenizer
+from shodh.moe.step import regime_arguments
 from shodh.weights import DTYPES, StoredTensor, load_into, persistent_buffers, target_dtypes
 
 
@@ -148,7 +149,7 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh", license="apache
             At least `history` frames, oldest first; the last ones are used.
         static : Tensor [B, S, X, Y, Z]
         regime : str
-            Whose normalisation and domain are meant; the networks never see the name.
+            Whose normalisation and domain are meant; no network sees the name, but an oracle router its number.
         """
         if self.operator is None:
             raise CheckpointError("this folder holds a tokenizer alone; convert a run of launch/pretrain.py")
@@ -156,9 +157,10 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh", license="apache
             raise DataError(f"fields must hold {self.history} frames, oldest first, got {list(fields.shape)}")
         window = self.encode(fields[:, -self.history :], static, regime)
         features = static_features(self._geometry(static, regime))
+        told = regime_arguments(self.config.operator.experts, self.regimes.index(regime), window)
         frames = []
         for _ in range(steps):
-            following = self.operator(window, features).latent
+            following = self.operator(window, features, **told).latent
             frames.append(following)
             window = torch.cat((window[:, 1:], following.unsqueeze(1)), 1)
         return self.decode(torch.stack(frames, 1), static, regime, exact=exact)

@@ -21,15 +21,42 @@ from shodh.moe.routing import Routing
 
 
 class BalanceTerms(NamedTuple):
-    """Mean over the layers of each term (scalars), before its weight."""
+    """Each term before its weight (scalars), the mean over the layers; ``cv2`` alone is the sum over them.
+
+    Attributes
+    ----------
+    switch, information, z_loss : Tensor
+        See README.
+    importance, cv2 : Tensor
+        CV^2 of the experts' importance, the sum of their weights over the batch (Shazeer 2017, arXiv 1701.06538), with
+        the variance of the population. MoE-POT's paper adds it for every layer (``cv2``); its code leaves out the
+        division by the squared mean.
+    load : Tensor
+        CV^2 of the smooth load, the sum of `Routing.load_probs` over the batch; 0 where no noise was drawn.
+    orthogonality : Tensor
+        Mean squared cosine between the router's rows of two experts; 0 where it was not measured.
+    """
 
     switch: Tensor
     information: Tensor
     z_loss: Tensor
+    importance: Tensor
+    cv2: Tensor
+    load: Tensor
+    orthogonality: Tensor
 
     def weighted(self, config: BalanceConfig) -> Tensor:
-        """The loss to add: Switch and z-loss are minimised, information is maximised."""
-        return config.switch * self.switch - config.information * self.information + config.z_loss * self.z_loss
+        """The loss to add: information is maximised, all else is minimised."""
+        loss = config.switch * self.switch - config.information * self.information + config.z_loss * self.z_loss
+        for name in ("importance", "cv2", "load", "orthogonality"):
+            if weight := getattr(config, name):
+                loss = loss + weight * getattr(self, name)
+        return loss
+
+    def reported(self, config: BalanceConfig) -> dict[str, Tensor]:
+        """The terms that a run's metrics show: the three of every run, and those that have a weight."""
+        always = ("switch", "information", "z_loss")
+        return {name: term for name, term in self._asdict().items() if name in always or getattr(config, name)}
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -40,7 +67,9 @@ def entropy(p: Tensor) -> Tensor:
 def _layer_means(routing: Routing) -> Tensor:
     """What must be averaged over the global batch, as one flat vector, so that all layers need one collective."""
     fraction = routing.counts.float() / routing.selected.numel()
-    parts = [fraction, routing.probs.mean(0), routing.group_probs.mean(0)]
+    importance = torch.zeros_like(routing.probs).scatter(1, routing.selected, routing.weights).mean(0)
+    load = importance.new_empty(0) if routing.load_probs is None else routing.load_probs.mean(0)
+    parts = [fraction, routing.probs.mean(0), routing.group_probs.mean(0), importance, load]
     if routing.num_groups:
         grouped = routing.probs.unflatten(1, (routing.num_groups, -1))
         within = grouped / grouped.sum(-1, keepdim=True).clamp(min=1e-20)
@@ -57,19 +86,31 @@ def _switch(fraction: Tensor, probs: Tensor) -> Tensor:
     return fraction.shape[-1] * (fraction * probs).sum(-1)
 
 
+def _squared_variation(values: Tensor) -> Tensor:
+    """``CV^2``, the variance over the squared mean; of no values, 0."""
+    if not values.numel():
+        return values.sum()
+    return values.var(correction=0) / values.mean().square().clamp(min=1e-20)
+
+
 def _layer_terms(routing: Routing, means: Tensor) -> BalanceTerms:
     experts, groups = routing.num_experts, routing.num_groups
-    fraction, probs, group_probs, within = means.split([experts, experts, groups, experts if groups else 0])
+    smooth = 0 if routing.load_probs is None else experts
+    sizes = [experts, experts, groups, experts, smooth, experts if groups else 0]
+    fraction, probs, group_probs, weights, load, within = means.split(sizes)
     z_loss = torch.logsumexp(routing.logits, -1).square().mean()
     if not groups:
         information = entropy(probs) - entropy(routing.probs).mean()
-        return BalanceTerms(_switch(fraction, probs), information, z_loss)
-    # Two levels: decided groups that are all used, and balance inside each group, weighted by the group's share.
-    information = entropy(group_probs) - entropy(routing.group_probs).mean()
-    fraction, within = fraction.view(groups, -1), within.view(groups, -1)
-    share = fraction.sum(-1).detach().clamp(min=1e-20)
-    switch = (_switch(fraction, within) / share).sum()
-    return BalanceTerms(switch, information, z_loss)
+        switch = _switch(fraction, probs)
+    else:
+        # Decided groups that are all used, and balance inside each group, weighted by the group's share.
+        information = entropy(group_probs) - entropy(routing.group_probs).mean()
+        fraction, within = fraction.view(groups, -1), within.view(groups, -1)
+        share = fraction.sum(-1).detach().clamp(min=1e-20)
+        switch = (_switch(fraction, within) / share).sum()
+    importance = _squared_variation(weights)
+    similarity = importance.new_zeros(()) if routing.similarity is None else routing.similarity
+    return BalanceTerms(switch, information, z_loss, importance, importance, _squared_variation(load), similarity)
 
 
 class GlobalBalance:
@@ -104,7 +145,8 @@ class GlobalBalance:
         means = self._globalise(torch.cat(flat)).split([m.numel() for m in flat])
         terms = [_layer_terms(routing, m) for routing, m in zip(routings, means, strict=True)]
         # z-loss and mean entropies are per-token means: data parallelism averages them, no collective is needed.
-        return BalanceTerms(*(torch.stack(t).mean() for t in zip(*terms, strict=True)))
+        means_of_terms = BalanceTerms(*(torch.stack(t).mean() for t in zip(*terms, strict=True)))
+        return means_of_terms._replace(cv2=len(terms) * means_of_terms.importance)
 
 
 def update_selection_bias(router: SemanticRouter, counts: Tensor, rate: float) -> None:

@@ -1,7 +1,18 @@
 """Feed-forward experts in plain torch: the shared part, the dense baseline, and the twin of the expert-parallel layer.
 
-Parameter names are those of the exchange format: ``experts.w1 [E, H, D]`` (gate), ``experts.w3 [E, H, D]`` (up),
-``experts.w2 [E, D, H]`` (down), ``shared_experts.*`` and ``router.*``, whatever layer runs them.
+Parameter names are those of the exchange format: ``experts.w1``, ``experts.w2``, ``experts.w3``, ``shared_experts.*``
+and ``router.*``, whatever layer runs them. DeepSpeed saves three stacked matrices of these names and no others, so
+every form of expert is written with three:
+
+=========  ==========================  ========================================================================
+swiglu     w1, w3 [E, H, D]            gate and up;                       ``w2 (silu(w1 x) * (w3 x))``
+bilinear   w2 [E, D, H]                                                   ``w2 ((w1 x) * (w3 x))``
+gelu       w1, w3 [E, H/2, D], w2      halves of one matrix ``W``;        ``w2 gelu(W x)``
+linear     w1, w3 [E, O/2, D],         halves of one matrix ``W``, and    ``gelu(W x + b)``
+           w2 [E, O, 1]                its bias ``b``;
+=========  ==========================  ========================================================================
+
+The halves cost nothing: there are as many parameters as without them, and all of them are trained.
 """
 
 from __future__ import annotations
@@ -14,7 +25,7 @@ from torch.nn import functional as F
 
 from shodh.config import ExpertsConfig
 from shodh.moe.router import SemanticRouter
-from shodh.moe.routing import Routing
+from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing
 from shodh.seeding import Key, generator
 
 
@@ -27,22 +38,60 @@ def bilinear(gate: Tensor, up: Tensor) -> Tensor:
     return gate * up
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"swiglu": swiglu, "bilinear": bilinear}
+def gelu(first: Tensor, second: Tensor) -> Tensor:
+    """Without a gate: GELU of a hidden layer that comes in two halves."""
+    return F.gelu(torch.cat((first, second), -1))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"swiglu": swiglu, "bilinear": bilinear, "gelu": gelu}
+
+
+def inner_rows(hidden: int, activation: str) -> int:
+    """Rows of ``w1`` and of ``w3``: the hidden width, or half of it where they are halves of one matrix."""
+    return hidden // 2 if activation == "gelu" else hidden
 
 
 class FeedForward(nn.Module):
-    """Gated feed-forward ``w2(act(w1 x, w3 x))``: shared experts, or the dense baseline."""
+    """Two-layer feed-forward ``scale * w2(act(w1 x, w3 x))``: shared experts, or the dense baseline."""
 
-    def __init__(self, dim: int, hidden: int, activation: str) -> None:
+    def __init__(self, dim: int, hidden: int, activation: str, scale: float = 1.0) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.scale = scale
+        rows = inner_rows(hidden, activation)
+        self.w1 = nn.Linear(dim, rows, bias=False)
         self.w2 = nn.Linear(hidden, dim, bias=False)
-        self.w3 = nn.Linear(dim, hidden, bias=False)
+        self.w3 = nn.Linear(dim, rows, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.w2(self.activation(self.w1(x), self.w3(x)))
-        return out
+        return out if self.scale == 1.0 else out * self.scale
+
+
+class LinearFeedForward(nn.Module):
+    """``scale * sum_s gelu(W_s x + b_s)``: shared experts of form linear, or the dense baseline."""
+
+    def __init__(self, dim: int, width: int, copies: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.copies, self.scale = copies, scale
+        self.w1 = nn.Linear(dim, copies * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        every = F.gelu(self.w1(x)).unflatten(-1, (self.copies, -1))
+        return every.sum(-2) * self.scale
+
+
+def output_width(config: ExpertsConfig, dim: int) -> int:
+    """Width of what an expert layer returns for rows of width ``dim``."""
+    return config.hidden if config.form == "linear" else dim
+
+
+def build_dense(config: ExpertsConfig, dim: int, copies: int) -> FeedForward | LinearFeedForward:
+    """Experts that every token meets, as one module: ``copies`` shared ones, or a baseline as large as so many."""
+    scale = 1.0 / copies if config.shared_combine == "mean" else 1.0
+    if config.form == "linear":
+        return LinearFeedForward(dim, config.hidden, copies, scale)
+    return FeedForward(dim, copies * config.hidden, config.activation, scale)
 
 
 @torch.no_grad()
@@ -52,12 +101,15 @@ def reset_experts(experts: nn.Module, first_expert: int, *key: Key) -> None:
     Parameters
     ----------
     experts : Module
-        With ``w1, w3 [E_local, H, D]`` and ``w2 [E_local, D, H]``.
+        With ``w1``, ``w2`` and ``w3 [E_local, ...]``; those named in its ``biases`` start as zeros.
     first_expert : int
         Global id of local expert 0.
     """
     for name in ("w1", "w2", "w3"):
         parameter = getattr(experts, name)
+        if name in getattr(experts, "biases", ()):
+            parameter.zero_()
+            continue
         for local in range(parameter.shape[0]):
             draw = torch.empty(parameter.shape[1:])
             draw.normal_(0.0, parameter.shape[2] ** -0.5, generator=generator(*key, name, first_expert + local))
@@ -70,9 +122,10 @@ class ExpertStack(nn.Module):
     def __init__(self, num_experts: int, dim: int, hidden: int, activation: str) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.w1 = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        rows = inner_rows(hidden, activation)
+        self.w1 = nn.Parameter(torch.empty(num_experts, rows, dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden))
-        self.w3 = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.w3 = nn.Parameter(torch.empty(num_experts, rows, dim))
 
     def seeded_reset(self, *key: Key) -> None:
         reset_experts(self, 0, *key)
@@ -83,36 +136,66 @@ class ExpertStack(nn.Module):
         return F.linear(self.activation(gate, up), self.w2[expert])
 
 
+class LinearExpertStack(nn.Module):
+    """All routed experts of form linear on one device."""
+
+    biases = ("w2",)
+
+    def __init__(self, num_experts: int, dim: int, width: int) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(num_experts, width // 2, dim))
+        self.w2 = nn.Parameter(torch.empty(num_experts, width, 1))
+        self.w3 = nn.Parameter(torch.empty(num_experts, width // 2, dim))
+
+    def seeded_reset(self, *key: Key) -> None:
+        reset_experts(self, 0, *key)
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        """Expert ``expert`` on rows ``[N, D]``: ``[N, O]``."""
+        weight = torch.cat((self.w1[expert], self.w3[expert]))
+        return F.gelu(F.linear(x, weight, self.w2[expert, :, 0]))
+
+
+RoutedExperts = ExpertStack | LinearExpertStack
+
+
+def build_stack(config: ExpertsConfig, dim: int) -> RoutedExperts:
+    """All routed experts of a layer, on one device."""
+    if config.form == "linear":
+        return LinearExpertStack(config.num_experts, dim, config.hidden)
+    return ExpertStack(config.num_experts, dim, config.hidden, config.activation)
+
+
 class ExpertLayerReference(nn.Module):
     """The expert layer in plain torch: one device, all experts, any float dtype, no DeepSpeed.
 
     The reference of every test, and what runs wherever DeepSpeed is not installed.
 
-    ``forward(x [B, S, D]) -> (output [B, S, D], Routing)``: shared experts always on, plus the chosen experts weighted
-    by their soft scores and combined in float32.
+    ``forward(x [B, S, D], inputs) -> (output [B, S, O], Routing)``: shared experts always on, plus the chosen experts
+    weighted by their soft scores and combined in float32. ``O`` is ``D``, but ``config.hidden`` for form linear;
+    ``inputs`` is what noisy and oracle routers are given (`shodh.moe.routing.RouterInputs`).
     """
 
     def __init__(self, config: ExpertsConfig, dim: int) -> None:
         super().__init__()
         self.num_experts = config.num_experts
+        self.width = output_width(config, dim)
         self.router = SemanticRouter(config, dim)
-        self.experts = ExpertStack(config.num_experts, dim, config.hidden, config.activation)
-        self.shared_experts = (
-            FeedForward(dim, config.num_shared * config.hidden, config.activation) if config.num_shared else None
-        )
+        self.experts = build_stack(config, dim)
+        self.shared_experts = build_dense(config, dim, config.num_shared) if config.num_shared else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, inputs: RouterInputs = NO_INPUTS) -> tuple[Tensor, Routing]:
         batch, tokens, dim = x.shape
         rows = x.reshape(-1, dim)
-        self.router.batch_shape = (batch, tokens)
+        self.router.prepare((batch, tokens), inputs)
         scores, selected, _ = self.router(rows)
-        out = rows.new_zeros((*selected.shape, dim), dtype=torch.promote_types(rows.dtype, torch.float32))
+        out = rows.new_zeros((*selected.shape, self.width), dtype=torch.promote_types(rows.dtype, torch.float32))
         for expert in range(self.num_experts):
             token, slot = (selected == expert).nonzero(as_tuple=True)
             routed = self.experts(rows[token], expert).to(out.dtype) * scores[token, slot].unsqueeze(-1)
             out[token, slot] = routed.to(out.dtype)
         # Summed slot by slot, as the expert-parallel layer does it: the same bits.
-        combined = out.sum(1).to(x.dtype).view(batch, tokens, dim)
+        combined = out.sum(1).to(x.dtype).view(batch, tokens, self.width)
         if self.shared_experts is not None:
             combined = combined + self.shared_experts(x)
         return combined, self.router.take()

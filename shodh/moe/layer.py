@@ -18,16 +18,20 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.ep_experts import EXPERT_ACTIVATIONS, register_expert_activation
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from shodh.config import ExpertsConfig
-from shodh.moe.experts import FeedForward, bilinear, reset_experts
+from shodh.moe.experts import bilinear, build_dense, gelu, inner_rows, output_width, reset_experts
 from shodh.moe.groups import decay_groups
 from shodh.moe.router import SemanticRouter
-from shodh.moe.routing import Routing
+from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing
 from shodh.seeding import Key
+
+ROW_ALIGNMENT = 8  # numbers: the grouped GEMM wants rows of 16 bytes, in bf16 too
 
 if "bilinear" not in EXPERT_ACTIVATIONS:
     register_expert_activation("bilinear", lambda gate, up, alpha, limit: bilinear(gate, up))
+    register_expert_activation("gelu", lambda first, second, alpha, limit: gelu(first, second))
 
 
 def _spec(config: ExpertsConfig, dim: int) -> MoELayerSpec:
@@ -37,12 +41,12 @@ def _spec(config: ExpertsConfig, dim: int) -> MoELayerSpec:
         router_name="gate",
         experts_name="experts",
         expert_storage="fused_3d",
-        expert_w1_name="w13",
+        expert_w1_name="w1",
         expert_w2_name="w2",
-        expert_w3_name=None,
+        expert_w3_name="w3",
         num_experts=config.num_experts,
         top_k=config.top_k,
-        hidden_size=dim,
+        hidden_size=max(dim, output_width(config, dim)),
         ffn_hidden_size=config.hidden,
         score_func="softmax",
         score_apply="post",
@@ -55,7 +59,7 @@ def _spec(config: ExpertsConfig, dim: int) -> MoELayerSpec:
         has_shared_experts=config.num_shared > 0,
         shared_experts_name="shared",
         shared_experts_gate_name="",
-        expert_activation=config.activation,
+        expert_activation=config.activation if config.form == "gated" else "gelu",
     )
 
 
@@ -64,14 +68,41 @@ class _Source(nn.Module):
 
     def __init__(self, config: ExpertsConfig, dim: int) -> None:
         super().__init__()
-        num_experts, hidden = config.num_experts, config.hidden
-        self.gate = nn.Linear(dim, num_experts, bias=False)
+        self.gate = nn.Linear(dim, config.num_experts, bias=False)
         self.experts = nn.Module()
-        # Expanded, so that a rank never allocates more than the experts it keeps.
-        self.experts.w13 = nn.Parameter(torch.zeros(1, 2 * hidden, dim).expand(num_experts, -1, -1))
-        self.experts.w2 = nn.Parameter(torch.zeros(1, dim, hidden).expand(num_experts, -1, -1))
+        rows, last = inner_rows(config.hidden, config.activation), (dim, config.hidden)
+        if config.form == "linear":
+            rows, last = config.hidden // 2, (config.hidden, 1)
+        for name, shape in (("w1", (rows, dim)), ("w2", last), ("w3", (rows, dim))):
+            # Expanded, so that a rank never allocates more than the experts it keeps.
+            stacked = torch.zeros(1, *shape).expand(config.num_experts, -1, -1)
+            self.experts.register_parameter(name, nn.Parameter(stacked))
         if config.num_shared:
-            self.shared = FeedForward(dim, config.num_shared * hidden, config.activation)
+            self.shared = build_dense(config, dim, config.num_shared)
+
+
+class _LinearExperts(nn.Module):
+    """This rank's experts of form linear, over the parameters that DeepSpeed has marked as spread.
+
+    ``forward(x [N, M], counts [E_local]) -> [N, M]`` of rows sorted by expert; of these ``dim`` are read and
+    ``width`` written, the others are zeros. The bias is one more column of the weight, met by a one in every row, so
+    that its gradient is a sum within the grouped GEMM: deterministic, unlike a scattered one.
+    """
+
+    biases = ("w2",)
+
+    def __init__(self, marked: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = (getattr(marked, name) for name in ("w1", "w2", "w3"))
+        self.dim = dim
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        padding = (0, ROW_ALIGNMENT - 1)
+        weight = torch.cat((torch.cat((self.w1, self.w3), 1), F.pad(self.w2, padding)), 2).to(x.dtype)
+        rows = torch.cat((x[:, : self.dim], F.pad(x.new_ones(len(x), 1), padding)), 1)
+        ends = torch.cumsum(counts, 0, dtype=torch.int32)
+        out = F.gelu(torch._grouped_mm(rows, weight.transpose(-2, -1), offs=ends))
+        return F.pad(out, (0, x.shape[1] - out.shape[1]))
 
 
 def _mark_replicated(module: nn.Module) -> None:
@@ -84,9 +115,11 @@ def _mark_replicated(module: nn.Module) -> None:
 class ExpertLayer(AutoEPMoELayer):
     """Shared experts plus top-k routed experts spread over ``ep_size`` ranks.
 
-    ``forward(x [B, S, D]) -> (output [B, S, D], Routing)``, as `shodh.moe.experts.ExpertLayerReference`, with the same
-    parameter names; ``experts.w*`` hold this rank's experts only. On CUDA the shared experts run on a side stream while
-    the dispatch is in flight. float64 is not supported (the grouped GEMM rejects it).
+    ``forward(x [B, S, D], inputs) -> (output [B, S, O], Routing)``, as `shodh.moe.experts.ExpertLayerReference`, with
+    the same parameter names; ``experts.w*`` hold this rank's experts only. On CUDA the shared experts run on a side
+    stream while the dispatch is in flight. float64 is not supported (the grouped GEMM rejects it).
+
+    DeepSpeed dispatches and combines rows of one width: where ``O`` differs from ``D`` rows are padded to the wider.
 
     Parameters
     ----------
@@ -96,8 +129,11 @@ class ExpertLayer(AutoEPMoELayer):
 
     def __init__(self, config: ExpertsConfig, dim: int, ep_size: int, ep_rank: int) -> None:
         super().__init__(_spec(config, dim), _Source(config, dim), ep_size, ep_rank, AutoEPConfig())
+        self.dim, self.width = dim, output_width(config, dim)
         self.router = SemanticRouter(config, dim)
         _mark_replicated(self.router)
+        if config.form == "linear":
+            self.experts: nn.Module = _LinearExperts(self.experts, dim)
         self._shared_output: Tensor | None = None
         self._side_stream: torch.cuda.Stream | None = None
 
@@ -111,10 +147,12 @@ class ExpertLayer(AutoEPMoELayer):
         *seed, name = key
         reset_experts(self.experts, self.first_expert, *seed, f"{name}.experts")
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, hidden_states: Tensor, inputs: RouterInputs = NO_INPUTS) -> tuple[Tensor, Routing]:
         batch, tokens, _ = hidden_states.shape
-        self.router.batch_shape = (batch, tokens)
+        self.router.prepare((batch, tokens), inputs)
         self._start_shared(hidden_states)
+        if self.width > self.dim:
+            hidden_states = F.pad(hidden_states, (0, self.width - self.dim))
         output = super().forward(hidden_states)
         return output, self.router.take()
 
@@ -131,8 +169,9 @@ class ExpertLayer(AutoEPMoELayer):
             self._shared_output = self.shared_experts(x)
 
     def _finalize_output(self, output: Tensor, x: Tensor, hidden_states: Tensor, hdim: int) -> Any:
+        output = output[..., : self.width]
         if self._shared_output is None:
-            return super()._finalize_output(output, x, hidden_states, hdim)
+            return super()._finalize_output(output, x, hidden_states[..., : self.dim], hdim)
         shared, self._shared_output = self._shared_output, None
         current = torch.cuda.current_stream(shared.device)
         current.wait_stream(self._side_stream)  # type: ignore[arg-type]

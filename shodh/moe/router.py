@@ -1,13 +1,22 @@
 """The router: which experts a token meets, decided without any regime label.
 
-Three kinds (design: a regime is recognised from the whole sample, a mechanism from the local patch):
+Four kinds learn (design: a regime is recognised from the whole sample, a mechanism from the local patch):
 
-``token``      p(e | token)
-``context``    p(e | token + w * sample mean)
-``two_level``  p(e) = p(group | sample mean) * p(e | group, token)
+``token``       p(e | token)
+``context``     p(e | token + w * sample mean)
+``two_level``   p(e) = p(group | sample mean) * p(e | group, token)
+``noisy_topk``  as token, with Gaussian noise of a learned size on the logits in training (Shazeer, arXiv 1701.06538)
+
+and three are controls:
+
+``hash``        a fixed pseudo-random expert by the position of the token (position hash of Hash Layers, 2106.04426;
+                fields have no vocabulary to hash), each expert equally often; weights 1 / K
+``frozen``      as token, with a gate that is never trained. What balance terms push on then is the features
+``oracle``      as two_level, with the group given by the regime label; the one kind that is told a label
 
 Scores are ``cosine`` (token and expert prototypes meet in a small semantic space, ``softmax(tau cos(W x, p_e))``) or
-``softmax`` (a linear gate). Everything is computed in float32, whatever the model's precision.
+``softmax`` (a linear gate, or MoE-POT's gate network). Everything is computed in float32, whatever the model's
+precision.
 """
 
 from __future__ import annotations
@@ -19,114 +28,190 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh.config import ExpertsConfig
-from shodh.moe.routing import Routing, count_assignments
+from shodh.moe.gates import Gate, freeze, make_gate
+from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing, count_assignments
 from shodh.seeding import Key, generator
-
-
-class Gate(nn.Module):
-    """Logits of ``choices`` alternatives for each row of ``[..., dim]``.
-
-    Parameters
-    ----------
-    score : {"cosine", "softmax"}
-        ``tau * cos(W x, p)`` with a learned inverse temperature, or a linear map.
-    """
-
-    def __init__(self, dim: int, choices: int, score: str, semantic_dim: int, temperature: float) -> None:
-        super().__init__()
-        self.score = score
-        self.temperature = temperature
-        if score == "cosine":
-            self.projection = nn.Parameter(torch.empty(semantic_dim, dim))
-            self.prototypes = nn.Parameter(torch.empty(choices, semantic_dim))
-            # One element, not zero dimensions: a 0-dim parameter breaks DeepSpeed's bf16 broadcast on gloo.
-            self.log_temperature = nn.Parameter(torch.empty(1))
-        else:
-            self.weight = nn.Parameter(torch.empty(choices, dim))
-
-    def seeded_reset(self, *key: Key) -> None:
-        """Draw the initial values from generators named by ``key``."""
-        with torch.no_grad():
-            for name, parameter in self.named_parameters(recurse=False):
-                if name == "log_temperature":
-                    parameter.fill_(math.log(self.temperature))
-                    continue
-                std = 1.0 if name == "prototypes" else parameter.shape[1] ** -0.5
-                draw = torch.empty(parameter.shape).normal_(0.0, std, generator=generator(*key, name))
-                parameter.copy_(draw)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
-        if self.score == "softmax":
-            return F.linear(x, self.weight.float())
-        query = F.normalize(F.linear(x, self.projection.float()), dim=-1)
-        return self.log_temperature.float().exp() * F.linear(query, F.normalize(self.prototypes.float(), dim=-1))
 
 
 class SemanticRouter(nn.Module):
     """Hard top-k dispatch with soft scores.
 
-    Called by the expert layer as ``router(x, expert_bias)`` with ``x [T, D]``, after `batch_shape` has been set to
-    ``(samples, tokens)``; returns ``(top_scores [T, K], selected [T, K], counts [E])``, which is DeepSpeed's contract,
-    and keeps the whole decision for `take`.
+    Called by the expert layer as ``router(x, expert_bias)`` with ``x [T, D]``, after `prepare` has told it the shape of
+    the batch; returns ``(weights [T, K], selected [T, K], counts [E])``, which is DeepSpeed's contract, and keeps the
+    whole decision for `take`.
     """
 
     def __init__(self, config: ExpertsConfig, dim: int) -> None:
         super().__init__()
         router = config.router
+        self.dim = dim
         self.kind = router.kind
         self.granularity = router.granularity
+        self.normalise = router.normalise
         self.context_weight = router.context_weight
         self.num_experts = config.num_experts
-        self.num_groups = router.groups if router.kind == "two_level" else 1
+        self.grouped = router.grouped
+        self.num_groups = router.groups if router.grouped else 1
         self.top_k = config.top_k
         self.batch_shape: tuple[int, int] | None = None
+        self.inputs = NO_INPUTS
         self._routing: Routing | None = None
-        settings = (router.score, router.semantic_dim, router.temperature)
-        self.expert_gate = Gate(dim, config.num_experts, *settings)
-        if self.kind == "two_level":
-            self.group_gate = Gate(dim, self.num_groups, *settings)
+        self._build_gates(config, dim)
         # Loss-free balance (arXiv 2408.15664): added for the selection only, never to the weight of an expert.
         self.register_buffer("selection_bias", torch.zeros(config.num_experts, dtype=torch.float32))
         self.selection_bias: Tensor
+        self.schedule = router.temperature_schedule
+        if self.schedule is not None:
+            self.register_buffer("temperature", torch.full((1,), self.schedule.start))
+            self.temperature: Tensor
 
-    def _scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Probabilities [T, E], logits [T, E] and group probabilities [T, G or 0]."""
+    def _build_gates(self, config: ExpertsConfig, dim: int) -> None:
+        if self.kind == "hash":
+            # A seed of four bytes: such numbers survive a cast to any floating-point type.
+            self.register_buffer("hash_seed", torch.zeros(4))
+            self.hash_seed: Tensor
+            self._table: tuple[tuple[int, ...], Tensor] | None = None
+            return
+        self.expert_gate = make_gate(config.router, dim, config.num_experts)
+        self.expert_gate.measures_similarity = config.balance.orthogonality > 0
+        if self.kind == "two_level":
+            self.group_gate = make_gate(config.router, dim, self.num_groups)
+        elif self.kind == "noisy_topk":
+            self.noise_gate = Gate(dim, config.num_experts, "softmax", 0, 1.0)
+            # All zeros at first, as published: no signal, and some noise.
+            self.initial_gain = {"noise_gate.weight": 0.0}
+            if isinstance(self.expert_gate, Gate):
+                self.initial_gain["expert_gate.weight"] = 0.0
+        elif self.kind == "frozen":
+            freeze(self.expert_gate)
+
+    def seeded_reset(self, *key: Key) -> None:
+        """Draw what no gate draws: the seed of the hash."""
+        if self.kind == "hash":
+            self.hash_seed.copy_(torch.randint(256, (4,), generator=generator(*key, "hash")))
+
+    def prepare(self, batch_shape: tuple[int, int], inputs: RouterInputs = NO_INPUTS) -> None:
+        """Say that the next rows are those of ``(samples, tokens)``, and what is given beside them.
+
+        Raises
+        ------
+        ValueError
+            A regime label or noise is missing, or given to a router that does not use it.
+        """
+        told, noisy = self.kind == "oracle", self.kind == "noisy_topk" and self.training
+        if (inputs.regime is not None) != told:
+            problem = "needs the regime of each sample" if told else "takes no regime label; only an oracle does"
+            raise ValueError(f"router kind {self.kind} {problem}")
+        if inputs.regime is not None and not bool(((inputs.regime >= 0) & (inputs.regime < self.num_groups)).all()):
+            raise ValueError(f"regime labels {inputs.regime.tolist()} do not fit router.groups={self.num_groups}")
+        if noisy and (inputs.noise is None or len(inputs.noise) != batch_shape[0]):
+            raise ValueError(f"router kind {self.kind} needs noise in training: {batch_shape[0]} seeds, one a sample")
+        if inputs.noise is not None and self.kind != "noisy_topk":
+            raise ValueError(f"router kind {self.kind} is not noisy; only noisy_topk takes seeds of noise")
+        self.batch_shape, self.inputs = batch_shape, inputs
+
+    def finish_step(self) -> None:
+        """Lower the temperature by one optimiser step of its schedule."""
+        if self.schedule is not None:
+            self.temperature.mul_(self.schedule.decay).clamp_(min=self.schedule.end)
+
+    def _query(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the expert gate sees, ``[samples, tokens or 1, D]``, and the sample means ``[samples, 1, D]``."""
         assert self.batch_shape is not None and x.shape[0] == math.prod(self.batch_shape)
-        samples, tokens = self.batch_shape
-        query = x.float().view(samples, tokens, -1)
+        query = x.float().view(*self.batch_shape, -1)
         mean = query.mean(1, keepdim=True)
         if self.granularity == "sample":
             query = mean
         elif self.kind == "context":
             query = query + self.context_weight * mean
-        logits = self._to_tokens(self.expert_gate(query))
-        if self.kind != "two_level":
-            return logits.softmax(-1), logits, logits.new_empty(x.shape[0], 0)
-        group_probs = self._to_tokens(self.group_gate(mean).softmax(-1))
-        within = logits.view(-1, self.num_groups, self.num_experts // self.num_groups).softmax(-1)
-        return (group_probs.unsqueeze(-1) * within).flatten(1), logits, group_probs
+        return query, mean
 
     def _to_tokens(self, values: Tensor) -> Tensor:
         """``[samples, tokens or 1, C] -> [T, C]``."""
         assert self.batch_shape is not None
         return values.expand(*self.batch_shape, -1).flatten(0, 1)
 
+    def _group_probs(self, mean: Tensor) -> Tensor:
+        """Probabilities of the groups ``[T, G]``: of the sample mean, or all on the one of the regime."""
+        if self.kind == "two_level":
+            return self._to_tokens(self.group_gate(mean)[0].softmax(-1))
+        regime = self.inputs.regime
+        assert regime is not None
+        return self._to_tokens(F.one_hot(regime, self.num_groups).float().unsqueeze(1))
+
     def _select(self, probs: Tensor, group_probs: Tensor) -> Tensor:
         bias = self.selection_bias.float()
         score = probs + bias
-        if self.kind == "two_level":
-            group = (group_probs + bias.view(self.num_groups, -1).mean(1)).argmax(-1, keepdim=True)
+        if self.grouped:
+            group_bias = bias.view(self.num_groups, -1).mean(1) if self.kind == "two_level" else 0.0
+            group = (group_probs + group_bias).argmax(-1, keepdim=True)
             group_of_expert = torch.arange(self.num_experts, device=probs.device) * self.num_groups // self.num_experts
             score = score.masked_fill(group_of_expert != group, float("-inf"))
         return score.topk(self.top_k, dim=-1).indices
 
     def forward(self, x: Tensor, expert_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        probs, logits, group_probs = self._scores(x)
+        x = x[:, : self.dim]  # The expert layer pads rows where experts change their width.
+        self._routing = self._by_position(x) if self.kind == "hash" else self._by_score(x)
+        return self._routing.weights, self._routing.selected, self._routing.counts
+
+    def _by_score(self, x: Tensor) -> Routing:
+        query, mean = self._query(x)
+        logits, similarity = self.expert_gate(query)
+        load_probs = None
+        if self.kind == "noisy_topk" and self.training:
+            logits, load_probs = self._add_noise(query, logits)
+        if self.schedule is not None:
+            logits = logits / self.temperature.float()
+        logits = self._to_tokens(logits)
+        if self.grouped:
+            group_probs = self._group_probs(mean)
+            within = logits.view(-1, self.num_groups, self.num_experts // self.num_groups).softmax(-1)
+            probs = (group_probs.unsqueeze(-1) * within).flatten(1)
+        else:
+            probs, group_probs = logits.softmax(-1), logits.new_empty(x.shape[0], 0)
         selected = self._select(probs.detach(), group_probs.detach())
+        chosen = probs if self.normalise == "before" else logits
+        weights = chosen.gather(-1, selected)
+        if self.normalise == "after":
+            weights = weights.softmax(-1)
         counts = count_assignments(selected, self.num_experts)
-        self._routing = Routing(probs, logits, selected, counts, group_probs)
-        return probs.gather(-1, selected), selected, counts
+        return Routing(probs, logits, selected, counts, group_probs, weights, load_probs, similarity)
+
+    def _add_noise(self, query: Tensor, clean: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``H = x W_g + N(0, 1) softplus(x W_noise)``, and P(x, i) of Shazeer's load, ``[T, E]``.
+
+        The noise is drawn by the seeds of the samples: the same on any number of ranks, and in a resumed run.
+        """
+        assert self.inputs.noise is not None
+        drawn = [torch.randn(clean.shape[1:], generator=generator(seed)) for seed in self.inputs.noise]
+        std = F.softplus(self.noise_gate(query)[0])
+        noisy = clean + torch.stack(drawn).to(clean) * std
+        if self.top_k == self.num_experts:
+            return noisy, None
+        best = noisy.topk(self.top_k + 1, dim=-1).values
+        last, next_best = best[..., -2:-1], best[..., -1:]
+        threshold = torch.where(noisy >= last, next_best, last)  # The K-th best of the *other* experts.
+        load_probs = torch.special.ndtr((clean - threshold) / std.clamp(min=1e-6))
+        return noisy, self._to_tokens(load_probs)
+
+    def _by_position(self, x: Tensor) -> Routing:
+        assert self.batch_shape is not None
+        table = self._positions(self.batch_shape[1]).to(x.device)
+        selected = self._to_tokens(table.unsqueeze(0))
+        weights = torch.full(selected.shape, 1.0 / self.top_k, device=x.device)
+        logits = weights.new_zeros(len(selected), self.num_experts)
+        counts = count_assignments(selected, self.num_experts)
+        return Routing(logits.scatter(1, selected, weights), logits, selected, counts, logits[:, :0], weights)
+
+    def _positions(self, tokens: int) -> Tensor:
+        """Experts by position ``[tokens, K]``: every run of E positions meets every expert equally often."""
+        key = (tokens, *(int(byte) for byte in self.hash_seed.tolist()))
+        if self._table is None or self._table[0] != key:
+            experts = self.num_experts
+            runs = torch.rand(-(-tokens // experts), experts, generator=generator("hash", *key[1:])).argsort(1)
+            choices = torch.stack([runs.roll(-k, 1).flatten()[:tokens] for k in range(self.top_k)], 1)
+            self._table = (key, choices)
+        return self._table[1]
 
     def take(self) -> Routing:
         """The decision of the last call; it is handed over, so that no graph is kept alive here."""

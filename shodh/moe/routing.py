@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from shodh.seeding import stable_seed
+
 
 class Routing(NamedTuple):
     """The decision of one router on ``T = samples * tokens`` tokens; ``E`` routed experts, ``K`` chosen per token.
@@ -24,7 +26,13 @@ class Routing(NamedTuple):
     counts : Tensor [E], int32
         Assignments per expert on this rank.
     group_probs : Tensor [T, G], float32, or [T, 0]
-        Two-level only: probabilities of the groups.
+        Grouped experts only: probabilities of the groups.
+    weights : Tensor [T, K], float32
+        What the outputs of the chosen experts are multiplied with.
+    load_probs : Tensor [T, E], float32, optional
+        Noisy top-k in training only: probability of each expert to be chosen if its noise were drawn anew.
+    similarity : Tensor [], float32, optional
+        Where `BalanceConfig.orthogonality` asks for it: mean squared cosine between the router's rows of two experts.
     """
 
     probs: Tensor
@@ -32,6 +40,9 @@ class Routing(NamedTuple):
     selected: Tensor
     counts: Tensor
     group_probs: Tensor
+    weights: Tensor
+    load_probs: Tensor | None = None
+    similarity: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -40,6 +51,30 @@ class Routing(NamedTuple):
     @property
     def num_groups(self) -> int:
         return self.group_probs.shape[-1]
+
+
+class RouterInputs(NamedTuple):
+    """What some routers are given beside the tokens; the model hands it on, and a router refuses what it does not use.
+
+    Attributes
+    ----------
+    regime : Tensor [B], int64, optional
+        Regime of each sample, for the oracle alone.
+    noise : tuple of int, optional
+        A seed for each sample, for the noisy top-k in training alone; see `shodh.moe.step.router_arguments`.
+    """
+
+    regime: Tensor | None = None
+    noise: tuple[int, ...] | None = None
+
+    def at_layer(self, layer: int) -> RouterInputs:
+        """The inputs of one layer: each draws noise of its own."""
+        if self.noise is None:
+            return self
+        return self._replace(noise=tuple(stable_seed(seed, layer) for seed in self.noise))
+
+
+NO_INPUTS = RouterInputs()
 
 
 def count_assignments(selected: Tensor, num_experts: int) -> Tensor:

@@ -26,6 +26,7 @@ from shodh.models.factory import build_operator
 from shodh.models.operator import LatentTransformer
 from shodh.models.tokenizer import Potential, Tokenizer, relative_spacing
 from shodh.moe.routing import count_by_regime, regime_information
+from shodh.moe.step import regime_arguments
 from shodh.ops import decode_velocity, divergence, face_flux
 from shodh.train.checkpoint import WEIGHTS, load_into, load_weights, read_manifest
 from shodh.train.datasets import Regimes
@@ -144,6 +145,9 @@ class RegimeEvaluation:
         self.divergence = DivergenceMeter(evaluator, number)
         self.example: Example | None = None
 
+    def _told(self, past: Tensor) -> dict[str, Any]:
+        return regime_arguments(self.e.config.operator.experts, self.number, past)
+
     def _decode(self, latent: Tensor, geometry: Tensor) -> tuple[Tensor, Tensor]:
         """Fields, and what the network emitted for them."""
         emitted = self.e.tokenizer.emit(latent, geometry)
@@ -161,7 +165,7 @@ class RegimeEvaluation:
         """One batch of windows: history and the frame that follows."""
         history = self.e.config.data.history
         past, target = latents[:, :history], latents[:, history]
-        output = self.e.operator(past, features)
+        output = self.e.operator(past, features, **self._told(past))
         self.means.add("latent_mse/model", (output.latent - target).square().flatten(1).mean(1))
         self.means.add("latent_mse/persistence", (past[:, -1] - target).square().flatten(1).mean(1))
         geometry = add_walls(static, self.domain)
@@ -208,7 +212,7 @@ class RegimeEvaluation:
         window = latents[:, :history]
         geometry = add_walls(static, self.domain)
         for step in range(fields.shape[1] - history):
-            predicted = self.e.operator(window, features).latent
+            predicted = self.e.operator(window, features, **self._told(window)).latent
             truth = fields[:, history + step]
             decoded = self._decode(predicted, geometry)[0]
             for kind, u in (("model", decoded), ("persistence", fields[:, history - 1])):

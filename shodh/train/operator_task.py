@@ -13,9 +13,9 @@ from torch import Tensor
 
 from shodh.config import RunConfig
 from shodh.data import LatentWindowDataset
-from shodh.moe.balance import GlobalBalance, entropy, update_selection_bias
-from shodh.moe.router import SemanticRouter
+from shodh.moe.balance import GlobalBalance, entropy
 from shodh.moe.routing import Routing, count_by_regime, regime_information
+from shodh.moe.step import finish_step, router_arguments
 from shodh.moe.trace import TraceWriter, thinning
 from shodh.seeding import generator
 from shodh.topology import Topology
@@ -27,6 +27,11 @@ from shodh.train.pictures import share_picture
 from shodh.train.runtime import rank
 
 SAMPLE_KEY = ("regime", "trajectory", "frame")
+
+
+def sample_names(batch: Batch) -> Iterator[tuple[int, ...]]:
+    """What names each sample: regime, trajectory, frame. Nothing is read from a device before the first is asked."""
+    yield from zip(*(batch[k].tolist() for k in SAMPLE_KEY), strict=True)
 
 
 class OperatorTask:
@@ -76,9 +81,8 @@ class OperatorTask:
         std = self.operator.input_noise
         if std == 0:
             return history
-        names = zip(*(batch[k].tolist() for k in SAMPLE_KEY), strict=True)
         shape, seed = history.shape[1:], self.config.seed
-        drawn = [torch.randn(shape, generator=generator(seed, "noise", step, *name)) for name in names]
+        drawn = [torch.randn(shape, generator=generator(seed, "noise", step, *name)) for name in sample_names(batch)]
         return history + std * torch.stack(drawn).to(history)
 
     def _shift(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
@@ -90,7 +94,7 @@ class OperatorTask:
         if not self.operator.random_shifts:
             return latents, static
         rolled: list[tuple[Tensor, Tensor]] = []
-        for row, key in enumerate(zip(*(batch[k].tolist() for k in SAMPLE_KEY), strict=True)):
+        for row, key in enumerate(sample_names(batch)):
             draw = torch.rand(3, generator=generator(self.config.seed, "shift", step, *key)).tolist()
             boundary = self.regimes.domains[key[0]].boundary
             sizes = latents.shape[-3:]
@@ -106,7 +110,8 @@ class OperatorTask:
         regime = batch["regime"]
         latents, static = self._shift(batch, step)
         history, target = latents[:, : self.history], latents[:, self.history]
-        output = engine(self._noise(history, batch, step), static)
+        told = router_arguments(self.operator.experts, regime, sample_names(batch), self.config.seed, step)
+        output = engine(self._noise(history, batch, step), static, **told)
         error = (output.latent - target).square().flatten(1).mean(1)
         persistence = (history[:, -1] - target).square().flatten(1).mean(1)
         mse = error.mean()
@@ -124,9 +129,8 @@ class OperatorTask:
         terms = self._balance(routings)
         balance = terms.weighted(self.operator.experts.balance)
         metrics["train/balance_loss"] = (balance.detach(), "mean")
-        metrics["moe/switch"] = (terms.switch.detach(), "mean")
-        metrics["moe/information"] = (terms.information.detach(), "mean")
-        metrics["moe/z_loss"] = (terms.z_loss.detach(), "mean")
+        for name, value in terms.reported(self.operator.experts.balance).items():
+            metrics[f"moe/{name}"] = (value.detach(), "mean")
         if step % self._trace_every == 0:
             self._trace.add(step, "train", routings, regime)
         table = self._counts(routings, regime)
@@ -141,12 +145,7 @@ class OperatorTask:
     def finish_step(self, engine: Any, step: int) -> None:
         if self._table is None:
             return
-        rate = self.operator.experts.balance.bias_rate
-        if rate:
-            table = self._global_table()
-            routers = [m for m in engine.module.modules() if isinstance(m, SemanticRouter)]
-            for router, layer in zip(routers, table, strict=True):
-                update_selection_bias(router, layer.sum(0), rate)
+        finish_step(engine.module, self.operator.experts, lambda: self._global_table().sum(1))
 
     def _global_table(self) -> Tensor:
         """Assignments ``[layers, regimes, experts]`` of the last step's global batch."""
@@ -177,7 +176,7 @@ class OperatorTask:
             batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
             latents, regime = batch["latents"], batch["regime"]
             history, target = latents[:, : self.history], latents[:, self.history]
-            output = engine(history, batch["static"])
+            output = engine(history, batch["static"], **router_arguments(self.operator.experts, regime))
             means.add("latent_mse", (output.latent - target).square().flatten(1).mean(1), regime)
             means.add("persistence_mse", (history[:, -1] - target).square().flatten(1).mean(1), regime)
             if output.routing:

@@ -13,6 +13,7 @@ from shodh.config import ExpertsConfig
 from shodh.models.init import initialise
 from shodh.moe.balance import BalanceTerms, GlobalBalance
 from shodh.moe.router import SemanticRouter
+from shodh.moe.routing import RouterInputs
 
 pytestmark = pytest.mark.distributed
 
@@ -22,6 +23,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "context-top2": {"top_k": 2, "router": {"kind": "context"}},
     "two_level": {"top_k": 1, "router": {"kind": "two_level", "groups": 3}},
     "two_level-top2": {"top_k": 2, "router": {"kind": "two_level", "groups": 2}},
+    "noisy_topk-top2": {
+        "top_k": 2,
+        "router": {"kind": "noisy_topk", "score": "softmax", "normalise": "after", "gate": "conv"},
+        "balance": {"load": 0.1, "orthogonality": 0.1},
+    },
+    "sample-after-top4": {
+        "top_k": 4,
+        "router": {"score": "softmax", "normalise": "after", "granularity": "sample", "temperature_schedule": {}},
+        "balance": {"cv2": 0.1},
+    },
 }
 
 
@@ -44,7 +55,8 @@ def samples() -> Tensor:
 def evaluate(routers: list[SemanticRouter], x: Tensor, balance: GlobalBalance) -> BalanceTerms:
     routings = []
     for router in routers:
-        router.batch_shape = (x.shape[0], x.shape[1])
+        seeds = tuple(int(1e6 * sample.abs().sum()) for sample in x) if router.kind == "noisy_topk" else None
+        router.prepare((x.shape[0], x.shape[1]), RouterInputs(noise=seeds))
         router(x.reshape(-1, DIM))
         routings.append(router.take())
     return balance(routings)
@@ -52,6 +64,8 @@ def evaluate(routers: list[SemanticRouter], x: Tensor, balance: GlobalBalance) -
 
 def gradients(routers: list[SemanticRouter], loss: Tensor) -> list[Tensor]:
     parameters = [p for router in routers for p in router.parameters()]
+    if not loss.requires_grad:  # A term that this router does not have.
+        return [torch.zeros_like(p) for p in parameters]
     found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
@@ -76,28 +90,32 @@ def balance_on_ranks() -> dict[str, list[tuple[Tensor, list[Tensor]]]]:
     for name in SETTINGS:
         routers = make_routers(name)
         terms = evaluate(routers, mine, GlobalBalance())
-        switch = [torch.zeros(()) for _ in range(dist.get_world_size())]
-        dist.all_gather(switch, terms.switch.detach())
-        assert all(torch.equal(value, switch[0]) for value in switch), "every rank must see the same Switch term"
+        for term in ("switch", "importance", "cv2", "load", "orthogonality"):
+            value = getattr(terms, term).detach()
+            values = [torch.zeros(()) for _ in range(dist.get_world_size())]
+            dist.all_gather(values, value)
+            # A local mean is made global by adding the difference, which rounds.
+            tolerance = 1e-6 * float(value.abs())
+            assert all(abs(float(other - value)) <= tolerance for other in values), f"ranks see another {term} term"
         found[name] = [(averaged(t), [averaged(g) for g in gradients(routers, t)]) for t in terms]
     return found
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks() -> list[Any]:
-    return run_ranks(2, balance_on_ranks)
+def on_ranks() -> dict[int, list[Any]]:
+    return {world: run_ranks(world, balance_on_ranks) for world in (2, 4)}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("term", BalanceTerms._fields)
-def test_mean_over_ranks_is_the_single_rank_value_and_gradient(on_two_ranks: Any, name: str, term: str) -> None:
+def test_mean_over_ranks_is_the_single_rank_value_and_gradient(on_ranks: Any, name: str, term: str) -> None:
     routers = make_routers(name)
     terms = evaluate(routers, samples(), GlobalBalance())
     index = BalanceTerms._fields.index(term)
     expected = gradients(routers, terms[index])
-    assert max(float(g.abs().max()) for g in expected) > 1e-6
-    for rank in on_two_ranks:
-        value, gradient = rank[name][index]
+    asked = term not in ("load", "orthogonality") or term in SETTINGS[name].get("balance", {})
+    assert (max(float(g.abs().max()) for g in expected) > 1e-6) is asked
+    for value, gradient in (rank[name][index] for world in (2, 4) for rank in on_ranks[world]):
         torch.testing.assert_close(value, terms[index].detach(), rtol=1e-5, atol=1e-7)
         for ours, theirs in zip(gradient, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

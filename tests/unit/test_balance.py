@@ -23,7 +23,8 @@ def routing(probs: Tensor, selected: Tensor | None = None, groups: int = 0) -> R
         group_probs = probs.view(len(probs), groups, -1).sum(-1)
     if selected is None:
         selected = probs.argmax(-1, keepdim=True)
-    return Routing(probs, probs.clamp(min=1e-9).log(), selected, count_assignments(selected, EXPERTS), group_probs)
+    counts, weights = count_assignments(selected, EXPERTS), probs.gather(1, selected)
+    return Routing(probs, probs.clamp(min=1e-9).log(), selected, counts, group_probs, weights)
 
 
 def random_probs(tokens: int, seed: int = 0) -> Tensor:
@@ -96,8 +97,9 @@ def test_layers_are_averaged_and_weights_have_the_right_sign() -> None:
     a, b = routing(random_probs(8, 0)), routing(random_probs(8, 1))
     each = [GlobalBalance()([r]) for r in (a, b)]
     both = GlobalBalance()([a, b])
-    for ours, *parts in zip(both, *each, strict=True):
-        torch.testing.assert_close(ours, torch.stack(parts).mean())
+    for name, ours, *parts in zip(BalanceTerms._fields, both, *each, strict=True):
+        layers = torch.stack(parts)
+        torch.testing.assert_close(ours, layers.sum() if name == "cv2" else layers.mean())
     config = BalanceConfig(switch=2.0, information=3.0, z_loss=5.0)
     expected = 2 * both.switch - 3 * both.information + 5 * both.z_loss
     torch.testing.assert_close(both.weighted(config), expected)

@@ -26,7 +26,7 @@ def make(seed: int = 0, **settings: Any) -> SemanticRouter:
 
 
 def route(router: SemanticRouter, x: Tensor) -> tuple[Tensor, Routing]:
-    router.batch_shape = (x.shape[0], x.shape[1])
+    router.prepare((x.shape[0], x.shape[1]))
     scores, selected, counts = router(x.reshape(-1, x.shape[-1]))
     routing = router.take()
     assert torch.equal(routing.selected, selected) and torch.equal(routing.counts, counts)

@@ -20,7 +20,7 @@ TOKENS = 5
 def decision(seed: int, experts: int = 4, top_k: int = 2) -> Routing:
     probs = torch.randn(3 * TOKENS, experts, generator=torch.Generator().manual_seed(seed)).softmax(-1)
     selected = probs.topk(top_k).indices
-    return Routing(probs, probs.log(), selected, count_assignments(selected, experts), probs[:, :0])
+    return Routing(probs, probs.log(), selected, count_assignments(selected, experts), probs[:, :0], probs)
 
 
 def write(path: Path, steps: range, limit: int = 1000, resume_step: int = 0) -> None:
@@ -180,7 +180,7 @@ def test_new_run_replaces_an_old_trace(tmp_path: Path) -> None:
 def test_graph_is_not_kept_alive(tmp_path: Path) -> None:
     probs = torch.randn(15, 4, requires_grad=True).softmax(-1)
     selected = probs.argmax(-1, keepdim=True)
-    routing = Routing(probs, probs, selected, count_assignments(selected, 4), probs[:, :0])
+    routing = Routing(probs, probs, selected, count_assignments(selected, 4), probs[:, :0], probs)
     writer = TraceWriter(tmp_path / "r.jsonl", 0, REGIMES, 10)
     writer.add(0, "train", [routing], torch.tensor([0, 1, 0]))
     writer.add_samples(0, "valid", [routing], torch.zeros(3, 3, dtype=torch.int64), (5,), 3)

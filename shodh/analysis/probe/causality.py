@@ -126,7 +126,8 @@ class _RegimeEffects:
 
     @torch.no_grad()
     def _measure(self, name: str, batch: ProbeBatch) -> None:
-        output = self.e.operator(batch.past, batch.features).latent
+        told = self.recording.regime.router_arguments(self.e.config.operator.experts, batch.past)
+        output = self.e.operator(batch.past, batch.features, **told).latent
         self.means.add(f"{name}/latent", (output - batch.target).square().flatten(1).mean(1))
         if self.decode:
             regime, some = self.recording.regime, slice(None, None, DECODE_EVERY)

@@ -60,7 +60,7 @@ def _hook(layer: int, override: Override) -> Callable[..., tuple[Tensor, Tensor,
         whole = Decision(*(x.unflatten(0, shape) for x in (output[0], output[1], routing.probs)))
         weights, selected = (x.flatten(0, 1) for x in override(layer, whole))
         counts = count_assignments(selected, routing.num_experts)
-        router.put(routing._replace(selected=selected, counts=counts))
+        router.put(routing._replace(selected=selected, counts=counts, weights=weights))
         return weights, selected, counts
 
     return change

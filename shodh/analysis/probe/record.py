@@ -84,7 +84,8 @@ def record(evaluator: Evaluator, regime: ProbeRegime, split: Split, limit: int, 
     rows = math.ceil(PROBE_ROWS / limit)
     for batch in batches(evaluator, regime, split, limit, "probe" if details else "probe, other split"):
         with _layer_inputs(model) as seen:
-            routing = model(batch.past, batch.features).routing
+            told = regime.router_arguments(evaluator.config.operator.experts, batch.past)
+            routing = model(batch.past, batch.features, **told).routing
         samples = len(batch.past)
         selected.append(torch.stack([r.selected.unflatten(0, (samples, -1)) for r in routing]).cpu().numpy())
         trajectory += batch.trajectory

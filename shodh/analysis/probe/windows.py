@@ -6,18 +6,19 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from shodh.config import DataConfig, RegimeConfig
+from shodh.config import DataConfig, ExpertsConfig, RegimeConfig
 from shodh.data import RegimeSource, Split, WindowDataset
 from shodh.data.formats.splits import open_splits
 from shodh.errors import ConfigError, DataError
 from shodh.models.domain import Domain
+from shodh.moe.step import regime_arguments
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.evaluation import Evaluator
 from shodh.train.latents import encode_frames
@@ -42,6 +43,12 @@ class ProbeRegime:
     @property
     def domain(self) -> Domain:
         return self.regimes.domains[self.number]
+
+    def router_arguments(self, experts: ExpertsConfig, like: Tensor) -> dict[str, Any]:
+        """What the operator's routers are told of ``like.shape[0]`` samples; nothing, unless they are oracles."""
+        if self.left_out and experts.num_experts and experts.router.kind == "oracle":
+            raise DataError(f"{self.name} was not trained on, and an oracle router has no experts for it")
+        return regime_arguments(experts, self.number, like)
 
     def by_name(self, channels: Tensor, *, static: bool = False) -> dict[str, Tensor]:
         """The fields that exist in this regime, ``[B, components, *grid]``, of the channels of all of the run's."""

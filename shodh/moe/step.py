@@ -1,0 +1,56 @@
+"""What a training step owes its routers: labels and noise before the forward pass, updates after the optimiser's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shodh.config import ExpertsConfig
+from shodh.moe.balance import update_selection_bias
+from shodh.moe.router import SemanticRouter
+from shodh.seeding import Key, stable_seed
+
+
+def router_arguments(
+    config: ExpertsConfig, regime: Tensor, samples: Iterable[tuple[Key, ...]] = (), *noise_key: Key
+) -> dict[str, Any]:
+    """Keyword arguments of a model's forward pass that its routers need; none for most kinds.
+
+    Parameters
+    ----------
+    regime : Tensor [B]
+        Labels, given to an oracle alone.
+    samples : iterable of tuple
+        A name for each sample, as (regime, trajectory, frame).
+    noise_key : int or str
+        The seed and the step in training, for the noise of the noisy top-k; empty in evaluation, which has none.
+    """
+    if config.num_experts and config.router.kind == "oracle":
+        return {"regime": regime}
+    if config.num_experts and config.router.kind == "noisy_topk" and noise_key:
+        return {"noise": tuple(stable_seed("router noise", *noise_key, *name) for name in samples)}
+    return {}
+
+
+def regime_arguments(config: ExpertsConfig, regime: int, like: Tensor) -> dict[str, Any]:
+    """`router_arguments` in evaluation, of as many samples of one regime as ``like`` has rows."""
+    return router_arguments(config, torch.full((len(like),), regime, device=like.device))
+
+
+def finish_step(model: nn.Module, config: ExpertsConfig, counts: Callable[[], Tensor]) -> None:
+    """After an optimiser step: move selection biases towards the mean load, and temperatures down their schedules.
+
+    Parameters
+    ----------
+    counts : callable
+        Gives the assignments ``[layers, E]`` of the step's global batch. Collective; called only if it is needed.
+    """
+    routers = [m for m in model.modules() if isinstance(m, SemanticRouter)]
+    if config.balance.bias_rate:
+        for router, load in zip(routers, counts(), strict=True):
+            update_selection_bias(router, load, config.balance.bias_rate)
+    for router in routers:
+        router.finish_step()
