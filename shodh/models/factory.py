@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from shodh.config import RunConfig
 from shodh.models.domain import num_static_features
+from shodh.models.field_space import FieldSpace
 from shodh.models.kernels import Kernels
 from shodh.models.operator import ExpertLayerFactory, LatentTransformer
+from shodh.models.registry import FieldOperator, build_field_operator
 from shodh.models.tokenizer import Tokenizer
 from shodh.moe.experts import ExpertLayerReference
 
@@ -19,8 +21,10 @@ def build_tokenizer(config: RunConfig) -> Tokenizer:
 
 def build_operator(
     config: RunConfig, expert_layer: ExpertLayerFactory = ExpertLayerReference, kernels: Kernels = "torch"
-) -> LatentTransformer:
+) -> LatentTransformer | FieldOperator:
     """The operator of a run, on the current default device; weights are not drawn yet."""
+    if config.operator.in_field_space:
+        return build_field_operator(config.operator, FieldSpace.of(config), expert_layer)
     num_static = sum(f.build().num_components(3) for f in config.data.fields if f.static)
     return LatentTransformer(
         config.operator,
