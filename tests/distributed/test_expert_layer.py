@@ -12,6 +12,9 @@ pytestmark = pytest.mark.distributed
 
 DIM, HIDDEN, BATCH, TOKENS = 24, 40, 3, 5
 
+AFTER = {"score": "softmax", "normalise": "after"}
+MOE_POT = {"num_experts": 16, "top_k": 4, "form": "linear", "num_shared": 2, "shared_combine": "mean"}
+
 # name -> (settings of ExpertsConfig, selection bias per expert)
 CASES: dict[str, tuple[dict[str, Any], list[float]]] = {
     f"{kind}-{score}-top{k}": ({"top_k": k, "router": {"kind": kind, "score": score}}, [0.0] * 4)
@@ -27,6 +30,26 @@ CASES |= {
     "all-on-the-first-expert": ({"router": {"kind": "token"}}, [9.0, 0.0, 0.0, 0.0]),
     "all-on-the-last-expert": ({"router": {"kind": "context"}}, [0.0, 0.0, 0.0, 9.0]),
     "one-expert-without-tokens": ({"top_k": 2, "router": {"kind": "token"}}, [0.0, 0.0, -9.0, 0.0]),
+    "linear-narrow": ({"form": "linear", "hidden": 16, "top_k": 2, "router": AFTER}, [0.0] * 4),
+    "linear-without-shared": (
+        {"form": "linear", "hidden": 16, "top_k": 2, "num_shared": 0, "router": AFTER},
+        [0.0] * 4,
+    ),
+    "linear-wider": ({"form": "linear", "hidden": 48, "num_shared": 3}, [0.0] * 4),
+    "gelu": ({"activation": "gelu", "hidden": 48, "top_k": 2, "num_shared": 2, "shared_combine": "mean"}, [0.0] * 4),
+    "noisy": ({"top_k": 2, "router": {"kind": "noisy_topk", **AFTER}, "balance": {"load": 0.1}}, [0.0] * 4),
+    "hash": ({"top_k": 3, "router": {"kind": "hash"}}, [0.0] * 4),
+    "frozen": ({"top_k": 2, "router": {"kind": "frozen"}}, [0.0] * 4),
+    "oracle": ({"top_k": 2, "router": {"kind": "oracle"}}, [0.0] * 4),
+    "moe-pot": (
+        {
+            **MOE_POT,
+            "hidden": 32,
+            "router": {**AFTER, "gate": "conv", "granularity": "sample", "temperature_schedule": {}},
+        },
+        [0.0] * 16,
+    ),
+    "moe-pot-by-token": ({**MOE_POT, "hidden": 16, "router": {**AFTER, "temperature_schedule": {}}}, [0.0] * 16),
     "one-rank-without-tokens": ({"top_k": 2, "router": {"kind": "two_level"}}, [9.0, 9.0, 0.0, 0.0]),
 }
 
@@ -39,13 +62,14 @@ def compare(ep_size: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:
     from shodh.models.init import initialise
     from shodh.moe.experts import ExpertLayerReference
     from shodh.moe.layer import ExpertLayer
+    from shodh.moe.routing import RouterInputs
     from shodh.train.runtime import start_distributed
 
     start_distributed()
     rank = dist.get_rank()
     found = {}
     for number, (name, (settings, bias)) in enumerate(CASES.items()):
-        config = ExpertsConfig(num_experts=4, hidden=HIDDEN, **{"num_shared": 1, **settings})
+        config = ExpertsConfig(**{"num_experts": 4, "hidden": HIDDEN, "num_shared": 1, **settings})
         layer = ExpertLayer(config, DIM, ep_size, rank % ep_size)
         layer.set_deepspeed_parallelism()
         twin = ExpertLayerReference(config, DIM)
@@ -56,11 +80,15 @@ def compare(ep_size: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:
             module.to(dtype)
         draw = torch.Generator().manual_seed(100 * number + rank)
         x = torch.randn(TOKENS, BATCH, DIM, generator=draw).to(dtype)
-        weight = torch.randn(BATCH, TOKENS, DIM, generator=draw).to(dtype)
+        weight = torch.randn(BATCH, TOKENS, twin.width, generator=draw).to(dtype)
+        told = {
+            "oracle": RouterInputs(regime=torch.arange(BATCH) % 2),
+            "noisy_topk": RouterInputs(noise=tuple(range(rank, rank + BATCH))),
+        }.get(config.router.kind, RouterInputs())
         results = []
         for module in (layer, twin):
             given = x.clone().requires_grad_()
-            out, routing = module(given.transpose(0, 1))  # Not contiguous.
+            out, routing = module(given.transpose(0, 1), told)  # Not contiguous.
             # The probabilities too carry gradient in training, through the balance terms.
             ((out * weight).sum() + (routing.probs**2).sum()).backward()
             results.append((out.detach(), given.grad, routing))
@@ -103,12 +131,14 @@ def _differences(layer: Any, twin: Any, results: list[Any], first: int) -> dict[
 @pytest.fixture(scope="module")
 def differences() -> dict[tuple[int, torch.dtype], list[dict[str, dict[str, float]]]]:
     """By (expert-parallel degree, dtype): what `compare` found on each rank."""
-    layouts = [(1, 1, torch.float32), (2, 2, torch.float32), (2, 2, torch.bfloat16)]
+    layouts = [(1, 1, torch.float32), (2, 2, torch.float32), (2, 2, torch.bfloat16), (4, 4, torch.float32)]
     return {(ep_size, dtype): run_ranks(world, compare, ep_size, dtype) for world, ep_size, dtype in layouts}
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("ep_size", "dtype"), [(1, torch.float32), (2, torch.float32), (2, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("ep_size", "dtype"), [(1, torch.float32), (2, torch.float32), (2, torch.bfloat16), (4, torch.float32)]
+)
 def test_layer_equals_its_twin(differences: Any, ep_size: int, dtype: torch.dtype, name: str) -> None:
     # bf16 rounds at other places (the twin combines in float32), and has 8 bits.
     tolerance = 2e-6 if dtype == torch.float32 else 3e-2

@@ -1,0 +1,89 @@
+"""MoE-POT's kind of layer through the engine: 4 of 16 experts of form linear, any number of ranks, save and resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import rank_jobs
+import torch
+from helper import run_ranks
+from laboratory import Laboratory, Run
+
+import shodh
+from shodh.exchange.convert import convert
+from shodh.models.domain import num_static_features
+from shodh.train.checkpoint import load_weights
+
+pytestmark = pytest.mark.distributed
+
+LINEAR = (
+    "form=linear",
+    "num_experts=16",
+    "top_k=4",
+    "num_shared=2",
+    "shared_combine=mean",
+    "router.score=softmax",
+    "router.normalise=after",
+    "router.temperature_schedule={start: 2.0, end: 0.5, decay: 0.9}",
+)
+MOE_POT = (*LINEAR, "router.kind=token", "router.gate=conv", "router.granularity=sample", "balance.cv2=0.1")
+NOISY = (*LINEAR, "router.kind=noisy_topk", "balance.importance=0.1", "balance.load=0.1", "balance.orthogonality=0.01")
+TERMS = ("train/balance_loss", "train/grad_norm", "moe/switch", "moe/z_loss")
+
+
+def settings(*lines: str) -> list[str]:
+    return [f"operator.experts.{line}" for line in lines]
+
+
+def assert_same_training(one: Run, other: Run, *more: str) -> None:
+    assert len(one.training("train/loss")) == 10
+    for name in ("train/loss", *TERMS, *more):
+        assert other.training(name) == pytest.approx(one.training(name), rel=2e-5, abs=1e-6), name
+    assert other.counts() == one.counts()
+
+
+@pytest.mark.parametrize(("world", "stage"), [(2, 3), (4, 1)])
+def test_experts_on_several_ranks_train_as_on_one(laboratory: Laboratory, world: int, stage: int) -> None:
+    """Losses, balance terms, gradient norms, choices and weights."""
+    one = laboratory.run(1, 1, 1, *settings(*MOE_POT))
+    other = laboratory.run(world, world, stage, *settings(*MOE_POT))
+    assert_same_training(one, other, "moe/cv2")
+    ours, theirs = (load_weights(r.checkpoint(10) / "model.safetensors") for r in (one, other))
+    assert ours["blocks.0.feed_forward.experts.w1"].shape == (16, 16, 32)
+    assert ours["blocks.0.feed_forward.experts.w2"].shape == (16, 32, 1)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(tensor, ours[name], rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_noise_does_not_depend_on_ranks(laboratory: Laboratory) -> None:
+    one, two = (laboratory.run(n, n, 1, *settings(*NOISY)) for n in (1, 2))
+    assert_same_training(one, two, "moe/importance", "moe/load", "moe/orthogonality")
+
+
+@pytest.mark.parametrize("stage", (1, 3))
+def test_resumed_run_is_bitwise_the_uninterrupted_one(laboratory: Laboratory, stage: int) -> None:
+    """With noise drawn by key, and the temperature restored."""
+    run = laboratory.run(2, 2, stage, *settings(*NOISY))
+    lost = laboratory.copy(run, f"lost-noisy-{stage}", until=5)
+    run_ranks(2, rank_jobs.pretrain, laboratory.config, lost.overrides, "auto")
+    assert lost.lines() == run.lines()
+    before, after = (load_weights(r.checkpoint(10) / "model.safetensors") for r in (run, lost))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_converted_model_has_the_temperature_and_the_outputs_of_the_engine(
+    laboratory: Laboratory, tmp_path: Path
+) -> None:
+    run = laboratory.run(2, 2, 3, *settings(*MOE_POT))
+    raw = run.checkpoint(10)
+    convert(raw, tmp_path / "out", "fp32", config_path=run.path / "config.yaml", verify=True)
+    model = shodh.from_pretrained(tmp_path / "out")
+    for block in model.operator.blocks:
+        assert block.feed_forward.router.temperature.item() == pytest.approx(2.0 * 0.9**10, rel=1e-6)
+    inputs = rank_jobs.probe_input(model.history, model.config.tokenizer.latent_channels, num_static_features(1))
+    with torch.no_grad():
+        output = model.operator(*inputs)
+    for rank in run.ranks:
+        torch.testing.assert_close(output.latent, rank["latent"], rtol=0, atol=1e-6)
+        assert all(torch.equal(r.selected, s) for r, s in zip(output.routing, rank["selected"], strict=True))
