@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ from shodh.train.checkpoint import (
 )
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.engine import build_engine, load_deepspeed_config
-from shodh.train.latents import TOKENIZER_FILE, open_for_operator, prepare_latents
+from shodh.train.field_task import FieldTask, open_fields, open_windows, write_space
+from shodh.train.latents import TOKENIZER_FILE, open_for_operator, open_latents, prepare_latents
 from shodh.train.loop import Task, Trainer
-from shodh.train.operator_task import OperatorTask
+from shodh.train.operator_task import OpenSplit, OperatorTask
 from shodh.train.run_folder import RunFolder
 from shodh.train.runtime import rank, start_distributed, together, world_size
 from shodh.train.tokenizer_task import TokenizerTask
@@ -223,7 +225,7 @@ def publish_tokenizer(config: RunConfig, regimes: Regimes, folder: RunFolder, de
 
 
 def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | None = None) -> bool:
-    """Train the operator on cached latents; returns False if a signal stopped it early.
+    """Train the operator, on cached latents or on fields; returns False if a signal stopped it early.
 
     Parameters
     ----------
@@ -244,18 +246,31 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
     if init_from is not None:
         read_initial_weights(init_from)  # Mapped, not read: what cannot be used is refused before ranks connect.
     device = start_distributed()
+    regimes, open_split = _open_data(config, device)
     with together():
-        regimes, trained = open_for_operator(config)
         if rank() == 0:
             folder.create(config, deepspeed)
+            if config.operator.in_field_space:
+                write_space(folder, regimes)
             if start is None:
                 folder.record_start(None if init_from is None else source_checksum(init_from))
-    cache = prepare_latents(config, regimes, trained, device)
     with together():
         step = 0 if start is None else int(read_manifest(start)["state"]["step"])
-        task = OperatorTask(config, regimes, cache, topology, folder.routing, step)
+        kind = FieldTask if config.operator.in_field_space else OperatorTask
+        task = kind(config, regimes, open_split, topology, folder.routing, step)
         model, weights = _build_operator(config, ep_size, init_from)
     return _run(config, train, deepspeed, topology, folder, model.to(device), task, start, weights)
+
+
+def _open_data(config: RunConfig, device: torch.device) -> tuple[Regimes, OpenSplit]:
+    """The regimes of a run and the windows that its operator learns from. Collective."""
+    if config.operator.in_field_space:
+        with together():
+            regimes = open_fields(config)
+        return regimes, partial(open_windows, config, regimes)
+    with together():
+        regimes, trained = open_for_operator(config)
+    return regimes, partial(open_latents, config, regimes, prepare_latents(config, regimes, trained, device))
 
 
 def _build_operator(

@@ -18,6 +18,17 @@ def relative_l2(prediction: Tensor, target: Tensor, eps: float = 1e-8) -> Tensor
     return (error / (target.flatten(1).square().sum(1) + eps)).sqrt()
 
 
+def relative_l2_by_channel(prediction: Tensor, target: Tensor, floor: float = 1e-2) -> Tensor:
+    """L2RE of each channel of each sample, ``[B, C, *grid] -> [B, C]``: the loss of DPOT and MoE-POT is its mean.
+
+    A target whose root mean square is below ``floor`` counts as if it had it: normalised fields are of the order of
+    one, and a channel at rest must not outweigh all others.
+    """
+    size = target[0, 0].numel()
+    error, norm = ((x.flatten(2).square().sum(2) / size) for x in (prediction - target, target))
+    return (error + 1e-16).sqrt() / norm.clamp(min=floor**2).sqrt()
+
+
 def vrmse(prediction: Tensor, target: Tensor, eps: float = 1e-7) -> Tensor:
     """VRMSE of each sample as The Well defines it: ``sqrt(mean (u-v)^2 / (mean (v - mean v)^2 + eps))``.
 

@@ -1,9 +1,9 @@
-"""What the loop trains second: the operator on cached latents."""
+"""What the loop trains second: the operator on cached latents; `FieldTask` puts fields in their place."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shodh.config import RunConfig
-from shodh.data import LatentWindowDataset
+from shodh.data import Split
+from shodh.data.loader import SampleDataset
 from shodh.moe.balance import GlobalBalance, entropy
 from shodh.moe.routing import Routing, count_by_regime, regime_information
 from shodh.moe.step import finish_step, router_arguments
@@ -20,7 +21,6 @@ from shodh.moe.trace import TraceWriter, thinning
 from shodh.seeding import generator
 from shodh.topology import Topology
 from shodh.train.datasets import Regimes, mixture_loader, training_splits
-from shodh.train.latents import open_latents
 from shodh.train.loop import Batch
 from shodh.train.metrics import Metrics, MetricWriter, RegimeMeans
 from shodh.train.pictures import share_picture
@@ -34,14 +34,32 @@ def sample_names(batch: Batch) -> Iterator[tuple[int, ...]]:
     yield from zip(*(batch[k].tolist() for k in SAMPLE_KEY), strict=True)
 
 
+OpenSplit = Callable[[Split], Sequence[SampleDataset]]
+
+
 class OperatorTask:
     """Predict the next latent; balance the experts over the global batch; trace the routing.
 
     Regime labels are used for metrics and the trace alone; the model gets latents and static features.
+
+    Parameters
+    ----------
+    open_split : callable
+        Gives the windows of a split, a dataset a regime.
+    traces : Path
+        Folder of the routing traces.
     """
 
+    space, measure = "latent", "mse"
+
     def __init__(
-        self, config: RunConfig, regimes: Regimes, cache: Path, topology: Topology, traces: Path, resume_step: int
+        self,
+        config: RunConfig,
+        regimes: Regimes,
+        open_split: OpenSplit,
+        topology: Topology,
+        traces: Path,
+        resume_step: int,
     ) -> None:
         self.config, self.regimes, self.topology = config, regimes, topology
         self.operator = config.operator
@@ -49,10 +67,9 @@ class OperatorTask:
         self.sparse = config.operator.experts.num_experts > 0
         relative = config.operator.loss == "over_persistence"
         self._loaders = {
-            split: mixture_loader(open_latents(config, regimes, cache, split), config, topology, seed)
-            for split, seed in training_splits(config)
+            split: mixture_loader(open_split(split), config, topology, seed) for split, seed in training_splits(config)
         }
-        self._change = mean_changes(open_latents(config, regimes, cache, "train")) if relative else None
+        self._change = mean_changes(open_split("train")) if relative else None
         self._balance = GlobalBalance()
         path = traces / f"rank{rank()}.jsonl"
         limit = config.routing_trace if self.sparse else 0
@@ -76,6 +93,18 @@ class OperatorTask:
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         return self._loaders["train"].iterate(start, stop)
 
+    def _windows(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Frames ``[B, T + 1, C, ...]``, the last one to be predicted, and static inputs of a batch."""
+        return batch["latents"], batch["static"]
+
+    def _errors(self, prediction: Tensor, target: Tensor, regime: Tensor) -> Tensor:
+        """Error of each sample, ``[B]``."""
+        return (prediction - target).square().flatten(1).mean(1)
+
+    def _noise_scale(self, history: Tensor) -> Tensor | float:
+        """What the standard deviation of the input noise is relative to."""
+        return 1.0
+
     def _noise(self, history: Tensor, batch: Batch, step: int) -> Tensor:
         """Input noise drawn by (seed, step, sample): the same on any number of ranks, and in a resumed run."""
         std = self.operator.input_noise
@@ -83,14 +112,14 @@ class OperatorTask:
             return history
         shape, seed = history.shape[1:], self.config.seed
         drawn = [torch.randn(shape, generator=generator(seed, "noise", step, *name)) for name in sample_names(batch)]
-        return history + std * torch.stack(drawn).to(history)
+        return history + std * self._noise_scale(history) * torch.stack(drawn).to(history)
 
     def _shift(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
         """Latents and static features, each sample rolled along the periodic axes of its domain.
 
         The tokenizer commutes with shifts by whole latent cells, so a shifted sample is as true as the stored one.
         """
-        latents, static = batch["latents"], batch["static"]
+        latents, static = self._windows(batch)
         if not self.operator.random_shifts:
             return latents, static
         rolled: list[tuple[Tensor, Tensor]] = []
@@ -112,14 +141,14 @@ class OperatorTask:
         history, target = latents[:, : self.history], latents[:, self.history]
         told = router_arguments(self.operator.experts, regime, sample_names(batch), self.config.seed, step)
         output = engine(self._noise(history, batch, step), static, **told)
-        error = (output.latent - target).square().flatten(1).mean(1)
-        persistence = (history[:, -1] - target).square().flatten(1).mean(1)
-        mse = error.mean()
+        error = self._errors(output.latent, target, regime)
+        persistence = self._errors(history[:, -1], target, regime)
+        mean = error.mean()
         metrics: Metrics = {
-            "train/latent_mse": (mse.detach(), "mean"),
-            "train/over_persistence": (mse.detach() / persistence.mean(), "mean"),
+            f"train/{self.space}_{self.measure}": (mean.detach(), "mean"),
+            "train/over_persistence": (mean.detach() / persistence.mean(), "mean"),
         }
-        loss = mse if self._change is None else (error / self._change.to(error.device)[regime]).mean()
+        loss = mean if self._change is None else (error / self._change.to(error.device)[regime]).mean()
         if output.routing:
             loss = loss + self._account(output.routing, regime, step, metrics)
         return loss, metrics
@@ -174,11 +203,12 @@ class OperatorTask:
         samples = self._samples_of_rank() if traced else 0
         for batch in self._loaders["valid"].iterate(0, self.operator.train.valid_batches):
             batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
-            latents, regime = batch["latents"], batch["regime"]
-            history, target = latents[:, : self.history], latents[:, self.history]
-            output = engine(history, batch["static"], **router_arguments(self.operator.experts, regime))
-            means.add("latent_mse", (output.latent - target).square().flatten(1).mean(1), regime)
-            means.add("persistence_mse", (history[:, -1] - target).square().flatten(1).mean(1), regime)
+            regime = batch["regime"]
+            frames, static = self._windows(batch)
+            history, target = frames[:, : self.history], frames[:, self.history]
+            output = engine(history, static, **router_arguments(self.operator.experts, regime))
+            means.add(f"{self.space}_{self.measure}", self._errors(output.latent, target, regime), regime)
+            means.add(f"persistence_{self.measure}", self._errors(history[:, -1], target, regime), regime)
             if output.routing:
                 if traced:
                     self._trace.add(step, "valid", output.routing, regime, with_pairs=True)
@@ -203,7 +233,7 @@ class OperatorTask:
             source.close()
 
 
-def mean_changes(datasets: Sequence[LatentWindowDataset], windows: int = 64) -> Tensor:
+def mean_changes(datasets: Sequence[SampleDataset], windows: int = 64) -> Tensor:
     """Mean square of the last change in windows of each dataset, ``[R]``: what persistence would lose.
 
     From at most ``windows`` windows of each, spread evenly; at least a hundredth of the largest, so that a regime that

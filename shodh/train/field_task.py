@@ -1,0 +1,127 @@
+"""Operators on the fields themselves: their data, their space in the run folder, and what the loop trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shodh.config import RunConfig
+from shodh.data import FieldNormalizer, Split, WindowDataset
+from shodh.errors import CheckpointError, DataError
+from shodh.files import write_atomically
+from shodh.models.field_space import channel_mask, pad_absent
+from shodh.topology import Topology
+from shodh.train.datasets import Regimes, open_regimes
+from shodh.train.loop import Batch
+from shodh.train.losses import relative_l2_by_channel
+from shodh.train.operator_task import OpenSplit, OperatorTask
+from shodh.train.run_folder import RunFolder
+from shodh.weights import read_json
+
+SPACE_FILE = "space.json"
+
+
+def open_fields(config: RunConfig, normalizer: FieldNormalizer | None = None) -> Regimes:
+    """The regimes of a run on fields: two dimensions stay two. Errors as `open_regimes`."""
+    return open_regimes(config.data, normalizer, extrude=False)
+
+
+def open_windows(config: RunConfig, regimes: Regimes, split: Split, horizon: int = 1) -> list[WindowDataset]:
+    """Windows of ``history`` frames and the ``horizon`` next ones, a dataset a regime."""
+    return [
+        WindowDataset(
+            source,
+            split,
+            history=config.data.history,
+            horizon=horizon,
+            stride=config.data.stride,
+            normalizer=regimes.normalizer,
+        )
+        for source in regimes.sources
+    ]
+
+
+def write_space(folder: RunFolder, regimes: Regimes) -> None:
+    """Keep what the numbers of a run mean beside it: normalisation and domains, as a tokenizer does (rank 0)."""
+    content = {
+        "normalizer": regimes.normalizer.to_dict(),
+        "regimes": regimes.names,
+        "domains": {name: d.to_dict() for name, d in zip(regimes.names, regimes.domains, strict=True)},
+    }
+    write_atomically(folder.path / SPACE_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def read_normalizer(folder: Path) -> FieldNormalizer:
+    """The normalisation that a run on fields was trained with.
+
+    Raises
+    ------
+    CheckpointError
+        The file is missing or damaged.
+    """
+    path = folder / SPACE_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no run of an operator on fields: it has no {SPACE_FILE}")
+    try:
+        return FieldNormalizer.from_dict(read_json(path)["normalizer"])
+    except (KeyError, TypeError, DataError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+class Presence:
+    """Which channels exist in the regimes of a batch, and ones where they do not."""
+
+    def __init__(self, regimes: Regimes) -> None:
+        def table(static: bool) -> Tensor:
+            fields = regimes.sources[0].static if static else regimes.dynamic
+            return torch.stack([channel_mask(fields, domain, regimes.ndim) for domain in regimes.domains]).bool()
+
+        self._dynamic, self._static = table(False), table(True)
+
+    def dynamic(self, regime: Tensor) -> Tensor:
+        """``[B] -> [B, C]``, bool."""
+        return self._dynamic.to(regime.device)[regime]
+
+    def pad(self, frames: Tensor, static: Tensor, regime: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames ``[B, T, C, *grid]`` and static fields ``[B, S, *grid]`` as operators are given them."""
+        exists = self.dynamic(regime).repeat_interleave(frames.shape[1], 0)
+        padded = pad_absent(frames.flatten(0, 1), exists).unflatten(0, frames.shape[:2])
+        return padded, pad_absent(static, self._static.to(regime.device)[regime])
+
+
+class FieldTask(OperatorTask):
+    """Predict the next frame of normalised fields; channels that a regime lacks are given as ones and never counted."""
+
+    space = "field"
+
+    def __init__(
+        self,
+        config: RunConfig,
+        regimes: Regimes,
+        open_split: OpenSplit,
+        topology: Topology,
+        traces: Path,
+        resume_step: int,
+    ) -> None:
+        super().__init__(config, regimes, open_split, topology, traces, resume_step)
+        self.measure = "l2re" if config.operator.loss == "relative_l2" else "mse"
+        self._presence = Presence(regimes)
+
+    def _windows(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self._presence.pad(batch["fields"], batch["static"], batch["regime"])
+
+    def _errors(self, prediction: Tensor, target: Tensor, regime: Tensor) -> Tensor:
+        exists = self._presence.dynamic(regime)
+        if self.measure == "l2re":
+            by_channel = relative_l2_by_channel(prediction, target)
+        else:
+            by_channel = (prediction - target).square().flatten(2).mean(2)
+        return torch.where(exists, by_channel, 0.0).sum(1) / exists.sum(1)
+
+    def _noise_scale(self, history: Tensor) -> Tensor:
+        """Root mean square of each channel of each sample, as DPOT and MoE-POT scale their noise."""
+        axes = (1, *range(3, history.ndim))
+        return history.square().mean(axes, keepdim=True).sqrt()
