@@ -485,6 +485,16 @@ class RunConfig(Section):
     family: FamilyConfig | None = Field(None, description="for tools/merge_experts.py; null: no family")
 
     @model_validator(mode="after")
+    def _check_oracle(self) -> RunConfig:
+        router, regimes = self.operator.experts.router, len(self.data.regimes)
+        if self.operator.experts.num_experts and router.kind == "oracle" and router.groups != regimes:
+            raise ValueError(
+                f"operator.experts.router: an oracle has one group a regime, and there are {regimes}, not {router.groups}; "
+                f"use groups={regimes}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check(self) -> RunConfig:
         if self.operator.in_field_space:
             self._check_field_grid()

@@ -21,12 +21,13 @@ def probe_input(history: int, latent_channels: int, static_channels: int) -> tup
 def describe_engine(engine: Any, config: Any) -> dict[str, Any]:
     """Outputs for the probe, and the dtype of every parameter and buffer."""
     from shodh.models.domain import num_static_features
+    from shodh.moe.step import regime_arguments
 
     static = num_static_features(sum(f.static for f in config.data.fields), len(config.data.optional))
     inputs = probe_input(config.data.history, config.tokenizer.latent_channels, static)
     engine.eval()
     with torch.no_grad():
-        output = engine(*inputs)
+        output = engine(*inputs, **regime_arguments(config.operator.experts, 0, inputs[0]))
     return {
         "latent": output.latent,
         "selected": [routing.selected for routing in output.routing],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import rank_jobs
@@ -72,11 +74,52 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(laboratory: Laboratory, st
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+def own_folder(run: Run, path: Path) -> Path:
+    """The last checkpoint as ``engine.save_checkpoint`` alone would have left it."""
+    shutil.copytree(run.checkpoint(10), path)
+    (path / "manifest.json").unlink()
+    (path / "model.safetensors").unlink()
+    return path
+
+
+def universal_folder(folder: Path, out: Path) -> Path:
+    """What DeepSpeed's converter makes of a folder of its own."""
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    main(
+        SimpleNamespace(
+            input_folder=str(folder),
+            output_folder=str(out),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=False,
+        )
+    )
+    return out
+
+
+@pytest.mark.parametrize("stage", (1, 3))
+def test_universal_checkpoint_keeps_both_halves_and_the_bias(
+    laboratory: Laboratory, stage: int, tmp_path: Path
+) -> None:
+    run = laboratory.run(2, 2, stage, *settings(*NOISY))
+    universal = universal_folder(own_folder(run, tmp_path / "own"), tmp_path / "universal")
+    convert(universal, tmp_path / "out", "fp32", config_path=run.path / "config.yaml")
+    ours, wanted = (
+        load_weights(tmp_path / "out" / "model.safetensors"),
+        load_weights(run.checkpoint(10) / "model.safetensors"),
+    )
+    for name, tensor in wanted.items():
+        assert torch.equal(ours[f"operator.{name}"], tensor), name
+
+
 def test_converted_model_has_the_temperature_and_the_outputs_of_the_engine(
     laboratory: Laboratory, tmp_path: Path
 ) -> None:
     run = laboratory.run(2, 2, 3, *settings(*MOE_POT))
-    raw = run.checkpoint(10)
+    raw = own_folder(run, tmp_path / "own")
     convert(raw, tmp_path / "out", "fp32", config_path=run.path / "config.yaml", verify=True)
     model = shodh.from_pretrained(tmp_path / "out")
     for block in model.operator.blocks:
@@ -87,3 +130,18 @@ def test_converted_model_has_the_temperature_and_the_outputs_of_the_engine(
     for rank in run.ranks:
         torch.testing.assert_close(output.latent, rank["latent"], rtol=0, atol=1e-6)
         assert all(torch.equal(r.selected, s) for r, s in zip(output.routing, rank["selected"], strict=True))
+
+
+@pytest.mark.parametrize("kind", ("hash", "frozen", "oracle"))
+def test_control_routers_train_and_never_learn_to_route(laboratory: Laboratory, kind: str) -> None:
+    run = laboratory.run(2, 2, 1, *settings("num_experts=4", "top_k=2", f"router.kind={kind}"))
+    assert len(run.training("train/loss")) == 10
+    early, late = (load_weights(run.checkpoint(step) / "model.safetensors") for step in (5, 10))
+    router = {name for name in early if ".router." in name and not name.endswith("selection_bias")}
+    learned = {name for name in router if not torch.equal(early[name], late[name])}
+    assert bool(learned) == (kind == "oracle"), "an oracle learns to choose within the group it is given"
+    information = run.training("moe/regime_information")
+    if kind == "hash":
+        assert max(information) == pytest.approx(0.0, abs=1e-9), "positions say nothing about the regime"
+    if kind == "oracle":
+        assert min(information) == pytest.approx(1.0)

@@ -1,0 +1,61 @@
+"""What a training step gives its routers, and does to them afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from shodh.config import ExpertsConfig
+from shodh.moe.experts import ExpertLayerReference
+from shodh.moe.step import finish_step, regime_arguments, router_arguments
+
+NAMES = [(0, 3, 1), (1, 0, 7)]
+NOISY = {"kind": "noisy_topk", "score": "softmax", "normalise": "after"}
+
+
+def config(router: dict[str, Any], **settings: Any) -> ExpertsConfig:
+    return ExpertsConfig(hidden=16, router=router, **settings)
+
+
+def test_only_an_oracle_is_told_the_regime() -> None:
+    labels = torch.tensor([0, 1])
+    for kind in ("token", "context", "two_level", "hash", "frozen"):
+        assert router_arguments(config({"kind": kind}), labels, NAMES, 0, 5) == {}
+    (name,) = told = router_arguments(config({"kind": "oracle"}), labels)
+    assert name == "regime" and torch.equal(told["regime"], labels)
+    assert regime_arguments(config({"kind": "oracle"}), 1, torch.zeros(3, 2))["regime"].tolist() == [1, 1, 1]
+    assert router_arguments(config({"kind": "oracle"}, num_experts=0), labels) == {}, "a dense model has no router"
+
+
+def test_noise_depends_on_seed_step_and_sample_and_is_absent_in_evaluation() -> None:
+    labels, noisy = torch.tensor([0, 1]), config(NOISY)
+    assert router_arguments(noisy, labels, NAMES) == {}
+    seeds = router_arguments(noisy, labels, NAMES, 0, 5)["noise"]
+    assert seeds == router_arguments(noisy, labels, iter(NAMES), 0, 5)["noise"]
+    assert seeds[::-1] == router_arguments(noisy, labels, NAMES[::-1], 0, 5)["noise"]
+    others = [router_arguments(noisy, labels, NAMES, *key)["noise"] for key in ((1, 5), (0, 6))]
+    assert len({*seeds, *others[0], *others[1]}) == 6
+
+
+def test_temperatures_fall_by_their_factor_once_a_step_to_their_end() -> None:
+    experts = config({"temperature_schedule": {"start": 2.0, "end": 0.5, "decay": 0.9}})
+    layer = ExpertLayerReference(experts, 16)
+    seen = [layer.router.temperature.item()]
+    for _ in range(20):
+        with torch.no_grad():
+            layer.router.prepare((1, 2))
+            layer.router(torch.zeros(2, 16))  # A forward pass moves nothing.
+        finish_step(layer, experts, counts=lambda: pytest.fail("no counts are needed"))
+        seen.append(layer.router.temperature.item())
+    assert seen == pytest.approx([max(0.5, 2.0 * 0.9**n) for n in range(21)], rel=1e-5)
+    assert "router.temperature" in layer.state_dict()
+
+
+def test_selection_biases_follow_the_counts_of_their_layers() -> None:
+    experts = config({}, balance={"bias_rate": 0.5})
+    layers = torch.nn.ModuleList(ExpertLayerReference(experts, 16) for _ in range(2))
+    finish_step(layers, experts, counts=lambda: torch.tensor([[4, 0, 2, 2], [0, 0, 0, 8]]))
+    assert layers[0].router.selection_bias.tolist() == [-0.5, 0.5, 0.0, 0.0]
+    assert layers[1].router.selection_bias.tolist() == [0.5, 0.5, 0.5, -0.5]
