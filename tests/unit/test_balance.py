@@ -93,6 +93,56 @@ def test_z_loss_is_the_mean_square_of_the_log_partition() -> None:
     torch.testing.assert_close(GlobalBalance()([decision]).z_loss, expected)
 
 
+def test_importance_is_zero_when_balanced_and_one_less_than_the_experts_when_collapsed() -> None:
+    assert GlobalBalance()([routing(BALANCED)]).importance.item() == pytest.approx(0.0, abs=1e-12)
+    assert GlobalBalance()([routing(COLLAPSED)]).importance.item() == pytest.approx(EXPERTS - 1)
+    # One of two: the weights count, not the choices.
+    uneven = torch.zeros(8, EXPERTS)
+    uneven[:, 0], uneven[:, 1] = 0.75, 0.25
+    both = routing(uneven, torch.tensor([[0, 1]]).expand(8, -1))
+    mean = 1 / EXPERTS
+    variance = ((0.75 - mean) ** 2 + (0.25 - mean) ** 2 + (EXPERTS - 2) * mean**2) / EXPERTS
+    assert GlobalBalance()([both]).importance.item() == pytest.approx(variance / mean**2)
+
+
+def test_importance_does_not_depend_on_the_size_of_the_batch() -> None:
+    probs = random_probs(16, 2)
+    one, two = (GlobalBalance()([routing(probs.repeat(n, 1))]).importance for n in (1, 2))
+    torch.testing.assert_close(one, two)
+
+
+def test_load_is_the_variation_of_the_smooth_load() -> None:
+    probs, load = random_probs(12, 6), random_probs(12, 7)
+    terms = GlobalBalance()([routing(probs)._replace(load_probs=load)])
+    total = load.sum(0)
+    torch.testing.assert_close(terms.load, total.var(correction=0) / total.mean() ** 2)
+    assert GlobalBalance()([routing(probs)]).load == 0
+
+
+def test_later_terms_are_added_with_their_weights_and_reported_if_they_have_one() -> None:
+    first = routing(random_probs(8, 0))._replace(load_probs=random_probs(8, 2), similarity=torch.tensor(0.25))
+    terms = GlobalBalance()([first, first])
+    config = BalanceConfig(switch=0, information=0, z_loss=0, importance=2.0, cv2=3.0, load=5.0, orthogonality=7.0)
+    expected = 2 * terms.importance + 3 * (2 * terms.importance) + 5 * terms.load + 7 * 0.25
+    torch.testing.assert_close(terms.weighted(config), expected)
+    assert set(terms.reported(config)) == set(BalanceTerms._fields)
+    assert set(terms.reported(BalanceConfig())) == {"switch", "information", "z_loss"}
+
+
+def test_gradient_step_evens_out_importance() -> None:
+    logits = (2 * torch.randn(30, EXPERTS, generator=torch.Generator().manual_seed(4))).requires_grad_()
+    selected = logits.topk(2).indices
+
+    def importance() -> Tensor:
+        return GlobalBalance()([routing(logits.softmax(-1), selected)]).importance
+
+    before = importance()
+    before.backward()
+    with torch.no_grad():
+        logits -= 5 * logits.grad
+    assert importance() < before
+
+
 def test_layers_are_averaged_and_weights_have_the_right_sign() -> None:
     a, b = routing(random_probs(8, 0)), routing(random_probs(8, 1))
     each = [GlobalBalance()([r]) for r in (a, b)]

@@ -10,7 +10,15 @@ from torch.nn import functional as F
 
 from shodh.config import ExpertsConfig
 from shodh.models.init import initialise
-from shodh.moe.experts import ExpertLayerReference, ExpertStack, FeedForward, reset_experts
+from shodh.moe.experts import (
+    ExpertLayerReference,
+    ExpertStack,
+    FeedForward,
+    LinearExpertStack,
+    build_dense,
+    reset_experts,
+)
+from shodh.moe.routing import Routing
 
 DIM, HIDDEN = 6, 8
 
@@ -88,3 +96,67 @@ def test_bilinear_feed_forward_is_a_quadratic_form() -> None:
     layer = FeedForward(DIM, HIDDEN, "bilinear")
     x = torch.randn(5, DIM)
     torch.testing.assert_close(layer(-3 * x), 9 * layer(x))
+
+
+def routed_sum(layer: ExpertLayerReference, every: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Weighted sum over a dense evaluation of all experts, ``every [B, S, E, O]``."""
+    weights = torch.zeros(routing.probs.shape).scatter(1, routing.selected, routing.weights)
+    return (every * weights.view(*every.shape[:3], 1)).sum(2)
+
+
+@pytest.mark.parametrize("combine", ["sum", "mean"])
+@pytest.mark.parametrize("width", [16, 32])
+def test_linear_experts_are_one_affine_map_and_gelu(width: int, combine: str) -> None:
+    router = {"score": "softmax", "normalise": "after"}
+    layer = make(form="linear", hidden=width, top_k=2, num_shared=2, shared_combine=combine, router=router)
+    with torch.no_grad():
+        layer.experts.w2.normal_(generator=torch.Generator().manual_seed(2))
+    x = torch.randn(3, 5, DIM, generator=torch.Generator().manual_seed(0))
+    out, routing = layer(x)
+    weight, bias = torch.cat((layer.experts.w1, layer.experts.w3), 1), layer.experts.w2[..., 0]
+    every = F.gelu(torch.einsum("bsd,eod->bseo", x, weight) + bias)
+    shared = F.gelu(layer.shared_experts.w1(x)).view(3, 5, 2, width)
+    expected = routed_sum(layer, every, routing) + (shared.mean(2) if combine == "mean" else shared.sum(2))
+    assert out.shape == (3, 5, width)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("combine", ["sum", "mean"])
+def test_experts_without_a_gate_are_two_layers_with_gelu_between(combine: str) -> None:
+    layer = make(activation="gelu", hidden=16, top_k=2, num_shared=2, shared_combine=combine)
+    x = torch.randn(3, 5, DIM, generator=torch.Generator().manual_seed(0))
+    out, routing = layer(x)
+    first = torch.cat((layer.experts.w1, layer.experts.w3), 1)
+    every = torch.einsum("bseh,edh->bsed", F.gelu(torch.einsum("bsd,ehd->bseh", x, first)), layer.experts.w2)
+    shared = layer.shared_experts
+    both = shared.w2(F.gelu(torch.cat((shared.w1(x), shared.w3(x)), -1)))
+    torch.testing.assert_close(out, routed_sum(layer, every, routing) + both / (2 if combine == "mean" else 1))
+
+
+def test_halves_cost_no_parameters() -> None:
+    linear, ungated = make(form="linear", hidden=16, num_shared=0), make(activation="gelu", hidden=16, num_shared=0)
+    assert sum(p.numel() for p in linear.experts.parameters()) == 4 * (DIM * 16 + 16)
+    assert sum(p.numel() for p in ungated.experts.parameters()) == 4 * (DIM * 16 + 16 * DIM)
+
+
+def test_linear_experts_start_different_with_zero_biases() -> None:
+    whole = LinearExpertStack(4, DIM, 32)
+    reset_experts(whole, 0, 7, "layer")
+    part = LinearExpertStack(2, DIM, 32)
+    reset_experts(part, 2, 7, "layer")
+    assert (whole.w2 == 0).all()
+    for name in ("w1", "w3"):
+        drawn = whole.get_parameter(name)
+        assert torch.equal(part.get_parameter(name), drawn[2:])
+        assert 0.8 < drawn.std() * DIM**0.5 < 1.2
+        assert len({expert.flatten()[0].item() for expert in drawn}) == 4
+
+
+def test_dense_baseline_of_linear_experts_has_their_active_size() -> None:
+    config = ExpertsConfig(form="linear", hidden=32, num_experts=8, top_k=3, num_shared=2)
+    dense = build_dense(config, DIM, 5)
+    layer = ExpertLayerReference(config, DIM)
+    active = sum(p.numel() for p in layer.shared_experts.parameters())
+    active += sum(p.numel() for p in layer.experts.parameters()) * 3 // 8
+    assert sum(p.numel() for p in dense.parameters()) == active
+    assert dense(torch.randn(2, 4, DIM)).shape == (2, 4, 32)
