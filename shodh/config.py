@@ -525,8 +525,8 @@ class RunConfig(Section):
             raise ValueError(f"data.grid {list(grid)}: {what} need multiples of {side}, and {bad} are not")
         if operator.kind == "fno" and operator.modes is not None and 2 * operator.modes > min(grid):
             raise ValueError(
-                f"operator.modes={operator.modes}: a grid of {list(grid)} has {min(grid) // 2} along its shortest axis; "
-                "use fewer"
+                f"operator.modes={operator.modes}: a grid of {list(grid)} has {min(grid) // 2} along its shortest "
+                "axis; use fewer"
             )
 
     @property

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 INK = "#1b2a41"
 MODEL, BASELINE = "#0b6e4f", "#b23a48"
+MARKERS = "osD^vP*Xhd<>"
 
 
 def slices(
@@ -17,20 +18,24 @@ def slices(
     rows: Sequence[tuple[str, np.ndarray, np.ndarray]],
     solid: np.ndarray | None,
 ) -> Figure:
-    """Truth, prediction and error in the middle plane across y, a row a channel.
+    """Truth, prediction and error in the middle plane across y, or of the whole plane, a row a channel.
 
     Parameters
     ----------
-    rows : sequence of (label, truth [X, Y, Z], prediction [X, Y, Z])
-    solid : ndarray [X, Y, Z], optional
+    rows : sequence of (label, truth [X, Y, Z] or [X, Y], prediction)
+    solid : ndarray, optional
         Shown in grey.
     """
     figure = Figure(figsize=(8.4, 1.1 + 2.1 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), 3, squeeze=False)
-    middle = rows[0][1].shape[1] // 2
-    mask = None if solid is None or not solid.any() else solid[:, middle].T > 0.5
+    flat = rows[0][1].ndim == 2
+
+    def plane_of(values: np.ndarray) -> np.ndarray:
+        return values.T if flat else values[:, values.shape[1] // 2].T
+
+    mask = None if solid is None or not solid.any() else plane_of(solid) > 0.5
     for row, (label, truth, prediction) in enumerate(rows):
-        planes = [a[:, middle].T for a in (truth, prediction, prediction - truth)]
+        planes = [plane_of(a) for a in (truth, prediction, prediction - truth)]
         low, high = float(truth.min()), float(truth.max())
         for column, (panel, plane) in enumerate(zip(panels[row], planes, strict=True)):
             extent = max(abs(low), abs(high)) if column == 2 else None
@@ -47,7 +52,7 @@ def slices(
             if column > 0:
                 figure.colorbar(image, ax=panel, shrink=0.8)
         panels[row][0].set_ylabel(label, color=INK)
-    figure.suptitle(f"{title}: x-z plane, one model step, normalised", color=INK)
+    figure.suptitle(f"{title}: {'x-y' if flat else 'x-z'} plane, one model step, normalised", color=INK)
     return figure
 
 
@@ -56,7 +61,7 @@ def rollout(rollouts: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]])
     figure = Figure(figsize=(4.4 * len(rollouts), 3.4), layout="constrained")
     panels = figure.subplots(1, len(rollouts), squeeze=False)[0]
     for panel, (regime, fields) in zip(panels, rollouts.items(), strict=True):
-        for marker, (name, kinds) in zip("osD^v", fields.items(), strict=False):
+        for marker, (name, kinds) in zip(MARKERS, fields.items(), strict=False):
             steps = range(1, len(kinds["model"]) + 1)
             panel.plot(steps, kinds["model"], f"{marker}-", color=MODEL, label=f"{name}, model")
             panel.plot(steps, kinds["persistence"], f"{marker}--", color=BASELINE, label=f"{name}, persistence")
@@ -89,19 +94,22 @@ def expert_shares(routing: Mapping[str, Any]) -> Figure:
 
 
 def training_curve(lines: Sequence[Mapping[str, float]]) -> Figure | None:
-    """Latent error of training and validation by step, and U; None if the run has no metrics."""
-    train = [(line["step"], line["train/latent_mse"]) for line in lines if "train/latent_mse" in line]
-    if not train:
+    """Error of training and validation by step, and U; None if the run has no metrics."""
+    measure = next(
+        (m for m in ("latent_mse", "field_l2re", "field_mse") if any(f"train/{m}" in x for x in lines)), None
+    )
+    if measure is None:
         return None
+    train = [(line["step"], line[f"train/{measure}"]) for line in lines if f"train/{measure}" in line]
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     panel = figure.subplots()
     panel.plot(*zip(*train, strict=True), color=INK, label="training")
-    held_out = sorted({k for line in lines for k in line if k.startswith("valid/latent_mse/")})
-    for marker, key in zip("osD^v", held_out, strict=False):
+    held_out = sorted({k for line in lines for k in line if k.startswith(f"valid/{measure}/")})
+    for marker, key in zip(MARKERS, held_out, strict=False):
         points = [(line["step"], line[key]) for line in lines if key in line]
         panel.plot(*zip(*points, strict=True), f"{marker}--", label=f"held out, {key.rsplit('/', 1)[-1]}")
     panel.set_xlabel("step")
-    panel.set_ylabel("latent MSE")
+    panel.set_ylabel({"latent_mse": "latent MSE", "field_l2re": "L2RE", "field_mse": "MSE"}[measure])
     panel.set_yscale("log")
     information = [(line["step"], line["moe/regime_information"]) for line in lines if "moe/regime_information" in line]
     if information:

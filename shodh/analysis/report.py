@@ -18,6 +18,11 @@ ROUTING_NOTE = (
     "NMI = I / sqrt(H(regime) H(expert)) stays below 1 when several experts share a regime. The router never sees a "
     "regime label."
 )
+FIELD_NOTE = (
+    "L2RE in units is of the fields as they are stored, as DPOT and MoE-POT report it; all other errors are of "
+    "normalised fields, which have no mean to divide by."
+)
+ROLLOUT_NOTE = "From the first frames of every trajectory; persistence is the last frame that was given."
 ALL_ROWS = 10**6  # the tables of an evaluation are its result: shown whole
 
 
@@ -26,10 +31,12 @@ def error_table(metrics: dict[str, Any]) -> Table:
     header = ["regime", "error", "model", "persistence", "model / persistence", "tokenizer alone", "published"]
     rows = []
     for name, regime in metrics["regimes"].items():
-        measures = [("latent MSE", regime["latent_mse"], SHODH_MOE["latent_mse"])]
+        measures = []
+        if "latent_mse" in regime:
+            measures.append(("latent MSE", regime["latent_mse"], SHODH_MOE["latent_mse"]))
         measures.append(("decoded MSE (normalised)", regime["decoded_mse"], SHODH_MOE["decoded_mse"]))
-        for label, key in (("L2RE", "l2re"), ("VRMSE", "vrmse")):
-            measures += [(f"{label} {field}", kinds, {}) for field, kinds in regime[key].items()]
+        for label, key in (("L2RE", "l2re"), ("L2RE, in units,", "l2re_physical"), ("VRMSE", "vrmse")):
+            measures += [(f"{label} {field}", kinds, {}) for field, kinds in regime.get(key, {}).items()]
         for label, kinds, published in measures:
             assert isinstance(published, dict)
             model, persistence = kinds["model"], kinds["persistence"]
@@ -44,11 +51,25 @@ def divergence_table(metrics: dict[str, Any]) -> Table:
     header = ["regime", "field and mode", "max", "rms", "max / gradient"]
     rows = []
     for name, regime in metrics["regimes"].items():
-        for mode, values in regime["divergence"].items():
+        for mode, values in regime.get("divergence", {}).items():
             if isinstance(values, dict):
                 numbers = (values["max"], values["rms"], values["max_over_gradient"])
                 rows.append([name, mode, *numbers])
     return Table(header, rows)
+
+
+def rollout_table(metrics: dict[str, Any]) -> Table | None:
+    """Errors by autoregressive step, the model's and persistence's; None without rollouts."""
+    rows: list[list[Any]] = []
+    for name, regime in metrics["regimes"].items():
+        for label, key in (("L2RE", "rollout_l2re"), ("VRMSE", "rollout")):
+            for field, kinds in regime.get(key, {}).items():
+                rows += [[name, f"{label} {field}", kind, *steps] for kind, steps in kinds.items()]
+    if not rows:
+        return None
+    longest = max(map(len, rows))
+    header = ["regime", "error", "of", *(f"step {i + 1}" for i in range(longest - 3))]
+    return Table(header, [[*row, *[None] * (longest - len(row))] for row in rows])
 
 
 def routing_table(metrics: dict[str, Any]) -> Table | None:
@@ -87,21 +108,16 @@ def draw(folder: RunFolder, evaluation: Evaluation) -> dict[str, Figure]:
 def write_report(folder: RunFolder, evaluation: Evaluation) -> str:
     """Write ``RUN/report/`` (``metrics.json``, CSV and PNG files, ``index.html``); returns it as text."""
     metrics = {**evaluation.metrics, "published": SHODH_MOE, "env": describe_environment()}
-    operator = next(iter(metrics["regimes"].values()))["divergence"]["operator"]
-    sections = [
-        _section(
-            "errors",
-            "Held-out errors",
-            error_table(metrics),
-            f"Published: {SHODH_MOE['source']}. {SHODH_MOE['caveat']}",
-        ),
-        _section(
-            "divergence",
-            "Divergence of the decoded velocity",
-            divergence_table(metrics),
-            f"Operator: {operator}. Published: 2.8e-10 (FP64).",
-        ),
-    ]
+    first = next(iter(metrics["regimes"].values()))
+    on_latents = "latent_mse" in first
+    note = f"Published: {SHODH_MOE['source']}. {SHODH_MOE['caveat']}" if on_latents else FIELD_NOTE
+    sections = [_section("errors", "Held-out errors", error_table(metrics), note)]
+    rollouts = rollout_table(metrics)
+    if rollouts is not None:
+        sections.append(_section("rollouts", "Rollouts", rollouts, ROLLOUT_NOTE))
+    if on_latents:
+        note = f"Operator: {first['divergence']['operator']}. Published: 2.8e-10 (FP64)."
+        sections.append(_section("divergence", "Divergence of the decoded velocity", divergence_table(metrics), note))
     routing = routing_table(metrics)
     if routing is not None:
         sections.append(_section("routing", "Routing", routing, ROUTING_NOTE))

@@ -214,7 +214,7 @@ def test_rollout_of_physical_fields_is_what_the_evaluation_computes(
 ) -> None:
     """Decoded one-step prediction against the path through the run's own data set, normalisation and domain."""
     from shodh.models.domain import add_walls, static_features
-    from shodh.train.evaluation import RegimeEvaluation, open_run
+    from shodh.train.evaluation import open_run
 
     run = runs(1)
     convert(run.path, tmp_path / "out")
@@ -230,7 +230,7 @@ def test_rollout_of_physical_fields_is_what_the_evaluation_computes(
         with torch.no_grad():
             latents = torch.stack([evaluator.tokenizer.encode(normal[:, t], geometry) for t in range(model.history)], 1)
             following = evaluator.operator(latents, static_features(geometry)).latent
-            decoded, _ = RegimeEvaluation(evaluator, number)._decode(following, geometry)
+            decoded = evaluator.tokenizer.assemble(evaluator.tokenizer.emit(following, geometry), domain)
         expected = evaluator.regimes.normalizer.denormalize(decoded, regime)
         assert torch.equal(model.predict(fields, static, regime), expected)
 

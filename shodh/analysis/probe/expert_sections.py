@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from shodh.analysis.page import Section, Table
 from shodh.analysis.probe.drawing import INK, heat, panels, some
@@ -16,7 +16,6 @@ from shodh.analysis.probe.interventions import sparse_layers
 from shodh.analysis.probe.matching import Match, agreement, assignment_overlap, joint_counts, match_experts
 from shodh.analysis.probe.record import Recording
 from shodh.analysis.probe.similarity import cka_matrix, expert_outputs, is_bilinear, tensor_similarity
-from shodh.models.operator import LatentTransformer
 
 SIMILARITY_TEXT = (
     "How alike the experts of a layer are: debiased linear CKA of their outputs when every expert is given the same "
@@ -34,13 +33,13 @@ MATCH_TEXT = (
 )
 
 
-def probe_outputs(model: LatentTransformer, recordings: Sequence[Recording]) -> list[Tensor]:
+def probe_outputs(model: nn.Module, recordings: Sequence[Recording]) -> list[Tensor]:
     """Outputs of every expert on the recorded inputs of its layer, of all regimes: ``[E, rows, D]`` a layer."""
     inputs = torch.cat([r.inputs for r in recordings if r.inputs is not None], 1)
     return [expert_outputs(layer.experts, rows) for layer, rows in zip(sparse_layers(model), inputs, strict=True)]
 
 
-def similarity_section(model: LatentTransformer, recordings: Sequence[Recording]) -> Section:
+def similarity_section(model: nn.Module, recordings: Sequence[Recording]) -> Section:
     """CKA between the experts of each layer, and exact tensor similarity where they are bilinear."""
     stacks = [layer.experts for layer in sparse_layers(model)]
     outputs = probe_outputs(model, recordings)
@@ -92,9 +91,9 @@ def _number_experts(panel: Any, shape: Sequence[int]) -> None:
 
 
 def match_section(
-    model: LatentTransformer,
+    model: nn.Module,
     recordings: Sequence[Recording],
-    other: LatentTransformer,
+    other: nn.Module,
     other_recordings: Sequence[Recording],
     other_name: str,
 ) -> Section:
