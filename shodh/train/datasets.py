@@ -53,6 +53,10 @@ class Regimes:
         """Channels of the fields that exist in one regime; of vectors, the components that do."""
         return existing_channels(self.dynamic, self.domains[number], self.ndim)
 
+    def channel_numbers(self, number: int) -> list[int]:
+        """The channels of `channels`, one by one."""
+        return [c for s in self.channels(number).values() for c in range(s.start, s.stop)]
+
     def solid_channel(self, number: int) -> int | None:
         """Static channel of the field ``solid``, None where the regime has none."""
         source = self.sources[number]

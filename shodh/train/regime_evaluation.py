@@ -91,7 +91,7 @@ class RegimeEvaluation:
         self.domain: Domain = evaluator.regimes.domains[number]
         self.name = evaluator.regimes.names[number]
         self.slices = evaluator.regimes.channels(number)
-        self.channels = [c for s in self.slices.values() for c in range(s.start, s.stop)]
+        self.channels = evaluator.regimes.channel_numbers(number)
         self.solid = evaluator.regimes.solid_channel(number)
         self.means = Means()
         self.table: Tensor | None = None

@@ -113,6 +113,7 @@ class _RegimeEffects:
 
     def __init__(self, evaluator: Evaluator, recording: Recording, donors: Sequence[Recording], decode: bool) -> None:
         self.e, self.recording, self.decode = evaluator, recording, decode
+        self.channels = recording.regime.regimes.channel_numbers(recording.regime.number)
         tokens = recording.selected.shape[2]
         self.donors = [d for d in donors if d.selected.shape[2] == tokens]
         self.means = Means()
@@ -128,13 +129,15 @@ class _RegimeEffects:
     def _measure(self, name: str, batch: ProbeBatch) -> None:
         told = self.recording.regime.router_arguments(self.e.config.operator.experts, batch.past)
         output = self.e.operator(batch.past, batch.features, **told).latent
-        self.means.add(f"{name}/latent", (output - batch.target).square().flatten(1).mean(1))
+        error = output - batch.target
+        if self.e.trained is None:  # Fields that do not exist are no part of the error.
+            error = error[:, self.channels]
+        self.means.add(f"{name}/latent", error.square().flatten(1).mean(1))
         if self.decode:
             regime, some = self.recording.regime, slice(None, None, DECODE_EVERY)
             emitted = self.e.tokenizer.emit(output[some], add_walls(batch.static[some], regime.domain))
             error = self.e.tokenizer.assemble(emitted, regime.domain) - batch.fields[some, -1]
-            existing = torch.cat([error[:, s] for s in regime.regimes.channels(regime.number).values()], 1)
-            self.means.add(f"{name}/decoded", existing.square().flatten(1).mean(1))
+            self.means.add(f"{name}/decoded", error[:, self.channels].square().flatten(1).mean(1))
 
     def ratios(self, number: int) -> tuple[float, float | None]:
         values = self.means.result()
@@ -163,8 +166,10 @@ def measure_effects(
     seeds : int
         Draws of each random intervention.
     decode : bool
-        Also the error of decoded fields, normalised, of every fourth window.
+        Also the error of decoded fields, normalised, of every fourth window. Operators on fields decode nothing: what
+        is called their latent error is that of the normalised fields.
     """
+    decode = decode and evaluator.trained is not None
     effects: Effects = {}
     for recording in recordings:
         layers = recording.selected.shape[0]

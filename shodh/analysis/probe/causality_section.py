@@ -20,8 +20,9 @@ WHOLE = ("remove all", "shuffle tokens", "shuffle samples")
 TEXT = (
     "Usage is not importance: an expert that takes many tokens may be spared, and one that takes few may not. Here "
     "routing is changed while the model runs, and every number is the held-out one-step error over the intact one (1: "
-    "nothing lost). An expert counts as one that matters where its removal raises the latent error of a regime by "
-    "more than 5 %. Substitutes keep the weight of the expert they stand in for."
+    "nothing lost), of latents, or of normalised fields where the operator works on these. An expert counts as one "
+    "that matters where its removal raises the latent error of a regime by more than 5 %. Substitutes keep the weight "
+    "of the expert they stand in for."
 )
 
 

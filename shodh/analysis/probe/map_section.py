@@ -33,13 +33,18 @@ def map_section(recordings: Sequence[Recording], token_grid: Sequence[int]) -> S
 
 
 def middle_planes(shape: Sequence[int], token_grid: Sequence[int]) -> list[tuple[int, int]]:
-    """``(axis, index)`` of the middle planes across y and z, or across the one axis along which there is one token."""
+    """``(axis, index)`` of the middle planes across y and z, or across the one axis along which there is one token.
+
+    Fields of two axes are one plane, across a third axis that they do not have.
+    """
+    if len(shape) == 2:
+        return [(2, 0)]
     flat = [axis for axis, tokens in enumerate(token_grid) if tokens == 1]
     return [(axis, shape[axis] // 2) for axis in (flat[:1] or (1, 2))]
 
 
 def _plane(values: np.ndarray, axis: int, index: int) -> np.ndarray:
-    return values.take(index, axis).T
+    return (values if values.ndim == 2 else values.take(index, axis)).T
 
 
 def _map(recording: Recording, picture: Picture, token_grid: Sequence[int]) -> Figure:
@@ -59,7 +64,8 @@ def _map(recording: Recording, picture: Picture, token_grid: Sequence[int]) -> F
                 panel.set_xlabel(names[0], fontsize=8)
                 panel.set_ylabel(names[1], fontsize=8)
                 continue
-            tokens = _plane(experts[column - 1], axis, index * token_grid[axis] // picture.background.shape[axis])
+            cells_along = picture.background.shape[axis] if axis < picture.background.ndim else 1
+            tokens = _plane(experts[column - 1], axis, index * (*token_grid, 1)[axis] // cells_along)
             _draw_tokens(panel, tokens, cells.shape, colours)
     for panel, title in zip(axes[0], [picture.label, *(f"layer {layer}" for layer in layers)], strict=True):
         panel.set_title(title, fontsize=9, color=INK)

@@ -21,6 +21,7 @@ from shodh.models.domain import Domain
 from shodh.moe.step import regime_arguments
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.evaluation import Evaluator
+from shodh.train.field_task import Presence
 from shodh.train.latents import encode_frames
 
 
@@ -62,8 +63,9 @@ class ProbeRegime:
 class ProbeBatch(NamedTuple):
     """Windows of one regime: ``B`` samples, ``T`` past frames and the one that follows.
 
-    ``past [B, T, L, *latent grid]``, ``target [B, L, *latent grid]``, ``features [B, S', *latent grid]``, normalised
-    ``fields [B, T + 1, C, *grid]``, ``static [B, S, *grid]``; ``trajectory`` and ``frame [B]`` name the samples.
+    ``past [B, T, L, *latent grid]``, ``target [B, L, *latent grid]``, ``features [B, S', *latent grid]``, of operators
+    on fields the padded fields in the place of latents; normalised ``fields [B, T + 1, C, *grid]``,
+    ``static [B, S, *grid]``; ``trajectory`` and ``frame [B]`` name the samples.
     """
 
     past: Tensor
@@ -97,7 +99,8 @@ def left_out_regimes(evaluator: Evaluator, paths: Mapping[str, Path]) -> list[Pr
     for name, path in paths.items():
         regime = _describe(name, path, evaluator.config.data)
         data = evaluator.config.data.model_copy(update={"regimes": (regime,)})
-        found.append(ProbeRegime(open_regimes(data), 0, left_out=True))
+        regimes = open_regimes(data, extrude=not evaluator.config.operator.in_field_space)
+        found.append(ProbeRegime(regimes, 0, left_out=True))
     return found
 
 
@@ -136,6 +139,19 @@ def spread(count: int, limit: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, count - 1, min(count, limit)).round()})
 
 
+def _operator_inputs(
+    evaluator: Evaluator, regime: ProbeRegime, fields: Tensor, static: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Frames and static inputs in the space of the operator: latents, or the fields themselves."""
+    if evaluator.trained is None:
+        label = torch.full((len(fields),), regime.number, device=evaluator.device)
+        return Presence(regime.regimes).pad(fields.to(evaluator.device), static.to(evaluator.device), label)
+    encoded = [
+        encode_frames(evaluator.tokenizer, regime.domain, frame, static, evaluator.device) for frame in fields.unbind(1)
+    ]
+    return torch.stack([latent for latent, _ in encoded], 1), encoded[0][1]
+
+
 @torch.no_grad()
 def batches(
     evaluator: Evaluator, regime: ProbeRegime, split: Split, limit: int, description: str
@@ -155,15 +171,11 @@ def batches(
     for start in tqdm(starts, f"{description}, {regime.name}", unit="batch", disable=not sys.stderr.isatty()):
         items = [windows[row] for row in rows[start : start + size]]
         fields, static = (torch.stack([item[name] for item in items]) for name in ("fields", "static"))
-        encoded = [
-            encode_frames(evaluator.tokenizer, regime.domain, frame, static, evaluator.device)
-            for frame in fields.unbind(1)
-        ]
-        latents = torch.stack([latent for latent, _ in encoded], 1)
+        frames, features = _operator_inputs(evaluator, regime, fields, static)
         yield ProbeBatch(
-            past=latents[:, : data.history],
-            target=latents[:, data.history],
-            features=encoded[0][1],
+            past=frames[:, : data.history],
+            target=frames[:, data.history],
+            features=features,
             fields=fields.to(evaluator.device),
             static=static.to(evaluator.device),
             trajectory=[item["trajectory"] for item in items],
