@@ -66,18 +66,18 @@ def convert(
     CheckpointError
         The source cannot be used, ``out`` exists, or what was written is not what was read.
     """
-    _check_target(out, overwrite)
+    check_target(out, overwrite)
     model = open_source(source, dtype, tokenizer=tokenizer, tag=tag, config_path=config_path)
     description = model.description
     dtypes = written_dtypes(description.config, description.parts, model.tensors, DTYPES[dtype])
     size = sum(t.numel * dtypes[name].itemsize for name, t in model.tensors.items())
-    with _whole_or_absent(out) as partial:
-        with _bar("write", size) as progress:
+    with whole_or_absent(out) as partial:
+        with progress_bar("write", size) as progress:
             files = write_pretrained(
                 partial, description, model.tensors, dtypes, max_shard_size, model.numbers, progress
             )
         if verify:
-            with _bar("verify", size) as progress:
+            with progress_bar("verify", size) as progress:
                 _verify(partial, model, dtypes, progress)
     names = [file.name for file in files]
     parameters = description.parameters
@@ -85,7 +85,7 @@ def convert(
     return Conversion(str(out), names, dtype, len(dtypes), parameters, size, masters, verify)
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
+def check_target(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
@@ -95,7 +95,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _whole_or_absent(out: Path) -> Iterator[Path]:
+def whole_or_absent(out: Path) -> Iterator[Path]:
     """A hidden folder beside ``out`` that takes its place when the block succeeds, and is removed when it fails."""
     out = out.absolute()
     partial, old = (out.with_name(f".{out.name}{suffix}") for suffix in (PARTIAL_SUFFIX, ".old"))
@@ -118,7 +118,7 @@ def _whole_or_absent(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _bar(what: str, size: int) -> Iterator[Progress]:
+def progress_bar(what: str, size: int) -> Iterator[Progress]:
     with tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         yield bar.update
 

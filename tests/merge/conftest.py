@@ -1,0 +1,94 @@
+"""Converted folders of a family of real models, tiny and never trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from expert_weights import State
+from safetensors.torch import save_file
+
+from shodh.config import RunConfig, dump_config, load_config
+from shodh.data import FieldNormalizer
+from shodh.exchange.convert import convert
+from shodh.models.description import read_pretrained
+from shodh.models.factory import build_operator, build_tokenizer
+from shodh.models.init import initialise
+from shodh.seeding import generator
+from shodh.train.run_folder import RunFolder
+from shodh.weights import expected_shapes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def random_operator(config: RunConfig, *key: int | str) -> State:
+    """An initialised operator with another random change of every weight."""
+    model = build_operator(config)
+    initialise(model, 0)
+    state = {name: model.state_dict()[name].clone() for name in expected_shapes(model)}
+    if key:
+        for name, tensor in state.items():
+            tensor += 0.02 * torch.randn(tensor.shape, generator=generator(*key, name))
+    return state
+
+
+@pytest.fixture(scope="session")
+def make_folder(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> Callable[..., Path]:
+    """``make_folder(name, *key, init_from=None, mean=0.0, tokenizer=0, dtype="fp32", **config)``: a converted folder.
+
+    What lies in the run folder is what training leaves there, but for the steps of training.
+    """
+    root = tmp_path_factory.mktemp("family")
+
+    def make(
+        name: str,
+        *key: int | str,
+        init_from: Path | None = None,
+        mean: float = 0.0,
+        tokenizer: int = 0,
+        dtype: str = "fp32",
+        **changes: Any,
+    ) -> Path:
+        folder = root / name
+        folder.mkdir()
+        config = load_config(write_config(folder / "config.yaml", name=name, **changes))
+        _write_tokenizer(config, mean, tokenizer)
+        run = RunFolder(config.run_dir)
+        run.path.mkdir(parents=True)
+        save_file({n: t.contiguous() for n, t in random_operator(config, *key).items()}, run.path / "model.safetensors")
+        (run.path / "config.yaml").write_text(dump_config(config))
+        run.record_start(None if init_from is None else read_pretrained(init_from)[0].source.sha256)
+        convert(run.path / "model.safetensors", folder / "converted", dtype)
+        return folder / "converted"
+
+    return make
+
+
+def _write_tokenizer(config: RunConfig, mean: float, seed: int) -> None:
+    folder = config.tokenizer_dir
+    folder.mkdir(parents=True)
+    model = build_tokenizer(config)
+    initialise(model, seed)
+    state = model.state_dict()
+    save_file({n: state[n].contiguous() for n in expected_shapes(model)}, folder / "tokenizer.safetensors")
+    fields = [f.build() for f in config.data.fields]
+    names = [r.name for r in config.data.regimes]
+    constants = {
+        name: {f.name: (0.0 if f.kind == "vector" else mean, 1.0) for f in fields if not f.static} for name in names
+    }
+    content = {
+        "weights": "tokenizer.safetensors",
+        "normalizer": FieldNormalizer(fields, 3, constants).to_dict(),
+        "domains": {name: {"boundary": ["periodic"] * 3, "lengths": [1.0] * 3} for name in names},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
