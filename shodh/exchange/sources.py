@@ -25,6 +25,7 @@ from shodh.models.description import (
     read_pretrained,
 )
 from shodh.train.checkpoint import MANIFEST, checksum, verify_checkpoint
+from shodh.train.field_task import SPACE_FILE
 from shodh.train.latents import TOKENIZER_FILE
 from shodh.train.run_folder import RunFolder, describe_environment
 from shodh.weights import (
@@ -103,10 +104,16 @@ def open_source(
         raise CheckpointError(f"{path} is a checkpoint of a tokenizer; convert its run folder {run}")
     operator = _open_operator(path, dtype)
     source = operator.source.model_copy(update={"init_from": None if run is None else RunFolder(run).started_from()})
-    folder = _tokenizer_folder(config, run, tokenizer)
-    tensors = {f"tokenizer.{name}": t for name, t in _tokenizer_weights(folder).items()}
-    tensors.update((f"operator.{name}", t) for name, t in operator.tensors.items())
-    description = _describe(config, folder, ("tokenizer", "operator"), dtype, source, tensors, path)
+    parts: tuple[Part, ...] = ("operator",)
+    tensors = {f"operator.{name}": t for name, t in operator.tensors.items()}
+    if config.operator.in_field_space:
+        space = _space_file(path, run, tokenizer)
+    else:
+        parts = ("tokenizer", "operator")
+        folder = _tokenizer_folder(config, run, tokenizer)
+        tensors = {f"tokenizer.{name}": t for name, t in _tokenizer_weights(folder).items()} | tensors
+        space = folder / TOKENIZER_FILE
+    description = _describe(config, space, parts, dtype, source, tensors, path)
     return Model(description, tensors, _numbers(run, path.name))
 
 
@@ -187,6 +194,17 @@ def _tokenizer_folder(config: RunConfig, run: Path | None, given: Path | None) -
     raise CheckpointError(f"no trained tokenizer in {' or '.join(map(str, candidates))}; name its run with --tokenizer")
 
 
+def _space_file(path: Path, run: Path | None, tokenizer: Path | None) -> Path:
+    """Where a run of an operator on fields keeps its normalisation and domains."""
+    if tokenizer is not None:
+        raise CheckpointError(f"{path} holds an operator on fields, which has no tokenizer; leave out --tokenizer")
+    if run is None or not (run / SPACE_FILE).is_file():
+        raise CheckpointError(
+            f"{path} holds an operator on fields; convert it within its run folder, with {SPACE_FILE}"
+        )
+    return run / SPACE_FILE
+
+
 def _tokenizer_weights(folder: Path) -> dict[str, StoredTensor]:
     name = read_json(folder / TOKENIZER_FILE).get("weights")
     if not isinstance(name, str) or Path(name).name != name:
@@ -199,28 +217,30 @@ def _tokenizer_alone(folder: Path, dtype: str) -> Model:
     tensors = {f"tokenizer.{name}": t for name, t in _tokenizer_weights(folder).items()}
     weights = folder / read_json(folder / TOKENIZER_FILE)["weights"]
     source = Source(name=folder.name, sha256=checksum(weights), step=config.tokenizer.train.steps)
-    return Model(_describe(config, folder, ("tokenizer",), dtype, source, tensors, folder), tensors)
+    return Model(_describe(config, folder / TOKENIZER_FILE, ("tokenizer",), dtype, source, tensors, folder), tensors)
 
 
 def _describe(
     config: RunConfig,
-    tokenizer: Path,
+    space: Path,
     parts: tuple[Part, ...],
     dtype: str,
     source: Source,
     tensors: Weights,
     path: Path,
 ) -> ModelDescription:
-    content = read_json(tokenizer / TOKENIZER_FILE)
+    content = read_json(space)
     if "domains" not in content:
         raise CheckpointError(
-            f"{tokenizer / TOKENIZER_FILE} lacks the domains of its regimes: an older version wrote it; 'launch/"
-            f"train_tokenizer.py --config {tokenizer / 'config.yaml'} --resume auto' writes it anew, without training"
+            f"{space} lacks the domains of its regimes: an older version wrote it; 'launch/train_tokenizer.py "
+            f"--config {space.parent / 'config.yaml'} --resume auto' writes it anew, without training"
         )
     regimes = [r.name for r in config.data.regimes]
     unknown = [name for name in regimes if name not in content["domains"]]
     if unknown:
-        raise CheckpointError(f"the tokenizer in {tokenizer} was not trained on the regimes {unknown}; use --tokenizer")
+        raise CheckpointError(
+            f"the tokenizer in {space.parent} was not trained on the regimes {unknown}; use --tokenizer"
+        )
     with torch.device("meta"):
         model = build_parts(config, parts)
     check_fit(expected_shapes(model), {name: t.shape for name, t in tensors.items()}, path)

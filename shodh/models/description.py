@@ -20,6 +20,7 @@ from shodh.errors import CheckpointError, ConfigError, DataError
 from shodh.models.card import model_card
 from shodh.models.domain import Domain
 from shodh.models.factory import build_operator, build_tokenizer
+from shodh.moe.groups import is_routed_expert
 from shodh.weights import (
     MAX_SHARD_SIZE,
     LazyWeights,
@@ -126,6 +127,20 @@ def is_pretrained(path: Path) -> bool:
         return True  # A damaged one is to be named, not taken for something else.
 
 
+def read_description(path: Path) -> ModelDescription:
+    """Description of a folder, or of a lone file that was written by this project. Errors as `read_pretrained`."""
+    if not path.is_file():
+        return parse_description(read_json(path / CONFIG), path / CONFIG)
+    text = read_metadata(path).get(METADATA_KEY)
+    if text is None:
+        raise CheckpointError(f"{path} says nothing about its model; use the folder it came with")
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: its description is not valid JSON") from error
+    return parse_description(content if isinstance(content, dict) else {}, path)
+
+
 def read_pretrained(path: Path) -> tuple[ModelDescription, Weights]:
     """Description and stored tensors of a folder, or of a lone file that was written by this project.
 
@@ -134,17 +149,7 @@ def read_pretrained(path: Path) -> tuple[ModelDescription, Weights]:
     CheckpointError
         Names the file that is missing or damaged, or the tensor that does not fit.
     """
-    if path.is_file():
-        text = read_metadata(path).get(METADATA_KEY)
-        if text is None:
-            raise CheckpointError(f"{path} says nothing about its model; use the folder it came with")
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise CheckpointError(f"{path} is damaged: its description is not valid JSON") from error
-        description = parse_description(content if isinstance(content, dict) else {}, path)
-    else:
-        description = parse_description(read_json(path / CONFIG), path / CONFIG)
+    description = read_description(path)
     tensors = open_weights(path)
     check_weights(description, tensors, path)
     return description, tensors
@@ -183,7 +188,7 @@ def count_parameters(config: RunConfig, parts: tuple[Part, ...]) -> dict[str, in
     for name, parameter in model.named_parameters():
         count = parameter.numel()
         total += count
-        active += count * experts.top_k // experts.num_experts if ".experts." in name else count
+        active += count * experts.top_k // experts.num_experts if is_routed_expert(name) else count
     return {"total": total, "active": active}
 
 

@@ -1,7 +1,4 @@
-"""A whole model in physical units: tokenizer, operator, normalisation and domains, loaded from one folder or the hub.
-
-Needs neither DeepSpeed nor the compiled extension. Only safetensors and JSON are read.
-"""
+"""A whole model in physical units from one folder or the hub: tokenizer and operator, or an operator on fields."""
 
 from __future__ import annotations
 
@@ -9,24 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
-from torch import Tensor, nn
+from torch import Tensor
 
-from shodh.errors import CheckpointError, DataError
-from shodh.models.description import (
-    ModelDescription,
-    build_parts,
-    read_pretrained,
-    write_pretrained,
-)
-from shodh.models.domain import Domain, add_walls, static_features
+from shodh.errors import CheckpointError
+from shodh.models.description import ModelDescription, build_parts, read_description
+from shodh.models.domain import add_walls, static_features
+from shodh.models.field_space import channel_mask, pad_absent
 from shodh.models.operator import LatentTransformer
+from shodh.models.pretrained_base import PretrainedModel, local_folder
+from shodh.models.registry import FieldOperator
 from shodh.models.tokenizer import Tokenizer
 from shodh.moe.step import regime_arguments
-from shodh.weights import DTYPES, StoredTensor, load_into, persistent_buffers, target_dtypes
 
 
-class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh", license="apache-2.0"):  # type: ignore[misc]
+class ShodhModel(PretrainedModel):
     """Tokenizer and operator of a run, from physical fields to physical fields.
 
     Fields are float32 in the units of the training data, channels in the order of the fields of ``description``, a
@@ -44,9 +37,7 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh", license="apache
     """
 
     def __init__(self, description: ModelDescription) -> None:
-        super().__init__()
-        self.description = description
-        self.config = description.config
+        super().__init__(description)
         parts = build_parts(self.config, description.parts)
         if "tokenizer" not in parts:
             raise CheckpointError("a model needs its tokenizer; this folder holds the operator alone")
@@ -54,18 +45,6 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh", license="apache
         self.operator: LatentTransformer | None = None
         if "operator" in parts:
             self.operator = parts["operator"]  # type: ignore[assignment]
-        self.normalizer = description.build_normalizer()
-        self.domains = description.build_domains()
-
-    @property
-    def regimes(self) -> tuple[str, ...]:
-        """Names of the regimes the model was trained on."""
-        return self.description.regimes
-
-    @property
-    def history(self) -> int:
-        """Past frames that one step needs."""
-        return self.config.data.history
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -73,34 +52,9 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh", license="apache
         x, y, z = (8 * n for n in self.config.latent_grid)
         return x, y, z
 
-    @property
-    def num_channels(self) -> int:
-        """Channels of the fields that change in time."""
-        return self.tokenizer.num_channels
-
-    @property
-    def num_static(self) -> int:
-        """Channels of the static fields."""
-        return sum(f.build().num_components(3) for f in self.config.data.fields if f.static)
-
-    def domain(self, regime: str) -> Domain:
-        """Boundary and lengths of a regime's box."""
-        if regime not in self.domains:
-            raise DataError(f"no regime {regime!r}; this model knows {list(self.regimes)}")
-        return self.domains[regime]
-
-    def _check(self, values: Tensor, what: str, leading: tuple[str, ...], channels: int) -> None:
-        """Shape ``[*leading, channels, *grid]``."""
-        expected = (channels, *self.grid)
-        if values.ndim != len(leading) + 4 or tuple(values.shape[len(leading) :]) != expected:
-            text = ", ".join([*leading, *map(str, expected)])
-            raise DataError(f"{what} must be [{text}], got {list(values.shape)}")
-
     def _geometry(self, static: Tensor, regime: str) -> Tensor:
         """What the networks see of a domain, ``[B, G, X, Y, Z]``."""
-        self._check(static, "static", ("batch",), self.num_static)
-        scaled = torch.stack([self.normalizer.normalize_static_(s.clone(), regime) for s in static.float()])
-        return add_walls(scaled, self.domain(regime))
+        return add_walls(self._normalize_static(static, regime), self.domain(regime))
 
     @torch.no_grad()
     def encode(self, fields: Tensor, static: Tensor, regime: str) -> Tensor:
@@ -135,26 +89,15 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh", license="apache
         ]
         return self.normalizer.denormalize(torch.stack(frames, 1), regime)
 
-    def predict(self, fields: Tensor, static: Tensor, regime: str, *, exact: bool = False) -> Tensor:
-        """The frame that follows ``fields [B, T, C, X, Y, Z]`` (oldest first): ``[B, C, X, Y, Z]``."""
-        return self.rollout(fields, static, regime, steps=1, exact=exact)[:, 0]
-
     @torch.no_grad()
     def rollout(self, fields: Tensor, static: Tensor, regime: str, steps: int, *, exact: bool = False) -> Tensor:
         """The ``steps`` frames that follow, each predicted from the last ones in latent space: ``[B, steps, C, ...]``.
 
-        Parameters
-        ----------
-        fields : Tensor [B, T, C, X, Y, Z]
-            At least `history` frames, oldest first; the last ones are used.
-        static : Tensor [B, S, X, Y, Z]
-        regime : str
-            Whose normalisation and domain are meant; no network sees the name, but an oracle router its number.
+        Arguments as `PretrainedModel.rollout`, ``exact`` as `decode`.
         """
         if self.operator is None:
             raise CheckpointError("this folder holds a tokenizer alone; convert a run of launch/pretrain.py")
-        if fields.ndim != 6 or fields.shape[1] < self.history:
-            raise DataError(f"fields must hold {self.history} frames, oldest first, got {list(fields.shape)}")
+        self._check_history(fields)
         window = self.encode(fields[:, -self.history :], static, regime)
         features = static_features(self._geometry(static, regime))
         told = regime_arguments(self.config.operator.experts, self.regimes.index(regime), window)
@@ -165,56 +108,60 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh", license="apache
             window = torch.cat((window[:, 1:], following.unsqueeze(1)), 1)
         return self.decode(torch.stack(frames, 1), static, regime, exact=exact)
 
-    forward = predict
 
-    @classmethod
-    def load(cls, path: Path, device: torch.device | str = "cpu") -> ShodhModel:
-        """Read a folder that was converted or saved; weights become float32.
+class FieldModel(PretrainedModel):
+    """An operator on fields, in two or three dimensions, from physical fields to physical fields.
+
+    As `ShodhModel`, without latents: a vector has one channel an axis of the grid. Channels of fields that a regime
+    lacks are not read, and mean nothing where they are given back.
+    """
+
+    def __init__(self, description: ModelDescription) -> None:
+        super().__init__(description)
+        self.operator: FieldOperator = build_parts(self.config, description.parts)["operator"]  # type: ignore[assignment]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Cells of each axis."""
+        return self.config.data.grid
+
+    def _exists(self, regime: str, like: Tensor, *, static: bool) -> Tensor:
+        """Which channels exist, for as many samples as ``like`` has: ``[B, C]``."""
+        fields = [f for f in (f.build() for f in self.config.data.fields) if f.static == static]
+        return channel_mask(fields, self.domain(regime), len(self.grid)).to(like.device).expand(len(like), -1)
+
+    @torch.no_grad()
+    def rollout(self, fields: Tensor, static: Tensor, regime: str, steps: int, *, exact: bool = False) -> Tensor:
+        """The ``steps`` frames that follow, each predicted from the last ones: ``[B, steps, C, *grid]``.
+
+        Arguments as `PretrainedModel.rollout`.
 
         Raises
         ------
         CheckpointError
-            Names the file that is missing or damaged, or the tensor that does not fit.
+            ``exact`` is asked for: nothing here is decoded from a potential.
         """
-        description, tensors = read_pretrained(path)
-        model = cls(description)
-        load_into(model, {name: stored.read() for name, stored in tensors.items()}, path)
-        return model.eval().requires_grad_(False).to(device)
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, path_or_hub_id: str | Path, *, device: torch.device | str = "cpu", **download: Any
-    ) -> ShodhModel:
-        """Load a converted folder, or a model of the hub (``owner/name``).
-
-        Parameters
-        ----------
-        download
-            For the hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and the like.
-        """
-        path = Path(path_or_hub_id)
-        if path.exists():
-            return cls.load(path, device)
-        try:
-            folder = snapshot_download(str(path_or_hub_id), allow_patterns=["*.safetensors", "*.json"], **download)
-        except Exception as error:  # the hub's errors have no common base
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"{path_or_hub_id} is no folder, and no model of the hub: {reason}") from error
-        return cls.load(Path(folder), device)
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        """Config, weights and card; what `save_pretrained` and `push_to_hub` of the hub's mixin call."""
-        buffers = dict(persistent_buffers(self))
-        weights = dict(self.named_parameters())
-        found, names = {p.dtype for p in weights.values()}, {dtype: name for name, dtype in DTYPES.items()}
-        if len(found) != 1 or found - names.keys():
-            raise CheckpointError(f"weights of {sorted(map(str, found))} cannot be saved; use one of {list(DTYPES)}")
-        state = {**weights, **buffers}
-        tensors = {name: StoredTensor.of(tensor.cpu(), save_directory) for name, tensor in state.items()}
-        description = self.description.model_copy(update={"dtype": names[found.pop()]})
-        write_pretrained(save_directory, description, tensors, target_dtypes(tensors, None))
+        if exact:
+            raise CheckpointError("exact is of velocities that are decoded from a potential; this operator has none")
+        self._check(fields, "fields", ("batch", "time"), self.num_channels)
+        self._check_history(fields)
+        exists = self._exists(regime, fields, static=False)
+        normal = self.normalizer.normalize(fields[:, -self.history :].float(), regime)
+        window = torch.stack([pad_absent(frame, exists) for frame in normal.unbind(1)], 1)
+        given = pad_absent(self._normalize_static(static, regime), self._exists(regime, static, static=True))
+        told = regime_arguments(self.config.operator.experts, self.regimes.index(regime), window)
+        frames = []
+        for _ in range(steps):
+            following = pad_absent(self.operator(window, given, **told).latent, exists)
+            frames.append(following)
+            window = torch.cat((window[:, 1:], following.unsqueeze(1)), 1)
+        return self.normalizer.denormalize(torch.stack(frames, 1), regime)
 
 
-def from_pretrained(path_or_hub_id: str | Path, *, device: torch.device | str = "cpu", **download: Any) -> ShodhModel:
-    """Load a model from a folder or the hub; see `ShodhModel.from_pretrained`."""
-    return ShodhModel.from_pretrained(path_or_hub_id, device=device, **download)
+def from_pretrained(
+    path_or_hub_id: str | Path, *, device: torch.device | str = "cpu", **download: Any
+) -> ShodhModel | FieldModel:
+    """Load a model from a folder or the hub; see `PretrainedModel.from_pretrained`."""
+    folder = local_folder(path_or_hub_id, **download)
+    kind = FieldModel if read_description(folder).config.operator.in_field_space else ShodhModel
+    return kind.load(folder, device)

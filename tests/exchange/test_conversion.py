@@ -273,13 +273,13 @@ def test_hub_model_is_downloaded_and_a_missing_one_is_one_line(
     runs: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     convert(runs(1).path, tmp_path / "out")
-    monkeypatch.setattr("shodh.models.pretrained.snapshot_download", lambda name, **_: str(tmp_path / "out"))
+    monkeypatch.setattr("shodh.models.pretrained_base.snapshot_download", lambda name, **_: str(tmp_path / "out"))
     assert shodh.from_pretrained("someone/model").regimes == ("open_channel", "porous_media")
 
     def absent(name: str, **_: Any) -> str:
         raise OSError("no such repository\nand more")
 
-    monkeypatch.setattr("shodh.models.pretrained.snapshot_download", absent)
+    monkeypatch.setattr("shodh.models.pretrained_base.snapshot_download", absent)
     with pytest.raises(CheckpointError, match="no folder, and no model of the hub: no such repository$"):
         shodh.from_pretrained("someone/model")
 
