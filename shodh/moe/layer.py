@@ -85,8 +85,9 @@ class _LinearExperts(nn.Module):
     """This rank's experts of form linear, over the parameters that DeepSpeed has marked as spread.
 
     ``forward(x [N, M], counts [E_local]) -> [N, M]`` of rows sorted by expert; of these ``dim`` are read and
-    ``width`` written, the others are zeros. The bias is one more column of the weight, met by a one in every row, so
-    that its gradient is a sum within the grouped GEMM: deterministic, unlike a scattered one.
+    ``width`` written, the others are zeros. The halves are multiplied apart, so that no weight is copied, which would
+    cost the more the more experts there are. The bias is a grouped GEMM with rows of a one, so that its gradient is a
+    sum in there: deterministic, unlike a scattered one.
     """
 
     biases = ("w2",)
@@ -97,11 +98,15 @@ class _LinearExperts(nn.Module):
         self.dim = dim
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        padding = (0, ROW_ALIGNMENT - 1)
-        weight = torch.cat((torch.cat((self.w1, self.w3), 1), F.pad(self.w2, padding)), 2).to(x.dtype)
-        rows = torch.cat((x[:, : self.dim], F.pad(x.new_ones(len(x), 1), padding)), 1)
         ends = torch.cumsum(counts, 0, dtype=torch.int32)
-        out = F.gelu(torch._grouped_mm(rows, weight.transpose(-2, -1), offs=ends))
+
+        def multiply(rows: Tensor, weight: Tensor) -> Tensor:
+            return torch._grouped_mm(rows, weight.to(rows.dtype).transpose(-2, -1), offs=ends)
+
+        inputs, padding = x[:, : self.dim], (0, ROW_ALIGNMENT - 1)
+        halves = torch.cat((multiply(inputs, self.w1), multiply(inputs, self.w3)), 1)
+        bias = multiply(F.pad(x.new_ones(len(x), 1), padding), F.pad(self.w2, padding))
+        out = F.gelu(halves + bias)
         return F.pad(out, (0, x.shape[1] - out.shape[1]))
 
 

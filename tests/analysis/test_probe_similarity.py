@@ -11,10 +11,11 @@ from shodh.analysis.probe.similarity import (
     bilinear_pairing,
     cka_matrix,
     expert_outputs,
+    is_bilinear,
     linear_cka,
     tensor_similarity,
 )
-from shodh.moe.experts import ExpertStack
+from shodh.moe.experts import ExpertStack, LinearExpertStack
 from shodh.seeding import generator
 
 EXPERTS, DIM, HIDDEN = 3, 6, 8
@@ -154,3 +155,14 @@ def test_with_self_contraction_the_pairing_is_the_gaussian_expectation_and_witho
 def test_experts_that_are_not_bilinear_are_refused() -> None:
     with pytest.raises(ValueError, match="bilinear"):
         tensor_similarity(stack(), stack(activation="swiglu"))
+
+
+def test_linear_experts_are_compared_by_their_outputs_alone() -> None:
+    stack = LinearExpertStack(3, 6, 16)
+    stack.seeded_reset(0, "stack")
+    rows = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    outputs = expert_outputs(stack, rows)
+    assert outputs.shape == (3, 40, 16) and torch.equal(outputs[1], stack(rows, 1).detach())
+    assert not is_bilinear(stack)
+    with pytest.raises(ValueError, match="bilinear experts alone"):
+        tensor_similarity(stack, stack)

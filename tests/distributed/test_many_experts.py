@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import rank_jobs
 import torch
-from helper import run_ranks
+from helper import run_ranks, run_script
 from laboratory import Laboratory, Run
 
 import shodh
@@ -130,6 +131,19 @@ def test_converted_model_has_the_temperature_and_the_outputs_of_the_engine(
     for rank in run.ranks:
         torch.testing.assert_close(output.latent, rank["latent"], rtol=0, atol=1e-6)
         assert all(torch.equal(r.selected, s) for r, s in zip(output.routing, rank["selected"], strict=True))
+
+
+def test_routing_of_whole_samples_by_four_experts_is_traced_and_analysed(
+    laboratory: Laboratory, tmp_path: Path
+) -> None:
+    run = laboratory.run(2, 2, 3, *settings(*MOE_POT))
+    assert all(len(set(np.ravel(grid))) == 1 for grid in run.samples().values()), "one choice a sample"
+    for counts in run.counts().values():
+        # Four experts for each of the 8 tokens of a sample.
+        assert all(n % 8 == 0 for regime in counts.values() for n in regime)
+        assert sum(sum(regime) for regime in counts.values()) == 8 * 8 * 4
+    done = run_script("tools/analyze_routing.py", run.path, "--out", tmp_path, "--no-probe")
+    assert done.code == 0, done.stderr
 
 
 @pytest.mark.parametrize("kind", ("hash", "frozen", "oracle"))
