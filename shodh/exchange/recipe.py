@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from shodh.errors import ConfigError
 from shodh.exchange.experts import Expert, family_range
-from shodh.merge.coordinates import LIMIT, Coordinates, ParameterMap, as_coordinates, read_coordinates
+from shodh.merge.coordinates import LIMIT, Coordinates, ParameterMap, as_coordinates, coordinate, read_coordinates
 from shodh.merge.readout import Range, read_coord
 from shodh.merge.span import CurveKind
 
@@ -147,5 +147,11 @@ def _positions(between: Sequence[Expert], values: Sequence[float | None], family
             if own is None:
                 raise ConfigError(f"{expert.path}: its configuration gives no {family.name}; write DIR=VALUE")
             value = own[1]
-        positions.append(family.coordinate(value))
+        position = coordinate(value, family.low, family.high, family.scale)
+        if not positions[-1] < position < 1.0:
+            raise ConfigError(
+                f"{expert.path}: {family.name} = {value:g} does not lie between the experts before and after it; name "
+                "the experts between in their order from low to high"
+            )
+        positions.append(position)
     return (*positions, 1.0)

@@ -69,6 +69,8 @@ def model_card(description: Mapping[str, Any], numbers: Mapping[str, Any] | None
         history=run["data"]["history"],
         regime=description["regimes"][0],
     )
+    if description.get("merge"):
+        card += _merged(description["merge"])
     rows = list(_rows((numbers or {}).get("regimes", {})))
     if rows:
         split = (numbers or {}).get("split", "held-out")
@@ -77,6 +79,16 @@ def model_card(description: Mapping[str, Any], numbers: Mapping[str, Any] | None
     else:
         card += "\n## Measured\n\nNothing yet: `launch/evaluate.py` was not run on it before it was converted.\n"
     return card + _TAIL
+
+
+def _merged(merge: Mapping[str, Any]) -> str:
+    """How a merged model was made; nobody trained it."""
+    experts = ", ".join(expert["name"] for expert in merge["experts"])
+    where = f" at coordinate {merge['coordinates']['default']}" if "coordinates" in merge else ""
+    return (
+        f"\n## Merged\n\nNot trained: merged from the experts {experts} of the anchor {merge['anchor']['name']} "
+        f"({merge['method']}{where}). All settings and checksums stand under `merge` in `config.json`.\n"
+    )
 
 
 def _describe_field(field: Mapping[str, Any]) -> str:
