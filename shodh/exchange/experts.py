@@ -141,8 +141,7 @@ def _check_tokenizer(anchor: Expert, expert: Expert) -> None:
         if not name.startswith("tokenizer."):
             continue
         for start, stop in blocks(ours.numel):
-            parts = (w.part(start, stop).view(torch.uint8) for w in (ours, expert.weights[name]))
-            if not torch.equal(*parts):
+            if not torch.equal(ours.part(start, stop), expert.weights[name].part(start, stop)):
                 raise CheckpointError(f"{expert.path} and the anchor {anchor.path} have different tokenizers ({name})")
 
 

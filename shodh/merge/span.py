@@ -48,10 +48,12 @@ class Combination(ComputedTensor):
         self.tensors, self.factors = tuple(tensors), factors
 
     def part(self, start: int, stop: int) -> Tensor:
-        return torch.cat([self._piece(*segment) for segment in self._segments(start, stop)])
+        pieces = [self._piece(*segment) for segment in self._segments(start, stop)]
+        return torch.cat(pieces) if pieces else torch.empty(0, dtype=self.dtype)
 
     def values(self, start: int, stop: int) -> Tensor:
-        return torch.cat([self._sum(*segment) for segment in self._segments(start, stop)])
+        pieces = [self._sum(*segment) for segment in self._segments(start, stop)]
+        return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.float64)
 
     def _segments(self, start: int, stop: int) -> Iterator[tuple[list[tuple[LazyTensor, float]], int, int]]:
         """Ranges with the same factors, and what is summed there."""

@@ -133,8 +133,9 @@ def test_a_curve_through_three_experts_reaches_the_middle_one(family: Family, tm
 
 def test_a_plane_has_its_corners(family: Family, tmp_path: Path) -> None:
     corners = (family.low, family.high, family.middle, family.anchor)
-    anchor, experts = open_family(family.anchor, corners, any_anchor=True)
-    merge_experts(anchor, experts, make_recipe(experts, alpha=[1.0, -1.0]), tmp_path / "out")
+    arguments = ("--anchor", family.anchor, "--any-anchor", "--corners", *corners, "--alpha", "1", "-1")
+    finished = run_script(SCRIPT, *arguments, "--out", tmp_path / "out")
+    assert finished.code == 0, finished.stderr
     found, expert = tensors(tmp_path / "out"), tensors(family.middle)
     assert all(same_bits(found[name], expert[name]) for name in expert)
 
