@@ -1,7 +1,8 @@
 """What a run will need, before it is started: parameters, memory, tokens, traffic, groups. Touches no data.
 
 Weights are built on the meta device, so nothing is allocated. Memory of activations is an estimate from the tensors
-that a block keeps for its backward pass; everything else is counted.
+that a block keeps for its backward pass, and of operators on fields so is the work of a step, six operations a weight
+and token; everything else is counted.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 
 from shodh.config import RunConfig
 from shodh.models.factory import build_operator
+from shodh.models.field_space import FieldSpace
+from shodh.models.fno import PROJECTION
 from shodh.moe.groups import decay_groups, is_routed_expert
 from shodh.topology import Topology, plan_topology
 from shodh.train.engine import load_deepspeed_config
@@ -71,6 +74,8 @@ def _memory(config: RunConfig, topology: Topology, stage: int, dense: int, exper
 def _activation_bytes(config: RunConfig, micro_batch: int, tokens: int) -> float:
     operator, experts = config.operator, config.operator.experts
     width = 2 if operator.train.precision == "bf16" else 4
+    if operator.in_field_space:
+        return float(micro_batch * width * _kept_in_field_space(config, tokens))
     hidden = experts.hidden * (experts.num_shared + experts.top_k)
     # Kept for the backward pass of a block, per token: two norms' inputs and outputs, q, k, v, the attention's output,
     # the routed copy in and out, and gate, up and product of every active expert.
@@ -80,6 +85,25 @@ def _activation_bytes(config: RunConfig, micro_batch: int, tokens: int) -> float
     else:
         kept = operator.depth * block
     return float(micro_batch * tokens * kept * width)
+
+
+def _kept_in_field_space(config: RunConfig, tokens: int) -> float:
+    """Numbers that an operator on fields keeps of a sample for its backward pass."""
+    operator, experts = config.operator, config.operator.experts
+    space = FieldSpace.of(config)
+    cells = math.prod(space.grid)
+    given = space.history * space.channels + space.static + space.ndim
+    if operator.kind == "unet":  # Two convolutions, norms and activations, on the way down and up; levels halve it.
+        return cells * (given + 16.0 * operator.dim)
+    if operator.kind == "fno":  # Input, spectrum, both branches and activation of a block; the hidden layer at the end.
+        return cells * (given + 5.0 * operator.depth * operator.dim + 2 * PROJECTION * operator.dim)
+    # Two norms, the spectrum with its activation, shared features and experts; frames in patches; the decoder.
+    block = 14.0 * operator.dim + 2 * operator.field.mlp + 3 * (experts.num_shared + experts.top_k) * experts.hidden
+    if operator.kind == "dpot":
+        block = 14.0 * operator.dim + 2 * operator.field.mlp
+    blocks = operator.depth * operator.dim + block if operator.activation_checkpointing else operator.depth * block
+    frames = space.history * (cells * (space.channels + space.static + space.ndim + 1) + 3.0 * tokens * operator.dim)
+    return tokens * blocks + frames + 4.0 * cells * operator.field.decoder
 
 
 def make_plan(config: RunConfig, nodes: int | None = None, gpus_per_node: int | None = None) -> Plan:
@@ -110,10 +134,10 @@ def make_plan(config: RunConfig, nodes: int | None = None, gpus_per_node: int | 
             f"experts (ep_size_{topology.ep_size})": [p for p in group["params"] if is_routed_expert(names[id(p)])],
         }
         groups += [(name, len(ps), sum(p.numel() for p in ps)) for name, ps in split.items() if ps]
-    tokens = math.prod(n // operator.patch for n in config.latent_grid)
+    tokens = math.prod(model.token_grid)
     width = 2 if train.precision == "bf16" else 4
     rank_tokens = tokens * topology.micro_batch * topology.accumulation
-    attention = 12 * operator.depth * tokens * operator.dim  # forward and backward, per token
+    attention = 0 if operator.in_field_space else 12 * operator.depth * tokens * operator.dim  # both ways, per token
     away = (topology.ep_size - 1) / topology.ep_size
     return Plan(
         config=config,
@@ -157,6 +181,15 @@ def _group_lines(topology: Topology) -> list[str]:
     ]
 
 
+def _describe_space(config: RunConfig) -> str:
+    """Cells and channels of the fields, and what the operator is given instead of them."""
+    if config.operator.in_field_space:
+        space = FieldSpace.of(config)
+        return f"{' x '.join(map(str, space.grid))}, {space.channels} channels, {space.static} static"
+    latent = " x ".join(map(str, config.latent_grid))
+    return f"{' x '.join(map(str, config.data.cells))} -> latents {config.tokenizer.latent_channels} x {latent}"
+
+
 def describe_plan(plan: Plan) -> str:
     """The plan as text."""
     config, topology, memory = plan.config, plan.topology, plan.memory
@@ -167,8 +200,7 @@ def describe_plan(plan: Plan) -> str:
     utilisation = f"{ASSUMED_UTILISATION:.0%} of {PEAK_FLOPS[train.precision] / 1e12:.0f}"
     fits = memory.total / 2**30 < 0.9 * GPU_MEMORY_GIB
     total = plan.dense_parameters + plan.expert_parameters
-    grid, latent = " x ".join(map(str, config.data.cells)), " x ".join(map(str, config.latent_grid))
-    feed_forward = "dense feed-forward of equal active size"
+    feed_forward = "dense" if config.operator.in_field_space else "dense feed-forward of equal active size"
     if experts.num_experts:
         feed_forward = (
             f"{experts.num_experts} routed experts, top-{experts.top_k}, {experts.num_shared} shared, "
@@ -178,9 +210,9 @@ def describe_plan(plan: Plan) -> str:
         f"plan of {config.name}: {nodes} x {plan.gpus_per_node} = {topology.world_size} ranks, EP {topology.ep_size}, "
         f"ZeRO {plan.zero_stage}, {train.precision}",
         "",
-        f"  fields                {grid} -> latents {config.tokenizer.latent_channels} x {latent}, history "
-        f"{config.data.history}",
-        f"  operator              {config.operator.depth} blocks, dim {config.operator.dim}, {feed_forward}",
+        f"  fields                {_describe_space(config)}, history {config.data.history}",
+        f"  operator              {config.operator.kind}, {config.operator.depth} blocks, dim {config.operator.dim}, "
+        f"{feed_forward}",
         f"  parameters            {_size(total)} in all: {_size(plan.dense_parameters)} on every rank, "
         f"{_size(plan.expert_parameters)} in experts; {_size(plan.active_parameters)} active per token",
         f"  batch                 {topology.global_batch} samples = {topology.world_size} ranks x "
