@@ -94,13 +94,14 @@ def test_smooth_load_is_the_probability_to_be_chosen_when_one_noise_is_drawn_ane
     router, x = trained(make(NOISY)), tokens(samples=1)
     routing = route(router, x, RouterInputs(noise=(5,)))
     clean, std = router.expert_gate(x[0])[0], torch.nn.functional.softplus(router.noise_gate(x[0])[0])
-    draws, expert = 20000, 2
-    noisy = routing.logits.detach().unsqueeze(0).repeat(draws, 1, 1)
-    normal = torch.randn(draws, TOKENS, generator=torch.Generator().manual_seed(0))
-    noisy[:, :, expert] = (clean[:, expert] + normal * std[:, expert]).detach()
-    chosen = (noisy.topk(2, -1).indices == expert).any(-1).float().mean(0)
-    # Five standard errors of a share.
-    torch.testing.assert_close(routing.load_probs[:, expert].detach(), chosen, rtol=0, atol=5 * 0.5 / draws**0.5)
+    draws = 20000
+    normal = torch.randn(draws, TOKENS, EXPERTS, generator=torch.Generator().manual_seed(0))
+    for expert in range(EXPERTS):
+        noisy = routing.logits.detach().unsqueeze(0).repeat(draws, 1, 1)
+        noisy[:, :, expert] = (clean + normal * std)[:, :, expert].detach()
+        chosen = (noisy.topk(2, -1).indices == expert).any(-1).float().mean(0)
+        # Five standard errors of a share.
+        torch.testing.assert_close(routing.load_probs[:, expert].detach(), chosen, rtol=0, atol=5 * 0.5 / draws**0.5)
 
 
 @pytest.mark.parametrize("top_k", [1, 4])
