@@ -11,6 +11,15 @@ import numpy as np
 import torch
 
 
+def probe_fields(config: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same three samples everywhere, of fields."""
+    from shodh.models.field_space import FieldSpace
+
+    space, draw = FieldSpace.of(config), torch.Generator().manual_seed(11)
+    history = torch.randn(3, space.history, space.channels, *space.grid, generator=draw)
+    return history, torch.randn(3, space.static, *space.grid, generator=draw)
+
+
 def probe_input(history: int, latent_channels: int, static_channels: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The same three samples everywhere, on the 2^3 latent grid of the tiny data."""
     draw = torch.Generator().manual_seed(11)
@@ -24,7 +33,10 @@ def describe_engine(engine: Any, config: Any) -> dict[str, Any]:
     from shodh.moe.step import regime_arguments
 
     static = num_static_features(sum(f.static for f in config.data.fields), len(config.data.optional))
-    inputs = probe_input(config.data.history, config.tokenizer.latent_channels, static)
+    if config.operator.in_field_space:
+        inputs = probe_fields(config)
+    else:
+        inputs = probe_input(config.data.history, config.tokenizer.latent_channels, static)
     engine.eval()
     with torch.no_grad():
         output = engine(*inputs, **regime_arguments(config.operator.experts, 0, inputs[0]))
