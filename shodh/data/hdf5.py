@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import h5py
@@ -140,3 +141,48 @@ def check_dataset(item: h5py.Dataset, path: str) -> None:
         MAX_CHUNK_BYTES, max(2 * size, 1 << 26)
     ):
         raise DataError(f"{where} claims absurd chunks {item.chunks} for the shape {item.shape}")
+
+
+@dataclass(frozen=True)
+class PlainSnapshots:
+    """Where the snapshots of a dataset lie in the file, which holds them as plain little-endian float32.
+
+    Parameters
+    ----------
+    dataset : h5py.h5d.DatasetID
+    descriptor : int
+        Of the open file, as long as HDF5 has it open.
+    leading, shape : tuple of int
+        The axes that an index takes, and those of a snapshot.
+    start : int, optional
+        Of contiguous values, in bytes; chunks are asked for one by one.
+    """
+
+    dataset: h5py.h5d.DatasetID
+    descriptor: int
+    leading: tuple[int, ...]
+    shape: tuple[int, ...]
+    start: int | None
+
+    @classmethod
+    def of(cls, item: h5py.Dataset, leading: int) -> PlainSnapshots | None:
+        """None for another type, a filter, chunks of another shape, or what HDF5 does not read from a plain file."""
+        file, plan = item.file, item.id.get_create_plist()
+        if file.driver != "sec2" or file.userblock_size or plan.get_nfilters():
+            return None
+        if not item.id.get_type().equal(h5py.h5t.IEEE_F32LE):
+            return None
+        axes, shape = item.shape[:leading], item.shape[leading:]
+        start = item.id.get_offset() if plan.get_layout() == h5py.h5d.CONTIGUOUS else None
+        if start is None and item.chunks != (1,) * leading + shape:
+            return None
+        return cls(item.id, file.id.get_vfd_handle(), axes, shape, start)
+
+    def offset(self, index: tuple[int, ...]) -> int | None:
+        """Of a snapshot, in bytes; None if it was never written."""
+        size = 4 * math.prod(self.shape)
+        if self.start is not None:
+            return self.start + size * int(np.ravel_multi_index(index, self.leading))
+        chunk = self.dataset.get_chunk_info_by_coord((*index, *(0,) * len(self.shape)))
+        offset: int | None = chunk.byte_offset
+        return offset if chunk.size == size else None

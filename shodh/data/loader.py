@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from shodh.data.mixture import MixtureSampler, Sample
+from shodh.data.ring import Filled, SharedRing
 from shodh.errors import DataError, ShodhError
 
 Batch = dict[str, torch.Tensor]
@@ -95,6 +96,7 @@ class MixtureLoader:
         Only one iteration can be under way; a new one ends the former.
         """
         if self._loader is None:
+            self._dataset.ring = self._plan.ring = self._make_ring()
             self._loader = DataLoader(self._dataset, batch_sampler=self._plan, collate_fn=_keep, **self._options)
         self._plan.start, self._plan.stop = start, stop
         batches = iter(self._loader)
@@ -107,7 +109,16 @@ class MixtureLoader:
 
     def close(self) -> None:
         """End the workers; another `iterate` starts new ones."""
-        self._loader = None
+        self._loader = self._dataset.ring = self._plan.ring = None
+
+    def _make_ring(self) -> SharedRing | None:
+        """Memory for the batches that workers hold ready, the one that is being used, and the one before it."""
+        shapes = self._dataset.tensor_shapes()
+        if not self._options["num_workers"] or shapes is None:
+            return None
+        batch = self._plan.batch_size
+        slots = self._options["num_workers"] * self._options["prefetch_factor"] + 2
+        return SharedRing({name: (batch, *shape) for name, shape in shapes.items()}, slots)
 
 
 @dataclass
@@ -115,6 +126,12 @@ class _Failure:
     """An error on its way from a worker: an exception would arrive with a traceback for a message."""
 
     message: str
+
+
+class _Order(list[Sample]):
+    """The samples of a batch, and the slot of the ring to put them into, if one is free."""
+
+    slot: int | None = None
 
 
 @dataclass
@@ -127,20 +144,31 @@ class _Plan:
     num_micro: int
     start: int = 0
     stop: int = 0
+    ring: SharedRing | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a micro-batch of a rank."""
+        return self.sampler.global_batch // (self.world * self.num_micro)
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.num_micro
 
-    def __iter__(self) -> Iterator[list[Sample]]:
+    def __iter__(self) -> Iterator[_Order]:
+        if self.ring is not None:
+            self.ring.reset()  # the DataLoader has waited for the workers to end the former iteration
         for step in range(self.start, self.stop):
             for micro in range(self.num_micro):
-                yield self.sampler.local_batch(step, self.rank, self.world, micro, self.num_micro)
+                order = _Order(self.sampler.local_batch(step, self.rank, self.world, micro, self.num_micro))
+                order.slot = self.ring.lend() if self.ring is not None else None
+                yield order
 
 
 class _Mixture(Dataset[dict[str, Any] | _Failure]):
     def __init__(self, datasets: Sequence[SampleDataset]) -> None:
         self.datasets = list(datasets)
         self._buffers = _Buffers()
+        self.ring: SharedRing | None = None
 
     def __getitem__(self, sample: Sample) -> dict[str, Any] | _Failure:
         regime, index = sample
@@ -149,48 +177,56 @@ class _Mixture(Dataset[dict[str, Any] | _Failure]):
         except ShodhError as error:
             return _Failure(str(error))
 
-    def __getitems__(self, samples: list[Sample]) -> Batch | _Failure:
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """Shapes of the tensors of a sample; None if the datasets cannot write into given ones, or differ."""
+        shapes = [getattr(dataset, "tensor_shapes", None) for dataset in self.datasets]
+        return shapes[0] if all(s == shapes[0] for s in shapes) else None
+
+    def __getitems__(self, order: _Order) -> Batch | Filled | _Failure:
         """A batch; datasets that can write into its tensors do so, and nothing is copied."""
-        shapes = [getattr(self.datasets[regime], "tensor_shapes", None) for regime, _ in samples]
-        if shapes[0] is None or any(s != shapes[0] for s in shapes):
-            return _collate([self[sample] for sample in samples])
-        batch = {name: self._buffers.take((len(samples), *shape)) for name, shape in shapes[0].items()}
-        items: list[dict[str, Any]] = []
-        for row, (regime, index) in enumerate(samples):
+        shapes = self.tensor_shapes()
+        if shapes is None:
+            return _collate([self[sample] for sample in order])
+        if order.slot is not None and self.ring is not None:
+            batch = self.ring.tensors(order.slot)
+        else:
+            batch = {name: self._buffers.take((len(order), *shape)) for name, shape in shapes.items()}
+        rest: list[dict[str, Any]] = []
+        for row, (regime, index) in enumerate(order):
             target = {name: tensor[row] for name, tensor in batch.items()}
             try:
-                items.append(self.datasets[regime].read_into(index, target))  # type: ignore[attr-defined]
+                item = self.datasets[regime].read_into(index, target)  # type: ignore[attr-defined]
             except ShodhError as error:
                 return _Failure(str(error))
-        plain = [{k: v for k, v in item.items() if k not in batch} for item in items]
-        return batch | torch.utils.data.default_collate(plain)
+            rest.append({k: v for k, v in item.items() if k not in batch})
+        if order.slot is not None and self.ring is not None:
+            return self.ring.filled(order.slot, rest)
+        return batch | torch.utils.data.default_collate(rest)
 
 
 class _Buffers:
     """Batch tensors without the cost of fresh memory: an array is taken again once nobody holds a tensor of it.
 
-    In a worker they lie in shared memory, where the receiving process finds them without a copy; since a worker cannot
-    know when it has done so, they are fresh there.
+    In a worker, where they serve if the ring has no free slot, they lie in fresh shared memory: it cannot know when the
+    receiving process is done with it.
     """
 
     KEPT = 4
 
     def __init__(self) -> None:
-        self._arrays: dict[tuple[int, ...], list[np.ndarray]] = {}
+        self._kept: dict[tuple[int, ...], list[tuple[np.ndarray, weakref.ref[np.ndarray]]]] = {}
 
     def take(self, shape: tuple[int, ...]) -> torch.Tensor:
         """An uninitialised float32 tensor."""
         if torch.utils.data.get_worker_info() is not None:
             return torch.empty(0).set_(torch.UntypedStorage._new_shared(4 * math.prod(shape))).view(shape)  # type: ignore[call-overload]
-        arrays = self._arrays.setdefault(shape, [])
-        for array in arrays:
-            # Three hold it when it is free: the list, this loop, and the argument of getrefcount.
-            if sys.getrefcount(array) <= 3:
-                return torch.from_numpy(array)
-        array = np.empty(shape, dtype=np.float32)
-        if len(arrays) < self.KEPT:
-            arrays.append(array)
-        return torch.from_numpy(array)
+        kept = self._kept.setdefault(shape, [])
+        number = next((n for n, (_, view) in enumerate(kept) if view() is None), len(kept))
+        array = kept[number][0] if number < len(kept) else np.empty(shape, dtype=np.float32)
+        view = array[...]  # the tensor's storage holds the view, whose death says that the array is free
+        if number < self.KEPT:
+            kept[number : number + 1] = [(array, weakref.ref(view))]
+        return torch.from_numpy(view)
 
 
 def _collate(items: list[dict[str, Any] | _Failure]) -> Batch | _Failure:

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 
 from shodh.data.formats import FileHints, TrajectoryFile
+from shodh.data.formats.base import rescale_
 from shodh.data.formats.splits import SPLITS as SPLITS
 from shodh.data.formats.splits import Split, open_splits
 from shodh.data.stats import KEYS, Statistics, compute_statistics, read_stats
@@ -24,6 +25,9 @@ from shodh.fields import Boundary, Field, Placement, RegimeSchema
 log = logging.getLogger(__name__)
 
 MAX_OPEN_FILES = 64
+
+# Mean and scale of fields by our names; one that is left out is read as it is stored.
+Constants: TypeAlias = Mapping[str, tuple[float, float]]
 
 
 class RegimeSource:
@@ -175,15 +179,21 @@ class RegimeSource:
         number = int(np.searchsorted(starts, trajectory, side="right")) - 1
         return self.files[split][number], trajectory - starts[number]
 
-    def read(self, split: Split, trajectory: int, frames: range, out: np.ndarray) -> None:
-        """Read the dynamic fields of frames of a trajectory into ``out`` [T, C, *grid], float32, physical units."""
+    def read(
+        self, split: Split, trajectory: int, frames: range, out: np.ndarray, constants: Constants | None = None
+    ) -> None:
+        """Read the dynamic fields of frames of a trajectory into ``out`` [T, C, *grid], float32.
+
+        In physical units, or ``(x - mean) / scale`` with the ``constants`` of `FieldNormalizer`, to the bits that it
+        gives: cheaper while the values lie in the cache.
+        """
         file, local = self.locate(split, trajectory)
-        self._read_channels(self.dynamic, file, local, frames, out)
+        self._read_channels(self.dynamic, file, local, frames, out, constants or {})
 
     def read_static(self, split: Split, trajectory: int, out: np.ndarray) -> None:
         """Read the static fields of a trajectory into ``out`` [S, *grid], float32."""
         file, local = self.locate(split, trajectory)
-        self._read_channels(self.static, file, local, range(1), out[None])
+        self._read_channels(self.static, file, local, range(1), out[None], {})
 
     def statistics(self) -> Statistics:
         """Statistics of the training split, by our field names.
@@ -264,34 +274,63 @@ class RegimeSource:
         return file.field(stored).placement
 
     def _read_channels(
-        self, fields: Sequence[Field], file: TrajectoryFile, trajectory: int, frames: range, out: np.ndarray
+        self,
+        fields: Sequence[Field],
+        file: TrajectoryFile,
+        trajectory: int,
+        frames: range,
+        out: np.ndarray,
+        constants: Constants,
     ) -> None:
         """Fill ``out`` [T, C, *grid] with ``fields`` one after the other."""
         start = 0
         for field in fields:
             stop = start + field.num_components(len(self.grid))
             channels = out[:, start:stop]
+            scaling = constants.get(field.name, (0.0, 1.0))
             stored = self._stored_name[field.name] if field in self.present else None
             if stored is None:
                 channels[...] = 0.0
             elif self.flat:
-                self._read_flat(field, file, trajectory, frames, channels)
+                self._read_flat(field, file, trajectory, frames, channels, scaling)
             else:
-                self._read_field(field, file, trajectory, frames, channels)
+                self._read_field(field, file, trajectory, frames, channels, scaling)
             start = stop
 
-    def _read_field(self, field: Field, file: TrajectoryFile, trajectory: int, frames: range, out: np.ndarray) -> None:
+    def _read_field(
+        self,
+        field: Field,
+        file: TrajectoryFile,
+        trajectory: int,
+        frames: range,
+        out: np.ndarray,
+        scaling: tuple[float, float],
+    ) -> None:
         """Fill ``out`` [T, C, *grid of the file] with one field that the files have."""
         stored = self._stored_name[field.name]
         assert stored is not None
-        self._handle(file).read(stored, trajectory, frames, out[0] if field.static else out)
-        if field.placement == "face" and self._placement(file, field) == "center":
+        shift, scale = scaling
+        averaged = field.placement == "face" and self._placement(file, field) == "center"
+        target = out[0] if field.static else out
+        if averaged:
+            self._handle(file).read(stored, trajectory, frames, target)
             average_to_faces(out, file.boundary)
+            rescale_(out, shift, scale)
+        else:
+            self._handle(file).read(stored, trajectory, frames, target, shift=shift, scale=scale)
 
-    def _read_flat(self, field: Field, file: TrajectoryFile, trajectory: int, frames: range, out: np.ndarray) -> None:
+    def _read_flat(
+        self,
+        field: Field,
+        file: TrajectoryFile,
+        trajectory: int,
+        frames: range,
+        out: np.ndarray,
+        scaling: tuple[float, float],
+    ) -> None:
         """`_read_field` of a file of two dimensions into equal layers; a vector's third component is zero."""
         layer = np.empty((len(out), field.num_components(2), *file.grid), dtype=np.float32)
-        self._read_field(field, file, trajectory, frames, layer)
+        self._read_field(field, file, trajectory, frames, layer, scaling)
         out[:, : layer.shape[1]] = layer[..., None]
         out[:, layer.shape[1] :] = 0.0
 

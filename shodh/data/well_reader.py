@@ -9,11 +9,13 @@ from typing import Any
 import h5py
 import numpy as np
 
-from shodh.data.hdf5 import H5PY_ERRORS, damaged, open_hdf5
+from shodh.data.formats.base import rescale_
+from shodh.data.hdf5 import H5PY_ERRORS, PlainSnapshots, damaged, open_hdf5
 from shodh.data.well import is_finite
 from shodh.data.well_header import StoredField, WellHeader, read_header
 from shodh.errors import DataError
 from shodh.fields import Boundary, Field
+from shodh.ops.reading import can_read_into, read_snapshot
 
 
 class WellFile:
@@ -36,6 +38,7 @@ class WellFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._handle: h5py.File | None = None
+        self._datasets: dict[str, tuple[h5py.Dataset, PlainSnapshots | None]] = {}
         self._process = 0
         self._scratch: dict[tuple[int, ...], np.ndarray] = {}
         try:
@@ -110,8 +113,21 @@ class WellFile:
             raise DataError(f"{self.path}: field {name!r} is a rank-2 tensor; only scalars and vectors are supported")
         raise DataError(f"{self.path}: there is no field {name!r}; there are {sorted(self.header.fields)}")
 
-    def read(self, name: str, trajectory: int, frames: range, out: np.ndarray, *, finite: bool = True) -> None:
-        """Read frames of one field, components first.
+    def read(
+        self,
+        name: str,
+        trajectory: int,
+        frames: range,
+        out: np.ndarray,
+        *,
+        finite: bool = True,
+        shift: float = 0.0,
+        scale: float = 1.0,
+    ) -> None:
+        """Read ``(x - shift) / scale`` of frames of one field, components first.
+
+        Snapshots that lie in the file as plain float32 are read past HDF5 if `shodh.ops` is built, in one pass over
+        memory; with the same bits and the same errors.
 
         Parameters
         ----------
@@ -124,6 +140,8 @@ class WellFile:
             for a vector and 1 for a scalar. May be a view with any strides.
         finite : bool
             Refuse NaN and infinity.
+        shift, scale : float
+            Of float32 arithmetic.
 
         Raises
         ------
@@ -134,17 +152,19 @@ class WellFile:
         if not 0 <= trajectory < self.num_trajectories:
             raise IndexError(f"trajectory {trajectory} of {self.num_trajectories} in {self.path}")
         leading = (trajectory,) if stored.sample_varying else ()
+        where = f"trajectory {trajectory}"
         if not stored.time_varying:
-            self._snapshot(stored, leading, out, finite, f"trajectory {trajectory}")
+            self._snapshot(stored, leading, out, shift, scale, finite, where)
             return
         if frames and not (0 <= min(frames) and max(frames) < self.num_frames):
             raise IndexError(f"frames {frames} of {self.num_frames} in {self.path}")
         for target, frame in zip(out, frames, strict=True):
-            self._snapshot(stored, (*leading, frame), target, finite, f"trajectory {trajectory}, frame {frame}")
+            self._snapshot(stored, (*leading, frame), target, shift, scale, finite, f"{where}, frame {frame}")
 
     def close(self) -> None:
         """Close the handle of this process; the next read opens it again."""
         if self._handle is not None:
+            self._datasets.clear()
             self._handle.close()
             self._handle = None
 
@@ -155,35 +175,64 @@ class WellFile:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_handle": None, "_scratch": {}}
+        return self.__dict__ | {"_handle": None, "_datasets": {}, "_scratch": {}}
 
     def __repr__(self) -> str:
         return f"WellFile({str(self.path)!r}, grid={self.grid}, {self.num_trajectories} x {self.num_frames} frames)"
 
-    def _snapshot(self, stored: StoredField, index: tuple[int, ...], out: np.ndarray, finite: bool, where: str) -> None:
+    def _snapshot(
+        self,
+        stored: StoredField,
+        index: tuple[int, ...],
+        out: np.ndarray,
+        shift: float,
+        scale: float,
+        finite: bool,
+        where: str,
+    ) -> None:
         """One snapshot into ``out`` [C, *grid]."""
-        vector = stored.field.kind == "vector"
-        shape = stored.shape(1, 1, self.grid)[stored.sample_varying + stored.time_varying :]
-        direct = not vector and all(stored.varying) and out.dtype == np.float32 and out.flags.c_contiguous
-        values = out[0] if direct else self._buffer(shape)
+        values = None
         try:
-            dataset = self._file()[stored.dataset]
-            if dataset.dtype.kind == "f":
-                dataset.read_direct(values, source_sel=(*index, ...))
+            dataset, plain = self._dataset(stored, len(index))
+            fits = plain is not None and can_read_into(out) and out.shape == self._snapshot_shape(stored)
+            offset = plain.offset(index) if plain is not None and fits else None
+            if plain is not None and offset is not None:
+                good = read_snapshot(plain.descriptor, offset, out, shift=shift, scale=scale, finite=finite)
             else:
-                values[...] = dataset[(*index, ...)]
+                values = self._values(stored, dataset, index, out)
+                good = not finite or is_finite(values)
         except H5PY_ERRORS as error:
             raise damaged(self.path, error) from error
-        if finite and not is_finite(values):
+        if not good:
             raise DataError(f"{self.path}: field {stored.field.name!r} holds NaN or infinity in {where}")
-        if vector and all(stored.varying):
-            # Slab by slab, so that the components that lie side by side are fetched into the cache once.
-            for slab in range(len(values)):
-                for component in range(len(out)):
-                    out[component][slab] = values[slab, ..., component]
-        elif not direct:
-            for component in range(len(out)):  # a length-1 axis broadcasts
-                out[component] = values[..., component] if vector else values
+        if values is not None:
+            _scatter(stored, values, out)
+            rescale_(out, shift, scale)
+
+    def _dataset(self, stored: StoredField, leading: int) -> tuple[h5py.Dataset, PlainSnapshots | None]:
+        """The dataset of a field, and its plain snapshots if all of them are."""
+        file = self._file()
+        if stored.dataset not in self._datasets:
+            dataset = file[stored.dataset]
+            whole = dataset.shape[leading:] == stored.shape(1, 1, self.grid)[leading:] and all(stored.varying)
+            self._datasets[stored.dataset] = dataset, PlainSnapshots.of(dataset, leading) if whole else None
+        return self._datasets[stored.dataset]
+
+    def _snapshot_shape(self, stored: StoredField) -> tuple[int, ...]:
+        return (stored.field.num_components(len(self.grid)), *self.grid)
+
+    def _values(
+        self, stored: StoredField, dataset: h5py.Dataset, index: tuple[int, ...], out: np.ndarray
+    ) -> np.ndarray:
+        """One snapshot as it is stored, in float32: in its place in ``out`` if it fits, else in a buffer."""
+        shape = stored.shape(1, 1, self.grid)[stored.sample_varying + stored.time_varying :]
+        fits = stored.field.kind == "scalar" and all(stored.varying)
+        values = out[0] if fits and out.dtype == np.float32 and out.flags.c_contiguous else self._buffer(shape)
+        if dataset.dtype.kind == "f":
+            dataset.read_direct(values, source_sel=(*index, ...))
+        else:
+            values[...] = dataset[(*index, ...)]
+        return values
 
     def _buffer(self, shape: tuple[int, ...]) -> np.ndarray:
         if shape not in self._scratch:
@@ -198,3 +247,16 @@ class WellFile:
         if self._handle is None:
             self._handle = open_hdf5(self.path)
         return self._handle
+
+
+def _scatter(stored: StoredField, values: np.ndarray, out: np.ndarray) -> None:
+    """Put the ``values`` of a snapshot as it is stored into ``out`` [C, *grid], unless they lie there."""
+    vector = stored.field.kind == "vector"
+    if vector and all(stored.varying):
+        # Slab by slab, so that the components that lie side by side are fetched into the cache once.
+        for slab in range(len(values)):
+            for component in range(len(out)):
+                out[component][slab] = values[slab, ..., component]
+    elif not np.may_share_memory(values, out):
+        for component in range(len(out)):  # a length-1 axis broadcasts
+            out[component] = values[..., component] if vector else values

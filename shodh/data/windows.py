@@ -87,7 +87,8 @@ class WindowDataset(Dataset[dict[str, Any]]):
         self.source, self.split, self.stride = source, split, stride
         self.length = history + horizon
         self.normalizer = normalizer
-        self.regime = regime if regime is not None else normalizer.index(source.name) if normalizer else 0
+        known = normalizer.index(source.name) if normalizer is not None else 0
+        self.regime = known if regime is None else regime
         frames = source.num_frames(split)
         self.index = WindowIndex(frames, self.length, stride)
         require_windows(self.index, f"regime {source.name!r}, split {split!r}", frames)
@@ -113,10 +114,10 @@ class WindowDataset(Dataset[dict[str, Any]]):
         trajectory, frame = self.index[index]
         fields, static = out["fields"], out["static"]
         frames = range(frame, frame + self.index.span, self.stride)
-        self.source.read(self.split, trajectory, frames, fields.numpy())
+        constants = self.normalizer.constants[self.source.name] if self.normalizer is not None else None
+        self.source.read(self.split, trajectory, frames, fields.numpy(), constants)
         self.source.read_static(self.split, trajectory, static.numpy())
         if self.normalizer is not None:
-            self.normalizer.normalize_(fields, self.source.name)
             self.normalizer.normalize_static_(static, self.source.name)
         return {
             "fields": fields,

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import h5py
 import numpy as np
 
-from shodh.data.formats.base import FileHints
+from shodh.data.formats.base import FileHints, rescale_
 from shodh.data.hdf5 import H5PY_ERRORS, check_dataset, damaged, member, open_hdf5
 from shodh.data.well import is_finite
 from shodh.errors import ConfigError, DataError
@@ -181,7 +181,17 @@ class ArrayFile:
             raise DataError(f"{self.path}: there is no field {name!r}; there are {sorted(self.header.fields)}")
         return self.header.fields[name].field
 
-    def read(self, name: str, trajectory: int, frames: range, out: np.ndarray, *, finite: bool = True) -> None:
+    def read(
+        self,
+        name: str,
+        trajectory: int,
+        frames: range,
+        out: np.ndarray,
+        *,
+        finite: bool = True,
+        shift: float = 0.0,
+        scale: float = 1.0,
+    ) -> None:
         """Read frames of one field; see `shodh.data.formats.base.TrajectoryFile.read`."""
         self.field(name)
         stored = self.header.fields[name]
@@ -189,16 +199,9 @@ class ArrayFile:
             raise IndexError(f"trajectory {trajectory} of {self.num_trajectories} in {self.path}")
         if stored.field.static:
             self._read_block(stored, trajectory, range(1), out[None], finite)
-            return
-        if frames and not (0 <= min(frames) and max(frames) < self.num_frames):
-            raise IndexError(f"frames {frames} of {self.num_frames} in {self.path}")
-        if len(out) != len(frames):
-            raise ValueError(f"out has {len(out)} frames, wanted are {len(frames)}")
-        if stored.time_is_inner and frames.step > 0:
-            self._read_block(stored, trajectory, frames, out, finite)
-            return
-        for target, frame in zip(out, frames):
-            self._read_block(stored, trajectory, range(frame, frame + 1), target[None], finite)
+        else:
+            self._read_frames(stored, trajectory, frames, out, finite)
+        rescale_(out, shift, scale)
 
     def close(self) -> None:
         """Close the handle of this process; the next read opens it again."""
@@ -212,6 +215,17 @@ class ArrayFile:
     def __repr__(self) -> str:
         counts = f"{self.num_trajectories} x {self.num_frames} frames"
         return f"ArrayFile({str(self.path)!r}, {self.format}, grid={self.grid}, {counts})"
+
+    def _read_frames(self, stored: ArrayField, trajectory: int, frames: range, out: np.ndarray, finite: bool) -> None:
+        if frames and not (0 <= min(frames) and max(frames) < self.num_frames):
+            raise IndexError(f"frames {frames} of {self.num_frames} in {self.path}")
+        if len(out) != len(frames):
+            raise ValueError(f"out has {len(out)} frames, wanted are {len(frames)}")
+        if stored.time_is_inner and frames.step > 0:
+            self._read_block(stored, trajectory, frames, out, finite)
+            return
+        for target, frame in zip(out, frames):
+            self._read_block(stored, trajectory, range(frame, frame + 1), target[None], finite)
 
     def _read_block(self, stored: ArrayField, trajectory: int, frames: range, out: np.ndarray, finite: bool) -> None:
         """Frames of one field into ``out`` [T, C, *grid]; where each frame has its own array, ``frames`` is one."""

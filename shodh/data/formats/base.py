@@ -70,10 +70,20 @@ class TrajectoryFile(Protocol):
         """One field; DataError with the names there are if it is missing."""
         ...
 
-    def read(self, name: str, trajectory: int, frames: range, out: np.ndarray, *, finite: bool = True) -> None:
-        """Read frames of one field into ``out`` float32 [T, C, *grid] ([C, *grid] if static), components first.
+    def read(
+        self,
+        name: str,
+        trajectory: int,
+        frames: range,
+        out: np.ndarray,
+        *,
+        finite: bool = True,
+        shift: float = 0.0,
+        scale: float = 1.0,
+    ) -> None:
+        """Read ``(x - shift) / scale`` of one field into ``out`` [T, C, *grid] ([C, *grid] if static), float32.
 
-        DataError if they cannot be read or, with ``finite``, hold NaN or infinity.
+        Components come first. DataError if values cannot be read or, with ``finite``, hold NaN or infinity.
         """
         ...
 
@@ -109,3 +119,11 @@ class FileHints:
     image_shape: tuple[int, ...] | None = None
     image_dtype: str | None = None
     pore_value: float | None = None
+
+
+def rescale_(values: np.ndarray, shift: float, scale: float) -> None:
+    """``(x - shift) / scale`` in place, in the arithmetic of the values' dtype."""
+    if shift != 0.0:
+        values -= values.dtype.type(shift)
+    if scale != 1.0:
+        values /= values.dtype.type(scale)

@@ -86,13 +86,24 @@ class FileView:
         """One field of the file."""
         return self._file.field(name)
 
-    def read(self, name: str, trajectory: int, frames: range, out: np.ndarray, *, finite: bool = True) -> None:
+    def read(
+        self,
+        name: str,
+        trajectory: int,
+        frames: range,
+        out: np.ndarray,
+        *,
+        finite: bool = True,
+        shift: float = 0.0,
+        scale: float = 1.0,
+    ) -> None:
         """Read frames of the view; see `TrajectoryFile.read`."""
         if frames and not (0 <= min(frames) and max(frames) < self.num_frames):
             raise IndexError(f"frames {frames} of {self.num_frames} in a part of {self.path}")
         first, step = self._frames.start, frames.step
         shifted = range(first + frames.start, first + frames.stop, step)
-        self._file.read(name, self._trajectories[trajectory], shifted, out, finite=finite)
+        local = self._trajectories[trajectory]
+        self._file.read(name, local, shifted, out, finite=finite, shift=shift, scale=scale)
 
     def close(self) -> None:
         """Close the file."""
