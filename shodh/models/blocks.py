@@ -56,23 +56,39 @@ class Block(nn.Module):
     """Pre-norm transformer block; its feed-forward is dense, or shared plus routed experts.
 
     ``forward(x [B, S, D], cos, sin, inputs) -> (x, Routing or None)``
+
+    Parameters
+    ----------
+    mixing : Module, optional
+        What mixes tokens, ``[B, S, D] -> [B, S, D]``, in the place of attention.
     """
 
     def __init__(
-        self, dim: int, heads: int, depth: int, make_feed_forward: Callable[[], nn.Module], kernels: Kernels
+        self,
+        dim: int,
+        heads: int,
+        depth: int,
+        make_feed_forward: Callable[[], nn.Module],
+        kernels: Kernels,
+        mixing: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = rms_norm(dim, kernels)
-        self.attention = Attention(dim, heads)
+        self.mixing = mixing
+        self.attention = Attention(dim, heads) if mixing is None else None
         self.norm2 = rms_norm(dim, kernels)
         self.feed_forward = make_feed_forward()
         # Residual branches start small, so that depth does not change the size of the first outputs (GPT-2).
-        self.initial_gain = {"attention.out.weight": (2 * depth) ** -0.5}
+        self.initial_gain = {"attention.out.weight": (2 * depth) ** -0.5} if mixing is None else {}
 
     def forward(
         self, x: Tensor, cos: Tensor | None, sin: Tensor | None, inputs: RouterInputs = NO_INPUTS
     ) -> tuple[Tensor, Routing | None]:
-        x = x + self.attention(self.norm1(x), cos, sin)
+        y = self.norm1(x)
+        if self.attention is not None:
+            x = x + self.attention(y, cos, sin)
+        elif self.mixing is not None:
+            x = x + self.mixing(y)
         if isinstance(self.feed_forward, FeedForward | LinearFeedForward):
             return x + self.feed_forward(self.norm2(x)), None
         out, routing = self.feed_forward(self.norm2(x), inputs)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from shodh.config import ExpertsConfig, OperatorConfig
 from shodh.errors import ConfigError
 from shodh.models.blocks import Block, rotary_angles
+from shodh.models.fourier import FourierMixing
 from shodh.models.kernels import Kernels
 from shodh.moe.experts import ExpertLayerReference, build_dense, output_width
 from shodh.moe.routing import RouterInputs, Routing
@@ -76,7 +77,14 @@ class LatentTransformer(nn.Module):
         self.embed = nn.Linear((history * latent_channels + static_channels) * cells, config.dim)
         self.position = PositionTable(x * y * z, config.dim) if config.position == "learned" else None
         self.blocks = nn.ModuleList(
-            Block(config.dim, config.heads, config.depth, lambda: self._feed_forward(expert_layer), kernels)
+            Block(
+                config.dim,
+                config.heads,
+                config.depth,
+                lambda: self._feed_forward(expert_layer),
+                kernels,
+                self._mixing(),
+            )
             for _ in range(config.depth)
         )
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
@@ -85,6 +93,12 @@ class LatentTransformer(nn.Module):
         # The first prediction is close to persistence: the residual starts small.
         self.initial_gain = {"head.weight": 0.1}
         self._angles: tuple[torch.device, torch.dtype, Tensor, Tensor] | None = None
+
+    def _mixing(self) -> FourierMixing | None:
+        """What takes the place of attention, if anything does."""
+        if self.config.mixer == "attention":
+            return None
+        return FourierMixing(self.config.dim, self.config.heads, self.token_grid, self.config.modes)
 
     def _feed_forward(self, expert_layer: ExpertLayerFactory) -> nn.Module:
         experts = self.config.experts
@@ -98,7 +112,7 @@ class LatentTransformer(nn.Module):
         return expert_layer(experts, self.config.dim)
 
     def _rotary(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if self.position is not None:
+        if self.position is not None or self.config.mixer == "fourier":
             return None, None
         # Plain attributes, not buffers: DeepSpeed casts buffers to bf16, which would spoil the angles.
         if self._angles is None or self._angles[:2] != (like.device, like.dtype):

@@ -137,7 +137,8 @@ def make_plan(config: RunConfig, nodes: int | None = None, gpus_per_node: int | 
     tokens = math.prod(model.token_grid)
     width = 2 if train.precision == "bf16" else 4
     rank_tokens = tokens * topology.micro_batch * topology.accumulation
-    attention = 0 if operator.in_field_space else 12 * operator.depth * tokens * operator.dim  # both ways, per token
+    attends = not operator.in_field_space and operator.mixer == "attention"
+    attention = 12 * operator.depth * tokens * operator.dim if attends else 0  # forward and backward, per token
     away = (topology.ep_size - 1) / topology.ep_size
     return Plan(
         config=config,

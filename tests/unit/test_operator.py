@@ -157,3 +157,21 @@ def test_initialisation_skips_parameters_on_the_meta_device() -> None:
         model = LatentTransformer(OperatorConfig(dim=24, heads=2), LATENT, STATIC, GRID, HISTORY)
     initialise(model, 0)
     assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("modes", [None, 1])
+def test_fourier_mixing_takes_the_place_of_attention(modes: int | None) -> None:
+    """Every token sees all others through it, samples stay apart, and all of its weights are trained."""
+    model = make(mixer="fourier", modes=modes, experts={"num_experts": 0})
+    assert not any("attention" in name for name, _ in model.named_parameters())
+    for block in model.blocks:
+        for parameter in block.mixing.parameters():
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    history, static = inputs()
+    history.requires_grad_()
+    output = model(history, static).latent
+    output[0, :, 0, 0, 0].sum().backward()
+    assert history.grad is not None
+    seen = history.grad.abs().amax((1, 2))
+    assert bool((seen[0] > 0).all()) and bool((seen[1:] == 0).all())
+    assert all(p.grad is not None and bool((p.grad != 0).any()) for p in model.blocks[0].mixing.parameters())
