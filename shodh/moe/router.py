@@ -1,4 +1,4 @@
-"""The router: which experts a token meets, decided without any regime label.
+"""The router: which experts a token meets. No kind but the oracle, a control, is told a regime label.
 
 Four kinds learn (design: a regime is recognised from the whole sample, a mechanism from the local patch):
 
