@@ -82,6 +82,32 @@ def test_spawned_workers_read_the_same(datasets, sampler):
     assert_equal(collect(loader, 1, 3), collect(MixtureLoader(datasets, sampler), 1, 3))
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_memory_is_reused_but_never_under_a_batch_that_someone_holds(datasets, sampler, num_workers):
+    loader = MixtureLoader(datasets, sampler, num_workers=num_workers)
+    expected = collect(MixtureLoader(datasets, sampler), 0, 24)
+    view = copies = None
+    addresses = set()
+    for step, batch in enumerate(loader.iterate(0, 24)):
+        assert_equal([batch], expected[step : step + 1])
+        addresses.add(batch["fields"].data_ptr())
+        if step == 2:
+            view, copies = batch["fields"][1, 0], batch["fields"][1, 0].clone()
+    assert torch.equal(view, copies)  # a view alone keeps its batch
+    assert len(addresses) <= 5  # two in the worker, this batch, the one before, and the one held
+    loader.close()
+    assert torch.equal(view, copies)
+
+
+def test_values_are_normalised_to_the_bits_of_the_normaliser(datasets):
+    for dataset in datasets:
+        physical = WindowDataset(dataset.source, "train", history=1, horizon=1)
+        for index in (0, len(dataset) - 1):
+            expected = dataset.normalizer.normalize(physical[index]["fields"], dataset.source.name)
+            ours = dataset[index]["fields"]
+            assert torch.equal(ours.view(torch.int32), expected.view(torch.int32))
+
+
 @pytest.mark.parametrize(("world", "num_micro"), [(2, 1), (2, 2), (4, 1)])
 def test_ranks_and_micro_batches_share_the_global_batch(datasets, sampler, world, num_micro):
     whole = collect(MixtureLoader(datasets, sampler), 0, 3)

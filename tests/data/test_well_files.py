@@ -13,6 +13,8 @@ import pytest
 from shodh.data import WellFile, compute_statistics, remove_partial_files, write_stats, write_trajectories
 from shodh.errors import DataError
 from shodh.fields import Field
+from shodh.ops import extension
+from shodh.ops.reading import read_snapshot
 
 
 def read_all(file: WellFile, name: str, components: int) -> np.ndarray:
@@ -242,3 +244,81 @@ def test_an_end_that_nothing_is_said_about_is_open(tmp_path, make_trajectories, 
     with h5py.File(tmp_path / "a.hdf5", "r+") as file:
         edit(file)
     assert WellFile(tmp_path / "a.hdf5").boundary == ("periodic", "periodic", "open")
+
+
+def restored(path: Path, **how: object) -> Path:
+    """The file with its dynamic fields stored in another way."""
+    with h5py.File(path, "r+") as file:
+        for name in ("t0_fields/tracer", "t1_fields/velocity"):
+            values, attributes = file[name][()], dict(file[name].attrs)
+            del file[name]
+            file.create_dataset(name, data=values, **how).attrs.update(attributes)
+    return path
+
+
+STORAGE = {
+    "snapshots": ({}, True),
+    "contiguous": ({"chunks": None}, True),
+    "compressed": ({"compression": "gzip"}, False),
+    "checksums": ({"fletcher32": True}, False),
+    "float64": ({"dtype": "<f8"}, False),
+    "big-endian": ({"dtype": ">f4"}, False),
+    "other chunks": ({"chunks": True}, False),
+}
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_reading_past_hdf5_gives_the_same_bits(tmp_path, make_trajectories, monkeypatch, storage):
+    how, plain = STORAGE[storage]
+    trajectories = make_trajectories()
+    path = tmp_path / "a.hdf5"
+    write_trajectories(path, trajectories)
+    if storage != "snapshots":
+        restored(path, **how)
+    past = []
+    monkeypatch.setattr(
+        "shodh.data.well_reader.read_snapshot", lambda *a, **k: (past.append(1), read_snapshot(*a, **k))[1]
+    )
+    for name, mean, scale in (("velocity", 0.0, 2.0), ("tracer", 4.7, 0.3)):
+        components = 3 if name == "velocity" else 1
+        out = [np.empty((3, components, 5, 6, 7), dtype=np.float32) for _ in range(2)]
+        with WellFile(path) as file:
+            file.read(name, 1, range(0, 5, 2), out[0], shift=mean, scale=scale)
+            with monkeypatch.context() as without:
+                without.setattr("shodh.data.well_reader.can_read_into", lambda _: False)
+                file.read(name, 1, range(0, 5, 2), out[1], shift=mean, scale=scale)
+        stored = trajectories.values[name][1, ::2].reshape(3, 5, 6, 7, components)
+        expected = (np.moveaxis(stored, -1, 1) - np.float32(mean)) / np.float32(scale)
+        for values in out:
+            np.testing.assert_array_equal(values.view(np.int32), expected.view(np.int32))
+    built = extension.unavailable_reason("cpp") is None
+    assert len(past) == (6 if plain and built else 0)
+
+
+def test_a_snapshot_that_was_never_written_reads_as_hdf5_says(tmp_path, make_trajectories):
+    path = tmp_path / "a.hdf5"
+    write_trajectories(path, make_trajectories())
+    with h5py.File(path, "r+") as file:
+        shape, attributes = file["t0_fields/tracer"].shape, dict(file["t0_fields/tracer"].attrs)
+        del file["t0_fields/tracer"]
+        chunks = (1, 1, *shape[2:])
+        tracer = file.create_dataset("t0_fields/tracer", shape, np.float32, chunks=chunks, fillvalue=3.0)
+        tracer.attrs.update(attributes)
+        tracer[1, 2] = 4.0
+    out = np.empty((2, 1, 5, 6, 7), dtype=np.float32)
+    WellFile(path).read("tracer", 1, range(1, 3), out)
+    assert (out[0] == 3.0).all() and (out[1] == 4.0).all()
+
+
+def test_a_file_cut_while_it_is_open_is_named(tmp_path, make_trajectories):
+    path = tmp_path / "a.hdf5"
+    write_trajectories(path, make_trajectories())
+    out = np.empty((5, 3, 5, 6, 7), dtype=np.float32)
+    file = WellFile(path)
+    file.read("velocity", 0, range(5), out)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(DataError, match="truncated or damaged") as error:
+        for trajectory in range(3):
+            file.read("velocity", trajectory, range(5), out)
+            file.read("tracer", trajectory, range(5), out[:, :1])
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
