@@ -52,10 +52,7 @@ def coordinate(value: float, low: float, high: float, scale: ParameterMap = "lin
     here, start, end = (mapped(v, scale) for v in (value, low, high))
     if start == end:
         raise ConfigError(f"both experts were trained at {low:g}; they span no direction")
-    # From the nearer end, so that no rounding moves the experts themselves.
-    if abs(here - start) <= abs(here - end):
-        return -1.0 + 2.0 * (here - start) / (end - start)
-    return 1.0 + 2.0 * (here - end) / (end - start)
+    return -1.0 + 2.0 * (here - start) / (end - start)
 
 
 def clip(alpha: float, limit: float = LIMIT) -> float:

@@ -104,6 +104,9 @@ def test_random_numbers_belong_to_seed_tensor_and_place(states: list[State]) -> 
         whole = tensor.read().flatten()
         assert torch.equal(again[name].read().flatten(), whole) and not torch.equal(other[name].read().flatten(), whole)
         assert torch.equal(tensor.part(2, 5), whole[2:5])
+    assert not torch.equal(
+        *(random_direction(Update(((from_memory({n: torch.ones(9)}), 1.0),))).weights()[n].read() for n in ("a", "b"))
+    ), "two tensors of one shape"
     twice = flat(to_memory(dare(anchor, [low, low], 0.5, 1.0))) - flat(states[0])
     update = flat(states[1]) - flat(states[0])
     assert set((twice / (2 * update)).round().int().tolist()) == {0, 1, 2}
