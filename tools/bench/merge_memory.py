@@ -1,0 +1,181 @@
+"""Measure the memory of a merge of made-up experts of several gigabytes.
+
+Anchor and two experts are converted folders of one sparse model with random weights, in shards. Each method runs in a
+process of its own, whose memory is sampled every 5 ms; VmRSS is the whole of it, pages of mapped files included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from tqdm import tqdm
+
+from shodh.config import RunConfig, config_from_dict, to_dict
+from shodh.data import FieldNormalizer
+from shodh.models.description import ModelDescription, Source, build_parts, count_parameters, write_pretrained
+from shodh.seeding import generator
+from shodh.weights import LazyWeights, StoredTensor, expected_shapes, target_dtypes
+
+EXAMPLES = """examples:
+  python tools/bench/merge_memory.py --json tools/bench/results/merge_memory_cpu.json
+  python tools/bench/merge_memory.py --depth 1 --methods compose --folder /scratch          a quick look
+"""
+COUNTERS = ("VmRSS", "RssAnon", "RssFile")
+NAMES = ("anchor", "low", "high")
+BASE = 2**22  # random values that are repeated to fill a tensor
+
+
+def make_config(depth: int) -> RunConfig:
+    experts = {"num_experts": 16, "hidden": 4096}
+    tree = {
+        "name": "large",
+        "data": {"grid": [16, 16, 16], "regimes": [{"name": "porous_media", "path": "nowhere"}]},
+        "operator": {"dim": 1024, "heads": 16, "depth": depth, "experts": experts},
+    }
+    return config_from_dict(tree)
+
+
+def write_expert(folder: Path, config: RunConfig, name: str, shard: int) -> int:
+    """A converted folder with random weights; returns the bytes of its weights."""
+    parts = ("tokenizer", "operator")
+    with torch.device("meta"):
+        shapes = expected_shapes(build_parts(config, parts))
+    values = 0.02 * torch.randn(BASE, generator=generator("bench", name))
+    shared = 0.02 * torch.randn(BASE, generator=generator("bench", "tokenizer"))
+    weights: LazyWeights = {
+        key: _repeated(shared if key.startswith("tokenizer.") else values, tuple(shape), folder)
+        for key, shape in shapes.items()
+    }
+    fields = [f.build() for f in config.data.fields]
+    constants = {r.name: {f.name: (0.0, 1.0) for f in fields if not f.static} for r in config.data.regimes}
+    start = None if name == "anchor" else "anchor"
+    description = ModelDescription(
+        parts=parts,
+        dtype="fp32",
+        regimes=tuple(r.name for r in config.data.regimes),
+        fields=tuple(to_dict(config)["data"]["fields"]),
+        domains={r.name: {"boundary": ["periodic"] * 3, "lengths": [1.0] * 3} for r in config.data.regimes},
+        normalizer=FieldNormalizer(fields, 3, constants).to_dict(),
+        run=to_dict(config),
+        parameters=count_parameters(config, parts),
+        versions={},
+        source=Source(name=name, sha256=name, init_from=start),
+    )
+    folder.mkdir()
+    write_pretrained(folder, description, weights, target_dtypes(weights, None), shard)
+    return sum(4 * t.numel for t in weights.values())
+
+
+def _repeated(values: torch.Tensor, shape: tuple[int, ...], path: Path) -> StoredTensor:
+    count = torch.Size(shape).numel()
+    whole, rest = divmod(count, len(values))
+    return StoredTensor(shape, (*[values] * whole, *([values[:rest]] if rest or not whole else [])), path)
+
+
+def read_counters() -> dict[str, int]:
+    """Bytes, from ``/proc/self/status``."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    table = {name.rstrip(":"): value for name, value, *_ in (line.split() for line in lines if len(line.split()) > 2)}
+    return {name: 1024 * int(table[name]) for name in COUNTERS}
+
+
+def measure(folder: Path, method: str, shard: int) -> dict[str, Any]:
+    """Merge, or diagnose, in this process; the peaks of its memory, and what it had before."""
+    from shodh.exchange.merge import diagnose_experts, merge_experts, open_family
+    from shodh.exchange.recipe import ALONG, make_recipe
+
+    before = read_counters()
+    peaks, done = dict(before), threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.005):
+            for name, value in read_counters().items():
+                peaks[name] = max(peaks[name], value)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    start = time.perf_counter()
+    try:
+        anchor, experts = open_family(folder / "anchor", [folder / "low", folder / "high"])
+        if method == "diagnose":
+            diagnose_experts(anchor, *experts)
+            size = 0
+        else:
+            recipe = make_recipe(experts, method, alpha=[0.3] if method in ALONG else None)  # type: ignore[arg-type]
+            size = merge_experts(anchor, experts, recipe, folder / "out", max_shard_size=shard, overwrite=True).bytes
+    finally:
+        done.set()
+        thread.join()
+    seconds = time.perf_counter() - start
+    return {"method": method, "seconds": seconds, "bytes_written": size, "before": before, "peak": peaks}
+
+
+def run_child(*arguments: Any) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--measure", json.dumps([str(a) for a in arguments])]
+    finished = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if finished.returncode:
+        raise SystemExit(finished.stderr)
+    result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    return result
+
+
+def write_report(path: Path, rows: list[dict[str, Any]], size: int) -> None:
+    head = {
+        "command": f"python tools/bench/merge_memory.py {' '.join(sys.argv[1:])}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "units": "bytes; VmRSS: all memory of the process, RssFile: of it, pages of mapped files",
+        "bytes_of_each_expert": size,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**head, "cases": rows}, indent=1) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--depth", type=int, default=5, help="layers of 16 experts, 0.87 GB each (default: %(default)s)"
+    )
+    parser.add_argument("--methods", nargs="+", default=["compose", "ties", "diagnose"], help="default: %(default)s")
+    parser.add_argument("--max-shard-size", type=int, default=2 * 10**9, metavar="BYTES", help="default: %(default)s")
+    parser.add_argument("--folder", type=Path, help="where to make them (default: the temporary folder)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        folder, method, shard = json.loads(options.measure)
+        print(json.dumps(measure(Path(folder), method, int(shard))))
+        return 0
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        config, rows = make_config(options.depth), []
+        bar = tqdm(NAMES, desc="make", unit="expert", disable=not sys.stderr.isatty())
+        size = max([write_expert(Path(name) / n, config, n, options.max_shard_size) for n in bar])
+        for method in tqdm(options.methods, unit="case", disable=not sys.stderr.isatty()):
+            rows.append(run_child(name, method, options.max_shard_size))
+            peak, before = (rows[-1][key]["VmRSS"] / 1e9 for key in ("peak", "before"))
+            print(
+                f"{method:<18}3 x {size / 1e9:.2f} GB, {rows[-1]['seconds']:.0f} s; "
+                f"peak VmRSS {peak:.2f} GB ({before:.2f} before)"
+            )
+            if options.json is not None:
+                write_report(options.json, rows, size)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
