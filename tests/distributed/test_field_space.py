@@ -26,6 +26,7 @@ from shodh.fields import Boundary, Field, RegimeSchema, Trajectories
 from shodh.moe.trace import read_trace
 from shodh.train.evaluation import Evaluator, evaluate, open_run
 from shodh.train.field_evaluation import FieldEvaluation
+from shodh.train.field_task import FieldTask, Presence
 from shodh.train.plan import describe_plan, make_plan
 
 pytestmark = pytest.mark.distributed
@@ -162,6 +163,34 @@ def test_evaluation_counts_existing_fields_and_reports_every_step(opened: Evalua
     assert "L2RE, in units, height" in text and "step 3" in text and "atent" not in text
     names = {p.name for p in opened.folder.report.iterdir()}
     assert {"slices_dye.png", "rollout.png", "training.png", "expert_shares.png", "rollouts.csv"} <= names
+
+
+@pytest.mark.parametrize("measure", ("l2re", "mse"))
+def test_absent_fields_are_given_as_ones_and_cost_nothing(opened: Evaluator, measure: str) -> None:
+    presence = Presence(opened.regimes)
+    task = FieldTask.__new__(FieldTask)
+    task._presence, task.measure = presence, measure
+    draw = torch.Generator().manual_seed(0)
+    frames, static = torch.randn(2, 3, 4, *GRID, generator=draw), torch.randn(2, 1, *GRID, generator=draw)
+    regime = torch.tensor([0, 1])  # flow, height; dye
+    padded, given = task._windows({"fields": frames, "static": static, "regime": regime})
+    exists = torch.tensor([[True, True, True, False], [False, False, False, True]])
+    for sample in range(2):
+        assert bool((padded[sample, :, ~exists[sample]] == 1).all())
+        assert torch.equal(padded[sample, :, exists[sample]], frames[sample, :, exists[sample]])
+    assert torch.equal(given[0], static[0]) and bool((given[1] == 1).all())
+    prediction, target = frames[:, 0], frames[:, 1]
+    errors = task._errors(prediction, target, regime)
+    ratio = (prediction - target).flatten(2).norm(dim=2) / target.flatten(2).norm(dim=2)
+    by_channel = ratio if measure == "l2re" else (prediction - target).square().mean((2, 3))
+    torch.testing.assert_close(errors, torch.stack((by_channel[0, :3].mean(), by_channel[1, 3])))
+
+
+def test_noise_is_relative_to_the_size_of_each_channel() -> None:
+    history = torch.randn(2, 3, 4, *GRID, generator=torch.Generator().manual_seed(0))
+    scale = FieldTask.__new__(FieldTask)._noise_scale(history)
+    assert scale.shape == (2, 1, 4, 1, 1)
+    assert float(scale[1, 0, 2]) == pytest.approx(float(history[1, :, 2].square().mean().sqrt()), rel=1e-6)
 
 
 def test_persistence_is_the_error_of_the_last_frame(opened: Evaluator) -> None:

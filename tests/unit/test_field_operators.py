@@ -148,6 +148,21 @@ def test_a_block_has_one_skip_around_it() -> None:
     torch.testing.assert_close(block(x)[0], x, rtol=0, atol=0)
 
 
+def test_mixing_adds_its_input_between_two_norms() -> None:
+    model = tiny("dpot")
+    assert isinstance(model, PotOperator)
+    block = model.blocks[0]
+    with torch.no_grad():
+        for parameter in (block.mixing.w2, block.mixing.b2):
+            parameter.zero_()
+    x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
+    y = x.transpose(1, 2)
+    for _ in range(2):  # Norms of a fresh model are plain: eight groups of two channels.
+        y = torch.nn.functional.group_norm(y, 8)
+    expected = x + block.feed_forward.contract(torch.nn.functional.gelu(block.feed_forward.expand(y.transpose(1, 2))))
+    torch.testing.assert_close(block(x)[0], expected)
+
+
 def test_moe_pot_routes_whole_samples_as_published_and_tokens_if_asked() -> None:
     history, static = inputs(batch=6)
     for granularity, alike in (("sample", True), ("token", False)):

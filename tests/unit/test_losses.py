@@ -8,7 +8,14 @@ import torch
 
 from shodh.config import TokenizerLoss
 from shodh.fields import Field
-from shodh.train.losses import field_slices, reconstruction_loss, reconstruction_terms, relative_l2, vrmse
+from shodh.train.losses import (
+    field_slices,
+    reconstruction_loss,
+    reconstruction_terms,
+    relative_l2,
+    relative_l2_by_channel,
+    vrmse,
+)
 
 FIELDS = (Field("tracer"), Field("velocity", "vector", placement="face"), Field("solid", static=True))
 DYNAMIC = FIELDS[:2]
@@ -86,3 +93,14 @@ def test_perfect_reconstruction_costs_nothing_and_gradients_are_finite_there() -
     flat = torch.zeros(1, 4, 4, 4, 4)
     terms = reconstruction_terms(flat + 0.1, flat, DYNAMIC)
     assert all(t.isfinite().all() for t in terms.values()), "a field without variance must not divide by zero"
+
+
+def test_relative_error_by_channel_is_that_of_each_channel_and_bounded_at_rest() -> None:
+    draw = torch.Generator().manual_seed(0)
+    target, error = torch.randn(2, 3, 4, 5, generator=draw), 0.1 * torch.randn(2, 3, 4, 5, generator=draw)
+    found = relative_l2_by_channel(target + error, target)
+    for b in range(2):
+        for c in range(3):
+            assert float(found[b, c]) == pytest.approx(float(error[b, c].norm() / target[b, c].norm()), rel=1e-4)
+    at_rest = relative_l2_by_channel(error, torch.zeros_like(target), floor=0.01)
+    torch.testing.assert_close(at_rest, error.square().mean((2, 3)).sqrt() / 0.01, rtol=1e-4, atol=0)
