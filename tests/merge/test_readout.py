@@ -93,9 +93,15 @@ def test_scale_finds_the_factor_that_validation_members_follow(gamma: float) -> 
     assert fit_scale(members, low, high).alpha == pytest.approx(gamma, abs=0.02)
 
 
-def test_scale_knows_that_the_coordinate_is_clipped() -> None:
-    members = {5.0: valley(1.0)}  # s = 3: a factor of 1/3, or the clip, gives 1.0 or 1.5
-    assert fit_scale(members, 1.0, 3.0).alpha == pytest.approx(1 / 3, abs=0.02)
+def test_scale_never_asks_for_a_coordinate_outside_the_limit() -> None:
+    asked: list[float] = []
+
+    def loss(alpha: float) -> float:
+        asked.append(alpha)
+        return valley(3.0)(alpha)
+
+    fit_scale({5.0: loss}, 1.0, 3.0)  # s = 3: beyond a factor of 1/2 the clip decides
+    assert max(asked) == 1.5 and 0.0 in asked
 
 
 @pytest.mark.parametrize("true", ("linear", "log"))
