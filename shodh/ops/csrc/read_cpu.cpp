@@ -27,6 +27,11 @@ constexpr int64_t kLargeValues = int64_t{1} << 18;
 // What a caller learns; errors of the system are -errno.
 enum Outcome : int { kFine = 0, kNotFinite = 1, kEndOfFile = 2 };
 
+// Whole pages, and no load of a vector across two lines.
+struct alignas(4096) Slab {
+  float values[kSlabValues];
+};
+
 inline bool not_finite(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
@@ -61,10 +66,10 @@ inline bool place(const float* SHODH_RESTRICT in, float* SHODH_RESTRICT out, int
   int64_t count = std::min(cells, kBlock - static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % 64 / sizeof(float)));
   for (int64_t first = 0; first < cells; first += count, count = std::min(kBlock, cells - first)) {
     const float* SHODH_RESTRICT from = in + C * first;
-    for (int64_t i = 0; i < C * count; ++i) bad |= not_finite(from[i]);
     for (int64_t i = 0; i < count; ++i)
       for (int c = 0; c < C; ++c) {
-        const float shifted = from[C * i + c] - shift;
+        const float value = from[C * i + c], shifted = value - shift;
+        bad |= not_finite(value);
         block[c * kBlock + i] = multiply ? shifted * factor : shifted / factor;
       }
     for (int c = 0; c < C; ++c) put(block + c * kBlock, out + c * stride + first, count, stream);
@@ -114,16 +119,16 @@ extern "C" __attribute__((visibility("default"))) int shodh_read_snapshot(int de
   const Place place = (exact ? multiply : divide)[components - 1];
   const float factor = exact ? 1.0f / scale : scale;
 
-  thread_local const std::unique_ptr<float[]> slab(new float[kSlabValues]);
+  thread_local const std::unique_ptr<Slab> slab(new Slab);
   const int64_t per_slab = kSlabValues / components / kBlock * kBlock;
   const int64_t cell = components * int64_t{sizeof(float)};
   const bool stream = components * cells >= kLargeValues;
   int outcome = kFine;
   for (int64_t first = 0; first < cells && outcome == kFine; first += per_slab) {
     const int64_t count = std::min(per_slab, cells - first);
-    outcome = read_fully(descriptor, slab.get(), count * cell, offset + first * cell);
+    outcome = read_fully(descriptor, slab->values, count * cell, offset + first * cell);
     if (outcome != kFine) break;
-    if (place(slab.get(), out + first, count, stride, shift, factor, stream) && check) outcome = kNotFinite;
+    if (place(slab->values, out + first, count, stride, shift, factor, stream) && check) outcome = kNotFinite;
   }
 #if defined(__SSE__)
   if (stream) _mm_sfence();
