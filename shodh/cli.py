@@ -32,7 +32,9 @@ def error_line(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
         return f"no disk space left{where}; free some, or choose another output folder, and run the same command again"
-    if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
+    if isinstance(
+        error, PermissionError | FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError
+    ):
         return f"{error.strerror}: {error.filename}"
     return None
 
