@@ -47,7 +47,8 @@ def from_file(args: argparse.Namespace) -> Iterator[Part]:
     probe(args.source)
     file = open_file(args.source)
     frames = range(*(args.frames or (0, file.num_frames)))
-    if not 0 <= args.trajectory < file.num_trajectories or not frames or frames.stop > file.num_frames:
+    inside = frames and 0 <= frames.start and frames.stop <= file.num_frames
+    if not (inside and 0 <= args.trajectory < file.num_trajectories):
         raise ConfigError(f"{args.source} has {file.num_trajectories} trajectories of {file.num_frames} frames")
     time = file.time if file.time.ndim == 1 else file.time[args.trajectory]
     for frame in frames:
@@ -74,10 +75,11 @@ def from_run(args: argparse.Namespace) -> Iterator[Part]:
         raise ConfigError(f"{args.source}: there are no fields {sorted(unknown)}")
     for example in evaluate(evaluator, evaluator.config.evaluation.split).examples:
         number = regimes.names.index(example.regime)
-        truth, prediction = (
-            regimes.normalizer.denormalize(values[None], example.regime).numpy()
-            for values in (example.truth, example.prediction)
-        )
+        pair = torch.stack((example.truth, example.prediction))
+        # An example has the channels that exist; the normalisation knows those of the whole vocabulary.
+        whole = pair.new_zeros(2, regimes.sources[number].num_channels, *pair.shape[2:])
+        whole[:, regimes.channel_numbers(number)] = pair
+        truth, prediction = regimes.normalizer.denormalize(whole, example.regime).numpy()[:, None]
         fields = {}
         for name, channels in regimes.channels(number).items():
             if args.fields is None or name in args.fields:

@@ -142,6 +142,8 @@ def test_bad_input_is_one_line(tmp_path):
         ((str(tmp_path / "none.hdf5"), str(tmp_path / "out")), "there are no data files"),
         ((str(tmp_path / "a.hdf5"), str(tmp_path / "out"), "--fields", "heat"), "no field 'heat'"),
         ((str(tmp_path / "a.hdf5"), str(tmp_path / "out"), "--boundary", "wall"), "boundary"),
+        ((str(tmp_path / "a.hdf5"), str(tmp_path / "out"), "--name", "../b"), "leave out slashes"),
+        ((str(tmp_path / "a.hdf5"), str(tmp_path / "a.hdf5")), "File exists"),
     ):
         done = run(*arguments)
         assert done.returncode == 2, done.stderr

@@ -90,6 +90,12 @@ def test_netcdf_holds_every_value(tmp_path):
 
 
 def test_bad_input_is_one_line(tmp_path):
+    cfd = str(tmp_path / "cfd.hdf5")
     pdebench_cfd(tmp_path / "cfd.hdf5")
-    done = export(str(tmp_path / "cfd.hdf5"), "--trajectory", "9", "--out", str(tmp_path / "vtk"))
-    assert done.returncode == 2 and "3 trajectories of 4 frames" in done.stderr and done.stderr.count("\n") == 1
+    for arguments, reason in (
+        (("--trajectory", "9", "--out", str(tmp_path / "vtk")), "3 trajectories of 4 frames"),
+        (("--frames", "-2", "1", "--out", str(tmp_path / "vtk")), "3 trajectories of 4 frames"),
+        (("--out", cfd), "File exists"),
+    ):
+        done = export(cfd, *arguments)
+        assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1, done.stderr

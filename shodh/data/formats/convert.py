@@ -22,7 +22,7 @@ from shodh.data.formats.splits import SPLITS, Split, find_files, open_splits
 from shodh.data.stats import compute_statistics, write_stats
 from shodh.data.well import create_layout
 from shodh.data.well_reader import WellFile
-from shodh.errors import DataError
+from shodh.errors import ConfigError, DataError
 from shodh.fields import Field, RegimeSchema, Trajectories
 from shodh.files import atomic_path, remove_partial_files
 
@@ -103,6 +103,8 @@ def plan_conversion(
 
     Raises
     ------
+    ConfigError
+        If the name is none for a file.
     DataError
         If a source cannot be used, differs from the first in grid, lengths or boundary, lacks a field, or nothing in
         it changes in time.
@@ -121,7 +123,9 @@ def plan_conversion(
         raise DataError(f"{first.path}: nothing in it changes in time; there is nothing to write (geometry alone?)")
     for file in every:
         _check_agreement(file, first, kept)
-    stem = name or sources[0].stem
+    stem = name or sources[0].resolve().stem
+    if stem != Path(stem).name:
+        raise ConfigError(f"name={stem!r} is part of the names of files; leave out slashes")
     shards = []
     for split in SPLITS:
         for number, group in enumerate(_groups(files[split], kept, shard_bytes)):
