@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import rank_jobs
 import torch
 from helper import ROOT, run_ranks
+from scipy.io import netcdf_file
 
 from shodh.analysis.report import write_report
 from shodh.config import load_config
@@ -86,6 +89,29 @@ def test_errors_are_reported_of_the_fields_that_exist_and_of_no_others(run: dict
         "sheet": ["velocity x", "velocity y", "dye"],
     }
     assert "rock" in run["text"] and (run["folder"] / "report" / "slices_sheet.png").exists()
+
+
+def test_export_writes_the_fields_that_exist_in_physical_units(run: dict[str, Any], tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "tools/export_fields.py",
+        str(run["folder"]),
+        "--format",
+        "netcdf",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    target = run["evaluator"].config.data.history
+    for number, (name, scalar) in enumerate((("stream", "dye"), ("rock", "heat"), ("sheet", "dye"))):
+        with netcdf_file(tmp_path / f"{run['folder'].name}_{name}_00000.nc", mmap=False) as file:
+            found = {key: value[:] for key, value in file.variables.items()}
+        expected = trajectories(name, 2, 10 * number + 2).values[scalar][0, target]
+        expected = expected if expected.ndim == 3 else np.repeat(expected[..., None], 16, 2)
+        np.testing.assert_allclose(found[f"{scalar}_truth"][0], expected, atol=1e-5)
+        axes = {"stream": "xyz", "rock": "", "sheet": "xy"}[name]
+        assert {key for key in found if key.startswith("velocity_truth")} == {f"velocity_truth_{a}" for a in axes}
 
 
 def test_velocity_of_every_regime_is_divergence_free_in_its_own_dimensions(run: dict[str, Any]) -> None:
