@@ -162,6 +162,14 @@ def test_decoded_positive_field_is_positive_in_physical_units(model: Tokenizer) 
     assert float(model.assemble(emitted, DOMAINS[2])[:, 6].min()) < floor
 
 
+@pytest.mark.parametrize(("mean", "std"), [(1.0, 0.02), (5.0, 0.001), (0.3, 0.1), (0.0, 1.0)])
+def test_positive_field_stays_so_in_float32_however_far_below_zero_it_was_decoded(mean: float, std: float) -> None:
+    """Means many deviations from zero, as of density: the way back to physical units rounds."""
+    z = torch.cat((-torch.logspace(-3, 6, 2000), torch.linspace(1e-6, 1, 2000)))
+    physical = keep_above(-mean / std + z, -mean / std) * torch.tensor(std) + torch.tensor(mean)
+    assert float(physical.min()) > 0
+
+
 def test_flat_domain_is_decoded_to_equal_layers_without_a_component_across(model: Tokenizer) -> None:
     flat = Domain(("periodic", "wall", "periodic"), (2.0, 1.0, 1.0), DOMAINS[1].presence, flat=True)
     fields, geometry = batch([1])
