@@ -236,7 +236,12 @@ def _static_constants(source: RegimeSource) -> dict[str, tuple[float, float]]:
                 values = np.log(values)
             moments[name].add(values)
     source.close()
-    return {name: (float(m.mean[0]), float(m.std[0]) or 1.0) for name, m in moments.items()}
+    # A relative change of the values is an absolute one of their logarithm.
+    unit = {f.name: 1.0 if f.static_scale == "log" else 0.0 for f in source.static}
+    return {
+        name: (mean, 1.0 if std <= _RELATIVE_ZERO * max(abs(mean), unit[name]) else std)
+        for name, mean, std in ((name, float(m.mean[0]), float(m.std[0])) for name, m in moments.items())
+    }
 
 
 def _mean_and_scale(regime: str, field: Field, ndim: int, mean: Any, std: Any) -> tuple[float, float]:

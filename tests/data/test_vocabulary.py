@@ -78,6 +78,22 @@ def test_static_fields_reach_the_models_with_zero_mean_and_unit_variance(tmp_pat
     np.testing.assert_allclose(found, (plain - plain.mean()) / plain.std(), atol=1e-4)
 
 
+@pytest.mark.parametrize("scale", ["zscore", "log"])
+def test_constant_static_field_is_normalised_to_zero_and_not_to_amplified_rounding(tmp_path, scale):
+    """0.95176405: its logarithm in float32 differs in the last bit from that in float64."""
+    fields = (Field("heat"), Field("medium", static=True, static_scale=scale))
+    rng = np.random.default_rng(0)
+    medium = np.full((3, 8, 8, 8), 0.9517640471458435, dtype=np.float32)
+    values = {"heat": rng.standard_normal((3, 4, 8, 8, 8)).astype(np.float32), "medium": medium}
+    schema = RegimeSchema("x", (Field("heat"), Field("medium", static=True)), ("periodic",) * 3)
+    result = Trajectories(schema, (1.0, 1.0, 1.0), 0.1 * np.arange(4), values)
+    write_trajectories(tmp_path / "data" / "train" / "x.hdf5", result)
+    source = RegimeSource("x", tmp_path, fields)
+    normalizer = FieldNormalizer.from_sources([source])
+    window = WindowDataset(source, "train", history=1, horizon=1, normalizer=normalizer)[0]
+    assert float(window["static"].abs().max()) < 1e-6
+
+
 def test_logarithm_of_what_is_not_positive_is_refused(tmp_path):
     folder = tmp_path / "rock"
     values = write(folder, ("heat", "permeability"), ("periodic",) * 3, (6, 5, 4))
