@@ -22,6 +22,9 @@ from shodh.errors import ConfigError
 from shodh.fields import Boundary, Placement, StaticScale
 from shodh.fields import Field as PhysicalField
 
+# Names of fields and regimes go into those of files, weights and metrics.
+FieldName = typing.Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+RegimeName = typing.Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
 Fraction = typing.Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = typing.Annotated[float, Field(ge=0.0)]
 Count = typing.Annotated[int, Field(ge=0)]
@@ -40,7 +43,7 @@ class Section(BaseModel):
 class FieldConfig(Section):
     """A physical field the model learns (or, if ``static``, is given)."""
 
-    name: str
+    name: FieldName
     kind: Literal["scalar", "vector"] = "scalar"
     solenoidal: bool = False
     static: bool = False
@@ -69,7 +72,7 @@ class FieldConfig(Section):
 class RegimeConfig(Section):
     """One physical regime: a folder of The Well files with train, valid and test splits, or files of other formats."""
 
-    name: str
+    name: RegimeName
     path: Path
     share: PositiveFloat = Field(1.0, description="share of every global batch, relative to the other regimes")
     fields: dict[str, str | None] = Field(
@@ -92,6 +95,12 @@ class RegimeConfig(Section):
         None, description="names of an array's channels, where it has none; a repeated name is a vector"
     )
     axes: str | None = Field(None, description="letters of an array's axes: n(umber), t, x, y, z, c(hannel); nxytc")
+
+    @model_validator(mode="after")
+    def _check(self) -> RegimeConfig:
+        if not self.split[0] > 0:
+            raise ValueError(f"split {list(self.split)}: the share of the training trajectories must be positive")
+        return self
 
 
 class DataConfig(Section):

@@ -98,6 +98,20 @@ def test_repeated_and_unknown_names_of_regimes_and_fields_are_refused() -> None:
         config_from_dict(tree)
 
 
+@pytest.mark.parametrize("name", ["a/b", "..", "", "two words"])
+@pytest.mark.parametrize("what", ["fields", "regimes"])
+def test_name_that_cannot_go_into_files_and_weights_is_refused(what: str, name: str) -> None:
+    changes: dict[str, Any] = {what: [{"name": name}]} if what == "fields" else {what: [{"name": name, "path": "x"}]}
+    with pytest.raises(ConfigError, match=f"data.{what}.0.name"):
+        config_from_dict(minimal(data={"regimes": [{"name": "a", "path": "x"}], **changes}))
+
+
+def test_split_without_training_trajectories_is_refused() -> None:
+    regime = {"name": "a", "path": "x", "split": [0, 0.5, 0.5]}
+    with pytest.raises(ConfigError, match="share of the training trajectories"):
+        config_from_dict(minimal(data={"regimes": [regime]}))
+
+
 def test_dense_model_needs_no_fitting_groups() -> None:
     assert config_from_dict(minimal(operator={"experts": {"num_experts": 0, "top_k": 3}})).operator.experts.top_k == 3
 
