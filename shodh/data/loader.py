@@ -106,6 +106,7 @@ class MixtureLoader:
                 self.close()
                 raise DataError(batch.message)
             yield batch
+            del batch  # so that its memory can take the next one
 
     def close(self) -> None:
         """End the workers; another `iterate` starts new ones."""
