@@ -58,9 +58,13 @@ def slices(
 
 def rollout(rollouts: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> Figure:
     """VRMSE by autoregressive step, a panel a regime: ``{regime: {field: {"model": [...], "persistence": [...]}}}``."""
-    figure = Figure(figsize=(4.4 * len(rollouts), 3.4), layout="constrained")
-    panels = figure.subplots(1, len(rollouts), squeeze=False)[0]
-    for panel, (regime, fields) in zip(panels, rollouts.items(), strict=True):
+    columns = min(len(rollouts), 4 if len(rollouts) == 4 else 3)
+    rows = -(-len(rollouts) // columns)
+    figure = Figure(figsize=(4.4 * columns, 3.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel in panels[len(rollouts) :]:
+        panel.remove()
+    for panel, (regime, fields) in zip(panels, rollouts.items(), strict=False):
         for marker, (name, kinds) in zip(MARKERS, fields.items(), strict=False):
             steps = range(1, len(kinds["model"]) + 1)
             panel.plot(steps, kinds["model"], f"{marker}-", color=MODEL, label=f"{name}, model")

@@ -1,0 +1,33 @@
+"""Every configuration in the tree can be planned as it stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shodh.config import RunConfig, load_config
+from shodh.train.plan import describe_plan, make_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_configuration_is_planned_and_fits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = load_config(path)
+    plan = make_plan(config)
+    assert 0 < plan.active_parameters <= plan.dense_parameters + plan.expert_parameters
+    assert (plan.expert_parameters > 0) == (config.operator.experts.num_experts > 0)
+    assert "does NOT fit" not in describe_plan(plan)
+
+
+def test_dense_and_sparse_tiny_models_are_of_equal_active_size() -> None:
+    sparse, dense = (make_plan(_in_tree(name), 1, 2).active_parameters for name in ("moe_pot_tiny", "dpot_tiny"))
+    assert dense == pytest.approx(sparse, rel=0.01)
+
+
+def _in_tree(name: str) -> RunConfig:
+    config = load_config(ROOT / "launch" / "configs" / f"{name}.yaml")
+    return config.model_copy(update={"deepspeed": ROOT / config.deepspeed})
