@@ -1,7 +1,9 @@
 """Time the way of a sample from file to batch against a raw read of the same bytes, in the same order.
 
 Raw: ``pread`` of each snapshot's chunk into one reused buffer. All contestants run interleaved in one process on a warm
-page cache; medians over rounds, and ratios are medians of ratios within a round.
+page cache, or with --cold after the file was dropped from it; medians over rounds, and ratios are medians of ratios
+within a round. Processor time, of the main process alone and so only without workers, is what a busy machine changes
+least; the load is written down.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from shodh.fields import Field, RegimeSchema, Trajectories
 EXAMPLES = """examples:
   python tools/bench/loader.py --json tools/bench/results/loader_cpu.json
   python tools/bench/loader.py --grid 64 --rounds 5 --workers 2
+  python tools/bench/loader.py --cold --rounds 3
 """
 KINDS = {
     "4 scalars": tuple(Field(n) for n in "abcd"),
@@ -78,6 +81,27 @@ def raw_reader(path: Path, fields: tuple[Field, ...], order: list[int]) -> Calla
                 start += size
 
     return read
+
+
+def drop_from_cache(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def measure(calls: dict[str, Callable[[], Any]], rounds: int, drop: Path | None, label: str) -> dict[str, Any]:
+    """Wall and processor seconds of each call by round; a first round warms up, or ``drop`` leaves the cache."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for number in tqdm(range(rounds + 1), desc=label, disable=None):
+        for name, call in calls.items():
+            if drop is not None:
+                drop_from_cache(drop)
+            wall, processor = time.perf_counter(), time.thread_time()
+            call()
+            if number:
+                times[name].append((time.perf_counter() - wall, time.thread_time() - processor))
+    return times
 
 
 def contestants(
@@ -129,35 +153,49 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=12, help="samples of a pass (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default: %(default)s)")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="(default: %(default)s)")
+    parser.add_argument("--cold", action="store_true", help="drop the file from the page cache before each pass")
     parser.add_argument("--folder", type=Path, help="where the files are written (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="write the table to this file as well")
     options = parser.parse_args(arguments)
     rows = []
+    load = [os.getloadavg()[0]]
     for kind, fields in KINDS.items():
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             calls, size = contestants(
                 write(Path(folder), fields, options.grid, options.samples), fields, options.workers
             )
-            times: dict[str, list[float]] = {name: [] for name in calls}
-            for number in tqdm(range(options.rounds + 1), desc=kind, disable=None):
-                for name, call in calls.items():
-                    start = time.perf_counter()
-                    call()
-                    if number:  # the first round warms up
-                        times[name].append(time.perf_counter() - start)
+            file = next(Path(folder).glob("data/train/*.hdf5"))
+            times = measure(calls, options.rounds, file if options.cold else None, kind)
         for name, seconds in times.items():
-            share = statistics.median(b / a for a, b in zip(seconds, times["raw pread"], strict=True))
+            wall, processor = zip(*seconds, strict=True)
+            raw_wall, raw_processor = zip(*times["raw pread"], strict=True)
             rows.append(
-                {"fields": kind, "name": name, "gb_per_s": size / statistics.median(seconds) / 1e9, "over_raw": share}
+                {
+                    "fields": kind,
+                    "name": name,
+                    "gb_per_s": size / statistics.median(wall) / 1e9,
+                    "over_raw": statistics.median(b / a for a, b in zip(wall, raw_wall, strict=True)),
+                    "over_raw_best": min(raw_wall) / min(wall),
+                    "over_raw_processor": None
+                    if "workers" in name and not name.startswith("loader, 0")
+                    else statistics.median(b / a for a, b in zip(processor, raw_processor, strict=True)),
+                }
             )
-    print(f"{options.grid}^3 x 4 channels, float32, batch 1, {torch.get_num_threads()} threads")
+        load.append(os.getloadavg()[0])
+    threads = torch.get_num_threads()
+    print(f"{options.grid}^3 x 4 channels, float32, batch 1, {threads} threads, load {load[0]:.1f} to {max(load):.1f}")
     for row in rows:
-        print(f"{row['fields']:<16} {row['name']:<20} {row['gb_per_s']:>8.2f} GB/s {row['over_raw']:>6.2f} of raw")
+        print(
+            f"{row['fields']:<16} {row['name']:<20} {row['gb_per_s']:>8.2f} GB/s {row['over_raw']:>6.2f} of raw"
+            + (f", {row['over_raw_processor']:.2f} in processor time" if row["over_raw_processor"] else "")
+        )
     if options.json is not None:
         head = {
             "command": " ".join(["python", "tools/bench/loader.py", *(arguments or sys.argv[1:])]),
             "machine": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
+            "load": load,
+            "cold": options.cold,
             "torch": torch.__version__,
             "h5py": h5py.__version__,
             "date": time.strftime("%Y-%m-%d"),
