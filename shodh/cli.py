@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
+import select
 import sys
 from collections.abc import Callable
 
 from shodh.errors import ShodhError
 
 EXIT_USAGE = 2
+EXIT_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 
 
 def training_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
@@ -39,14 +42,28 @@ def error_line(error: BaseException) -> str | None:
     return None
 
 
+def _reader_left() -> bool:
+    """Whether it is standard output that is broken, and not some other pipe or socket."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
+
+
 def run_main(main: Callable[[], int]) -> None:
-    """Run ``main`` and end the process: its exit code, 2 with one ``error:`` line for bad input, 130 for Ctrl-C."""
+    """Run ``main`` and end the process: its exit code, 2 with one ``error:`` line for bad input, 130 for Ctrl-C.
+
+    Where the reader of the output has left (``| head``) it ends without a word.
+    """
     try:
         code = main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run the same command again to go on\n")
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end.
+            sys.exit(EXIT_PIPE)
         line = error_line(error)
         if line is None:
             raise

@@ -235,3 +235,28 @@ def test_launcher_ends_both_ranks_for_a_typo(config: Path) -> None:
 def test_launcher_ends_both_ranks_for_missing_data_after_they_are_connected(config: Path, tmp_path: Path) -> None:
     finished = launch(TOKENIZER, "--config", config, "--set", f"data.regimes.0.path={tmp_path / 'nowhere'}")
     assert_one_line_under_the_launcher(finished, str(tmp_path / "nowhere"))
+
+
+def test_reader_of_the_output_that_leaves_is_no_error() -> None:
+    """``| head -1``: no traceback, and no second one when Python flushes at its end."""
+    code = (
+        "import sys; sys.path.insert(0, '.')\n"
+        "from shodh.cli import run_main\n"
+        "run_main(lambda: print('x' * 70000, flush=True) or print('y' * 10**6) or 0)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 141
+
+
+def test_a_pipe_that_is_not_the_output_keeps_its_traceback() -> None:
+    def main() -> int:
+        raise BrokenPipeError(32, "a rank has gone")
+
+    with pytest.raises(BrokenPipeError, match="a rank has gone"):
+        run_main(main)
