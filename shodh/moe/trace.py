@@ -36,7 +36,10 @@ VERSION = 2
 BLOCK_BYTES = 1 << 20
 
 Version = Annotated[int, msgspec.Meta(ge=1, le=VERSION)]
-Whole = Annotated[int, msgspec.Meta(ge=0)]
+Whole = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+MOST = 2**15 - 1  # layers, and experts of one
+Layer = Annotated[int, msgspec.Meta(ge=0, le=MOST)]
+Experts = Annotated[int, msgspec.Meta(ge=1, le=MOST)]
 T = TypeVar("T")
 
 
@@ -71,8 +74,8 @@ class RawRecord(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     v: Version
     step: Whole
     split: str
-    layer: Whole
-    num_experts: Whole
+    layer: Layer
+    num_experts: Experts
     counts: msgspec.Raw
     pairs: msgspec.Raw | UnsetType = UNSET
     sample: str | UnsetType = UNSET

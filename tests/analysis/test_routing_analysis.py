@@ -241,3 +241,36 @@ def test_megatron_trace_has_a_page_without_regimes(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_verdicts(u: float | None, entropy: float, experts: int, verdict: str) -> None:
     assert classify(u, entropy, experts) == verdict
+
+
+def two_validations(trajectories: int = 8) -> list[str]:
+    """Samples and batch records of two layers at steps 0 and 1."""
+    rng = np.random.default_rng(0)
+    parts = [validation(s, constant, PAIR, 2, rng, trajectories=trajectories, layer=n) for s in (0, 1) for n in (0, 1)]
+    return [text for part in parts for text in part]
+
+
+def test_samples_of_a_trace_that_was_cut_off(tmp_path: Path) -> None:
+    """One sample without its last layer is left out; a validation without one of the regimes gives way to the last."""
+    lines = two_validations()
+    headline, sections = run(tmp_path / "one", [*lines[:-2], lines[-2][:-30]])
+    assert headline.note.startswith("From 63 samples of the valid split at step 1.")
+    assert "At step 1, 1 of 64 samples lack a layer" in sections["trace"].text
+    assert sections["fingerprint"].summary["nearest mean"]["accuracy"] == 1
+    half = len(lines) // 2
+    headline, sections = run(tmp_path / "half", lines[: half + 40])
+    assert headline.note.startswith("From 64 samples of the valid split at step 0.")
+    assert "step 1 was cut off" in sections["trace"].text
+
+
+def test_layers_that_training_was_not_traced_in(tmp_path: Path) -> None:
+    """A limit of records may end the training's in the middle of a step."""
+    train = [line(step, {"channel": [9, 0], "porous": [0, 9]}) for step in range(50)]
+    headline, sections = run(tmp_path, [*train, *two_validations()])
+    assert headline.verdict == "Specialised" and set(sections["specialisation"].summary["layers"]) == {"0", "1"}
+
+
+def test_intervals_from_samples_of_few_trajectories_are_called_too_narrow(tmp_path: Path) -> None:
+    few, many = (run(tmp_path / str(n), two_validations(n))[1]["specialisation"] for n in (2, 8))
+    assert "take the intervals for too narrow" in few.text and "draw samples anew" in few.text
+    assert "too narrow" not in many.text and "draw trajectories anew" in many.text

@@ -220,3 +220,25 @@ def test_traces_are_found(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text("{}\n")
     assert [p.name for p in find_traces(run)] == [f"rank{r}.jsonl" for r in range(11)]
     assert find_traces(run / "routing" / "rank3.jsonl") == [run / "routing" / "rank3.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (line(1, A, pairs=[1, 2]), "pairs are \\[2\\], expected 2 x 2"),
+        (line(1, A, pairs=[[1, 2]]), "pairs are \\[1, 2\\], expected 2 x 2"),
+        (sample(1, "a", 0, 0, np.ones(GRID, int), 2).replace('"top1":[[[1', '"top1":[[[2'), "not of its 2 experts"),
+        (line(1, A, layer=2**62), "`int` <= 32767"),
+        (line(2**64, A), "step"),
+    ],
+)
+def test_numbers_that_no_run_has_are_named(text: str, message: str, tmp_path: Path) -> None:
+    write(tmp_path, [line(0, A), text, line(2, A)])
+    with pytest.raises(DataError, match=f"rank0.jsonl, line 2: .*{message}"):
+        read_traces(find_traces(tmp_path))
+
+
+def test_records_without_counts_are_no_records(tmp_path: Path) -> None:
+    write(tmp_path, [line(0, {"a": [0, 0], "b": [0, 0]})])
+    with pytest.raises(DataError, match="have no record"):
+        read_traces(find_traces(tmp_path))

@@ -14,7 +14,7 @@ from msgspec import UNSET
 from shodh.analysis.routing.samples import SampleStore
 from shodh.analysis.routing.tables import CountTables, RecordCounter, decode_counts
 from shodh.errors import DataError
-from shodh.moe.trace import RawRecord, read_blocks
+from shodh.moe.trace import MOST, Layer, RawRecord, Whole, read_blocks
 
 UNLABELLED = "all tokens"
 TRAIN = "train"
@@ -32,8 +32,8 @@ class MegatronRecord(msgspec.Struct, frozen=True, gc=False):
     ``top_indices [num_tokens, topk]``; the file knows neither regimes nor the number of experts.
     """
 
-    step: int
-    layer: int
+    step: Whole
+    layer: Layer
     rank: int
     num_tokens: int
     topk: int
@@ -113,7 +113,7 @@ def read_traces(files: Sequence[Path], progress: Progress | None = None) -> Trac
             trace.notes.append(f"{path.name} has no record.")
             continue
         ends[path.name] = (_read_megatron if kind else _read_own)(path, trace, progress)
-    if not trace.tables.records:
+    if not trace.tables.splits:
         raise DataError(
             f"{files[0].parent}: the traces have no record; is the model dense, or was it trained with routing_trace=0?"
         )
@@ -165,9 +165,15 @@ def _add_own(records: Sequence[RawRecord], counter: RecordCounter, trace: Trace)
     counter.add([r for r in records if r.sample is UNSET] if special else records)
     for record in special:
         if record.pairs is not UNSET and record.sample is UNSET:
-            trace.add_pairs(record.split, record.layer, record.step, _integers(record.pairs, "pairs"))
+            pairs = _integers(record.pairs, "pairs")
+            if pairs.shape != (record.num_experts,) * 2:
+                raise DataError(f"pairs are {list(pairs.shape)}, expected {record.num_experts} x {record.num_experts}")
+            trace.add_pairs(record.split, record.layer, record.step, pairs)
         if isinstance(record.sample, str) and record.top1 is not UNSET:
             counts = decode_counts(record.counts, record.num_experts)
+            top1 = _integers(record.top1, "top1")
+            if not top1.size or top1.max() >= record.num_experts or not counts:
+                raise DataError(f"top1 and counts of a sample are not of its {record.num_experts} experts")
             trace.samples.add(
                 record.split,
                 record.step,
@@ -175,7 +181,7 @@ def _add_own(records: Sequence[RawRecord], counter: RecordCounter, trace: Trace)
                 record.sample,
                 record.regime or next(iter(counts), UNLABELLED),
                 record.trajectory,
-                _integers(record.top1, "top1").astype(np.int16),
+                top1.astype(np.int16),
                 np.array(list(counts.values())).sum(0),
             )
 
@@ -207,7 +213,7 @@ def _read_megatron(path: Path, trace: Trace, progress: Progress | None) -> int:
                 chosen = np.array(record.top_indices, dtype=np.int64).reshape(record.num_tokens, record.topk)
             except (ValueError, OverflowError):
                 chosen = np.full((1, 1), -1)
-            if chosen.size and chosen.min() < 0:
+            if chosen.size and not 0 <= chosen.min() <= chosen.max() < MOST:
                 raise DataError(
                     f"{path}, line {number}: top_indices are not num_tokens={record.num_tokens} x topk={record.topk} "
                     "experts"

@@ -13,11 +13,15 @@ from shodh.analysis.routing.resampling import Interval, share_intervals
 from shodh.analysis.routing.samples import Look
 from shodh.analysis.routing.statistics import bifurcation_step, load, purity, shares
 from shodh.analysis.routing.verdict import SPECIALISED_U, THRESHOLDS, LayerFigures, classify, decide
-from shodh.analysis.routing.view import View
+from shodh.analysis.routing.view import MIN_TRAJECTORIES, View
 
 FOLDS = 5
 WIDEST = 6  # experts whose shares and intervals fit side by side on the page
 Fingerprint = dict[str, dict[str, Any]]
+SAMPLES_CAUTION = (
+    f"Samples of one trajectory resemble each other too, and some regime has fewer than {MIN_TRAJECTORIES} "
+    "trajectories to draw instead: take the intervals for too narrow."
+)
 
 
 def headline(view: View) -> Headline:
@@ -135,6 +139,7 @@ def specialisation_section(view: View) -> Section:
     header = ["layer", "U", "U, 95 %", "NMI", "NMI, 95 %", "purity", "purity by chance", "bifurcation step"]
     kind = view.units(view.layers[0]).kind
     method = summary[str(view.layers[0])]["correction"]
+    caution = "" if kind != "samples" else f" {SAMPLES_CAUTION}"
     width = view.trace.tables.width
     return Section(
         "specialisation",
@@ -142,8 +147,8 @@ def specialisation_section(view: View) -> Section:
         "U = I(regime; expert) / H(regime) is 1 when the expert names the regime; NMI = I / sqrt(H(expert) H(regime)). "
         "With more experts than regimes a perfect split has U = 1 but NMI below 1 (two experts a regime: 0.707). "
         f"Both are without what chance gives ({method}); intervals draw {kind} anew, not tokens, which are not "
-        f"independent. The bifurcation step is the first from which U stays above {SPECIALISED_U} to the end of the "
-        f"{view.course} split (to {width} step{'s' if width > 1 else ''}).",
+        f"independent.{caution} The bifurcation step is the first from which U stays above {SPECIALISED_U} to the end "
+        f"of the {view.course} split (to {width} step{'s' if width > 1 else ''}).",
         {"source": view.source, "resampled": kind, "thresholds": THRESHOLDS, "layers": summary},
         {"specialisation": Table(header, rows), **wide, **files},
         files_only=tuple(files),

@@ -6,7 +6,7 @@ import numpy as np
 
 from shodh.analysis.page import Section, Table
 from shodh.analysis.routing import plots
-from shodh.analysis.routing.samples import Look, layers_of
+from shodh.analysis.routing.samples import Look, Sample, layers_of
 from shodh.analysis.routing.statistics import Coherence, changed, co_activation, shares, spatial_coherence, transitions
 from shodh.analysis.routing.view import View
 
@@ -46,11 +46,15 @@ def stability_section(view: View) -> Section:
 
 def _changed(first: Look, second: Look, layer: int) -> float | None:
     """Share of tokens of the common samples whose first choice differs; None without common samples."""
-    common = [n for n in first if n in second and all(layer in look[n].top1 for look in (first, second))]
+    common = [n for n in first if n in second and _shape(first[n], layer) == _shape(second[n], layer) is not None]
     if not common:
         return None
     before, after = (np.concatenate([look[n].top1[layer].ravel() for n in common]) for look in (first, second))
     return changed(before, after)
+
+
+def _shape(sample: Sample, layer: int) -> tuple[int, ...] | None:
+    return sample.top1[layer].shape if layer in sample.top1 else None
 
 
 def structure_section(view: View) -> Section:
@@ -76,7 +80,7 @@ def _co_activation(view: View, section: Section) -> str:
 
 
 def _transitions(view: View, section: Section) -> str:
-    look = view.trace.samples.newest(view.split)
+    look = view.look or view.trace.samples.newest(view.split)
     layers = layers_of(look)
     if len(layers) < 2:
         return "Transitions between layers need sample records of two layers."

@@ -50,10 +50,12 @@ class CountTables:
 
     @property
     def splits(self) -> list[str]:
-        return sorted({split for split, _ in self._tables})
+        """Splits with counts."""
+        return sorted({split for (split, _), table in self._tables.items() if table.any()})
 
     def layers(self, split: str) -> list[int]:
-        return sorted(layer for s, layer in self._tables if s == split)
+        """Layers with counts."""
+        return sorted(layer for (s, layer), table in self._tables.items() if s == split and table.any())
 
     def series(self, split: str, layer: int) -> Series:
         """Counts of a split and layer over time."""

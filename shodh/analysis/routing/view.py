@@ -9,7 +9,7 @@ import numpy as np
 
 from shodh.analysis.routing.reading import TRAIN, Trace
 from shodh.analysis.routing.resampling import Estimate, Units, estimate_information
-from shodh.analysis.routing.samples import Look, layers_of
+from shodh.analysis.routing.samples import Look
 from shodh.analysis.routing.statistics import information, miller_madow
 from shodh.analysis.routing.tables import Series
 from shodh.errors import DataError
@@ -38,6 +38,7 @@ class View:
     course: str
     look: Look
     layers: list[int]
+    look_step: int = -1  # of the validation that `look` is of
     _estimates: dict[int, Estimate | None] = field(default_factory=dict)
 
     @property
@@ -81,8 +82,7 @@ class View:
     def source(self) -> str:
         """Where the numbers at the end of the run are from, in words."""
         if self.look:
-            step = self.trace.samples.steps(self.split)[-1]
-            return f"{len(self.look)} samples of the {self.split} split at step {step}"
+            return f"{len(self.look)} samples of the {self.split} split at step {self.look_step}"
         units = self.units(self.layers[0])
         return f"the last {len(units.counts)} {units.kind} of the {self.split} split"
 
@@ -101,13 +101,28 @@ def make_view(trace: Trace, split: str | None = None) -> View:
     if split is None:
         held_out = VALID in tables.splits and (trace.samples.newest(VALID) or TRAIN not in tables.splits)
         split = VALID if held_out else TRAIN if TRAIN in tables.splits else tables.splits[0]
-    candidates = [split] if TRAIN not in tables.splits else [split, TRAIN]
-    course = max(candidates, key=lambda s: len(tables.series(s, tables.layers(s)[0]).steps))
-    look = trace.samples.newest(split) if trace.labelled else {}
     layers = tables.layers(split)
-    if look and layers_of(look) != layers:
-        look = {}
-    return View(trace, split, course, look, layers)
+    candidates = [s for s in (split, TRAIN) if set(layers) <= set(tables.layers(s))]
+    course = max(candidates, key=lambda s: len(tables.series(s, layers[0]).steps))
+    step, look = _newest_whole(trace, split, layers) if trace.labelled else (-1, {})
+    return View(trace, split, course, look, layers, step)
+
+
+def _newest_whole(trace: Trace, split: str, layers: list[int]) -> tuple[int, Look]:
+    """The last validation with samples of every regime, without samples that lack a layer: traces may be cut off."""
+    looks = {step: trace.samples.look(split, step) for step in trace.samples.steps(split)}
+    regimes = {sample.regime for look in looks.values() for sample in look.values()}
+    for step, look in reversed(looks.items()):
+        whole = {name: sample for name, sample in look.items() if sorted(sample.top1) == layers}
+        if {sample.regime for sample in whole.values()} != regimes:
+            trace.notes.append(f"The validation at step {step} was cut off; an earlier one is analysed.")
+            continue
+        if len(whole) < len(look):
+            trace.notes.append(
+                f"At step {step}, {len(look) - len(whole)} of {len(look)} samples lack a layer: left out."
+            )
+        return step, whole
+    return -1, {}
 
 
 def _sample_units(look: Look, regimes: list[str], layer: int) -> Units:
