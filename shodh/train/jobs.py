@@ -36,7 +36,7 @@ from shodh.train.checkpoint import (
 )
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.engine import build_engine, load_deepspeed_config
-from shodh.train.field_task import FieldTask, open_fields, open_windows, write_space
+from shodh.train.field_task import SPACE_FILE, FieldTask, open_fields, open_windows, read_normalizer, write_space
 from shodh.train.latents import TOKENIZER_FILE, open_for_operator, open_latents, prepare_latents
 from shodh.train.loop import Task, Trainer
 from shodh.train.operator_task import OpenSplit, OperatorTask
@@ -246,7 +246,7 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
     if init_from is not None:
         read_initial_weights(init_from)  # Mapped, not read: what cannot be used is refused before ranks connect.
     device = start_distributed()
-    regimes, open_split = _open_data(config, device)
+    regimes, open_split = _open_data(config, folder if start is not None else None, device)
     with together():
         if rank() == 0:
             folder.create(config, deepspeed)
@@ -262,11 +262,17 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
     return _run(config, train, deepspeed, topology, folder, model.to(device), task, start, weights)
 
 
-def _open_data(config: RunConfig, device: torch.device) -> tuple[Regimes, OpenSplit]:
-    """The regimes of a run and the windows that its operator learns from. Collective."""
+def _open_data(config: RunConfig, resumed: RunFolder | None, device: torch.device) -> tuple[Regimes, OpenSplit]:
+    """The regimes of a run and the windows that its operator learns from; a ``resumed`` one keeps its normalisation.
+
+    Collective.
+    """
     if config.operator.in_field_space:
         with together():
-            regimes = open_fields(config)
+            kept = None
+            if resumed is not None and (resumed.path / SPACE_FILE).exists():
+                kept = read_normalizer(resumed.path)
+            regimes = open_fields(config, kept)
         return regimes, partial(open_windows, config, regimes)
     with together():
         regimes, trained = open_for_operator(config)

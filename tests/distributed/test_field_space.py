@@ -27,7 +27,9 @@ from shodh.moe.trace import read_trace
 from shodh.train.evaluation import Evaluator, evaluate, open_run
 from shodh.train.field_evaluation import FieldEvaluation
 from shodh.train.field_task import FieldTask, Presence
+from shodh.train.jobs import _open_data
 from shodh.train.plan import describe_plan, make_plan
+from shodh.train.run_folder import RunFolder
 
 pytestmark = pytest.mark.distributed
 
@@ -138,6 +140,20 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(fields: Fields, stage: int
     assert again.lines() == whole.lines()
     weights = [run.checkpoint(STEPS) / "model.safetensors" for run in (again, whole)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_resumed_run_keeps_its_normalisation(fields: Fields) -> None:
+    """Statistics of data that grew must not change what the numbers of a run mean."""
+    whole = fields.run(2, 2)
+    folder = RunFolder(whole.path.with_name("grown"))
+    folder.path.mkdir()
+    space = json.loads((whole.path / "space.json").read_text())
+    space["normalizer"]["regimes"]["dye"]["dye"]["scale"] = 5.0
+    (folder.path / "space.json").write_text(json.dumps(space))
+    config = load_config(fields.config, whole.overrides)
+    resumed, _ = _open_data(config, folder, torch.device("cpu"))
+    fresh, _ = _open_data(config, None, torch.device("cpu"))
+    assert resumed.normalizer.constants["dye"]["dye"][1] == 5.0 != fresh.normalizer.constants["dye"]["dye"][1]
 
 
 def test_samples_are_traced_on_their_plane_of_tokens(fields: Fields) -> None:
