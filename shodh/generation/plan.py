@@ -163,6 +163,12 @@ def check_varied(name: str, key: str, interval: Interval, fixed: Mapping[str, An
     kinds = {f.name: f.type for f in dataclasses.fields(REGIMES[name])}
     if kinds.get(key, "float") != "float":
         raise ConfigError(f"{name}.{key} is of type {kinds[key]}; only numbers with a fraction can be varied")
+    if key == "frame_interval" or key.startswith("length"):
+        # Seen by `join` too, but not where every file holds a single trajectory.
+        raise ConfigError(
+            f"{name}: {key} changes the box or the times of the frames and cannot be varied within a data set; use one "
+            "data set for each value"
+        )
     for end in (interval.low, interval.high):
         get_regime(name, **{**fixed, key: end})
 

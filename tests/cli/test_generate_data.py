@@ -250,12 +250,14 @@ def test_wide_intervals_are_drawn_uniformly_in_the_logarithm() -> None:
         assert share.min() >= 0 and share.max() <= 1
 
 
-def test_what_changes_the_times_cannot_vary_within_a_file(
-    tool: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize("varied", ["frame_interval=0.01:0.02", "length=5:6"])
+@pytest.mark.parametrize("per_file", ["1", "4"])
+def test_what_changes_the_times_or_the_box_cannot_vary_within_a_data_set(
+    tool: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path, varied: str, per_file: str
 ) -> None:
     options = ["--regime", "shallow_water_2d", "--grid", "8", "--trajectories", "4", "--frames", "2", "--workers", "1"]
-    line = fail(tool, capsys, *options, "--out", str(tmp_path), "--vary", "shallow_water_2d.frame_interval=0.01:0.02")
-    assert "cannot be varied" in line
+    options += ["--trajectories-per-file", per_file, "--out", str(tmp_path)]
+    assert "cannot be varied" in fail(tool, capsys, *options, "--vary", f"shallow_water_2d.{varied}")
 
 
 def test_killing_it_again_and_again_gives_the_same_files(tool: ModuleType, tmp_path: Path) -> None:
