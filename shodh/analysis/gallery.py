@@ -68,6 +68,8 @@ def middle_slice(file: TrajectoryFile, label: str, field: str | None, trajectory
         raise DataError(f"{file.path}: no field changes in time")
     name = field if field is not None else names[0]
     kind = file.field(name)
+    if len(file.grid) < 2:
+        raise DataError(f"{file.path}: has one space dimension; a slice needs two or three")
     if not (0 <= trajectory < file.num_trajectories and -file.num_frames <= frame < file.num_frames):
         raise ConfigError(
             f"{file.path}: has {file.num_trajectories} trajectories of {file.num_frames} frames; "

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import h5py
 import numpy as np
 import pytest
 
@@ -80,6 +81,14 @@ def test_bad_input_gets_one_line(
     with pytest.raises(SystemExit):
         run_main(lambda: tool.main([str(many), "--out", str(tmp_path / "x.png"), *options]))
     assert word in capsys.readouterr().err
+
+
+def test_one_space_dimension_is_refused(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with h5py.File(tmp_path / "1D_Burgers.hdf5", "w") as file:
+        file["tensor"] = np.zeros((3, 4, 16), dtype=np.float32)
+    with pytest.raises(SystemExit):
+        run_main(lambda: tool.main([str(tmp_path / "1D_Burgers.hdf5"), "--out", str(tmp_path / "x.png")]))
+    assert "one space dimension" in capsys.readouterr().err
 
 
 def test_empty_folders_and_odd_names_are_refused(
