@@ -4,8 +4,9 @@
 
 on the unit torus, with ``f = A (sin 2 pi (x + y) + cos 2 pi (x + y))``, A = 0.1, one frame per unit time. Published
 sets: nu = 1e-3 (50 frames), 1e-4 (30), 1e-5 (20), 64^2. The initial vorticity is Gaussian with covariance
-``scale (-lap + 49)^-2.5``. The paper states ``scale = 7^1.5``; the authors' generator, which made the files, uses the
-square of that, and so does the default here.
+``scale (-lap + 49)^-2.5``. The paper states ``scale = 7^1.5``; the authors' generator uses the square of that, and so
+does the default here. Versions of the generator whose real and imaginary parts of a mode have unit variance each, as
+those for older PyTorch, give ``2 * 7^3``: set ``initial_scale=686`` for data like theirs.
 
 Scheme: :mod:`shodh.physics.spectral` (fourth order in time, viscosity exact), where the originals are Crank-Nicolson
 and first-order explicit with a step of 1e-4. With a tenth of the default Courant number the solution changes by less
