@@ -2,11 +2,14 @@
 
 A pickle is a program. `read_pt` runs torch's restricted unpickler with a short list of DeepSpeed's own classes, each
 replaced by a plain stand-in, so that DeepSpeed is neither needed nor imported; `refuse_foreign_globals` looks at the
-program without running it, for files that DeepSpeed itself is about to load.
+program without running it, for files that DeepSpeed itself is about to load. Of what torch allows, only what DeepSpeed
+uses is let through: the rest cannot run code, but makes any amount of memory of a few bytes.
 """
 
 from __future__ import annotations
 
+import pickletools
+import re
 import zipfile
 from enum import IntEnum
 from pathlib import Path
@@ -45,6 +48,12 @@ STAND_INS: dict[str, type] = {
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": LossScaler,
 }
 
+#: What else they hold: tensors and plain containers.
+_PLAIN = re.compile(
+    r"collections\.OrderedDict|(builtins|__builtin__)\.set|torch\.(Tensor|Size|device|[A-Z]\w*Storage|b?float\d+|u?int\d+|bool)"
+    r"|torch\._utils\.(_rebuild_tensor_v2|_rebuild_parameter)|torch\._tensor\._rebuild_from_type_v2"
+)
+
 
 def _allowed() -> Any:
     return torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])
@@ -62,6 +71,16 @@ def _check_container(path: Path) -> None:
         raise CheckpointError(f"{path} is no plain torch.save file: it is compressed, or its parts overlap")
 
 
+def _called(path: Path) -> set[str]:
+    """Everything that the pickle of an archive names, whether torch allows it or not."""
+    with zipfile.ZipFile(path) as archive:
+        programs = [part for part in archive.infolist() if Path(part.filename).name.lower() == "data.pkl"]
+        if len(programs) != 1:
+            raise ValueError(f"expected one data.pkl, got {len(programs)}")
+        operations = pickletools.genops(archive.read(programs[0]))
+        return {str(argument).replace(" ", ".", 1) for code, argument, _ in operations if code.name == "GLOBAL"}
+
+
 def refuse_foreign_globals(path: Path) -> None:
     """Look at a ``.pt`` file without running it.
 
@@ -77,7 +96,8 @@ def refuse_foreign_globals(path: Path) -> None:
     _check_container(path)
     try:
         with _allowed():
-            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        foreign |= {name for name in _called(path) if name not in STAND_INS and not _PLAIN.fullmatch(name)}
     except Exception as error:  # whatever a damaged or hand-made pickle leads to
         raise CheckpointError(f"{path} is refused: its pickle cannot be read safely ({_first_line(error)})") from error
     if foreign:
@@ -111,6 +131,8 @@ def flat_values(tensor: Any, what: str, path: Path) -> torch.Tensor:
     """``tensor`` as a flat view, after the check that its values lie in the file: an expanded one claims any size."""
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(f"{path} is damaged: {what} is {type(tensor).__name__}, not a tensor")
-    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes() or not tensor.is_contiguous():
+    # torch.Tensor may be called with a size alone, and has then a storage that no file filled.
+    stored = min(tensor.untyped_storage().nbytes(), path.stat().st_size)
+    if tensor.numel() * tensor.itemsize > stored or not tensor.is_contiguous():
         raise CheckpointError(f"{path} is damaged: {what} claims {list(tensor.shape)} and does not hold the values")
     return tensor.detach().reshape(-1)

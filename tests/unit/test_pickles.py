@@ -1,0 +1,101 @@
+"""Files of a few bytes that would make much of themselves, or that are no plain tensors, are refused by name."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shodh.errors import CheckpointError
+from shodh.pickles import flat_values, read_pt, refuse_foreign_globals
+
+START, CALL, END = b"\x80\x02", b"R", b"."
+
+
+def named(name: str) -> bytes:
+    module, _, attribute = name.rpartition(".")
+    return f"c{module}\n{attribute}\n".encode()
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def number(value: int) -> bytes:
+    return b"\x8a\x08" + value.to_bytes(8, "little")
+
+
+def archive(path: Path, *programs: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        for place, program in zip(("archive", "archive/other"), programs, strict=False):
+            file.writestr(f"{place}/data.pkl", program)
+        file.writestr("archive/version", "3\n")
+    return path
+
+
+DOUBLINGS = 22  # of a thousand letters: 4 GB
+EXPANDING = {
+    "builtins.bytearray": named("builtins.bytearray") + number(10**12) + b"\x85" + CALL,
+    "_codecs.encode": named("_codecs.encode") * (DOUBLINGS + 1)
+    + text("A" * 1000)
+    + (text("latin1") + b"\x86" + CALL)
+    + (text("hex") + b"\x86" + CALL) * DOUBLINGS,
+}
+
+
+@pytest.mark.parametrize("read", [refuse_foreign_globals, read_pt])
+@pytest.mark.parametrize("name", EXPANDING)
+def test_what_makes_much_memory_of_a_few_bytes_is_refused(
+    name: str, read: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    path = archive(tmp_path / "bomb.pt", START + EXPANDING[name] + END)
+    with pytest.raises(CheckpointError, match=f"bomb.pt is refused: it would call {name},"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.empty(10, device="meta"),
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.eye(3).to_sparse_csr(),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_that_are_not_plain_values_are_refused(make: Callable[[], torch.Tensor], tmp_path: Path) -> None:
+    torch.save({"a": make()}, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match="odd.pt is refused: it would call"):
+        read_pt(tmp_path / "odd.pt")
+
+
+def test_values_that_no_file_holds_are_refused(tmp_path: Path) -> None:
+    program = START + named("torch.Tensor") + number(2**20) + b"\x85" + CALL + END
+    path = archive(tmp_path / "empty.pt", program)
+    with pytest.raises(CheckpointError, match="empty.pt is damaged: x claims"):
+        flat_values(read_pt(path), "x", path)
+
+
+def test_two_programs_in_one_archive_are_refused(tmp_path: Path) -> None:
+    path = archive(tmp_path / "two.pt", START + b"N" + END, START + named("os.system") + END)
+    with pytest.raises(CheckpointError, match="expected one data.pkl, got 2"):
+        read_pt(path)
+
+
+def test_every_plain_kind_of_content_is_read(tmp_path: Path) -> None:
+    values = [torch.ones(2).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64)]
+    content = {
+        "t": values,
+        "s": torch.Size([2]),
+        "d": [torch.float32, torch.bool],
+        "set": {1},
+        "p": torch.nn.Parameter(torch.ones(1)),
+    }
+    torch.save(content, tmp_path / "plain.pt")
+    found = read_pt(tmp_path / "plain.pt")
+    assert all(torch.equal(a, b) for a, b in zip(found["t"], values, strict=True))
+    assert found["s"] == content["s"] and found["d"] == content["d"] and found["set"] == {1}
