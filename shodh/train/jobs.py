@@ -170,13 +170,14 @@ def fit_basis(model: Tokenizer, regimes: Regimes, frames: int = 64, patches: int
     """
     if rank() == 0:
         chosen: dict[int, list[Tensor]] = {}
-        total = frames * math.prod(n // PATCH for n in regimes.sources[0].grid)
-        for number, item in training_frames(regimes, frames):
+        step = max(1, frames * math.prod(n // PATCH for n in regimes.sources[0].grid) // patches)
+        for index, (number, item) in enumerate(training_frames(regimes, frames)):
             geometry = add_walls(item["static"][None], regimes.domains[number])
             head = int(model.head(geometry))
             fields = model.fill(item["fields"], geometry)[:, model.basis.channels[head]]
             rows = PatchBasis.patches(fields).flatten(2)[0].T
-            chosen.setdefault(head, []).append(rows[:: max(1, total // patches)])
+            # Each frame begins elsewhere: the step divides the grid, and would meet the same places in all of them.
+            chosen.setdefault(head, []).append(rows[index % step :: step])
         for head, basis in enumerate(model.basis.heads.values()):
             basis.fit(torch.cat(chosen[head]))  # type: ignore[operator]
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from shodh.config import TokenizerConfig
 from shodh.fields import Field
 from shodh.models.domain import Domain, add_walls, num_static_features, static_features
 from shodh.models.init import initialise
-from shodh.models.tokenizer import Tokenizer, relative_spacing
+from shodh.models.tokenizer import PATCH, Tokenizer, relative_spacing
 from shodh.ops import divergence
+from shodh.train import jobs
 
 GRID = (16, 8, 24)
 FIELDS = (Field("velocity", "vector", placement="face", solenoidal=True), Field("tracer", masked_by="solid"))
@@ -54,6 +56,21 @@ def test_decoded_velocity_is_divergence_free_in_double_precision_for_any_weights
     # The cell sizes of the file: the same field is divergence-free for any common factor.
     found = divergence(velocity, spacing=domain.spacing(GRID), boundary=domain.boundary).abs().max()
     assert found <= 1e-12 * gradient * spacing[0] / domain.spacing(GRID)[0]
+
+
+def test_linear_part_sees_patches_from_everywhere_where_not_all_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every place has a pattern of its own, and a frame gives one patch in sixteen: all patterns must be found."""
+    grid, places = (16, 8, 64), 16
+    model = Tokenizer(TokenizerConfig(latent_channels=places, widths=(4, 4, 4)), [Field("heat")], [])
+    patches = torch.zeros(2 * 8, PATCH**3)
+    patches[range(places), range(places)] = 1.0
+    field = patches.view(2, 1, 8, PATCH, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5).reshape(1, 1, *grid)
+    item = {"fields": field, "static": torch.zeros(0, *grid)}
+    monkeypatch.setattr(jobs, "training_frames", lambda regimes, count: ((0, item) for _ in range(count)))
+    regimes: Any = SimpleNamespace(sources=[SimpleNamespace(grid=grid)], domains=[POROUS])
+    jobs.fit_basis(model, regimes, frames=32, patches=32)
+    head = torch.zeros(1, dtype=torch.long)
+    torch.testing.assert_close(model.basis.decode(model.basis.encode(field, head), head), field, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("domain", [CHANNEL, DUCT, CLOSED], ids=["channel", "duct", "closed"])
