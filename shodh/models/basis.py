@@ -85,7 +85,11 @@ class SchemaBasis(nn.Module):
         super().__init__()
         self.channels = [list(c) for c in channels.values()]
         self.num_channels = num_channels
-        self.heads = nn.ModuleDict({name: PatchBasis(len(c), latent_channels) for name, c in channels.items()})
+        # A name like "type" or "values" is taken by the dictionary itself.
+        names = [name + "+" * hasattr(nn.ModuleDict, name) for name in channels]
+        self.heads = nn.ModuleDict(
+            {name: PatchBasis(len(c), latent_channels) for name, c in zip(names, self.channels, strict=True)}
+        )
 
     def _parts(self, head: Tensor) -> list[tuple[PatchBasis, list[int], Tensor]]:
         """``(basis, channels, rows of the batch)`` of each head that occurs."""

@@ -148,6 +148,13 @@ def z_nonzero(floor: float) -> Tensor:
     return (z + floor) != 0
 
 
+@pytest.mark.parametrize("name", ["values", "type", "float"])
+def test_field_may_have_a_name_that_modules_use_themselves(name: str) -> None:
+    model = Tokenizer(TokenizerConfig(latent_channels=2, widths=(4, 4, 4)), [Field(name)], [])
+    geometry = add_walls(torch.zeros(1, 0, *GRID), Domain(("wall", "wall", "wall"), (1.0, 1.0, 1.0)))
+    assert model.encode(torch.zeros(1, 1, *GRID), geometry).shape == (1, 2, 2, 1, 2)
+
+
 def test_positive_field_that_does_not_exist_in_solids_stays_zero_there() -> None:
     values = torch.tensor([0.0, -1.0, 0.5])
     kept = keep_above(values, 0.0)
