@@ -12,6 +12,7 @@ import torch
 
 from shodh.analysis.report import write_report
 from shodh.cli import run_main
+from shodh.generation import pick_device
 from shodh.train.evaluation import evaluate, open_run
 from shodh.train.runtime import quiet_logs
 
@@ -35,8 +36,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     quiet_logs()
-    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    evaluator = open_run(args.run, args.checkpoint, torch.device("cuda" if cuda else "cpu"))
+    evaluator = open_run(args.run, args.checkpoint, torch.device(pick_device(args.device)))
     evaluation = evaluate(evaluator, args.split or evaluator.config.evaluation.split)
     sys.stdout.write(write_report(evaluator.folder, evaluation))
     sys.stdout.write(f"\nreport: {evaluator.folder.report / 'index.html'}\n")

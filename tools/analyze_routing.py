@@ -19,6 +19,7 @@ from shodh.analysis.page import Section, text_table, write_page
 from shodh.analysis.routing import analyse, find_traces, read_traces
 from shodh.cli import run_main
 from shodh.errors import ConfigError
+from shodh.generation import pick_device
 from shodh.train.run_folder import RunFolder
 from shodh.train.runtime import quiet_logs
 
@@ -51,6 +52,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.no_probe and (args.checkpoint or args.other_run or args.probe_data):
         raise ConfigError("--no-probe contradicts --checkpoint, --other-run and --probe-data; give one or the other")
+    if args.out.exists() and not args.out.is_dir():
+        raise ConfigError(f"--out {args.out}: is a file; name a folder")
     if args.windows < 1:
         raise ConfigError(f"--windows {args.windows}: must be at least 1")
     return args
@@ -74,8 +77,7 @@ def probe(args: argparse.Namespace) -> list[Section]:
         return []
     from shodh.analysis.probe import probe_sections
 
-    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if cuda else "cpu")
+    device = torch.device(pick_device(args.device))
     unseen = left_out(args.probe_data)
     return probe_sections(args.run, args.checkpoint, args.other_run, device, left_out=unseen, limit=args.windows)
 

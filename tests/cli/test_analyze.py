@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from shodh.moe.trace import VERSION
 
@@ -57,6 +58,7 @@ def test_bad_input_is_answered_in_one_line(tmp_path: Path) -> None:
         ([run, "--no-probe", "--checkpoint", "x"], "--no-probe contradicts --checkpoint"),
         ([run, "--probe-data", "heat"], "--probe-data 'heat': expected NAME=PATH"),
         ([run, "--windows", "0"], "--windows 0: must be at least 1"),
+        ([run, "--out", run / "routing" / "rank0.jsonl"], "is a file; name a folder"),
         ([run, "--checkpoint", "step_1"], "is not a run folder: it has no config.yaml"),
     ]
     listed = [[[str(a) for a in arguments], text] for arguments, text in cases]
@@ -66,7 +68,7 @@ def test_bad_input_is_answered_in_one_line(tmp_path: Path) -> None:
         "from shodh.cli import run_main\n"
         "for arguments, _ in json.loads(sys.argv[1]):\n"
         "    try:\n"
-        "        run_main(lambda: analyze_routing.main([*arguments, '--out', sys.argv[2]]))\n"
+        "        run_main(lambda: analyze_routing.main(['--out', sys.argv[2], *arguments]))\n"
         "    except SystemExit as end:\n"
         "        sys.stdout.write(f'{end.code}\\n')\n"
     )
@@ -79,3 +81,17 @@ def test_bad_input_is_answered_in_one_line(tmp_path: Path) -> None:
     for line, (_, text) in zip(lines, cases, strict=True):
         assert line.startswith("error: ") and text in line
     assert not out.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", ["tools/analyze_routing.py", "launch/evaluate.py"])
+def test_a_gpu_that_is_not_there(script: str, tmp_path: Path) -> None:
+    run = traces(tmp_path / "run")
+    (run / "latest").write_text("step_1\n")
+    (run / "checkpoints" / "step_1").mkdir(parents=True)
+    (run / "checkpoints" / "step_1" / "manifest.json").write_text("{}")
+    where = [run, "--out", tmp_path / "out"] if "analyze" in script else ["--run", run]
+    command = [sys.executable, script, *map(str, where), "--device", "cuda"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 2
+    assert finished.stderr == "error: --device cuda: no CUDA device was found; use --device cpu\n"
