@@ -35,26 +35,35 @@ following = model.predict(fields, static, regime="{regime}")  # physical units i
 ```
 
 `fields` is `[batch, {history}, channels, *grid]`, oldest frame first, in the order of the fields above, a vector taking
-one channel an axis; `static` is `[batch, static channels, *grid]`. Scalars live at cell centres, component i of a
-vector on the upper face of its cell along axis i. DeepSpeed is not needed.
+one channel an axis; `static` is `[batch, static channels, *grid]`. {places} DeepSpeed is not needed.
 """
+
+_STAGGERED = """Scalars live at cell centres, component i of a
+vector on the upper face of its cell along axis i."""
+_AS_TRAINED = "Values live where the training files had them."
 
 _TAIL = """
 ## Limits
 
 - It knows the regimes, fields, grid and boundaries listed here, and nothing was measured outside them.
-- A velocity that is solenoidal conserves mass by construction; no-slip inside solids is learned, not enforced.
+- {divergence}
 - Errors grow along a rollout: look at the numbers above before you trust long ones.
 - Training data, seeds and settings stand under `run` in `config.json`.
 
 Licence: Apache-2.0.
 """
 
+_DECODED = (
+    "A velocity that is solenoidal conserves mass by construction; no-slip inside solids is learned, not enforced."
+)
+_EMITTED = "Fields are emitted as they are: neither conservation of mass nor no-slip inside solids is enforced."
+
 
 def model_card(description: Mapping[str, Any], numbers: Mapping[str, Any] | None = None) -> str:
     """Markdown for a ``config.json``; ``numbers`` is an evaluation's ``metrics.json``, where there is one."""
     run, parameters = description["run"], description["parameters"]
     what = " and ".join(description["parts"])
+    decoded = "tokenizer" in description["parts"]
     card = _HEAD.format(
         name=run["name"],
         what=what,
@@ -68,17 +77,19 @@ def model_card(description: Mapping[str, Any], numbers: Mapping[str, Any] | None
         seed=run["seed"],
         history=run["data"]["history"],
         regime=description["regimes"][0],
+        places=_STAGGERED if decoded else _AS_TRAINED,
     )
     if description.get("merge"):
         card += _merged(description["merge"])
     rows = list(_rows((numbers or {}).get("regimes", {})))
     if rows:
         split = (numbers or {}).get("split", "held-out")
-        card += f"\n## Measured\n\nOn the {split} split, one model step; lower is better.\n\n"
+        rounded = "" if description["dtype"] == "fp32" else f", with the run's own weights; here they are {description['dtype']}"
+        card += f"\n## Measured\n\nOn the {split} split, one model step{rounded}; lower is better.\n\n"
         card += "| regime | measure | model | persistence |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"
     else:
-        card += "\n## Measured\n\nNothing yet: `launch/evaluate.py` was not run on it before it was converted.\n"
-    return card + _TAIL
+        card += "\n## Measured\n\nNo numbers of `launch/evaluate.py` came with these weights.\n"
+    return card + _TAIL.format(divergence=_DECODED if decoded else _EMITTED)
 
 
 def _merged(merge: Mapping[str, Any]) -> str:
