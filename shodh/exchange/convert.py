@@ -42,7 +42,7 @@ def parse_size(text: str) -> int:
     """Bytes of ``"5GB"``, ``"500 MB"``, ``"2GiB"`` or a plain number; raises `ConfigError`."""
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmg]?i?b?)", text.strip().lower())
     unit = "" if match is None else match.group(2).upper()
-    if match is None or unit not in _UNITS or float(match.group(1)) * _UNITS[unit] < 1:
+    if match is None or unit not in _UNITS or not 1 <= float(match.group(1)) * _UNITS[unit] < 2**63:
         raise ConfigError(f"a size must be like 5GB, 500MB or 2GiB, got {text!r}")
     return int(float(match.group(1)) * _UNITS[unit])
 

@@ -123,6 +123,8 @@ def _checkpoint_of(path: Path, tag: str | None) -> Path:
         if tag is not None:
             raise CheckpointError(f"--tag chooses a checkpoint of a run folder, and {path} is one already")
         return path
+    if tag is None and (path / "config.yaml").is_file() and not (path / "latest").is_file():
+        raise CheckpointError(f"{path} is a run without a complete checkpoint; name one with --tag, or train on")
     base = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     latest = path / "latest"
     if tag is None and latest.is_file():

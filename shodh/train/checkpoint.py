@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from shodh.errors import CheckpointError
 from shodh.files import sync_to_disk, write_atomically
-from shodh.models.description import CONFIG, METADATA_KEY, is_pretrained, parse_description
+from shodh.models.description import METADATA_KEY, is_pretrained, read_description
 from shodh.pickles import refuse_foreign_globals
 from shodh.train.run_folder import RunFolder, describe_environment
 from shodh.train.runtime import together
-from shodh.weights import INDEX, WEIGHTS, open_weights, persistent_buffers, read_json, read_metadata
+from shodh.weights import INDEX, WEIGHTS, open_weights, persistent_buffers, read_metadata
 from shodh.weights import load_into as load_into
 from shodh.weights import load_weights as load_weights
 
@@ -105,10 +105,8 @@ def source_checksum(path: Path) -> str:
     Of a converted folder it is the one of the checkpoint that it was made of; of weights without either, the one of
     the file, or of the index of shards.
     """
-    if is_pretrained(path):
-        return parse_description(read_json(path / CONFIG), path / CONFIG).source.sha256
-    if path.is_file() and (description := read_metadata(path).get(METADATA_KEY)) is not None:
-        return parse_description(json.loads(description), path).source.sha256
+    if is_pretrained(path) or (path.is_file() and METADATA_KEY in read_metadata(path)):
+        return read_description(path).source.sha256
     if path.is_dir():
         path = next(file for name in (MANIFEST, WEIGHTS, INDEX) if (file := path / name).exists())
     return checksum(path)
@@ -215,12 +213,13 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
-        manifest["files"].items()
+        for key in ("files", "state", "topology"):
+            manifest[key].items()
         return manifest
     except OSError as error:
         raise CheckpointError(f"{checkpoint} is not a complete checkpoint: it has no {MANIFEST}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged") from error
+        raise CheckpointError(f"{path} is damaged: expected JSON with files, state and topology") from error
 
 
 def verify_checkpoint(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import shodh
 from shodh.errors import CheckpointError
 from shodh.exchange.convert import convert
 from shodh.pickles import read_pt, refuse_foreign_globals
-from shodh.train.checkpoint import checksum, load_checkpoint, read_initial_weights
+from shodh.train.checkpoint import checksum, load_checkpoint, read_initial_weights, source_checksum
 from shodh.weights import INDEX, WEIGHTS
 
 pytestmark = pytest.mark.distributed
@@ -196,6 +196,12 @@ def test_partition_of_another_dtype_or_length(stage: int, raw: Callable[..., Pat
     refused(folder, tmp_path, "lies outside its partition")
 
 
+def test_run_without_a_checkpoint(runs: Callable[..., Run], tmp_path: Path) -> None:
+    (tmp_path / "young").mkdir()
+    (tmp_path / "young" / "config.yaml").write_text((runs(1).path / "config.yaml").read_text())
+    refused(tmp_path / "young", tmp_path, "young is a run without a complete checkpoint")
+
+
 def test_foreign_folders(tmp_path: Path) -> None:
     refused(tmp_path / "absent", tmp_path, "does not exist; expected a run folder")
     (tmp_path / "holiday").mkdir()
@@ -338,6 +344,9 @@ def test_initial_weights_that_cannot_be_used(raw: Callable[..., Path], laborator
         read_initial_weights(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
         read_initial_weights(tmp_path)
+    save_file({"head.bias": torch.zeros(2)}, tmp_path / "w.safetensors", {"shodh": "{"})
+    with pytest.raises(CheckpointError, match="w.safetensors is damaged: its description is not valid JSON"):
+        source_checksum(tmp_path / "w.safetensors")
     convert(laboratory.load(laboratory.overrides("any", 1, 1)).tokenizer_dir, tmp_path / "tokenizer")
     with pytest.raises(CheckpointError, match="holds a tokenizer alone"):
         read_initial_weights(tmp_path / "tokenizer")

@@ -67,7 +67,7 @@ def test_damaged_file_is_named(checkpoint: Path, name: str, damage: str) -> None
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"state": {}}', '{"files": 3}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"state": {}}', '{"files": 3}', '{"files": {}, "state": {}}'])
 def test_damaged_manifest_is_named(checkpoint: Path, text: str) -> None:
     (checkpoint / MANIFEST).write_text(text)
     with pytest.raises(CheckpointError, match="manifest.json is damaged"):
