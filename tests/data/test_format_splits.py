@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from layouts import dpot_scattered, dpot_single, jhtdb, pdebench_cfd
 
 from shodh.data import RegimeSource, WindowDataset
-from shodh.data.formats.splits import SPLITS, deal, open_splits, time_blocks
+from shodh.data.formats import open_file
+from shodh.data.formats.splits import SPLITS, deal, find_files, open_splits, time_blocks
 from shodh.errors import DataError
 from shodh.fields import Field
 
@@ -110,3 +112,20 @@ def test_no_files_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no training files"):
         RegimeSource("nothing", tmp_path / "empty", FLOW)
+
+
+def test_no_file_of_a_folder_is_overlooked(tmp_path):
+    """Both names of the validation folder, and suffixes in capitals."""
+    for name in ("train/a.HDF5", "valid/b.h5", "val/c.hdf5"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    found = {split: [p.name for p in files] for split, files in find_files(tmp_path).items()}
+    assert found == {"train": ["a.HDF5"], "valid": ["b.h5", "c.hdf5"]}
+
+
+@pytest.mark.parametrize(("folder", "field"), [("swe_pdb", "height"), ("SWE", "height"), ("answers", "vorticity")])
+def test_published_sets_are_known_by_words_of_the_path(tmp_path, folder, field):
+    (tmp_path / folder).mkdir()
+    with h5py.File(tmp_path / folder / "x_train.hdf5", "w") as file:
+        file["data"] = np.zeros((2, 8, 8, 3, 1), dtype=np.float32)
+    assert list(open_file(tmp_path / folder / "x_train.hdf5").fields) == [field]

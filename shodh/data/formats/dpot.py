@@ -19,7 +19,7 @@ from shodh.data.formats.base import FileHints
 from shodh.errors import ConfigError, DataError
 from shodh.fields import AXES, Boundary, Field
 
-# Part of the path, space axes, channels -> names (a vector repeats its name), boundary. The first that fits is taken.
+# Word in the path, space axes, channels -> names (a vector repeats its name), boundary. The first that fits is taken.
 KNOWN: tuple[tuple[str, int, int, tuple[str, ...], Boundary], ...] = (
     ("cfdbench", 2, 3, ("velocity", "velocity", "mask"), "open"),
     ("cond_pda", 2, 3, ("tracer", "velocity", "velocity"), "wall"),
@@ -96,9 +96,14 @@ def _sizes(axes: str, shape: tuple[int, ...], path: Path) -> dict[str, int]:
     return dict(zip(axes, shape))
 
 
+def _names_set(place: str, name: str) -> bool:
+    """Whether a path names a published set: "swe" as a word, and not as a part of "answers"."""
+    return re.search(rf"(?<![a-z]){name}(?![a-z])", place) is not None if name else True
+
+
 def _names(path: Path, ndim: int, channels: int, hints: FileHints) -> tuple[tuple[str, ...], Boundary, list[str]]:
     place = "/".join(path.parts[-4:]).lower()
-    fit = next((k for k in KNOWN if k[0] in place and k[1:3] == (ndim, channels)), None)
+    fit = next((k for k in KNOWN if k[1:3] == (ndim, channels) and _names_set(place, k[0])), None)
     kind: Boundary = fit[4] if fit else "periodic"
     if hints.channels is not None:
         if len(hints.channels) != channels:

@@ -154,9 +154,10 @@ def find_files(path: Path) -> dict[Split | None, list[Path]]:
     if path.is_file():
         return {None: [path]}
     folder = path / "data" if (path / "data").is_dir() else path
-    by_folder: dict[Split | None, list[Path]] = {
-        split: _data_files(folder / name) for name, split in _ALIASES.items() if (folder / name).is_dir()
-    }
+    by_folder: dict[Split | None, list[Path]] = {}
+    for name, split in _ALIASES.items():
+        if (folder / name).is_dir():
+            by_folder[split] = by_folder.get(split, []) + _data_files(folder / name)
     if by_folder:
         return by_folder
     loose = _data_files(folder) if folder.is_dir() else []
@@ -218,4 +219,4 @@ def _deal(files: Sequence[TrajectoryFile], shares: Mapping[Split, float]) -> dic
 
 
 def _data_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and not p.name.startswith("."))
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
