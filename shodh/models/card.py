@@ -84,7 +84,11 @@ def model_card(description: Mapping[str, Any], numbers: Mapping[str, Any] | None
     rows = list(_rows((numbers or {}).get("regimes", {})))
     if rows:
         split = (numbers or {}).get("split", "held-out")
-        rounded = "" if description["dtype"] == "fp32" else f", with the run's own weights; here they are {description['dtype']}"
+        rounded = (
+            ""
+            if description["dtype"] == "fp32"
+            else f", with the run's own weights; here they are {description['dtype']}"
+        )
         card += f"\n## Measured\n\nOn the {split} split, one model step{rounded}; lower is better.\n\n"
         card += "| regime | measure | model | persistence |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"
     else:
