@@ -1,0 +1,113 @@
+"""Settings of routed experts: router, balance, experts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from shodh.config.base import Count, Section, Weight
+
+
+class TemperatureSchedule(Section):
+    """Temperature that divides the router's logits: ``max(end, start * decay^steps)`` after so many optimiser steps."""
+
+    start: PositiveFloat = 2.0
+    end: PositiveFloat = 0.5
+    decay: PositiveFloat = Field(0.99, le=1.0, description="factor of one optimiser step")
+
+    @model_validator(mode="after")
+    def _check(self) -> TemperatureSchedule:
+        if self.end > self.start:
+            raise ValueError(f"end={self.end} is above start={self.start}; the temperature falls")
+        return self
+
+
+class RouterConfig(Section):
+    """How a token finds its experts."""
+
+    kind: Literal["token", "context", "two_level", "noisy_topk", "hash", "frozen", "oracle"] = Field(
+        "token", description="hash, frozen and oracle are controls: by position, random and untrained, by regime label"
+    )
+    score: Literal["cosine", "softmax"] = "cosine"
+    gate: Literal["linear", "conv"] = Field("linear", description="conv: MoE-POT's gate network; needs score softmax")
+    normalise: Literal["before", "after"] = Field(
+        "before", description="softmax over all experts before the top-k, or over the chosen ones after it"
+    )
+    temperature_schedule: TemperatureSchedule | None = Field(None, description="null: logits are not divided")
+    granularity: Literal["token", "sample"] = "token"
+    semantic_dim: PositiveInt = Field(16, description="width of the space in which tokens meet expert prototypes")
+    temperature: PositiveFloat = Field(8.0, description="initial inverse temperature of cosine scores, learned")
+    context_weight: Weight = Field(4.0, description="kind context: weight of the sample mean beside the token")
+    groups: PositiveInt = Field(
+        2, description="expert groups: two_level chooses one by the sample mean; oracle has one for each regime"
+    )
+
+    @property
+    def grouped(self) -> bool:
+        """Whether a token meets the experts of one group alone."""
+        return self.kind in ("two_level", "oracle")
+
+    @model_validator(mode="after")
+    def _check(self) -> RouterConfig:
+        if self.gate == "conv" and self.score != "softmax":
+            raise ValueError(f"gate conv gives logits; use score softmax with it, not {self.score}")
+        if self.kind == "noisy_topk" and (self.score, self.normalise) != ("softmax", "after"):
+            raise ValueError(
+                "kind noisy_topk is a linear gate and a softmax over the top k: use score softmax, normalise after"
+            )
+        if self.kind == "hash" and self.granularity == "sample":
+            raise ValueError("kind hash goes by the token's position, so it needs granularity token; use kind frozen")
+        return self
+
+
+class BalanceConfig(Section):
+    """Terms that keep experts alive and decided; counts and means are over the global batch."""
+
+    switch: Weight = Field(0.01, description="Switch load balance (grouped experts: within the chosen group)")
+    information: Weight = Field(0.05, description="H(mean p) - mean H(p), maximised (two_level: of the groups)")
+    z_loss: Weight = 1e-4
+    bias_rate: Weight = Field(0.0, description="loss-free selection bias, change per step")
+    cv2: Weight = Field(0.0, description="CV(importance)^2, summed over layers as MoE-POT publishes it (0.1)")
+    importance: Weight = Field(0.0, description="Shazeer's importance loss: CV(importance)^2, mean over layers")
+    load: Weight = Field(0.0, description="Shazeer's load loss, CV(smooth load)^2; needs router.kind noisy_topk")
+    orthogonality: Weight = Field(0.0, description="mean squared cosine between the router's rows of two experts")
+
+
+class ExpertsConfig(Section):
+    """The feed-forward part of every block: shared experts, and routed ones."""
+
+    num_experts: Count = Field(4, description="routed experts; 0: a dense feed-forward of equal active size")
+    top_k: PositiveInt = 1
+    form: Literal["gated", "linear"] = Field(
+        "gated", description="two layers with an activation between; or one affine map and GELU, as MoE-POT's code"
+    )
+    hidden: PositiveInt = Field(256, description="hidden width of one expert; form linear: its output width")
+    num_shared: Count = 1
+    shared_combine: Literal["sum", "mean"] = Field("sum", description="of the shared experts' outputs")
+    activation: Literal["swiglu", "bilinear", "gelu"] = Field(
+        "swiglu", description="form gated: swiglu and bilinear have a gate, gelu has none"
+    )
+    router: RouterConfig = RouterConfig()
+    balance: BalanceConfig = BalanceConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> ExpertsConfig:
+        halved = self.form == "linear" or self.activation == "gelu"
+        if halved and self.hidden % 16:
+            raise ValueError(f"hidden={self.hidden} must be a multiple of 16: its rows are kept in two halves")
+        if self.num_experts == 0:
+            return self
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}")
+        if self.balance.load and self.router.kind != "noisy_topk":
+            raise ValueError(f"balance.load is defined by the noise of router.kind noisy_topk, not {self.router.kind}")
+        groups = self.router.groups
+        if self.router.grouped and self.num_experts % groups:
+            raise ValueError(f"num_experts={self.num_experts} is not divisible by router.groups={groups}")
+        if self.router.grouped and self.top_k > self.num_experts // groups:
+            raise ValueError(
+                f"top_k={self.top_k} is more than the {self.num_experts // groups} experts of a group; "
+                "use fewer router.groups"
+            )
+        return self

@@ -1,0 +1,129 @@
+"""Settings of the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from shodh.config.base import Count, Section, Weight
+from shodh.config.experts import ExpertsConfig
+from shodh.config.training import TrainConfig
+
+#: What a configuration of MoE-POT need not say: the expert layer of its public code (arXiv 2510.25803).
+MOE_POT_EXPERTS: dict[str, Any] = {
+    "num_experts": 16,
+    "top_k": 4,
+    "form": "linear",
+    "num_shared": 2,
+    "shared_combine": "mean",
+    "router": {
+        "score": "softmax",
+        "gate": "conv",
+        "normalise": "after",
+        "granularity": "sample",
+        "temperature_schedule": {"start": 2.0, "end": 0.5, "decay": 0.99},
+    },
+    "balance": {"switch": 0.0, "information": 0.0, "z_loss": 0.0, "cv2": 0.1},
+}
+
+
+def _with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` completed from ``defaults``, nested mappings key by key."""
+    merged = dict(given)
+    for key, value in defaults.items():
+        if key not in merged:
+            merged[key] = value
+        elif isinstance(value, Mapping) and isinstance(merged[key], Mapping):
+            merged[key] = _with_defaults(merged[key], value)
+    return merged
+
+
+class FieldSpaceConfig(Section):
+    """Operators that work on the fields themselves, without a tokenizer."""
+
+    mlp: PositiveInt = Field(
+        512, description="dpot: hidden width of the feed-forward; moe_pot: width of the features that experts share"
+    )
+    decoder: PositiveInt = Field(32, description="dpot, moe_pot: channels at full resolution")
+    classes: Count = Field(
+        0, description="dpot, moe_pot: outputs of the published classification head, which no loss uses; 0: none"
+    )
+    residual: bool = Field(False, description="predict the change since the last frame; published models do not")
+
+
+class OperatorConfig(Section):
+    """What predicts the next frame: of latents (latent_transformer), or of the fields themselves (all other kinds)."""
+
+    kind: Literal["latent_transformer", "dpot", "moe_pot", "fno", "unet"] = "latent_transformer"
+    dim: PositiveInt = Field(128, description="width; unet: of the finest level")
+    depth: PositiveInt = Field(3, description="blocks; unet: levels")
+    heads: PositiveInt = Field(4, description="heads of attention, or of the Fourier mixing")
+    patch: PositiveInt = Field(1, description="latent cells (dpot, moe_pot: cells) per token and axis")
+    position: Literal["rotary", "learned"] = "rotary"
+    mixer: Literal["attention", "fourier"] = Field("attention", description="latent_transformer: what mixes tokens")
+    modes: PositiveInt | None = Field(None, description="Fourier modes kept along an axis; null: all")
+    field: FieldSpaceConfig = FieldSpaceConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    loss: Literal["mse", "over_persistence", "relative_l2"] = Field(
+        "mse",
+        description="error of a sample as it is, over the mean change of its regime in one step, or its norm over that "
+        "of the target, by channel (of fields alone, and their default)",
+    )
+    input_noise: Weight = Field(
+        0.0, description="standard deviation added to the normalised history; of fields: times each channel's rms"
+    )
+    random_shifts: bool = Field(True, description="shift training samples by whole latent cells along periodic axes")
+    activation_checkpointing: bool = False
+    train: TrainConfig = TrainConfig(steps=400)
+
+    @property
+    def in_field_space(self) -> bool:
+        """Whether it works on the fields themselves, without a tokenizer."""
+        return self.kind != "latent_transformer"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_kind(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or given.get("kind", "latent_transformer") == "latent_transformer":
+            return given
+        defaults: dict[str, Any] = {"loss": "relative_l2", "random_shifts": False}
+        if given["kind"] == "moe_pot":
+            defaults["experts"] = {**MOE_POT_EXPERTS, "hidden": given.get("dim", 128)}
+        else:
+            defaults["experts"] = {"num_experts": 0}
+        return _with_defaults(given, defaults)
+
+    @model_validator(mode="after")
+    def _check(self) -> OperatorConfig:
+        if self.in_field_space:
+            self._check_field_space()
+        elif self.loss == "relative_l2":
+            raise ValueError("loss relative_l2 is of fields; a latent transformer has mse or over_persistence")
+        if self.kind not in ("fno", "unet") and self.dim % self.heads:
+            raise ValueError(f"dim={self.dim} is not divisible by heads={self.heads}")
+        rotary = self.position == "rotary" and self.kind == "latent_transformer" and self.mixer == "attention"
+        if rotary and (self.dim // self.heads) % 2:
+            raise ValueError(f"rotary positions need an even head size, not dim/heads={self.dim // self.heads}")
+        for name, value in (("dim", self.dim), ("experts.hidden", self.experts.hidden)):
+            if value % 8:
+                raise ValueError(f"{name}={value} must be a multiple of 8: the grouped GEMM wants 16-byte rows")
+        return self
+
+    def _check_field_space(self) -> None:
+        experts = self.experts
+        if self.kind != "moe_pot" and experts.num_experts:
+            raise ValueError(f"kind {self.kind} is dense: use experts.num_experts 0, or kind moe_pot")
+        if self.kind == "moe_pot" and experts.form == "linear" and experts.hidden != self.dim:
+            raise ValueError(
+                f"experts.hidden={experts.hidden}: linear experts give features of the operator's dim={self.dim}"
+            )
+        if self.kind == "moe_pot" and self.field.mlp % 16:
+            raise ValueError(f"field.mlp={self.field.mlp} must be a multiple of 16")
+        if self.random_shifts:
+            raise ValueError("random_shifts are of latents: a force fixed in space would not move with the fields")
+        if self.loss == "over_persistence":
+            raise ValueError("loss over_persistence is of latents; fields have mse or relative_l2")
+        if self.kind == "fno" and self.modes is None:
+            raise ValueError("kind fno needs modes, for example 12")

@@ -1,0 +1,141 @@
+"""From YAML to settings and back, with errors that name the nearest key."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from shodh.config.base import Section
+from shodh.config.run import RunConfig
+from shodh.errors import ConfigError
+
+
+def _suggest(key: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    """The settings class behind an annotation (through Optional and tuples), if there is one."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple):
+        for argument in typing.get_args(annotation):
+            if (found := _section_of(argument)) is not None:
+                return found
+    return None
+
+
+def _section_at(location: tuple[int | str, ...]) -> type[Section]:
+    section: type[Section] = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        found = _section_of(section.model_fields[part].annotation)
+        if found is None:
+            break
+        section = found
+    return section
+
+
+def _explain(error: ValidationError, source: str) -> ConfigError:
+    messages = []
+    for problem in error.errors():
+        location = problem["loc"]
+        where = ".".join(str(part) for part in location)
+        if problem["type"] == "extra_forbidden":
+            known = _section_at(location[:-1]).model_fields
+            messages.append(f"unknown key {where!r}: {_suggest(str(location[-1]), known)}")
+        elif problem["type"] == "missing":
+            messages.append(f"missing key {where!r}")
+        else:
+            text = problem["msg"].removeprefix("Value error, ")
+            given = "" if isinstance(problem["input"], Mapping) else f" (given {problem['input']!r})"
+            messages.append(f"{where}: {text}{given}" if where else text)
+    return ConfigError(f"{source}: {'; '.join(messages)}")
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read configuration {path}: {error.strerror}") from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Set ``a.b=value`` pairs in a nested dict; values are read as YAML, list items are addressed by index.
+
+    Raises
+    ------
+    ConfigError
+        For an item without ``=``, a value that is not YAML, or a path through something that has no keys.
+    """
+    tree = json.loads(json.dumps(tree, default=str))
+    for item in overrides:
+        path, equals, text = item.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"--set {item!r}: expected key=value, for example --set operator.train.steps=100")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {item!r}: the value is not valid YAML") from error
+        node: Any = tree
+        *parents, last = path.split(".")
+        try:
+            for part in parents:
+                node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+            if isinstance(node, list):
+                node[int(last)] = value
+            else:
+                node[last] = value
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
+            raise ConfigError(f"--set {item!r}: there is no such place in the configuration") from error
+    return tree
+
+
+def config_from_dict(tree: Any, source: str = "configuration") -> RunConfig:
+    """Validate a plain dict; raises `ConfigError` that names every bad key, with the nearest known one."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: expected a mapping of settings at the top, got {type(tree).__name__}")
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, source) from error
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a YAML file, apply ``--set`` overrides and validate.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be read, is not YAML, or has unknown, missing or impossible settings.
+    """
+    path = Path(path)
+    tree = _read_yaml(path)
+    if isinstance(tree, dict):
+        tree = apply_overrides(tree, overrides)
+    return config_from_dict(tree, str(path))
+
+
+def to_dict(config: Section) -> dict[str, Any]:
+    """Plain JSON-able values of a configuration, every default written out."""
+    return config.model_dump(mode="json")
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML; `load_config` of it gives an equal object."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)

@@ -1,0 +1,131 @@
+"""All settings of a run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from shodh.config.base import Count, Grid, Section
+from shodh.config.data import DataConfig
+from shodh.config.operator import OperatorConfig
+from shodh.config.tokenizer import TokenizerConfig
+
+
+class ParallelConfig(Section):
+    """How ranks are used."""
+
+    ep_size: PositiveInt = Field(1, description="ranks that share one set of experts")
+    nodes: PositiveInt = Field(1, description="planned nodes: --dry-run plans for these; the launcher decides")
+    gpus_per_node: PositiveInt = Field(1, description="planned GPUs of a node")
+
+
+class EvaluationConfig(Section):
+    """What ``launch/evaluate.py`` measures."""
+
+    split: Literal["valid", "test"] = "test"
+    rollout: Count = Field(4, description="autoregressive steps; 0: none")
+    batch: PositiveInt = 8
+
+
+class FamilyConfig(Section):
+    """A family of flows with continuous parameters, and the place of a run in it; what merging experts reads."""
+
+    name: str = Field(min_length=1)
+    parameters: dict[str, float | tuple[float, float]] = Field(
+        min_length=1, description="physical parameter -> value; of an anchor, which learns all of the family, its range"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> FamilyConfig:
+        for name, value in self.parameters.items():
+            low, high = value if isinstance(value, tuple) else (value, math.inf)
+            if not math.isfinite(low) or low >= high or (isinstance(value, tuple) and not math.isfinite(high)):
+                raise ValueError(f"parameter {name}={value}: expected a finite number, or [low, high] with low < high")
+        return self
+
+
+class RunConfig(Section):
+    """Everything about one run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: Count = 0
+    out: Path = Field(Path("runs"), description="folder of the run folders")
+    deepspeed: Path = Field(Path("ds_configs/cpu.json"), description="DeepSpeed JSON; 'auto' values come from here")
+    kernels: Literal["auto", "torch", "apex"] = Field("auto", description="fused norm and optimiser")
+    routing_trace: Count = Field(20000, description="lines of routing trace a rank may write; long runs are thinned")
+    routing_samples: Count = Field(64, description="validation samples, of all ranks, traced token by token; 0: none")
+    data: DataConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    operator: OperatorConfig = OperatorConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    family: FamilyConfig | None = Field(None, description="for tools/merge_experts.py; null: no family")
+
+    @model_validator(mode="after")
+    def _check_oracle(self) -> RunConfig:
+        router, regimes = self.operator.experts.router, len(self.data.regimes)
+        if self.operator.experts.num_experts and router.kind == "oracle" and router.groups != regimes:
+            raise ValueError(
+                f"operator.experts.router: an oracle has one group a regime, and there are {regimes}, not "
+                f"{router.groups}; use groups={regimes}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.operator.in_field_space:
+            self._check_field_grid()
+            return self
+        side = 8 * self.operator.patch
+        bad = [n for n in self.data.grid if n % 8]
+        if len(self.data.grid) == 2 and self.operator.patch > 1:
+            raise ValueError(f"operator.patch={self.operator.patch}: two dimensions have one latent layer; use patch 1")
+        if bad:
+            raise ValueError(f"data.grid {list(self.data.grid)}: the tokenizer divides axes by 8, and {bad} do not fit")
+        bad = [n for n in self.data.grid if n % side]
+        if bad:
+            raise ValueError(
+                f"data.grid {list(self.data.grid)}: latents of 1/8 the size in patches of {self.operator.patch} need "
+                f"multiples of {side}, and {bad} are not"
+            )
+        return self
+
+    def _check_field_grid(self) -> None:
+        """Patches, levels and modes of an operator on fields go with the grid."""
+        operator, grid = self.operator, self.data.grid
+        side = {"dpot": operator.patch, "moe_pot": operator.patch, "unet": 2 ** (operator.depth - 1)}.get(
+            operator.kind, 1
+        )
+        bad = [n for n in grid if n % side]
+        if bad:
+            what = f"levels of operator.depth={operator.depth}" if operator.kind == "unet" else "patches"
+            raise ValueError(f"data.grid {list(grid)}: {what} need multiples of {side}, and {bad} are not")
+        if operator.kind == "fno" and operator.modes is not None and 2 * operator.modes > min(grid):
+            raise ValueError(
+                f"operator.modes={operator.modes}: a grid of {list(grid)} has {min(grid) // 2} along its shortest "
+                "axis; use fewer"
+            )
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the operator's run."""
+        return self.out / self.name
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Folder of the tokenizer's run."""
+        return self.tokenizer.run or self.out / f"{self.name}-tokenizer"
+
+    @property
+    def latent_grid(self) -> tuple[int, int, int]:
+        """Cells of a latent along each axis."""
+        x, y, z = self.data.cells
+        return x // 8, y // 8, z // 8
+
+    @property
+    def operator_grid(self) -> Grid:
+        """Cells of what the operator is given: of a latent, or of the fields, which have two or three axes."""
+        return self.data.grid if self.operator.in_field_space else self.latent_grid

@@ -1,0 +1,40 @@
+"""Settings of the tokenizer."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from pydantic import Field, PositiveInt, model_validator
+
+from shodh.config.base import Section, Weight
+from shodh.config.training import TrainConfig
+
+
+class TokenizerLoss(Section):
+    """Weights of the reconstruction loss terms, each relative to the target's own size."""
+
+    relative_l2: Weight = 1.0
+    gradient: Weight = 0.2
+    spectral: Weight = 0.0
+
+
+class TokenizerConfig(Section):
+    """Convolutional autoencoder, 8x per axis, with a divergence-free velocity decoder."""
+
+    run: Path | None = Field(None, description="run folder of the tokenizer; null: runs/<name>-tokenizer")
+    latent_channels: PositiveInt = 32
+    strides: tuple[PositiveInt, ...] = Field((2, 2, 2), description="downsampling of each stage; their product is 8")
+    widths: tuple[PositiveInt, ...] = Field((32, 64, 128), description="channels of each stage, after its downsampling")
+    depth: PositiveInt = Field(1, description="residual blocks of each stage")
+    head_channels: PositiveInt = Field(12, description="channels at full resolution, before the last convolution")
+    loss: TokenizerLoss = TokenizerLoss()
+    train: TrainConfig = TrainConfig(steps=300)
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenizerConfig:
+        if math.prod(self.strides) != 8:
+            raise ValueError(f"strides {list(self.strides)} multiply to {math.prod(self.strides)}, and must to 8")
+        if len(self.widths) != len(self.strides):
+            raise ValueError(f"{len(self.widths)} widths for {len(self.strides)} strides; one for each")
+        return self
