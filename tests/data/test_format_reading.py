@@ -155,3 +155,9 @@ def test_unknown_layout_names_what_there_is(tmp_path):
     Path(tmp_path / "b.h5").write_text("no HDF5")
     with pytest.raises(DataError, match=r"b\.h5: cannot be read as HDF5"):
         open_file(tmp_path / "b.h5")
+
+
+@pytest.mark.parametrize("hint", [{"time_step": 0.0}, {"time_step": float("nan")}, {"lengths": (1.0, -2.0)}])
+def test_hints_that_no_grid_has_are_refused(hint):
+    with pytest.raises(ConfigError, match="must be positive"):
+        FileHints(**hint)

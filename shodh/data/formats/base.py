@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from shodh.errors import ConfigError
 from shodh.fields import Boundary, Field
 
 
@@ -109,6 +111,11 @@ class FileHints:
         Letters of the axes of an array in order: n (trajectory), t, x, y, z, c (channel), for example "nxytc".
     image_shape, image_dtype, pore_value : optional
         Of a voxel image; see `shodh.images.load_image`.
+
+    Raises
+    ------
+    ConfigError
+        A time step or a length is not a positive number.
     """
 
     boundary: tuple[Boundary, ...] | None = None
@@ -119,6 +126,11 @@ class FileHints:
     image_shape: tuple[int, ...] | None = None
     image_dtype: str | None = None
     pore_value: float | None = None
+
+    def __post_init__(self) -> None:
+        for what, values in (("time_step", (self.time_step,)), ("lengths", self.lengths or ())):
+            if any(v is not None and not 0 < v < math.inf for v in values):
+                raise ConfigError(f"{what} must be positive, given {', '.join(map(str, values))}")
 
 
 def rescale_(values: np.ndarray, shift: float, scale: float) -> None:
