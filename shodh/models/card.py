@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _HEAD = """---
-license: apache-2.0
 library_name: shodh
 tags: [physics, pde, mixture-of-experts, foundation-model]
 ---
@@ -30,7 +29,7 @@ A Shodh model: {what}, written in {dtype}.
 ```python
 import shodh
 
-model = shodh.from_pretrained("{name}")
+model = shodh.from_pretrained("path/to/this/folder")
 following = model.predict(fields, static, regime="{regime}")  # physical units in, physical units out
 ```
 
@@ -50,7 +49,7 @@ _TAIL = """
 - Errors grow along a rollout: look at the numbers above before you trust long ones.
 - Training data, seeds and settings stand under `run` in `config.json`.
 
-Licence: Apache-2.0.
+The code of Shodh is under Apache-2.0; the licence of these weights is for those who trained them to state.
 """
 
 _DECODED = (

@@ -18,7 +18,7 @@ from shodh.models.domain import Domain
 from shodh.weights import DTYPES, StoredTensor, load_into, persistent_buffers, target_dtypes
 
 
-class PretrainedModel(nn.Module, ModelHubMixin, library_name="shodh", license="apache-2.0"):  # type: ignore[misc]
+class PretrainedModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignore[misc]
     """A model of a run, from physical fields to physical fields; subclasses hold the networks.
 
     Fields are float32 in the units of the training data, channels in the order of the fields of ``description``, a

@@ -235,7 +235,8 @@ def test_megatron_trace_has_a_page_without_regimes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("u", "entropy", "experts", "verdict"), [
-    (0.95, 0.2, 8, "specialised"), (0.5, 0.9, 8, "partly specialised"), (0.1, 0.4, 8, "collapsed"),
+    (0.95, 0.7, 8, "specialised"), (0.5, 0.9, 8, "partly specialised"), (0.1, 0.4, 8, "collapsed"),
+    (0.95, 0.2, 8, "specialised on few experts"), (0.5, 0.2, 8, "partly specialised on few experts"),
     (0.1, 0.9, 8, "balanced but unspecialised"), (None, 0.9, 8, "balanced, regimes unknown"),
     (None, 0.1, 8, "collapsed"), (0.0, 1.0, 1, "one expert"),
 ])  # fmt: skip

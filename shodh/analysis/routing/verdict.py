@@ -12,8 +12,8 @@ COLLAPSED_ENTROPY = 0.5  # of log E: 16 experts used as if they were 4, or 2 of 
 
 THRESHOLDS = (
     f"Thresholds on the means over layers: U of at least {SPECIALISED_U} is specialised, of at least {PARTLY_U} partly "
-    f"specialised; below that, a load entropy under {COLLAPSED_ENTROPY} of its maximum is collapsed, else balanced but "
-    "unspecialised."
+    f"specialised, both on few experts if the load entropy is under {COLLAPSED_ENTROPY} of its maximum; with a lower U "
+    "such a load is collapsed, else balanced but unspecialised."
 )
 
 
@@ -30,7 +30,9 @@ class LayerFigures(NamedTuple):
 
 TONES: dict[str, Tone] = {
     "specialised": "good",
+    "specialised on few experts": "fair",
     "partly specialised": "fair",
+    "partly specialised on few experts": "fair",
     "balanced but unspecialised": "fair",
     "balanced, regimes unknown": "neutral",
     "collapsed": "bad",
@@ -42,10 +44,9 @@ def classify(u: float | None, entropy: float, experts: int) -> str:
     """The verdict for one layer, or for means over layers."""
     if experts < 2:
         return "one expert"
-    if u is not None and u >= SPECIALISED_U:
-        return "specialised"
     if u is not None and u >= PARTLY_U:
-        return "partly specialised"
+        verdict = "specialised" if u >= SPECIALISED_U else "partly specialised"
+        return verdict if entropy >= COLLAPSED_ENTROPY else f"{verdict} on few experts"
     if entropy < COLLAPSED_ENTROPY:
         return "collapsed"
     return "balanced, regimes unknown" if u is None else "balanced but unspecialised"
@@ -74,7 +75,7 @@ def decide(layers: dict[int, LayerFigures], source: str, bifurcation: dict[int, 
     if u is not None:
         steps = list(bifurcation.values())
         late = None if any(s is None for s in steps) else max(s for s in steps if s is not None)
-        numbers["all layers above U 0.9 from step"] = "never" if late is None else late
+        numbers[f"all layers above U {SPECIALISED_U} from step"] = "never" if late is None else late
     return Headline(verdict.capitalize(), text, TONES[verdict], numbers, note=f"From {source}. {THRESHOLDS}")
 
 
