@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from shodh.analysis.routing import read_traces
+from shodh.analysis.routing import find_traces, read_traces
 from shodh.cli import run_main
 from shodh.files import write_atomically
 from shodh.train.run_folder import describe_environment
@@ -25,6 +26,7 @@ TARGET = 10**8
 EXAMPLES = """examples:
   python tools/bench/trace.py --out tools/bench/results/trace_cpu.json
   python tools/bench/trace.py --records 200000 --regimes 6 --experts 16
+  python tools/bench/trace.py --records 2000000 --ranks 50          a hundred million records: 50 links to one file
 """
 
 
@@ -33,6 +35,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--records", type=int, nargs="+", default=[250_000, 2_000_000], help="sizes of traces")
+    parser.add_argument("--ranks", type=int, default=1, help="files of a trace, each with so many records")
     parser.add_argument("--regimes", type=int, default=2)
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--layers", type=int, default=12)
@@ -61,11 +64,11 @@ def write(path: Path, records: int, args: argparse.Namespace) -> None:
             file.write(f'{{"v":2,"step":{step},"split":"train","layer":{layer},{tails[number % 97]}\n')
 
 
-def measure(path: Path) -> dict[str, float]:
-    """Read one trace in this process."""
+def measure(folder: Path) -> dict[str, float]:
+    """Read the trace of a folder in this process."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     wall, cpu = time.perf_counter(), time.process_time()
-    trace = read_traces([path])
+    trace = read_traces(find_traces(folder))
     seconds = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"records": trace.tables.records, **seconds, "peak_mib": peak, "peak_before_mib": before}
@@ -73,16 +76,19 @@ def measure(path: Path) -> dict[str, float]:
 
 def run_case(records: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Write a trace, and read it in a process of its own, so that the peak of memory is its own."""
-    path = folder / f"trace_{records}.jsonl"
-    write(path, records, args)
-    try:
-        command = [sys.executable, __file__, "--read", str(path)]
-        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        size = path.stat().st_size
-    finally:
-        path.unlink()
-    assert found["records"] == records
-    return {**found, "bytes_per_record": size / records, "records_per_cpu_s": records / found["cpu_s"]}
+    trace = folder / str(records)
+    trace.mkdir()
+    first = trace / "rank0.jsonl"
+    write(first, records, args)
+    for rank in range(1, args.ranks):
+        (trace / f"rank{rank}.jsonl").hardlink_to(first)
+    command = [sys.executable, __file__, "--read", str(trace)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    size = first.stat().st_size
+    shutil.rmtree(trace)
+    assert found["records"] == records * args.ranks
+    speed = found["records"] / found["cpu_s"]
+    return {**found, "files": args.ranks, "bytes_per_record": size / records, "records_per_cpu_s": speed}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,7 +106,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     last = cases[-1]
     hours = TARGET / last["records_per_cpu_s"] / 3600
-    sys.stdout.write(f"extrapolated, not run: {TARGET:,} records in {hours:.2f} CPU hours, at the same memory\n")
+    if last["records"] < TARGET:
+        sys.stdout.write(f"extrapolated, not run: {TARGET:,} records in {hours:.2f} CPU hours, at the same memory\n")
     if args.out is not None:
         shape = {"regimes": args.regimes, "experts": args.experts, "layers": args.layers}
         result = {"shape": shape, "cases": cases, "extrapolated_cpu_hours_1e8": hours, "env": describe_environment()}
