@@ -8,9 +8,11 @@ uses is let through: the rest cannot run code, but makes any amount of memory of
 
 from __future__ import annotations
 
+import itertools
 import pickletools
 import re
 import zipfile
+from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,13 @@ STAND_INS: dict[str, type] = {
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": LossScaler,
 }
 
+PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
+GETS = ("GET", "BINGET", "LONG_BINGET")
+
+#: How Python before 3.11.4 writes a member of an enumeration: ``getattr(kind, name)``, spelled for protocol 2 or not.
+_GETATTR = ("builtins.getattr", "__builtin__.getattr")
+_ENUM = "deepspeed.runtime.zero.config.ZeroStageEnum"
+
 #: What else they hold: tensors and plain containers.
 _PLAIN = re.compile(
     r"collections\.OrderedDict|(builtins|__builtin__)\.set|torch\.(Tensor|Size|device|[A-Z]\w*Storage|b?float\d+|u?int\d+|bool)"
@@ -55,8 +64,16 @@ _PLAIN = re.compile(
 )
 
 
+def _member(kind: Any, name: Any) -> ZeroStage:
+    """What is called for ``getattr``: a stage by its name, and nothing else."""
+    if kind is not ZeroStage or name not in ZeroStage.__members__:
+        raise ValueError("getattr of something else than a ZeRO stage")
+    return ZeroStage[name]
+
+
 def _allowed() -> Any:
-    return torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])
+    functions = [(_member, name) for name in _GETATTR]
+    return torch.serialization.safe_globals([*((kind, name) for name, kind in STAND_INS.items()), *functions])
 
 
 def _check_container(path: Path) -> None:
@@ -77,8 +94,24 @@ def _called(path: Path) -> set[str]:
         programs = [part for part in archive.infolist() if Path(part.filename).name.lower() == "data.pkl"]
         if len(programs) != 1:
             raise ValueError(f"expected one data.pkl, got {len(programs)}")
-        operations = pickletools.genops(archive.read(programs[0]))
-        return {str(argument).replace(" ", ".", 1) for code, argument, _ in operations if code.name == "GLOBAL"}
+        operations = [(code.name, argument) for code, argument, _ in pickletools.genops(archive.read(programs[0]))]
+    named = [(i, str(value).replace(" ", ".", 1)) for i, (code, value) in enumerate(operations) if code == "GLOBAL"]
+    members = {i for i, name in named if name in _GETATTR and _is_member(operations, i)}
+    return {name for i, name in named if i not in members}
+
+
+def _is_member(operations: Sequence[tuple[str, Any]], start: int) -> bool:
+    """Whether the ``getattr`` named here makes a ZeRO stage, and is not remembered for anything else.
+
+    DeepSpeed's own loader would call the true ``getattr``, with which a pickle could get at anything.
+    """
+    remembered = {value for _, value in itertools.takewhile(lambda o: o[0] in PUTS, operations[start + 1 :])}
+    if any(code in GETS and value in remembered for code, value in operations):
+        return False
+    following = [o for o in operations[start + 1 : start + 9] if o[0] not in PUTS][:4]
+    return [code for code, _ in following] == ["GLOBAL", "BINUNICODE", "TUPLE2", "REDUCE"] and (
+        str(following[0][1]).replace(" ", ".", 1) == _ENUM and following[1][1] in ZeroStage.__members__
+    )
 
 
 def refuse_foreign_globals(path: Path) -> None:

@@ -86,6 +86,35 @@ def test_two_programs_in_one_archive_are_refused(tmp_path: Path) -> None:
         read_pt(path)
 
 
+GETATTR = named("__builtin__.getattr")
+STAGE = named("deepspeed.runtime.zero.config.ZeroStageEnum")
+PUT, GET, PAIR = b"q\x07", b"h\x07", b"\x86"
+MEMBER = GETATTR + b"q\x00" + STAGE + b"q\x01" + text("weights") + b"q\x02" + PAIR + b"q\x03" + CALL + b"q\x04"
+
+
+def test_enumeration_as_older_pythons_write_it_is_read(tmp_path: Path) -> None:
+    """Python before 3.11.4 writes ``getattr(ZeroStageEnum, "weights")``, later ones ``ZeroStageEnum(3)``."""
+    path = archive(tmp_path / "old.pt", START + MEMBER + END)
+    refuse_foreign_globals(path)
+    assert read_pt(path) == 3
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        GETATTR + named("torch.Tensor") + text("tolist") + PAIR + CALL,
+        GETATTR + STAGE + text("__class__") + PAIR + CALL,
+        GETATTR + b"q\x05" + PUT + STAGE + text("weights") + PAIR + CALL + GET + STAGE + text("mro") + PAIR + CALL,
+        GETATTR,
+    ],
+    ids=["other class", "other attribute", "remembered", "not called"],
+)
+def test_getattr_of_anything_else_is_refused(program: bytes, tmp_path: Path) -> None:
+    path = archive(tmp_path / "get.pt", START + program + END)
+    with pytest.raises(CheckpointError, match="get.pt is refused: it would call __builtin__.getattr"):
+        refuse_foreign_globals(path)
+
+
 def test_every_plain_kind_of_content_is_read(tmp_path: Path) -> None:
     values = [torch.ones(2).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64)]
     content = {
