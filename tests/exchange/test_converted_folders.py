@@ -163,7 +163,9 @@ def test_card_and_config_describe_the_model(runs: Callable[..., Run], laboratory
     ):
         assert text in card
     description, _ = read_pretrained(tmp_path / "out")
-    assert description.run["seed"] == 3 and description.versions["torch"] == torch.__version__
+    # The build ("+cu130") is not always part of the version that is installed.
+    assert description.run["seed"] == 3
+    assert description.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert description.parameters["active"] < description.parameters["total"]
     assert description.domains["open_channel"]["boundary"] == ["periodic", "periodic", "wall"]
     numbers["checkpoint"] = "step_00000001"
