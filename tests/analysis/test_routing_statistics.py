@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from shodh.analysis.routing.resampling import Units, chance_information, estimate_information, share_intervals
+from shodh.analysis.routing.resampling import Units, estimate_information, share_intervals
 from shodh.analysis.routing.statistics import (
     bifurcation_step,
     changed,
@@ -161,8 +161,25 @@ def test_correlated_tokens_do_not_pass_for_information() -> None:
         corrected.append(estimate_information(units, rng, 200).u.value)
     error = np.std(corrected) / math.sqrt(40)
     assert abs(np.mean(corrected)) < 3 * error < np.mean(plain)
-    # Permuted labels of n = 60 independent choices give Miller-Madow's term of 60 tokens.
-    assert chance_information(units, rng, 4000) == pytest.approx(3 / 120, rel=0.25)
+
+
+def test_few_uneven_samples_of_regimes_that_differ() -> None:
+    """Five samples a regime that scatter about its mean: the estimate is near the truth and within its interval."""
+    regimes, experts, number = 12, 8, 5
+    errors, outside = [], 0
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        means = rng.dirichlet(np.full(experts, 0.5), regimes)
+        truth = float(information(means).u)
+        counts = np.zeros((regimes * number, regimes, experts), dtype=int)
+        for unit in range(len(counts)):
+            counts[unit, unit % regimes] = rng.multinomial(64, rng.dirichlet(10 * means[unit % regimes] + 1e-3))
+        u = estimate_information(Units(counts, "samples"), rng, 200).u
+        errors.append(u.value - truth)
+        outside += not u.low <= truth <= u.high
+        assert u.low <= u.value <= u.high
+    assert abs(np.mean(errors)) < 0.02
+    assert outside <= 10
 
 
 def test_uniform_random_is_zero_within_the_interval_nearly_always() -> None:

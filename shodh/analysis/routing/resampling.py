@@ -1,4 +1,4 @@
-"""What chance and few samples do to the statistics: intervals by the bootstrap, bias by permuted labels.
+"""What few samples do to the statistics: bias and intervals, both by the bootstrap.
 
 Tokens of one sample are not independent, nor are frames of one trajectory; what is drawn anew is therefore a *unit*: a
 trajectory where a trace names enough of them, else a sample, else a stretch of steps.
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shodh.analysis.routing.statistics import information, miller_madow, mutual_information, shares
+from shodh.analysis.routing.statistics import information, miller_madow, shares
 
 DRAWS = 400
 LEVEL = 0.95
@@ -41,7 +41,7 @@ class Units(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """U and NMI without what chance gives, with intervals, and how chance was found."""
+    """U and NMI without the bias of few samples, with intervals, and how the bias was found."""
 
     u: Interval
     nmi: Interval
@@ -71,41 +71,30 @@ def share_intervals(units: Units, rng: np.random.Generator, draws: int = DRAWS) 
     return low, high
 
 
-def chance_information(units: Units, rng: np.random.Generator, draws: int = DRAWS) -> float:
-    """Information, nats, that these units show when their regime labels are permuted."""
-    assert units.single_regime
-    counts = units.counts.sum(1).astype(np.float64)
-    label = units.counts.sum(-1).argmax(-1)
-    regimes = units.counts.shape[1]
-    drawn = np.empty(draws)
-    for draw in range(draws):
-        member = rng.permutation(label)[None] == np.arange(regimes)[:, None]
-        drawn[draw] = mutual_information(member.astype(np.float64) @ counts)
-    return float(drawn.mean())
-
-
 def estimate_information(units: Units, rng: np.random.Generator, draws: int = DRAWS) -> Estimate:
-    """U and NMI, corrected for chance, with basic bootstrap intervals.
+    """U and NMI, corrected for the bias of few samples, with basic bootstrap intervals.
 
-    Units of one regime: chance is what permuted labels give. Mixed units (steps of a trace without samples): the
-    Miller-Madow term, which takes tokens for independent. The interval is the basic one, ``2 x - quantile``, because
-    resampling adds to a table the same upward bias that sampling has added before.
+    Resampling adds to a table the same upward bias that sampling has added before. Units of one regime, drawn within
+    their regimes, give the estimate ``2 x - mean`` therefore, and the ends ``2 x - quantile``. Permuted labels would
+    not do: they mix what regimes truly differ in into the bias. Mixed units (steps of a trace without samples) say
+    nothing of the bias; there it is the Miller-Madow term, which takes tokens for independent.
     """
     table = units.table
+    raw, drawn = information(table), information(bootstrap_tables(units, rng, draws))
     if units.single_regime and len(units.counts) > 1:
-        bias, method = chance_information(units, rng, draws), f"permuted labels of {units.kind}"
-    else:
-        bias, method = float(miller_madow(table)), "Miller-Madow, tokens taken for independent"
-    raw, corrected = information(table), information(table, bias)
-    drawn = information(bootstrap_tables(units, rng, draws))
-    u = _basic(float(raw.u), float(corrected.u), drawn.u)
-    return Estimate(u, _basic(float(raw.nmi), float(corrected.nmi), drawn.nmi), method)
+        return Estimate(_basic(float(raw.u), drawn.u), _basic(float(raw.nmi), drawn.nmi), f"bootstrap of {units.kind}")
+    corrected = information(table, float(miller_madow(table)))
+    u = _basic(float(raw.u), drawn.u, float(corrected.u))
+    nmi = _basic(float(raw.nmi), drawn.nmi, float(corrected.nmi))
+    return Estimate(u, nmi, "Miller-Madow, tokens taken for independent")
 
 
-def _basic(raw: float, corrected: float, drawn: np.ndarray) -> Interval:
+def _basic(raw: float, drawn: np.ndarray, corrected: float | None = None) -> Interval:
+    """The interval around a raw value; the estimate is ``corrected``, or what the draws correct it to."""
     drawn = drawn[~np.isnan(drawn)]
     if np.isnan(raw) or not drawn.size:
-        return Interval(corrected, float("nan"), float("nan"))
+        return Interval(raw if corrected is None else corrected, float("nan"), float("nan"))
     high, low = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    value = 2 * raw - drawn.mean() if corrected is None else corrected
     ends = np.clip([2 * raw - low, 2 * raw - high], 0.0, 1.0)
-    return Interval(corrected, float(ends[0]), float(ends[1]))
+    return Interval(float(min(value, 1.0)), float(ends[0]), float(ends[1]))

@@ -146,9 +146,9 @@ def specialisation_section(view: View) -> Section:
         "Regimes and experts",
         "U = I(regime; expert) / H(regime) is 1 when the expert names the regime; NMI = I / sqrt(H(expert) H(regime)). "
         "With more experts than regimes a perfect split has U = 1 but NMI below 1 (two experts a regime: 0.707). "
-        f"Both are without what chance gives ({method}); intervals draw {kind} anew, not tokens, which are not "
-        f"independent.{caution} The bifurcation step is the first from which U stays above {SPECIALISED_U} to the end "
-        f"of the {view.course} split (to {width} step{'s' if width > 1 else ''}).",
+        f"Both are corrected for the bias of few samples ({method}); intervals draw {kind} anew, not tokens, which are "
+        f"not independent.{caution} The bifurcation step is the first from which U stays above {SPECIALISED_U} to the "
+        f"end of the {view.course} split (to {width} step{'s' if width > 1 else ''}).",
         {"source": view.source, "resampled": kind, "thresholds": THRESHOLDS, "layers": summary},
         {"specialisation": Table(header, rows), **wide, **files},
         files_only=tuple(files),
