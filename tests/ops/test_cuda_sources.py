@@ -91,7 +91,8 @@ def test_report_says_what_is_built_and_why_not(capsys: pytest.CaptureFixture[str
     assert main([]) == 0
     lines = capsys.readouterr().out
     assert "reference  ready" in lines
-    if not torch.cuda.is_available():
+    # A CUDA build of torch and nvcc make the library also where there is no device to run it on.
+    if not any(Path(build.__file__).parent.glob("_cuda*.so")):
         assert "cuda       not available" in lines and "python -m shodh.ops --build cuda" in lines
 
 
