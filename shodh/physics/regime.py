@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -49,6 +51,40 @@ class Regime(Protocol):
         **parameters: Any,
     ) -> Trajectories:
         """Solve ``len(seeds)`` trajectories; trajectory ``b`` depends on ``seeds[b]`` and the parameters alone."""
+
+
+@dataclass(frozen=True)
+class SolvedRegime(ABC):
+    """What every built-in regime does before it solves: changed parameters are taken, and the request is checked."""
+
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def schema(self) -> RegimeSchema:
+        """Fields and boundaries of the trajectories."""
+
+    def simulate(
+        self,
+        seeds: Sequence[int],
+        grid: tuple[int, ...],
+        frames: int,
+        *,
+        device: str = "cpu",
+        progress: Progress | None = None,
+        **parameters: Any,
+    ) -> Trajectories:
+        """Solve one trajectory for each seed; see `Regime`."""
+        if parameters:
+            return replace(self, **parameters).simulate(seeds, grid, frames, device=device, progress=progress)
+        check_request(self.name, seeds, grid, frames, ndim=self.schema.ndim)
+        return self._solve(seeds, grid, frames, device, progress)
+
+    @abstractmethod
+    def _solve(
+        self, seeds: Sequence[int], grid: tuple[int, ...], frames: int, device: str, progress: Progress | None
+    ) -> Trajectories:
+        """Solve a request that was checked."""
 
 
 def flow_schema(name: str, boundary: tuple[Boundary, Boundary, Boundary]) -> RegimeSchema:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from shodh.errors import ConfigError
 from shodh.fields import Boundary, Field, RegimeSchema, Trajectories
 from shodh.physics.frames import FrameStore
 from shodh.physics.operators import divergence
-from shodh.physics.regime import Progress, check_positive, check_request
+from shodh.physics.regime import Progress, SolvedRegime, check_positive
 from shodh.physics.spectral import COURANT_LIMIT, BlowUp, Equations, SpectralGrid, advance
 
 VELOCITY = Field("velocity", kind="vector", placement="face", solenoidal=True)
@@ -28,7 +28,7 @@ _REDUCTIONS: dict[str, Callable[..., Tensor]] = {"max": Tensor.amax, "min": Tens
 
 
 @dataclass(frozen=True)
-class SpectralRegime(ABC):
+class SpectralRegime(SolvedRegime):
     """A regime on a periodic box, solved by :mod:`shodh.physics.spectral`.
 
     Parameters
@@ -98,20 +98,9 @@ class SpectralRegime(ABC):
     def diagnose(self, equations: Any, state: Tensor) -> dict[str, Tensor]:
         """Diagnostics of a frame, ``[B]`` each; names end in ``_max``, ``_min`` or ``_mean`` (over the frames)."""
 
-    def simulate(
-        self,
-        seeds: Sequence[int],
-        grid: tuple[int, ...],
-        frames: int,
-        *,
-        device: str = "cpu",
-        progress: Progress | None = None,
-        **parameters: Any,
+    def _solve(
+        self, seeds: Sequence[int], grid: tuple[int, ...], frames: int, device: str, progress: Progress | None
     ) -> Trajectories:
-        """Solve one trajectory for each seed; see :class:`shodh.physics.regime.Regime`."""
-        if parameters:
-            return replace(self, **parameters).simulate(seeds, grid, frames, device=device, progress=progress)
-        check_request(self.name, seeds, grid, frames, ndim=len(self.lengths))
         return _Run(self, seeds, grid, frames, device, progress or (lambda fraction: None)).solve()
 
 

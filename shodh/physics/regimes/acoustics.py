@@ -12,8 +12,8 @@ solenoidal, and is therefore called ``acoustic_velocity``; pressure and velocity
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from shodh.errors import ConfigError
 from shodh.fields import Field, RegimeSchema, Trajectories
 from shodh.physics.acoustics import SoundField, stable_steps
-from shodh.physics.regime import Progress, check_finite, check_positive, check_request, smooth_noise
+from shodh.physics.regime import Progress, SolvedRegime, check_finite, check_positive, smooth_noise
 
 # The sound speed is positive.
 FIELDS = (
@@ -41,7 +41,7 @@ def walled_noise(seed: int, purpose: str, grid: Sequence[int], lengths: Sequence
 
 
 @dataclass(frozen=True)
-class Acoustics:
+class Acoustics(SolvedRegime):
     """Sound in a heterogeneous medium; the fields are its parameters.
 
     Parameters
@@ -104,20 +104,9 @@ class Acoustics:
             component.mul_(scale)
         return sound
 
-    def simulate(
-        self,
-        seeds: Sequence[int],
-        grid: tuple[int, ...],
-        frames: int,
-        *,
-        device: str = "cpu",
-        progress: Progress | None = None,
-        **parameters: Any,
+    def _solve(
+        self, seeds: Sequence[int], grid: tuple[int, ...], frames: int, device: str, progress: Progress | None
     ) -> Trajectories:
-        """Solve one trajectory for each seed; see :class:`shodh.physics.regime.Regime`."""
-        if parameters:
-            return replace(self, **parameters).simulate(seeds, grid, frames, device=device, progress=progress)
-        check_request(self.name, seeds, grid, frames)
         sound = self.start(seeds, grid, 1.0 / max(grid), device)
         # From the bound of the speed, not from the speed: a trajectory has the same steps in every batch.
         steps = stable_steps(self.frame_interval, self.contrast, sound.spacing, self.courant)

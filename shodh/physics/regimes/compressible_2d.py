@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from shodh.errors import ConfigError
 from shodh.fields import Field, RegimeSchema, Trajectories
 from shodh.physics.finite_volume import FiniteVolume
 from shodh.physics.frames import FrameStore, run_frames
-from shodh.physics.regime import Progress, check_positive, check_request
+from shodh.physics.regime import Progress, SolvedRegime, check_positive
 from shodh.seeding import generator
 
 DENSITY = TEMPERATURE = (0.1, 10.0)
@@ -108,7 +108,7 @@ class NewtonianStress:
 
 
 @dataclass(frozen=True)
-class Compressible2d:
+class Compressible2d(SolvedRegime):
     """Compressible flow from random fields; the fields are its parameters.
 
     Parameters
@@ -198,20 +198,9 @@ class Compressible2d:
         state[3] *= density * temperature
         return state
 
-    def simulate(
-        self,
-        seeds: Sequence[int],
-        grid: tuple[int, ...],
-        frames: int,
-        *,
-        device: str = "cpu",
-        progress: Progress | None = None,
-        **parameters: Any,
+    def _solve(
+        self, seeds: Sequence[int], grid: tuple[int, ...], frames: int, device: str, progress: Progress | None
     ) -> Trajectories:
-        """Solve one trajectory for each seed; see :class:`shodh.physics.regime.Regime`."""
-        if parameters:
-            return replace(self, **parameters).simulate(seeds, grid, frames, device=device, progress=progress)
-        check_request(self.name, seeds, grid, frames, ndim=2)
         initial = torch.stack([self.initial_state(seed, grid) for seed in seeds], dim=-1)
         solver = self.solver(initial.to(device, torch.float64 if self.double else torch.float32))
         store = FrameStore(self.schema, seeds, grid, frames, f"lower {self.name}.courant (now {self.courant})")

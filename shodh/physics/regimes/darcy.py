@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from shodh.errors import ConfigError, NonFiniteError
 from shodh.fields import Field, RegimeSchema, Trajectories
 from shodh.physics.conduction import HeterogeneousDiffusion
 from shodh.physics.operators import divergence
-from shodh.physics.regime import Progress, check_positive, check_request, smooth_noise
+from shodh.physics.regime import Progress, SolvedRegime, check_positive, smooth_noise
 from shodh.seeding import generator
 
 # The permeability is positive; the pressure has both signs.
@@ -59,7 +59,7 @@ class WellRates:
 
 
 @dataclass(frozen=True)
-class Darcy:
+class Darcy(SolvedRegime):
     """Darcy flow between wells; the fields are its parameters.
 
     Parameters
@@ -126,20 +126,9 @@ class Darcy:
             density = density * profile.view(self.wells, *[n if a == axis else 1 for a in range(3)])
         return density
 
-    def simulate(
-        self,
-        seeds: Sequence[int],
-        grid: tuple[int, ...],
-        frames: int,
-        *,
-        device: str = "cpu",
-        progress: Progress | None = None,
-        **parameters: Any,
+    def _solve(
+        self, seeds: Sequence[int], grid: tuple[int, ...], frames: int, device: str, progress: Progress | None
     ) -> Trajectories:
-        """Solve one trajectory for each seed; see :class:`shodh.physics.regime.Regime`."""
-        if parameters:
-            return replace(self, **parameters).simulate(seeds, grid, frames, device=device, progress=progress)
-        check_request(self.name, seeds, grid, frames)
         run = _Run(self, seeds, grid, frames, device)
         share = 1.0 / (len(seeds) * self.wells + frames)
         for index in range(len(seeds) * self.wells):

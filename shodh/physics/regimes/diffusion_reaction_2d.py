@@ -11,8 +11,8 @@ take both signs. Scheme: :mod:`shodh.physics.reaction_diffusion`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from shodh.errors import ConfigError
 from shodh.fields import Field, RegimeSchema, Trajectories
 from shodh.physics.frames import FrameStore, run_frames
 from shodh.physics.reaction_diffusion import Reaction, ReactionDiffusion
-from shodh.physics.regime import Progress, check_positive, check_request
+from shodh.physics.regime import Progress, SolvedRegime, check_positive
 from shodh.seeding import generator
 
 EDGE = 2.0
@@ -42,7 +42,7 @@ def fitzhugh_nagumo(k: float) -> Reaction:
 
 
 @dataclass(frozen=True)
-class DiffusionReaction2d:
+class DiffusionReaction2d(SolvedRegime):
     """FitzHugh-Nagumo reaction and diffusion; the fields are its parameters.
 
     Parameters
@@ -100,20 +100,9 @@ class DiffusionReaction2d:
             reaction_radius=REACTION_RADIUS,
         )
 
-    def simulate(
-        self,
-        seeds: Sequence[int],
-        grid: tuple[int, ...],
-        frames: int,
-        *,
-        device: str = "cpu",
-        progress: Progress | None = None,
-        **parameters: Any,
+    def _solve(
+        self, seeds: Sequence[int], grid: tuple[int, ...], frames: int, device: str, progress: Progress | None
     ) -> Trajectories:
-        """Solve one trajectory for each seed; see :class:`shodh.physics.regime.Regime`."""
-        if parameters:
-            return replace(self, **parameters).simulate(seeds, grid, frames, device=device, progress=progress)
-        check_request(self.name, seeds, grid, frames, ndim=2)
         system = self.system(grid)
         draws = [torch.randn(2, *grid, generator=generator(seed, "noise"), dtype=torch.float64) for seed in seeds]
         dtype = torch.float64 if self.double else torch.float32

@@ -13,8 +13,8 @@ Both concentrations stay non-negative.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from shodh.errors import ConfigError
 from shodh.fields import Field, RegimeSchema, Trajectories
 from shodh.physics.reaction_diffusion import Reaction, ReactionDiffusion
-from shodh.physics.regime import Progress, check_finite, check_positive, check_request, smooth_noise
+from shodh.physics.regime import Progress, SolvedRegime, check_finite, check_positive, smooth_noise
 
 # Both concentrations are positive.
 FIELDS = (Field("substrate"), Field("autocatalyst"))
@@ -56,7 +56,7 @@ def random_patches(seed: int, grid: Sequence[int], length: float, size: float) -
 
 
 @dataclass(frozen=True)
-class GrayScott:
+class GrayScott(SolvedRegime):
     """Gray-Scott reaction in three dimensions; the fields are its parameters.
 
     Parameters
@@ -106,21 +106,10 @@ class GrayScott:
         """Fields and boundaries: periodic along all axes."""
         return RegimeSchema(self.name, FIELDS, ("periodic", "periodic", "periodic"))
 
-    def simulate(
-        self,
-        seeds: Sequence[int],
-        grid: tuple[int, ...],
-        frames: int,
-        *,
-        device: str = "cpu",
-        progress: Progress | None = None,
-        **parameters: Any,
+    def _solve(
+        self, seeds: Sequence[int], grid: tuple[int, ...], frames: int, device: str, progress: Progress | None
     ) -> Trajectories:
-        """Solve one trajectory for each seed; see :class:`shodh.physics.regime.Regime`."""
-        if parameters:
-            return replace(self, **parameters).simulate(seeds, grid, frames, device=device, progress=progress)
         ndim = self.schema.ndim
-        check_request(self.name, seeds, grid, frames, ndim=ndim)
         spacing = (self.length / max(grid),) * ndim
         system = ReactionDiffusion(
             gray_scott_reaction(self.feed, self.kill),

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 from shodh.errors import ConfigError
 from shodh.fields import Field, RegimeSchema, Trajectories
 from shodh.physics.conduction import HeterogeneousDiffusion
-from shodh.physics.regime import Progress, check_finite, check_positive, check_request, smooth_noise
+from shodh.physics.regime import Progress, SolvedRegime, check_finite, check_positive, smooth_noise
 from shodh.physics.stabilized import legendre_step, legendre_steps
 from shodh.seeding import generator
 
@@ -92,7 +92,7 @@ class TravellingSources:
 
 
 @dataclass(frozen=True)
-class Heat:
+class Heat(SolvedRegime):
     """Conduction in a heterogeneous medium; the fields are its parameters.
 
     Parameters
@@ -148,20 +148,9 @@ class Heat:
         """Fields and boundaries: periodic along all axes."""
         return RegimeSchema(self.name, FIELDS, ("periodic", "periodic", "periodic"))
 
-    def simulate(
-        self,
-        seeds: Sequence[int],
-        grid: tuple[int, ...],
-        frames: int,
-        *,
-        device: str = "cpu",
-        progress: Progress | None = None,
-        **parameters: Any,
+    def _solve(
+        self, seeds: Sequence[int], grid: tuple[int, ...], frames: int, device: str, progress: Progress | None
     ) -> Trajectories:
-        """Solve one trajectory for each seed; see :class:`shodh.physics.regime.Regime`."""
-        if parameters:
-            return replace(self, **parameters).simulate(seeds, grid, frames, device=device, progress=progress)
-        check_request(self.name, seeds, grid, frames)
         spacing, dtype = (1.0 / max(grid),) * 3, torch.float64 if self.double else torch.float32
         lengths = tuple(n * spacing[0] for n in grid)
         media = [mixture(seed, grid, lengths, self.inclusion_size, self.contrast) for seed in seeds]

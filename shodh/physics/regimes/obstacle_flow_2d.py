@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from shodh.errors import ConfigError
 from shodh.fields import Field, RegimeSchema, Trajectories
 from shodh.physics.frames import FrameStore, run_frames
-from shodh.physics.regime import Progress, check_positive, check_request
+from shodh.physics.regime import Progress, SolvedRegime, check_positive
 from shodh.physics.through_flow import ThroughFlow
 from shodh.seeding import generator
 
@@ -59,7 +59,7 @@ class Obstacle:
 
 
 @dataclass(frozen=True)
-class ObstacleFlow2d:
+class ObstacleFlow2d(SolvedRegime):
     """Channel flow past obstacles; the fields are its parameters.
 
     Parameters
@@ -150,20 +150,9 @@ class ObstacleFlow2d:
             mask |= obstacle.contains(x, y)
         return mask
 
-    def simulate(
-        self,
-        seeds: Sequence[int],
-        grid: tuple[int, ...],
-        frames: int,
-        *,
-        device: str = "cpu",
-        progress: Progress | None = None,
-        **parameters: Any,
+    def _solve(
+        self, seeds: Sequence[int], grid: tuple[int, ...], frames: int, device: str, progress: Progress | None
     ) -> Trajectories:
-        """Solve one trajectory for each seed; see :class:`shodh.physics.regime.Regime`."""
-        if parameters:
-            return replace(self, **parameters).simulate(seeds, grid, frames, device=device, progress=progress)
-        check_request(self.name, seeds, grid, frames, ndim=2)
         solid = torch.stack([self.solid(seed, grid) for seed in seeds], dim=-1)
         y = (torch.arange(grid[1], dtype=torch.float64) + 0.5) / grid[1]
         inflow = y * (1.0 - y)

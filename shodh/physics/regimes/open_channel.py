@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -31,8 +31,8 @@ from shodh.fields import RegimeSchema, Trajectories
 from shodh.physics.mac import ADVECTION_LIMIT, ChannelFlow
 from shodh.physics.regime import (
     Progress,
+    SolvedRegime,
     check_positive,
-    check_request,
     flow_schema,
     smooth_noise,
     tracer_blobs,
@@ -58,7 +58,7 @@ def reichardt(height: Tensor, re_tau: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class OpenChannel:
+class OpenChannel(SolvedRegime):
     """Open-channel turbulence; the fields are its parameters.
 
     Parameters
@@ -137,20 +137,9 @@ class OpenChannel:
         lid = float(reichardt(torch.tensor(1.0), self.re_tau))
         return round(0.5 * lid * self.frame_interval * cells_x / self.length_x)
 
-    def simulate(
-        self,
-        seeds: Sequence[int],
-        grid: tuple[int, int, int],
-        frames: int,
-        *,
-        device: str = "cpu",
-        progress: Progress | None = None,
-        **parameters: Any,
+    def _solve(
+        self, seeds: Sequence[int], grid: tuple[int, ...], frames: int, device: str, progress: Progress | None
     ) -> Trajectories:
-        """Solve one trajectory for each seed; see :class:`shodh.physics.regime.Regime`."""
-        if parameters:
-            return replace(self, **parameters).simulate(seeds, grid, frames, device=device, progress=progress)
-        check_request(self.name, seeds, grid, frames)
         run = _Run(self, seeds, grid, device)
         spin_up = math.ceil(self.spin_up / self.frame_interval - 1e-9)
         total = spin_up + frames - 1
@@ -171,7 +160,7 @@ class OpenChannel:
 class _Run:
     """One batch under way; internal axes are (z, x, y)."""
 
-    def __init__(self, regime: OpenChannel, seeds: Sequence[int], grid: tuple[int, int, int], device: str) -> None:
+    def __init__(self, regime: OpenChannel, seeds: Sequence[int], grid: tuple[int, ...], device: str) -> None:
         self.regime, self.seeds, self.grid = regime, seeds, grid
         self.space = (grid[2], grid[0], grid[1])
         self.lengths = (1.0, regime.length_x, regime.length_y)

@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from shodh.fields import RegimeSchema, Trajectories
 from shodh.physics.geometry import GENERATORS, Solid, crop_image, load_image, pore_space
 from shodh.physics.operators import divergence, fill_periodic, inner, padded_like
 from shodh.physics.poisson import closed_faces
-from shodh.physics.regime import Progress, check_positive, check_request, flow_schema, tracer_blobs
+from shodh.physics.regime import Progress, SolvedRegime, check_positive, flow_schema, tracer_blobs
 from shodh.physics.scalar import SSP_RK2, ScalarTransport
 from shodh.physics.stokes import StokesSolver
 from shodh.seeding import generator, stable_seed
@@ -42,7 +42,7 @@ ATTEMPTS = 50
 
 
 @dataclass(frozen=True)
-class PorousMedia:
+class PorousMedia(SolvedRegime):
     """Stokes flow in porous media; the fields are its parameters.
 
     Parameters
@@ -133,7 +133,7 @@ class PorousMedia:
     def _image(self) -> Solid:
         return load_image(self.image, self.image_shape, self.image_dtype, self.pore_value)
 
-    def make_solid(self, seed: int, grid: tuple[int, int, int]) -> Solid:
+    def make_solid(self, seed: int, grid: tuple[int, ...]) -> Solid:
         """A percolating geometry ``[X, Y, Z]`` (bool, True in the solid); the same for the same seed and grid."""
         draw = generator(seed, "geometry")
         for attempt in range(ATTEMPTS):
@@ -152,20 +152,9 @@ class PorousMedia:
         message = f"{self.name}: none of {ATTEMPTS} geometries of {grid} voxels percolates along all axes ({where})"
         raise DataError(message) if self.image else ConfigError(f"{message}; raise porosity_min or the grid")
 
-    def simulate(
-        self,
-        seeds: Sequence[int],
-        grid: tuple[int, int, int],
-        frames: int,
-        *,
-        device: str = "cpu",
-        progress: Progress | None = None,
-        **parameters: Any,
+    def _solve(
+        self, seeds: Sequence[int], grid: tuple[int, ...], frames: int, device: str, progress: Progress | None
     ) -> Trajectories:
-        """Solve one trajectory for each seed; see :class:`shodh.physics.regime.Regime`."""
-        if parameters:
-            return replace(self, **parameters).simulate(seeds, grid, frames, device=device, progress=progress)
-        check_request(self.name, seeds, grid, frames)
         run = _Run(self, seeds, grid, device, progress or (lambda fraction: None))
         run.solve_flows()
         run.start_tracer()
@@ -203,7 +192,7 @@ class _Run:
     """One batch under way."""
 
     def __init__(
-        self, regime: PorousMedia, seeds: Sequence[int], grid: tuple[int, int, int], device: str, progress: Progress
+        self, regime: PorousMedia, seeds: Sequence[int], grid: tuple[int, ...], device: str, progress: Progress
     ) -> None:
         self.regime, self.seeds, self.grid, self.device, self.progress = regime, seeds, grid, device, progress
         self.dtype = torch.float64 if regime.double else torch.float32

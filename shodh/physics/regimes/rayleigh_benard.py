@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from shodh.errors import ConfigError, NonFiniteError
 from shodh.fields import Field, RegimeSchema, Trajectories
 from shodh.physics.convection import Convection
 from shodh.physics.mac import ADVECTION_LIMIT
-from shodh.physics.regime import FIELDS, Progress, check_positive, check_request, smooth_noise
+from shodh.physics.regime import FIELDS, Progress, SolvedRegime, check_positive, smooth_noise
 
 # The step is chosen anew after at most this time, within which the velocities change little.
 STEP_INTERVAL = 0.25
@@ -40,7 +40,7 @@ VELOCITY = FIELDS[0]
 
 
 @dataclass(frozen=True)
-class RayleighBenard:
+class RayleighBenard(SolvedRegime):
     """Rayleigh-Benard convection; the fields are its parameters.
 
     Parameters
@@ -98,20 +98,9 @@ class RayleighBenard:
         """Box along x, y, z."""
         return (self.length_x, self.length_y, 1.0)
 
-    def simulate(
-        self,
-        seeds: Sequence[int],
-        grid: tuple[int, ...],
-        frames: int,
-        *,
-        device: str = "cpu",
-        progress: Progress | None = None,
-        **parameters: Any,
+    def _solve(
+        self, seeds: Sequence[int], grid: tuple[int, ...], frames: int, device: str, progress: Progress | None
     ) -> Trajectories:
-        """Solve one trajectory for each seed; see :class:`shodh.physics.regime.Regime`."""
-        if parameters:
-            return replace(self, **parameters).simulate(seeds, grid, frames, device=device, progress=progress)
-        check_request(self.name, seeds, grid, frames)
         run = _Run(self, seeds, grid, frames, device)
         spin_up = math.ceil(self.spin_up / self.frame_interval - 1e-9)
         for index in range(spin_up + frames):

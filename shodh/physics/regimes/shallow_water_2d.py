@@ -12,8 +12,8 @@ depth. Scheme: :mod:`shodh.physics.finite_volume`. The height stays positive.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from shodh.errors import ConfigError
 from shodh.fields import Field, RegimeSchema, Trajectories
 from shodh.physics.finite_volume import FiniteVolume
 from shodh.physics.frames import FrameStore, run_frames
-from shodh.physics.regime import Progress, check_positive, check_request
+from shodh.physics.regime import Progress, SolvedRegime, check_positive
 from shodh.seeding import generator
 
 # Points along each edge of a cell that give the mean depth of cells on the rim.
@@ -50,7 +50,7 @@ class ShallowFluid:
 
 
 @dataclass(frozen=True)
-class ShallowWater2d:
+class ShallowWater2d(SolvedRegime):
     """Radial dam break; the fields are its parameters.
 
     Parameters
@@ -123,20 +123,9 @@ class ShallowWater2d:
         share = inside.view(grid[0], SUBCELLS, grid[1], SUBCELLS).mean((1, 3))
         return self.depth_outside + (self.depth_inside - self.depth_outside) * share
 
-    def simulate(
-        self,
-        seeds: Sequence[int],
-        grid: tuple[int, ...],
-        frames: int,
-        *,
-        device: str = "cpu",
-        progress: Progress | None = None,
-        **parameters: Any,
+    def _solve(
+        self, seeds: Sequence[int], grid: tuple[int, ...], frames: int, device: str, progress: Progress | None
     ) -> Trajectories:
-        """Solve one trajectory for each seed; see :class:`shodh.physics.regime.Regime`."""
-        if parameters:
-            return replace(self, **parameters).simulate(seeds, grid, frames, device=device, progress=progress)
-        check_request(self.name, seeds, grid, frames, ndim=2)
         radii = [self.radius(seed) for seed in seeds]
         height = torch.stack([self.initial_height(radius, grid) for radius in radii], dim=-1)
         initial = torch.stack((height, torch.zeros_like(height), torch.zeros_like(height)))
