@@ -9,7 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from shodh.data.formats.base import rescale_
+from shodh.data.formats.base import DescribedFile, rescale_
 from shodh.data.hdf5 import H5PY_ERRORS, PlainSnapshots, damaged, open_hdf5
 from shodh.data.well import is_finite
 from shodh.data.well_header import StoredField, WellHeader, read_header
@@ -18,10 +18,11 @@ from shodh.fields import Boundary, Field
 from shodh.ops.reading import can_read_into, read_snapshot
 
 
-class WellFile:
+class WellFile(DescribedFile):
     """One file of trajectories.
 
-    The header is read and checked when the object is made, and the file closed again. Reading opens it once per
+    A file without our attribute ``lengths`` has boxes of cells times spacing (coordinates taken as cell centres). The
+    header is read and checked when the object is made, and the file closed again. Reading opens it once per
     process: a handle that a forked worker inherited is dropped, never shared, and a pickled object carries none.
 
     Parameters
@@ -31,9 +32,11 @@ class WellFile:
     Raises
     ------
     DataError
-        If the file is missing, truncated, not HDF5, or not a consistent file of The Well's layout; if an axis is
-        neither periodic nor walled at both ends.
+        If the file is missing, truncated, not HDF5, or not a consistent file of The Well's layout; if the two ends
+        of an axis differ.
     """
+
+    header: WellHeader
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -43,53 +46,13 @@ class WellFile:
         self._scratch: dict[tuple[int, ...], np.ndarray] = {}
         try:
             with open_hdf5(self.path) as file:
-                self.header: WellHeader = read_header(file, str(self.path))
+                self.header = read_header(file, str(self.path))
         except H5PY_ERRORS as error:  # damage can also show up while the header is read
             raise damaged(self.path, error) from error
 
     @property
-    def fields(self) -> dict[str, Field]:
-        """Scalar and vector fields by name; ``static`` for those without time."""
-        return {name: stored.field for name, stored in self.header.fields.items()}
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        return self.header.grid
-
-    @property
-    def lengths(self) -> tuple[float, ...]:
-        """Box size by axis; without our attribute, cells times spacing (coordinates taken as cell centres)."""
-        return self.header.lengths
-
-    @property
-    def spacing(self) -> tuple[float, ...]:
-        return tuple(length / cells for length, cells in zip(self.lengths, self.grid))
-
-    @property
-    def boundary(self) -> tuple[Boundary, ...]:
-        return self.header.boundary
-
-    @property
-    def num_trajectories(self) -> int:
-        return self.header.num_trajectories
-
-    @property
-    def num_frames(self) -> int:
-        return self.header.num_frames
-
-    @property
-    def time(self) -> np.ndarray:
-        """Times ``[T]``, or ``[B, T]`` where trajectories have their own; float64."""
-        return self.header.time
-
-    @property
     def format(self) -> str:
         return "well"
-
-    @property
-    def parameters(self) -> dict[str, float | np.ndarray]:
-        """Scalars that do not change in time: a number for all trajectories, or an array ``[B]``."""
-        return self.header.parameters
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import h5py
 import numpy as np
 
-from shodh.data.formats.base import FileHints, rescale_
+from shodh.data.formats.base import DescribedFile, FileHints, rescale_
 from shodh.data.hdf5 import H5PY_ERRORS, check_dataset, damaged, member, open_hdf5
 from shodh.data.well import is_finite
 from shodh.errors import ConfigError, DataError
@@ -91,7 +91,7 @@ class ArrayHeader:
         )
 
 
-class ArrayFile:
+class ArrayFile(DescribedFile):
     """A `TrajectoryFile` over named arrays.
 
     Parameters
@@ -109,6 +109,8 @@ class ArrayFile:
     DataError
         If the file is missing, damaged, not of this format, or claims what it does not have.
     """
+
+    header: ArrayHeader
 
     def __init__(
         self,
@@ -134,42 +136,6 @@ class ArrayFile:
     @property
     def format(self) -> str:
         return self._format
-
-    @property
-    def fields(self) -> dict[str, Field]:
-        return {name: stored.field for name, stored in self.header.fields.items()}
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        return self.header.grid
-
-    @property
-    def lengths(self) -> tuple[float, ...]:
-        return self.header.lengths
-
-    @property
-    def spacing(self) -> tuple[float, ...]:
-        return tuple(length / cells for length, cells in zip(self.lengths, self.grid))
-
-    @property
-    def boundary(self) -> tuple[Boundary, ...]:
-        return self.header.boundary
-
-    @property
-    def num_trajectories(self) -> int:
-        return self.header.num_trajectories
-
-    @property
-    def num_frames(self) -> int:
-        return self.header.num_frames
-
-    @property
-    def time(self) -> np.ndarray:
-        return self.header.time
-
-    @property
-    def parameters(self) -> Mapping[str, float | np.ndarray]:
-        return self.header.parameters
 
     @property
     def notes(self) -> tuple[str, ...]:

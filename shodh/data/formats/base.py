@@ -94,6 +94,87 @@ class TrajectoryFile(Protocol):
         ...
 
 
+class StoredArrays(Protocol):
+    """What a header says of one field."""
+
+    @property
+    def field(self) -> Field: ...
+
+
+class FileHeader(Protocol):
+    """Everything in a file except its field values; see `TrajectoryFile`."""
+
+    @property
+    def grid(self) -> tuple[int, ...]: ...
+
+    @property
+    def lengths(self) -> tuple[float, ...]: ...
+
+    @property
+    def boundary(self) -> tuple[Boundary, ...]: ...
+
+    @property
+    def num_trajectories(self) -> int: ...
+
+    @property
+    def num_frames(self) -> int: ...
+
+    @property
+    def time(self) -> np.ndarray: ...
+
+    @property
+    def fields(self) -> Mapping[str, StoredArrays]: ...
+
+    @property
+    def parameters(self) -> Mapping[str, float | np.ndarray]: ...
+
+
+class DescribedFile:
+    """The part of a `TrajectoryFile` that its header answers."""
+
+    header: FileHeader
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        """Scalar and vector fields by name; ``static`` for those without time."""
+        return {name: stored.field for name, stored in self.header.fields.items()}
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.header.grid
+
+    @property
+    def lengths(self) -> tuple[float, ...]:
+        """Box size by axis."""
+        return self.header.lengths
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        return tuple(length / cells for length, cells in zip(self.lengths, self.grid))
+
+    @property
+    def boundary(self) -> tuple[Boundary, ...]:
+        return self.header.boundary
+
+    @property
+    def num_trajectories(self) -> int:
+        return self.header.num_trajectories
+
+    @property
+    def num_frames(self) -> int:
+        return self.header.num_frames
+
+    @property
+    def time(self) -> np.ndarray:
+        """Times ``[T]``, or ``[B, T]`` where trajectories have their own; float64."""
+        return self.header.time
+
+    @property
+    def parameters(self) -> Mapping[str, float | np.ndarray]:
+        """Scalars that do not change in time: a number for all trajectories, or an array ``[B]``."""
+        return self.header.parameters
+
+
 @dataclass(frozen=True)
 class FileHints:
     """What a user says about files whose format does not; None leaves it to the file or to the format's default.
