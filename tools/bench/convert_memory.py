@@ -16,7 +16,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from memory import peak_memory, read_counters
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -40,7 +40,6 @@ EXAMPLES = """examples:
   python tools/bench/convert_memory.py --cgroup /sys/fs/cgroup/memory/small with all memory limited, page cache too
 """
 RANKS = 2
-COUNTERS = ("RssAnon", "RssFile", "VmRSS")
 
 
 def make_config(folder: Path, depth: int) -> RunConfig:
@@ -144,33 +143,13 @@ def write_deepspeed(config: RunConfig, folder: Path, stage: int) -> int:
     return 4 * (sizes[0] + RANKS * sizes[1])
 
 
-def read_counters() -> dict[str, int]:
-    """Bytes, from ``/proc/self/status``."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    table = {name.rstrip(":"): value for name, value, *_ in (line.split() for line in lines if len(line.split()) > 2)}
-    return {name: 1024 * int(table[name]) for name in COUNTERS}
-
-
 def measure(source: Path, out: Path, dtype: str, limit: int, verify: bool) -> dict[str, Any]:
     """Convert in this process; the peaks of its memory, and what it had before."""
     from shodh.exchange.convert import convert
 
-    before = read_counters()
-    peaks, done = dict(before), threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.005):
-            for name, value in read_counters().items():
-                peaks[name] = max(peaks[name], value)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    start = time.perf_counter()
-    try:
+    before, start = read_counters(), time.perf_counter()
+    with peak_memory() as peaks:
         written = convert(source, out, dtype, max_shard_size=limit, verify=verify)
-    finally:
-        done.set()
-        thread.join()
     largest = max((out / name).stat().st_size for name in written.files)
     return {
         "seconds": time.perf_counter() - start,

@@ -13,7 +13,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from memory import peak_memory, read_counters
 from tqdm import tqdm
 
 from shodh.config import RunConfig, config_from_dict, to_dict
@@ -33,7 +33,6 @@ EXAMPLES = """examples:
   python tools/bench/merge_memory.py --json tools/bench/results/merge_memory_cpu.json
   python tools/bench/merge_memory.py --depth 1 --methods compose --folder /scratch          a quick look
 """
-COUNTERS = ("VmRSS", "RssAnon", "RssFile")
 NAMES = ("anchor", "low", "high")
 BASE = 2**22  # random values that are repeated to fill a tensor
 
@@ -85,30 +84,13 @@ def _repeated(values: torch.Tensor, shape: tuple[int, ...], path: Path) -> Store
     return StoredTensor(shape, (*[values] * whole, *([values[:rest]] if rest or not whole else [])), path)
 
 
-def read_counters() -> dict[str, int]:
-    """Bytes, from ``/proc/self/status``."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    table = {name.rstrip(":"): value for name, value, *_ in (line.split() for line in lines if len(line.split()) > 2)}
-    return {name: 1024 * int(table[name]) for name in COUNTERS}
-
-
 def measure(folder: Path, method: str, shard: int) -> dict[str, Any]:
     """Merge, or diagnose, in this process; the peaks of its memory, and what it had before."""
     from shodh.exchange.merge import diagnose_experts, merge_experts, open_family
     from shodh.exchange.recipe import ALONG, make_recipe
 
-    before = read_counters()
-    peaks, done = dict(before), threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.005):
-            for name, value in read_counters().items():
-                peaks[name] = max(peaks[name], value)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    start = time.perf_counter()
-    try:
+    before, start = read_counters(), time.perf_counter()
+    with peak_memory() as peaks:
         anchor, experts = open_family(folder / "anchor", [folder / "low", folder / "high"])
         if method == "diagnose":
             diagnose_experts(anchor, *experts)
@@ -116,9 +98,6 @@ def measure(folder: Path, method: str, shard: int) -> dict[str, Any]:
         else:
             recipe = make_recipe(experts, method, alpha=[0.3] if method in ALONG else None)  # type: ignore[arg-type]
             size = merge_experts(anchor, experts, recipe, folder / "out", max_shard_size=shard, overwrite=True).bytes
-    finally:
-        done.set()
-        thread.join()
     seconds = time.perf_counter() - start
     return {"method": method, "seconds": seconds, "bytes_written": size, "before": before, "peak": peaks}
 
