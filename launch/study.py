@@ -1,6 +1,6 @@
 """Run a study of negative transfer: a grid of runs over models, mixes of regimes, routers and seeds, and one report.
 
-Every cell is an ordinary run folder. Finished cells are kept and an interrupted one goes on: give the same command again.
+Every cell is an ordinary run folder. Finished cells are kept, and an interrupted one goes on with the same command.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="in place of the study's")
     parser.add_argument("--name", help="in place of the study's")
     parser.add_argument("--out", type=Path, help="folder of the study's folder")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change the base run")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change the base run"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the cells and what they cost; touch no data")
     parser.add_argument("--report-only", action="store_true", help="report on the cells that are finished")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -59,9 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("jobs", "seeds"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name} {getattr(args, name)}: must be at least 1")
-    study = load_study(
-        args.config, args.scale, name=args.name, out=args.out, seeds=args.seeds, overrides=args.set
-    )
+    study = load_study(args.config, args.scale, name=args.name, out=args.out, seeds=args.seeds, overrides=args.set)
     from shodh.study.ranks import Ranks
 
     ranks = Ranks()

@@ -18,8 +18,8 @@ MARGIN = 0.02  # differences of the mean error below 2 % are called none
 class Comparison:
     """``ratio`` is the geometric mean of error / other error; ``low`` to ``high`` its 95 % interval by paired t.
 
-    ``p_t``: paired t on log errors. ``p_sign``: exact two-sided sign-flip permutation test of their mean; with n seeds it
-    cannot be below ``2 / 2^n``. ``wins`` counts the seeds in which the first error is the lower one.
+    ``p_t``: paired t on log errors. ``p_sign``: exact two-sided sign-flip permutation test of their mean; with n seeds
+    it cannot be below ``2 / 2^n``. ``wins`` counts the seeds in which the first error is the lower one.
     """
 
     seeds: int

@@ -1,8 +1,8 @@
 """Floating-point work of an operator, as routed: what a token really passes through.
 
-Counted, not estimated: `torch.utils.flop_counter` on the meta device, of the dense model of equal active size, which does
-the work of a sparse one but for its router; the router's matrices are added. Fourier transforms, norms and activations
-are not counted; they are the same in all models of a study.
+Counted by `torch.utils.flop_counter` on the meta device, of the dense model of equal active size: it does the work of a
+sparse one but for the router, whose matrices are added. Fourier transforms, norms and activations are not counted; they
+are the same in all models of a study.
 """
 
 from __future__ import annotations

@@ -122,9 +122,7 @@ def _plasticity(
     untrained = build_operator(config)
     initialise(untrained, config.seed)
     try:
-        curves = [
-            learning_curve(probe, start.to(device), settings.steps, settings.lr) for start in (model, untrained)
-        ]
+        curves = [learning_curve(probe, start.to(device), settings.steps, settings.lr) for start in (model, untrained)]
     finally:
         probe.close()
     return {"regime": regime.name, "lr": settings.lr, **plasticity(*curves)}

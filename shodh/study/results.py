@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 Reading = Literal["steps", "flops", "seconds"]
 READINGS: tuple[Reading, ...] = ("steps", "flops", "seconds")
 TEST = "test"
@@ -53,19 +55,31 @@ class Result:
 
     def test_error(self, regime: str) -> float | None:
         """On the test split, with the last weights."""
-        return self._relative(self.values["errors"][regime])
+        return self.relative(self.values["errors"][regime])
 
-    def error(self, regime: str, reading: Reading, budget: float) -> float | None:
-        """The lowest error on the validation split at a checkpoint within a budget; None if there is none."""
+    def curve(self, regime: str, reading: Reading) -> list[tuple[float, float]]:
+        """(cost, validation error) before training and at each checkpoint; empty where the cost is not known."""
         each = self.cost_per_step(reading)
         if each is None:
-            return None
-        within = [p for p in self.values["history"] if 0 < p["step"] and p["step"] * each <= budget * (1 + 1e-9)]
-        errors = [self._relative(p["errors"][regime]) for p in within]
-        known = [e for e in errors if e is not None]
-        return min(known) if known else None
+            return []
+        points = [(p["step"] * each, self.relative(p["errors"][regime])) for p in self.values["history"]]
+        return [(cost, error) for cost, error in points if error is not None]
 
-    def _relative(self, error: dict[str, float | None]) -> float | None:
+    def error(self, regime: str, reading: Reading, budget: float) -> float | None:
+        """The lowest validation error within a budget, of checkpoints after the first step and of the budget itself.
+
+        There the logarithm of the error is interpolated between checkpoints, so that a model whose steps cost a
+        percent more does not lose a whole interval.
+        """
+        curve = self.curve(regime, reading)
+        if not curve:
+            return None
+        costs, errors = zip(*curve, strict=True)
+        at_budget = math.exp(float(np.interp(budget, costs, np.log(errors))))
+        return min([at_budget, *(e for c, e in curve if 0 < c <= budget)])
+
+    def relative(self, error: dict[str, float | None]) -> float | None:
+        """An error of the result over persistence's, never a square; None where it is not finite."""
         model, persistence = error["model"], error["persistence"]
         if model is None or not persistence:
             return None

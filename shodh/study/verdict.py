@@ -7,12 +7,12 @@ from typing import Literal
 
 from shodh.analysis.page import Tone
 from shodh.study.comparison import LEVEL, MARGIN, Comparison, compare
-from shodh.study.results import TEST, Result, Results
+from shodh.study.results import TEST, Result, Results, geometric_mean
 
 RULE = (
-    f"A model has a lower error if the paired t test over seeds gives p < {LEVEL} and the geometric mean of the regimes' "
-    f"errors differs by more than {MARGIN:.0%}; the errors are equal if the 95 % interval of their ratio lies within "
-    f"{MARGIN:.0%} of 1; all else is undecided."
+    f"A model has a lower error if the paired t test over seeds gives p < {LEVEL} and the geometric mean of the "
+    f"regimes' errors differs by more than {MARGIN:.0%}; the errors are equal if the 95 % interval of their ratio lies "
+    f"within {MARGIN:.0%} of 1; all else is undecided."
 )
 
 Cause = Literal["separation", "finer specialisation", "capacity", "neither", "undecided", "not asked"]
@@ -30,7 +30,9 @@ class Answer:
 def paired(results: Results, mix: str, label: str, other: str, reading: str = TEST) -> Comparison | None:
     """One model against another on a mix, over the seeds that both have finished."""
     first, second = results.of(mix, label), results.of(mix, other)
-    pairs = [(results.mean_error(first[s], reading), results.mean_error(second[s], reading)) for s in first if s in second]
+    pairs = [
+        (results.mean_error(first[s], reading), results.mean_error(second[s], reading)) for s in first if s in second
+    ]
     known = [(a, b) for a, b in pairs if a is not None and b is not None]
     return compare([a for a, _ in known], [b for _, b in known]) if known else None
 
@@ -47,14 +49,10 @@ def index_comparison(results: Results, mix: str, label: str) -> Comparison | Non
         others = [results.specialist(regime, result.seed) for regime in result.regimes]
         ours = [result.test_error(regime) for regime in result.regimes]
         theirs = [None if s is None else s.test_error(r) for s, r in zip(others, result.regimes, strict=True)]
-        if all(ours) and all(theirs):
-            product = [1.0, 1.0]
-            for a, b in zip(ours, theirs, strict=True):
-                assert a is not None and b is not None
-                product[0] *= a ** (1 / len(ours))
-                product[1] *= b ** (1 / len(ours))
-            mixed.append(product[0])
-            alone.append(product[1])
+        known = [[e for e in errors if e is not None] for errors in (ours, theirs)]
+        if all(len(errors) == len(result.regimes) for errors in known):
+            mixed.append(geometric_mean(known[0]))
+            alone.append(geometric_mean(known[1]))
     return compare(mixed, alone) if mixed else None
 
 
@@ -105,9 +103,9 @@ def what_lowers_the_error(results: Results, mix: str) -> tuple[Cause, str]:
     """Is separation of regimes what lowers the error, or finer specialisation, or neither?
 
     In this order: without a sparse model, a dense one, an oracle (which separates perfectly and does nothing else) and
-    hash routing (which has the weights and separates nothing), it is not asked. If the learned router is not better than
-    dense: neither. If it is not better than hash: capacity, weights without meaning. If it is better than the oracle:
-    finer specialisation. If it is equal to, or worse than the oracle: separation. Otherwise undecided.
+    hash routing (which has the weights and separates nothing), it is not asked. If the learned router is not better
+    than dense: neither. If it is not better than hash: capacity, weights without meaning. If it is better than the
+    oracle: finer specialisation. If it is equal to, or worse than the oracle: separation. Otherwise undecided.
     """
     sparse = best_sparse(results, mix)
     if sparse is None:
