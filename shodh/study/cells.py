@@ -89,8 +89,8 @@ def _combinations(study: StudyConfig) -> Iterator[Combination]:
     """(model, mix, regimes, variant, share) without repetition."""
     for mix, regimes in study.mixes.items():
         for model in study.models:
-            if model in SPECIALISTS:
-                continue
+            if model in SPECIALISTS or (model == "dense_active" and len(regimes) == 1 and "specialist" in study.models):
+                continue  # A dense model of one regime is its specialist.
             for variant in _variants(study) if model == "sparse" else [{}]:
                 yield model, mix, regimes, variant, 1
     for regime in dict.fromkeys(r for mix in study.mixes.values() for r in mix):
@@ -102,14 +102,15 @@ def _combinations(study: StudyConfig) -> Iterator[Combination]:
 
 
 def _variants(study: StudyConfig) -> list[dict[str, Any]]:
-    """Settings of the sparse model: the product of the axes; groups for two_level routers alone."""
+    """Settings of the sparse model: the product of the axes; groups, where they fit, for two_level routers alone."""
     variants: list[dict[str, Any]] = []
     axes = {"router": study.routers, "balance": study.balances, "experts": study.experts}
     used = {name: values for name, values in axes.items() if values}
     for values in product(*used.values()):
         variant = dict(zip(used, values, strict=True))
         if variant.get("router") == "two_level" and study.groups:
-            variants += [{**variant, "groups": groups} for groups in study.groups]
+            fitting = [g for g in study.groups if variant.get("experts", g) % g == 0]
+            variants += [{**variant, "groups": groups} for groups in fitting]
         else:
             variants.append(variant)
     return variants

@@ -12,11 +12,18 @@ from matplotlib.figure import Figure
 from shodh.analysis.figures import INK, MARKERS
 from shodh.analysis.page import Table
 
-Bars = Mapping[str, tuple[float, float, float]]  # name -> mean, lowest, highest
+#: Names that look the same in every figure; others follow in their own order.
+KNOWN = (
+    *("sparse", "dense_active", "dense_total", "specialist", "sparse_hash", "sparse_frozen", "sparse_oracle"),
+    *("persistence", "trained", "fresh"),
+)
 
 
-def _colour(number: int) -> Any:
-    return colormaps["tab10"](number % 10)
+def _style(name: str, names: Sequence[str]) -> dict[str, Any]:
+    """Colour and marker of a name among those of a figure."""
+    others = [n for n in names if n not in KNOWN]
+    number = KNOWN.index(name) if name in KNOWN else len(KNOWN) + others.index(name)
+    return {"color": colormaps["tab20"](number % 20), "marker": MARKERS[number % len(MARKERS)]}
 
 
 def _bare(panel: Axes) -> None:
@@ -37,8 +44,8 @@ def index_bars(table: Table) -> Figure | None:
         x = [places.index((row[0], row[3])) + 0.75 * ((number + 0.5) / len(models) - 0.5) for row in mine]
         y = [row[5] for row in mine]
         ranges = [[row[5] - row[6] for row in mine], [row[7] - row[5] for row in mine]]
-        marker = MARKERS[number % len(MARKERS)]
-        panel.errorbar(x, y, yerr=ranges, fmt=marker, color=_colour(number), capsize=3, markersize=5, label=model)
+        style = _style(model, models)
+        panel.errorbar(x, y, yerr=ranges, linestyle="", capsize=3, markersize=5, label=model, **style)
     panel.axhline(1, color=INK, linewidth=0.8)
     panel.set_xticks(range(len(places)), [f"{regime}\nin {mix}" for mix, regime in places], fontsize=8)
     panel.set_ylabel("transfer index: error / specialist's")
@@ -56,12 +63,12 @@ def error_curves(curves: Mapping[tuple[str, str], Mapping[str, Sequence[tuple[fl
     for panel in panels[len(curves) :]:
         panel.set_axis_off()
     for panel, ((mix, regime), models) in zip(panels, curves.items(), strict=False):
-        for number, (model, points) in enumerate(models.items()):
-            x, y = zip(*points, strict=True)
-            panel.plot(x, y, f"{MARKERS[number % len(MARKERS)]}-", color=_colour(number), markersize=4, label=model)
+        for model, points in models.items():
+            panel.plot(*zip(*points, strict=True), markersize=4, label=model, **_style(model, list(models)))
         panel.axhline(1, color=INK, linewidth=0.6, linestyle=":")
         panel.set_title(f"{regime} in {mix}", fontsize=10, color=INK)
         panel.set_xlabel(unit)
+        panel.locator_params(axis="x", nbins=5)
         panel.set_ylabel("error / persistence")
         panel.set_yscale("log")
         _bare(panel)
@@ -75,11 +82,11 @@ def scatter(table: Table) -> Figure | None:
         return None
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     panel = figure.subplots()
-    for number, label in enumerate(dict.fromkeys((row[0], row[1]) for row in table.rows)):
-        mine = [row for row in table.rows if (row[0], row[1]) == label]
-        marker = MARKERS[number % len(MARKERS)]
-        name = f"{label[1]}, {label[0]}"
-        panel.plot([r[3] for r in mine], [r[4] for r in mine], marker, color=_colour(number), label=name)
+    models = list(dict.fromkeys(row[1] for row in table.rows))
+    for model in models:
+        mine = [row for row in table.rows if row[1] == model]
+        style = _style(model, models)
+        panel.plot([r[3] for r in mine], [r[4] for r in mine], linestyle="", label=model, **style)
     panel.set_xlabel("regime information U, mean over layers")
     panel.set_ylabel("error / persistence")
     panel.set_xlim(-0.03, 1.03)
@@ -99,9 +106,7 @@ def lines(groups: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: 
         panel.set_axis_off()
     for panel, (title, curves) in zip(panels, groups.items(), strict=False):
         for name, points in curves.items():
-            number = names.index(name)
-            style = f"{MARKERS[number % len(MARKERS)]}-"
-            panel.plot(*zip(*points, strict=True), style, color=_colour(number), markersize=3.5, label=name)
+            panel.plot(*zip(*points, strict=True), markersize=3.5, label=name, **_style(name, names))
         if zero:
             panel.axhline(0, color=INK, linewidth=0.7)
         panel.set_title(title, fontsize=9, color=INK)

@@ -118,9 +118,9 @@ def _sections(results: Results, missing: dict[str, str]) -> list[Section | None]
 
 ERRORS = (
     "One-step error on held-out trajectories, in the space the operator works in, over that of persistence on the same "
-    "windows; roots of MSEs, so that twice the error is twice the number. Mean and range over seeds. At equal cost: the "
-    "lowest validation error within what the cheapest model of the mix spent, interpolated between checkpoints. The "
-    "learning rate of a dearer model has not come down by then, which counts against it."
+    "windows; roots of MSEs, so that twice the error is twice the number. Mean and range over seeds. At equal cost: "
+    "the lowest validation error within what the cheapest model of the mix spent, interpolated between checkpoints. "
+    "The learning rate of a dearer model has not come down by then, which counts against it."
 )
 TRANSFER = (
     "Error of the mixed model over that of a dense specialist of equal active size with the same seed: above 1, mixing "
@@ -290,5 +290,8 @@ def _plasticity(results: Results) -> Section | None:
 
 
 def _cells(results: Results, missing: dict[str, str]) -> Section | None:
-    text = "Each is a run folder of its own under cells/, with a report of its own."
+    text = (
+        "Each is a run folder of its own under cells/, with a report of its own. Dense models of equal size lack the "
+        "router's weights, and nothing else."
+    )
     return _section("cells", "Cells", text, {"cells": tables.cell_table(results, missing)})

@@ -38,7 +38,7 @@ class PlasticityConfig(Section):
 class ScaleConfig(Section):
     """What a preset changes in a study."""
 
-    base: Path | None = Field(None, description="another base run; null: the study's")
+    base: Path | None = Field(None, description="another base run, in place of the study's and its `set`")
     set: tuple[str, ...] = Field((), description="key=value changes of the base run, after those of the study")
     regimes: tuple[RegimeConfig, ...] = Field((), description="in place of the study's")
     seeds: PositiveInt | None = None
@@ -134,9 +134,9 @@ def load_study(
         known = [s for s in ("tiny", "small", "paper") if getattr(study.scales, s) is not None]
         raise ConfigError(f"{path} is not defined at scale {scale}; it has {known}")
     changed = apply_overrides(to_dict(study), [])
-    changed["set"] = [*study.set, *preset.set, *overrides]
-    if preset.base is not None:
-        changed["base"] = str(preset.base)
+    own = study.set if preset.base is None else ()
+    changed["set"] = [*own, *preset.set, *overrides]
+    changed["base"] = str(preset.base or study.base)
     if preset.regimes:
         changed["regimes"] = [to_dict(r) for r in preset.regimes]
     changed["seeds"] = seeds or preset.seeds or study.seeds
