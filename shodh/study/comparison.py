@@ -12,6 +12,7 @@ from scipy import stats
 
 LEVEL = 0.05
 MARGIN = 0.02  # differences of the mean error below 2 % are called none
+MIN_SEEDS = 3  # fewer are no comparison, whatever a test says of them
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """lower, higher, equal (within `MARGIN`, with 95 % confidence), or open."""
-        if self.seeds < 2:
+        """lower, higher, equal (within `MARGIN`, with 95 % confidence), or open; of fewer than `MIN_SEEDS`, open."""
+        if self.seeds < MIN_SEEDS:
             return "open"
         if self.p_t < LEVEL and abs(math.log(self.ratio)) > math.log(1 + MARGIN):
             return "lower" if self.ratio < 1 else "higher"

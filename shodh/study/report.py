@@ -28,9 +28,9 @@ def read_results(cells: Sequence[Cell]) -> Results:
     return Results([Result(values) for values in found if values is not None])
 
 
-def write_study_report(study: StudyConfig, cells: Sequence[Cell]) -> str:
-    """Write ``<study>/report`` from the cells that are finished; returns its top as text."""
-    results = read_results(cells)
+def write_study_report(study: StudyConfig, cells: Sequence[Cell], results: Results | None = None) -> str:
+    """Write ``<study>/report`` from ``results``, by default of the cells that are finished; returns its top as text."""
+    results = read_results(cells) if results is None else results
     failures = read_failures(study)
     have = {r.cell["name"] for r in results.all}
     missing = {c.name: failures.get(c.name, "not run yet") for c in cells if c.name not in have}

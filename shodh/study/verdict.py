@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shodh.analysis.page import Tone
-from shodh.study.comparison import LEVEL, MARGIN, Comparison, compare
+from shodh.study.comparison import LEVEL, MARGIN, MIN_SEEDS, Comparison, compare
 from shodh.study.results import TEST, Result, Results, geometric_mean
 
 RULE = (
     f"A model has a lower error if the paired t test over seeds gives p < {LEVEL} and the geometric mean of the "
     f"regimes' errors differs by more than {MARGIN:.0%}; the errors are equal if the 95 % interval of their ratio lies "
-    f"within {MARGIN:.0%} of 1; all else is undecided."
+    f"within {MARGIN:.0%} of 1; all else, and all with fewer than {MIN_SEEDS} seeds, is undecided."
 )
 
 Cause = Literal["separation", "finer specialisation", "capacity", "neither", "undecided", "not asked"]
@@ -62,11 +62,11 @@ def does_routing_help(results: Results, mix: str) -> Answer:
     against = None if sparse is None else paired(results, mix, sparse, "dense_active")
     if sparse is None or against is None:
         return Answer("Not asked", f"{mix}: no finished pair of sparse and dense_active with the same seed.", "neutral")
-    text = [f"{mix}, {against.seeds} seeds: {describe(sparse, against, 'dense_active')}."]
+    text = [f"{describe(sparse, against, 'dense_active')}."]
     for label in ("dense_active", sparse):
         index = index_comparison(results, mix, label)
         if index is not None:
-            text.append(f"{describe(label, index, 'its specialists')} {_transfer_word(index)}.")
+            text.append(f"{describe(label, index, 'its specialists')}: {_transfer_word(index)}.")
     verdicts: dict[str, tuple[str, Tone]] = {
         "lower": ("Sparse routing lowers the error", "good"),
         "higher": ("Dense wins at equal active size", "bad"),
@@ -81,22 +81,27 @@ def does_routing_help(results: Results, mix: str) -> Answer:
 
 def _transfer_word(index: Comparison) -> str:
     words = {
-        "higher": "(negative transfer)",
-        "lower": "(positive transfer)",
-        "equal": "(no transfer)",
-        "open": "(transfer undecided)",
+        "higher": "negative transfer",
+        "lower": "positive transfer",
+        "equal": "no transfer",
+        "open": "whether mixing harms or helps it is undecided",
     }
     return words[index.verdict]
 
 
+def brief(c: Comparison, other: str) -> str:
+    """``2.1 % below dense_active``."""
+    return f"{abs(c.ratio - 1):.1%} {'below' if c.ratio < 1 else 'above'} that of {other}".replace("%", " %")
+
+
 def describe(label: str, c: Comparison, other: str) -> str:
-    """One clause with the ratio, its interval and both p values."""
+    """One clause with the difference, its interval and both p values."""
+    first = f"The error of {label} is {brief(c, other)}"
     if c.seeds < 2:
-        return f"error of {label} / {other} {c.ratio:.3f} (one seed)"
-    return (
-        f"error of {label} / {other} {c.ratio:.3f} (95 % {c.low:.3f} to {c.high:.3f}, paired t p {c.p_t:.2g}, "
-        f"sign-flip p {c.p_sign:.2g}, lower in {c.wins} of {c.seeds})"
-    )
+        return f"{first} (one seed)"
+    interval = f"95 % interval of the ratio {c.low:.3f} to {c.high:.3f}"
+    tests = f"p {c.p_t:.2g} by paired t, {c.p_sign:.2g} by sign flips"
+    return f"{first} ({interval}; {tests}; lower in {c.wins} of {c.seeds} seeds)"
 
 
 def what_lowers_the_error(results: Results, mix: str) -> tuple[Cause, str]:
@@ -116,8 +121,8 @@ def what_lowers_the_error(results: Results, mix: str) -> tuple[Cause, str]:
     if missing:
         return "not asked", f"{mix}: needs finished cells of {', '.join(missing)}"
     dense, hashed, oracle = (c for c in found.values() if c is not None)
-    reasons = "; ".join(describe(sparse, c, other) for other, c in found.items() if c is not None)
-    return decide_cause(dense.verdict, hashed.verdict, oracle.verdict), f"{mix}: {reasons}"
+    reasons = ", ".join(brief(c, other) for other, c in found.items() if c is not None)
+    return decide_cause(dense.verdict, hashed.verdict, oracle.verdict), f"{mix}: the error of {sparse} is {reasons}"
 
 
 def decide_cause(dense: str, hashed: str, oracle: str) -> Cause:
