@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from shodh.analysis.figures import INK, MARKERS
 from shodh.analysis.page import Table
@@ -23,7 +24,8 @@ def _style(name: str, names: Sequence[str]) -> dict[str, Any]:
     """Colour and marker of a name among those of a figure."""
     others = [n for n in names if n not in KNOWN]
     number = KNOWN.index(name) if name in KNOWN else len(KNOWN) + others.index(name)
-    return {"color": colormaps["tab20"](number % 20), "marker": MARKERS[number % len(MARKERS)]}
+    colour = colormaps["tab10"](number) if number < 10 else colormaps["Dark2"](number % 8)
+    return {"color": colour, "marker": MARKERS[number % len(MARKERS)]}
 
 
 def _bare(panel: Axes) -> None:
@@ -49,7 +51,7 @@ def index_bars(table: Table) -> Figure | None:
     panel.axhline(1, color=INK, linewidth=0.8)
     panel.set_xticks(range(len(places)), [f"{regime}\nin {mix}" for mix, regime in places], fontsize=8)
     panel.set_ylabel("transfer index: error / specialist's")
-    panel.legend(fontsize=8, frameon=False, ncols=min(4, len(models)))
+    figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=min(4, len(models)))
     _bare(panel)
     return figure
 
@@ -111,6 +113,7 @@ def lines(groups: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: 
             panel.axhline(0, color=INK, linewidth=0.7)
         panel.set_title(title, fontsize=9, color=INK)
         panel.set_xlabel(x)
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         panel.set_ylabel(y)
         _bare(panel)
     handles = {label: h for panel in panels for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}

@@ -72,12 +72,13 @@ def run_cells(study: StudyConfig, cells: Sequence[Cell], jobs: int, ranks: Ranks
                 progress.failed[name] = line
     progress.stopped = runner.stopped.is_set()
     if ranks.rank == 0:
-        write_atomically(study.folder / FAILURES, json.dumps(progress.failed, indent=1) + "\n")
+        failed = {**read_failures(study), **progress.failed}
+        write_atomically(study.folder / FAILURES, json.dumps(failed, indent=1) + "\n")
     return progress
 
 
 def read_failures(study: StudyConfig) -> dict[str, str]:
-    """Cells that failed in the last run of the study, and why."""
+    """Cells that have failed, and why, when they last did; some may be finished by now."""
     path = study.folder / FAILURES
     failed: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
     return failed
