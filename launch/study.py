@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shodh.cli import run_main
 from shodh.errors import ConfigError
 from shodh.study.cells import Cell, expand
 from shodh.study.settings import load_study
+from shodh.train.runtime import run_ranks
 
 EXAMPLES = """examples:
   python launch/study.py --config launch/configs/study_tiny.yaml --jobs 2
@@ -83,10 +83,11 @@ def main(argv: list[str] | None = None) -> int:
 
         sys.stdout.write(write_study_report(study, every))
         sys.stdout.write(f"\nreport: {study.folder / 'report' / 'index.html'}\n")
-    for name, line in failed.items() if ranks.rank == 0 else ():
-        sys.stderr.write(f"failed: {name}: {line}\n")
+    if ranks.rank == 0:
+        sys.stderr.write("".join(f"failed: {name}: {line}\n" for name, line in failed.items()))
+        sys.stderr.write("stopped by a signal; the same command goes on\n" if stopped else "")
     return 3 if stopped else 1 if failed else 0
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_ranks(main)
