@@ -66,8 +66,8 @@ def sign_flip(differences: Sequence[float]) -> float:
 
 def what_seeds_can_show(n: int) -> str:
     """One or two sentences about a number of seeds."""
-    if n < 2:
-        return "One seed shows no spread: nothing here is a comparison yet."
+    if n < MIN_SEEDS:
+        return f"Fewer than {MIN_SEEDS} seeds ({n} here) are no comparison: nothing is called a difference."
     needed = float(stats.t.ppf(1 - LEVEL / 2, n - 1)) / math.sqrt(n)
     return (
         f"With {n} seeds the exact sign-flip test cannot give a p below {2 / 2**n:.3g}, and the paired t test, which "

@@ -20,6 +20,20 @@ KNOWN = (
 )
 
 
+MAX_PANELS = 12  # of one figure; the tables hold everything
+
+
+def _first(panels: Mapping[Any, Any]) -> dict[Any, Any]:
+    """As many panels as fit a figure."""
+    return dict(list(panels.items())[:MAX_PANELS])
+
+
+def _note_rest(figure: Figure, total: int) -> None:
+    """Say that there is more than the figure shows."""
+    if total > MAX_PANELS:
+        figure.suptitle(f"the first {MAX_PANELS} of {total}; the others are in the tables", fontsize=8, color=INK)
+
+
 def _style(name: str, names: Sequence[str]) -> dict[str, Any]:
     """Colour and marker of a name among those of a figure."""
     others = [n for n in names if n not in KNOWN]
@@ -58,6 +72,7 @@ def index_bars(table: Table) -> Figure | None:
 
 def error_curves(curves: Mapping[tuple[str, str], Mapping[str, Sequence[tuple[float, float]]]], unit: str) -> Figure:
     """Validation error by cost, a panel a (mix, regime): ``{(mix, regime): {model: [(cost, error)]}}``."""
+    total, curves = len(curves), _first(curves)
     columns = min(2, len(curves))
     rows = -(-len(curves) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.2 * rows), layout="constrained")
@@ -75,6 +90,7 @@ def error_curves(curves: Mapping[tuple[str, str], Mapping[str, Sequence[tuple[fl
         panel.set_yscale("log")
         _bare(panel)
     panels[0].legend(fontsize=7, frameon=False)
+    _note_rest(figure, total)
     return figure
 
 
@@ -99,6 +115,7 @@ def scatter(table: Table) -> Figure | None:
 
 def lines(groups: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: str, y: str, zero: bool) -> Figure:
     """Lines by name, a panel a group; ``zero`` draws the axis."""
+    total, groups = len(groups), _first(groups)
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 0.3), layout="constrained")
@@ -117,5 +134,6 @@ def lines(groups: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x: 
         panel.set_ylabel(y)
         _bare(panel)
     handles = {label: h for panel in panels for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    _note_rest(figure, total)
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=7, frameon=False)
     return figure

@@ -71,7 +71,7 @@ def _headline(study: StudyConfig, results: Results, missing: dict[str, str]) -> 
     asked = [a for a in answers if a.verdict != "Not asked"] or answers
     told = [a.text for a in asked] if len(asked) == 1 else ["The reasons, mix by mix, stand below."]
     text = " ".join([study.question, *told, *_causes(results), what_seeds_can_show(study.seeds)])
-    failed = f" {len(missing)} cells have no result and are named below." if missing else ""
+    failed = f" Cells without a result, named below: {len(missing)} of {total}." if missing else ""
     verdict, tone = _joint(asked)
     return Headline(verdict, text + failed, tone, numbers, note=RULE)
 
@@ -263,8 +263,17 @@ def _rollouts(results: Results) -> Section | None:
             panels.setdefault(f"{mix}: {regime}, {field}", {})[label] = points
     figure = plots.lines(panels, "autoregressive step", "VRMSE", False) if panels else None
     text = "VRMSE of autoregressive rollouts from the first frames of the test trajectories, mean over seeds."
-    table = tables.rollout_table(results)
-    return _section("rollouts", "Rollouts", text, {"rollouts": table}, rollout_by_step=figure)
+    by_step = [
+        [key, model, *point] for key, models in panels.items() for model, curve in models.items() for point in curve
+    ]
+    found = {
+        "rollouts": tables.rollout_table(results),
+        "rollouts_by_step": Table(["mix: regime, field", "model", "step", "VRMSE"], by_step),
+    }
+    section = _section("rollouts", "Rollouts", text, found, rollout_by_step=figure)
+    if section is not None:
+        section.files_only = ("rollouts_by_step",)
+    return section
 
 
 def _cosines(results: Results) -> Section | None:

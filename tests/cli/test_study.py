@@ -61,7 +61,7 @@ def test_finished_cells_are_kept_and_a_failed_one_is_named(study_file: Path, tmp
     assert "both-dense_active-s0" in line and "File exists" in line
     summary = json.loads((tmp_path / "runs" / "s" / "report" / "summary.json").read_text())
     assert "File exists" in summary["missing"]["both-dense_active-s0"]
-    assert summary["verdict"] == "Not asked" and "1 cells have no result" in summary["answer"]
+    assert summary["verdict"] == "Not asked" and "Cells without a result, named below: 1 of 2" in summary["answer"]
     kept = cells / "both-sparse-s0" / "result.json"
     _check_result(json.loads(kept.read_text()))
     assert (kept.parent / "report" / "index.html").exists()

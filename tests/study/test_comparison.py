@@ -34,6 +34,7 @@ def test_sign_flip_agrees_with_scipys_exact_permutation_test() -> None:
 def test_three_agreeing_seeds_cannot_give_a_small_sign_flip_p() -> None:
     assert sign_flip([0.5, 0.5, 0.6]) == 0.25
     assert "0.25" in what_seeds_can_show(3) and "2.48" in what_seeds_can_show(3)
+    assert "no comparison" in what_seeds_can_show(2)
 
 
 @pytest.mark.parametrize(

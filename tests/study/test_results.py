@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from results_cases import REGIMES, result, study_of
 
-from shodh.study import tables
+from shodh.study import plots, tables
 from shodh.study.results import Results
 from shodh.study.verdict import decide_cause, does_routing_help, index_comparison, what_lowers_the_error
 
@@ -140,3 +140,10 @@ def test_report_of_results(tmp_path: Path) -> None:
     page = (tmp_path / "s" / "report" / "index.html").read_text()
     for name in ("transfer_index", "curves_by_flops", "rollout_by_step", "gradient_cosines"):
         assert (tmp_path / "s" / "report" / f"{name}.png").stat().st_size > 0 and name in page
+
+
+def test_figures_of_many_panels_show_the_first_and_say_so() -> None:
+    many = {str(n): {"sparse": [(1.0, 2.0), (2.0, 1.0)]} for n in range(plots.MAX_PANELS + 3)}
+    figure = plots.lines(many, "step", "error", False)
+    assert sum(bool(panel.lines) for panel in figure.axes) == plots.MAX_PANELS
+    assert figure.get_suptitle().startswith("the first 12 of 15")
