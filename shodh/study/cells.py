@@ -166,7 +166,7 @@ def _configure(
         "warmup": base.operator.train.warmup // share,
         "valid_every": every,
         "checkpoint_every": every,
-        "keep_checkpoints": study.checkpoints + 2,
+        "keep_checkpoints": 2 * study.checkpoints + 2,  # Interruptions add some.
     }
     changed = _merge(
         tree,

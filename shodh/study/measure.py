@@ -88,7 +88,11 @@ def seconds_per_step(folder: RunFolder) -> float | None:
 
 
 def _over_training(probe: Probe, folder: RunFolder, gradient_samples: int) -> list[dict[str, Any]]:
-    """Held-out errors and cosines between gradients at every kept checkpoint, and before the first step."""
+    """Held-out errors and cosines between gradients before the first step, and at every checkpoint of the schedule.
+
+    Where a run was interrupted there are others, which would make its curve one of other points.
+    """
+    train = probe.config.operator.train
     batches = probe.fixed_batches(gradient_samples)
     model = build_operator(probe.config)
     initialise(model, probe.config.seed)
@@ -96,6 +100,8 @@ def _over_training(probe: Probe, folder: RunFolder, gradient_samples: int) -> li
     history = [_point(probe, model, batches, 0)]
     for checkpoint in sorted(folder.checkpoints.glob("step_*")):
         step = int(read_manifest(checkpoint)["state"]["step"])
+        if step % train.checkpoint_every and step != train.steps:
+            continue
         load_into(model, load_weights(checkpoint / WEIGHTS), checkpoint)
         history.append(_point(probe, model, batches, step))
     return history
