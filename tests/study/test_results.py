@@ -10,7 +10,9 @@ import pytest
 from results_cases import REGIMES, result, study_of
 
 from shodh.study import plots, tables
+from shodh.study.report import write_study_report
 from shodh.study.results import Results
+from shodh.study.settings import StudyConfig
 from shodh.study.verdict import decide_cause, does_routing_help, index_comparison, what_lowers_the_error
 
 
@@ -120,21 +122,15 @@ def test_diverged_rollouts(steps: list[float | None], expected: bool) -> None:
     assert tables.diverged(steps) == expected
 
 
+def study_settings(out: Path) -> StudyConfig:
+    mixes = {"both": REGIMES}
+    return StudyConfig(name="s", question="?", out=out, base=out / "base.yaml", mixes=mixes, models=("sparse",))
+
+
 def test_report_of_results(tmp_path: Path) -> None:
     """Every section that these results can fill is written, and the answer stands in the JSON."""
-    from shodh.study.report import write_study_report
-    from shodh.study.settings import StudyConfig
-
-    study = StudyConfig(
-        name="s",
-        question="Does it?",
-        out=tmp_path,
-        base=tmp_path / "base.yaml",
-        mixes={"both": REGIMES},
-        models=("sparse",),
-    )
     results = study_of([0.80, 0.81, 0.79], [1.0, 1.0, 1.0])
-    text = write_study_report(study, [], results)
+    text = write_study_report(study_settings(tmp_path), [], results)
     summary = json.loads((tmp_path / "s" / "report" / "summary.json").read_text())
     assert summary["verdict"] == "Sparse routing lowers the error" and summary["verdict"] in text
     page = (tmp_path / "s" / "report" / "index.html").read_text()
@@ -147,3 +143,20 @@ def test_figures_of_many_panels_show_the_first_and_say_so() -> None:
     figure = plots.lines(many, "step", "error", False)
     assert sum(bool(panel.lines) for panel in figure.axes) == plots.MAX_PANELS
     assert figure.get_suptitle().startswith("the first 12 of 15")
+
+
+def test_report_of_several_mixes_answers_mix_by_mix(tmp_path: Path) -> None:
+    better = study_of([0.80, 0.81, 0.79], [1.0, 1.0, 1.0]).all
+    worse = [
+        result(model, s, {"a": e + 0.01 * s}, mix="alone")
+        for model, e in (("sparse", 1.3), ("dense_active", 1.0))
+        for s in range(3)
+    ]
+    write_study_report(study_settings(tmp_path), [], Results([*better, *worse]))
+    summary = json.loads((tmp_path / "s" / "report" / "summary.json").read_text())
+    answers = {row["mix"]: row["does routing help"] for row in summary["answers"]["answers"]}
+    assert answers == {"both": "Sparse routing lowers the error", "alone": "Dense wins at equal active size"}
+    assert all(text in summary["verdict"] for text in answers.values())
+    indices = {(row["mix"], row["model"]): row["index"] for row in summary["mixes"]["mixes"]}
+    assert indices["both", "sparse"] == pytest.approx(0.8)
+    assert indices["alone", "sparse"] == pytest.approx(1.31)
