@@ -26,6 +26,7 @@ from shodh.study.measure import RESULT
 from shodh.study.ranks import Ranks
 from shodh.study.settings import StudyConfig
 from shodh.study.worker import STOPPED
+from shodh.train.run_folder import RunFolder
 
 ROOT = Path(shodh.__file__).resolve().parents[1]
 FAILURES = "failures.json"
@@ -89,8 +90,6 @@ def check_same(cell: Cell) -> None:
     path = cell.config.run_dir / "config.yaml"
     if not path.exists():
         return
-    from shodh.train.run_folder import RunFolder
-
     old, new = to_dict(RunFolder(cell.config.run_dir).config()), to_dict(cell.config)
     changed = [key for key in ("seed", "data", "tokenizer", "operator", "evaluation") if old[key] != new[key]]
     if changed:
@@ -126,7 +125,7 @@ class _Runner:
         if self.study.plasticity is not None:
             mixes.append((self.study.plasticity.regime,))
         line = self._job("tokenizer", {"kind": "prepare", "mixes": list(dict.fromkeys(mixes))}, config)
-        if line is not None:
+        if line is not None and not self.stopped.is_set():
             raise ShodhError(f"the tokenizer of the study could not be made: {line}")
 
     def run(self, cells: Sequence[Cell], bar: Any) -> Any:
