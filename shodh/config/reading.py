@@ -35,8 +35,8 @@ def _section_of(annotation: Any) -> type[Section] | None:
     return None
 
 
-def _section_at(location: tuple[int | str, ...]) -> type[Section]:
-    section: type[Section] = RunConfig
+def _section_at(root: type[Section], location: tuple[int | str, ...]) -> type[Section]:
+    section = root
     for part in location:
         if isinstance(part, int):
             continue
@@ -47,13 +47,13 @@ def _section_at(location: tuple[int | str, ...]) -> type[Section]:
     return section
 
 
-def _explain(error: ValidationError, source: str) -> ConfigError:
+def _explain(error: ValidationError, root: type[Section], source: str) -> ConfigError:
     messages = []
     for problem in error.errors():
         location = problem["loc"]
         where = ".".join(str(part) for part in location)
         if problem["type"] == "extra_forbidden":
-            known = _section_at(location[:-1]).model_fields
+            known = _section_at(root, location[:-1]).model_fields
             messages.append(f"unknown key {where!r}: {_suggest(str(location[-1]), known)}")
         elif problem["type"] == "missing":
             messages.append(f"missing key {where!r}")
@@ -64,7 +64,8 @@ def _explain(error: ValidationError, source: str) -> ConfigError:
     return ConfigError(f"{source}: {'; '.join(messages)}")
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """The tree of a YAML file; raises `ConfigError` if it cannot be read."""
     try:
         text = path.read_text()
     except OSError as error:
@@ -106,14 +107,22 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str,
     return tree
 
 
-def config_from_dict(tree: Any, source: str = "configuration") -> RunConfig:
+SectionType = typing.TypeVar("SectionType", bound=Section)
+
+
+def section_from_dict(kind: type[SectionType], tree: Any, source: str) -> SectionType:
     """Validate a plain dict; raises `ConfigError` that names every bad key, with the nearest known one."""
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: expected a mapping of settings at the top, got {type(tree).__name__}")
     try:
-        return RunConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, source) from error
+        raise _explain(error, kind, source) from error
+
+
+def config_from_dict(tree: Any, source: str = "configuration") -> RunConfig:
+    """`section_from_dict` of a run."""
+    return section_from_dict(RunConfig, tree, source)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -125,7 +134,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         The file cannot be read, is not YAML, or has unknown, missing or impossible settings.
     """
     path = Path(path)
-    tree = _read_yaml(path)
+    tree = read_yaml(path)
     if isinstance(tree, dict):
         tree = apply_overrides(tree, overrides)
     return config_from_dict(tree, str(path))

@@ -247,7 +247,7 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
     if init_from is not None:
         read_initial_weights(init_from)  # Mapped, not read: what cannot be used is refused before ranks connect.
     device = start_distributed()
-    regimes, open_split = _open_data(config, folder if start is not None else None, device)
+    regimes, open_split = open_data(config, folder if start is not None else None, device)
     with together():
         if rank() == 0:
             folder.create(config, deepspeed)
@@ -263,7 +263,7 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
     return _run(config, train, deepspeed, topology, folder, model.to(device), task, start, weights)
 
 
-def _open_data(config: RunConfig, resumed: RunFolder | None, device: torch.device) -> tuple[Regimes, OpenSplit]:
+def open_data(config: RunConfig, resumed: RunFolder | None, device: torch.device) -> tuple[Regimes, OpenSplit]:
     """The regimes of a run and the windows that its operator learns from; a ``resumed`` one keeps its normalisation.
 
     Collective.

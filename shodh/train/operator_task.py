@@ -14,6 +14,7 @@ from torch import Tensor
 from shodh.config import RunConfig
 from shodh.data import Split
 from shodh.data.loader import SampleDataset
+from shodh.models.operator import OperatorOutput
 from shodh.moe.balance import GlobalBalance, entropy
 from shodh.moe.routing import Routing, count_by_regime, regime_information
 from shodh.moe.step import finish_step, router_arguments
@@ -131,6 +132,14 @@ class OperatorTask:
             rolled.append((latents[row].roll(shifts, (-3, -2, -1)), static[row].roll(shifts, (-3, -2, -1))))
         return torch.stack([a for a, _ in rolled]), torch.stack([b for _, b in rolled])
 
+    def predict(self, model: Any, batch: Batch) -> tuple[OperatorOutput, Tensor, Tensor]:
+        """Output without noise or shifts, and the errors ``[B]`` of it and of persistence."""
+        frames, static = self._windows(batch)
+        history, target = frames[:, : self.history], frames[:, self.history]
+        output = model(history, static, **router_arguments(self.operator.experts, batch["regime"]))
+        errors = (self._errors(frame, target, batch["regime"]) for frame in (output.latent, history[:, -1]))
+        return output, *errors
+
     def start_step(self, step: int) -> None:
         self._balance.start_step()
         self._table = None
@@ -204,11 +213,9 @@ class OperatorTask:
         for batch in self._loaders["valid"].iterate(0, self.operator.train.valid_batches):
             batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
             regime = batch["regime"]
-            frames, static = self._windows(batch)
-            history, target = frames[:, : self.history], frames[:, self.history]
-            output = engine(history, static, **router_arguments(self.operator.experts, regime))
-            means.add(f"{self.space}_{self.measure}", self._errors(output.latent, target, regime), regime)
-            means.add(f"persistence_{self.measure}", self._errors(history[:, -1], target, regime), regime)
+            output, error, persistence = self.predict(engine, batch)
+            means.add(f"{self.space}_{self.measure}", error, regime)
+            means.add(f"persistence_{self.measure}", persistence, regime)
             if output.routing:
                 if traced:
                     self._trace.add(step, "valid", output.routing, regime, with_pairs=True)

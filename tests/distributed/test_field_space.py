@@ -27,7 +27,7 @@ from shodh.moe.trace import read_trace
 from shodh.train.evaluation import Evaluator, evaluate, open_run
 from shodh.train.field_evaluation import FieldEvaluation
 from shodh.train.field_task import FieldTask, Presence
-from shodh.train.jobs import _open_data
+from shodh.train.jobs import open_data
 from shodh.train.plan import describe_plan, make_plan
 from shodh.train.run_folder import RunFolder
 
@@ -151,8 +151,8 @@ def test_resumed_run_keeps_its_normalisation(fields: Fields) -> None:
     space["normalizer"]["regimes"]["dye"]["dye"]["scale"] = 5.0
     (folder.path / "space.json").write_text(json.dumps(space))
     config = load_config(fields.config, whole.overrides)
-    resumed, _ = _open_data(config, folder, torch.device("cpu"))
-    fresh, _ = _open_data(config, None, torch.device("cpu"))
+    resumed, _ = open_data(config, folder, torch.device("cpu"))
+    fresh, _ = open_data(config, None, torch.device("cpu"))
     assert resumed.normalizer.constants["dye"]["dye"][1] == 5.0 != fresh.normalizer.constants["dye"]["dye"][1]
 
 

@@ -25,8 +25,9 @@ FLOORS = {
     "train": 5,
     "analysis": 6,
     "exchange": 6,
-    "launch": 7,
-    "tools": 7,
+    "study": 7,
+    "launch": 8,
+    "tools": 8,
 }
 
 

@@ -1,0 +1,93 @@
+"""Run a study of negative transfer: a grid of runs over models, mixes of regimes, routers and seeds, and one report.
+
+Every cell is an ordinary run folder. Finished cells are kept, and an interrupted one goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from shodh.errors import ConfigError
+from shodh.study.cells import Cell, expand
+from shodh.study.settings import load_study
+from shodh.train.runtime import run_ranks
+
+EXAMPLES = """examples:
+  python launch/study.py --config launch/configs/study_tiny.yaml --jobs 2
+  deepspeed --num_gpus 8 launch/study.py --config launch/configs/study_tiny.yaml --scale small
+  python launch/study.py --config launch/configs/study_regimes.yaml --dry-run
+  python launch/study.py --config launch/configs/study_tiny.yaml --only '*sparse-s0' --set operator.train.steps=50
+  python launch/study.py --config launch/configs/study_tiny.yaml --report-only
+"""
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, type=Path, help="study file")
+    parser.add_argument("--scale", choices=("tiny", "small", "paper"), default="tiny", help="preset of the study file")
+    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="cells whose names match, as in a shell")
+    parser.add_argument("--jobs", type=int, default=1, help="cells side by side, each on one rank")
+    parser.add_argument("--seeds", type=int, help="in place of the study's")
+    parser.add_argument("--name", help="in place of the study's")
+    parser.add_argument("--out", type=Path, help="folder of the study's folder")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change the base run"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="list the cells and what they cost; touch no data")
+    parser.add_argument("--report-only", action="store_true", help="report on the cells that are finished")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def choose(cells: list[Cell], patterns: list[str] | None) -> list[Cell]:
+    """The cells that match a pattern; all without patterns."""
+    if patterns is None:
+        return cells
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(cell.name, pattern) for cell in cells):
+            raise ConfigError(f"--only {pattern!r} matches no cell; they are {', '.join(c.name for c in cells)}")
+    return [cell for cell in cells if any(fnmatch.fnmatchcase(cell.name, p) for p in patterns)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    for name in ("jobs", "seeds"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ConfigError(f"--{name} {getattr(args, name)}: must be at least 1")
+    study = load_study(args.config, args.scale, name=args.name, out=args.out, seeds=args.seeds, overrides=args.set)
+    from shodh.study.ranks import Ranks
+
+    ranks = Ranks()
+    every = expand(study, ranks.world)
+    cells = choose(every, args.only)
+    if args.dry_run:
+        from shodh.study.costs import describe_costs
+
+        sys.stdout.write(describe_costs(study, cells) if ranks.rank == 0 else "")
+        return 0
+    stopped, failed = False, {}
+    if not args.report_only:
+        from shodh.study.runner import run_cells
+
+        progress = run_cells(study, cells, args.jobs, ranks)
+        stopped, failed = progress.stopped, progress.failed
+    if ranks.rank == 0:
+        from shodh.study.report import write_study_report
+
+        sys.stdout.write(write_study_report(study, every))
+        sys.stdout.write(f"\nreport: {study.folder / 'report' / 'index.html'}\n")
+    if ranks.rank == 0:
+        sys.stderr.write("".join(f"failed: {name}: {line}\n" for name, line in failed.items()))
+        sys.stderr.write("stopped by a signal; the same command goes on\n" if stopped else "")
+    return 3 if stopped else 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run_ranks(main)

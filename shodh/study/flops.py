@@ -1,0 +1,66 @@
+"""Floating-point work of an operator, as routed: what a token really passes through.
+
+Counted by `torch.utils.flop_counter` on the meta device, of the dense model of equal active size: it does the work of a
+sparse one but for the router, whose matrices are added. Fourier transforms, norms and activations are not counted; they
+are the same in all models of a study.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from shodh.config import RunConfig
+from shodh.models.domain import num_static_features
+from shodh.models.factory import build_operator
+from shodh.models.field_space import FieldSpace
+from shodh.moe.router import SemanticRouter
+
+BACKWARD = 2  # a backward pass costs twice the forward's products: gradients of inputs and of weights
+
+
+def forward_flops(config: RunConfig) -> int:
+    """Multiplications and additions of one sample's forward pass through the operator."""
+    sparse = config.operator.experts.num_experts > 0
+    experts = config.operator.experts.model_copy(update={"num_experts": 0})
+    active = config.model_copy(update={"operator": config.operator.model_copy(update={"experts": experts})})
+    with torch.device("meta"):
+        model = build_operator(active if sparse else config)
+        inputs = _inputs(config)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*inputs)
+    return int(counter.get_total_flops()) + (_router_flops(config) if sparse else 0)
+
+
+def step_flops(config: RunConfig) -> int:
+    """Work of one optimiser step over all ranks: forward and backward of the global batch."""
+    return (1 + BACKWARD) * config.operator.train.global_batch * forward_flops(config)
+
+
+def _inputs(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sample's history and static input, on the current default device."""
+    if config.operator.in_field_space:
+        space = FieldSpace.of(config)
+        history = torch.empty(1, space.history, space.channels, *space.grid)
+        return history, torch.empty(1, space.static, *space.grid)
+    num_static = sum(f.build().num_components(3) for f in config.data.fields if f.static)
+    features = num_static_features(num_static, len(config.data.optional))
+    history = torch.empty(1, config.data.history, config.tokenizer.latent_channels, *config.latent_grid)
+    return history, torch.empty(1, features, *config.latent_grid)
+
+
+def _router_flops(config: RunConfig) -> int:
+    """Two a weight and decision, for a token or a sample."""
+    with torch.device("meta"):
+        model = build_operator(config)
+    routers = [m for m in model.modules() if isinstance(m, SemanticRouter)]
+    gates = sum(t.numel() for r in routers for t in (*r.parameters(), *_frozen(r)) if t.ndim == 2)
+    decisions = 1 if config.operator.experts.router.granularity == "sample" else math.prod(model.token_grid)
+    return 2 * gates * decisions
+
+
+def _frozen(router: SemanticRouter) -> list[torch.Tensor]:
+    """Weights of a gate that is not trained, which are buffers."""
+    return list(router.buffers()) if router.kind == "frozen" else []

@@ -1,0 +1,147 @@
+"""What a study keeps of a trained cell: ``result.json`` in its run folder."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shodh.analysis.page import to_json
+from shodh.analysis.report import write_report
+from shodh.config import ParallelConfig, RegimeConfig, RunConfig
+from shodh.files import write_atomically
+from shodh.models.factory import build_operator
+from shodh.models.init import initialise
+from shodh.study.flops import step_flops
+from shodh.study.probe import Probe, gradient_cosines, learning_curve, plasticity
+from shodh.study.settings import PlasticityConfig
+from shodh.train.checkpoint import WEIGHTS, load_into, load_weights, read_manifest
+from shodh.train.evaluation import evaluate, open_run
+from shodh.train.metrics import read_metrics
+from shodh.train.plan import make_plan
+from shodh.train.run_folder import RunFolder, describe_environment
+
+RESULT = "result.json"
+
+
+def measure_cell(
+    cell: dict[str, Any],
+    config: RunConfig,
+    gradient_samples: int,
+    fresh: tuple[PlasticityConfig, RegimeConfig] | None,
+    device: torch.device,
+) -> None:
+    """Evaluate a finished run, look at its checkpoints, and write its report and its ``result.json``.
+
+    Parameters
+    ----------
+    cell : dict
+        `shodh.study.cells.Cell.describe`; kept in the result.
+    fresh : tuple, optional
+        The plasticity probe, and the regime that it learns; passed over where the run has learned this regime, and for
+        an oracle, which has no group for it.
+    """
+    folder = RunFolder(config.run_dir)
+    evaluator = open_run(folder.path, None, device)
+    evaluation = evaluate(evaluator, config.evaluation.split)
+    write_report(folder, evaluation)
+    probe = Probe(config, device, folder)
+    try:
+        history = _over_training(probe, folder, gradient_samples)
+        held_out = probe.errors(evaluator.operator, config.evaluation.split)
+        measure = probe.measure
+    finally:
+        probe.close()
+    result = {
+        "cell": cell,
+        "steps": config.operator.train.steps,
+        **model_size(config),
+        "flops_per_step": step_flops(config),
+        "seconds_per_step": seconds_per_step(folder),
+        "measure": measure,
+        "errors": held_out,
+        "history": history,
+        "plasticity": _plasticity(evaluator.operator, config, fresh, folder, device),
+        "evaluation": evaluation.metrics,
+        "env": describe_environment(),
+    }
+    write_atomically(folder.path / RESULT, json.dumps(to_json(result), indent=1) + "\n")
+
+
+def model_size(config: RunConfig) -> dict[str, int]:
+    """Weights of the operator, and those that a token meets."""
+    plan = make_plan(config.model_copy(update={"parallel": ParallelConfig()}))
+    return {
+        "total_parameters": plan.dense_parameters + plan.expert_parameters,
+        "active_parameters": plan.active_parameters,
+    }
+
+
+def seconds_per_step(folder: RunFolder) -> float | None:
+    """Median over the logging intervals, so that validations, checkpoints and a restart do not count."""
+    times = [line["perf/step_ms"] for line in read_metrics(folder.path / "metrics.jsonl") if "perf/step_ms" in line]
+    return statistics.median(times) / 1e3 if times else None
+
+
+def _over_training(probe: Probe, folder: RunFolder, gradient_samples: int) -> list[dict[str, Any]]:
+    """Held-out errors and cosines between gradients before the first step, and at every checkpoint of the schedule.
+
+    Where a run was interrupted there are others, which would make its curve one of other points.
+    """
+    train = probe.config.operator.train
+    batches = probe.fixed_batches(gradient_samples)
+    model = build_operator(probe.config)
+    initialise(model, probe.config.seed)
+    model.to(probe.device)
+    history = [_point(probe, model, batches, 0)]
+    for checkpoint in sorted(folder.checkpoints.glob("step_*")):
+        step = int(read_manifest(checkpoint)["state"]["step"])
+        if step % train.checkpoint_every and step != train.steps:
+            continue
+        load_into(model, load_weights(checkpoint / WEIGHTS), checkpoint)
+        history.append(_point(probe, model, batches, step))
+    return history
+
+
+def _point(probe: Probe, model: nn.Module, batches: dict[str, Any], step: int) -> dict[str, Any]:
+    return {"step": step, "errors": probe.errors(model), "cosines": gradient_cosines(probe, model, batches)}
+
+
+def _plasticity(
+    model: nn.Module,
+    config: RunConfig,
+    fresh: tuple[PlasticityConfig, RegimeConfig] | None,
+    folder: RunFolder,
+    device: torch.device,
+) -> dict[str, Any] | None:
+    experts = config.operator.experts
+    if fresh is None or fresh[1].name in [r.name for r in config.data.regimes]:
+        return None
+    if experts.num_experts and experts.router.kind == "oracle":
+        return None
+    settings, regime = fresh
+    probe = Probe(_learning_only(config, regime), device)
+    untrained = build_operator(config)
+    initialise(untrained, config.seed)
+    try:
+        curves = [learning_curve(probe, start.to(device), settings.steps, settings.lr) for start in (model, untrained)]
+    finally:
+        probe.close()
+    return {"regime": regime.name, "lr": settings.lr, **plasticity(*curves)}
+
+
+def _learning_only(config: RunConfig, regime: RegimeConfig) -> RunConfig:
+    return config.model_copy(update={"data": config.data.model_copy(update={"regimes": (regime,)})})
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The result of a cell, None if there is none yet."""
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result

@@ -1,0 +1,69 @@
+"""One job of a study in a process of its own: ``python -m shodh.study.worker JOB.json``, on every rank.
+
+A process a cell: one that runs out of memory, diverges or crashes takes nothing else with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shodh.config import RegimeConfig, RunConfig, config_from_dict
+from shodh.study.measure import measure_cell
+from shodh.study.settings import PlasticityConfig
+from shodh.train.jobs import open_data, pretrain, train_tokenizer
+from shodh.train.latents import TOKENIZER_FILE
+from shodh.train.runtime import quiet_logs, rank, run_ranks, start_distributed
+
+STOPPED = 3
+
+
+def train_cell(job: dict[str, Any], config: RunConfig) -> bool:
+    """Train on all ranks, resuming; then rank 0 measures."""
+    if not pretrain(config, "auto"):
+        return False
+    first = rank() == 0
+    _leave_ranks()
+    if first:
+        fresh = job["fresh"]
+        told = None if fresh is None else (PlasticityConfig(**fresh["probe"]), RegimeConfig(**fresh["regime"]))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        measure_cell(job["cell"], config, job["gradient_samples"], told, device)
+    return True
+
+
+def prepare(job: dict[str, Any], config: RunConfig) -> bool:
+    """Train the tokenizer unless it is there, and encode the data once for every mix of regimes."""
+    if not (config.tokenizer_dir / TOKENIZER_FILE).exists() and not train_tokenizer(config, "auto"):
+        return False
+    device = start_distributed()
+    by_name = {r.name: r for r in config.data.regimes}
+    for mix in job["mixes"]:
+        data = config.data.model_copy(update={"regimes": tuple(by_name[name] for name in mix)})
+        open_data(config.model_copy(update={"data": data}), None, device)
+    return True
+
+
+def _leave_ranks() -> None:
+    """From here on, this process is alone: what follows must not wait for, or share work with, other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ.update({"RANK": "0", "WORLD_SIZE": "1"})
+
+
+def main() -> int:
+    quiet_logs()
+    job = json.loads(Path(sys.argv[1]).read_text())
+    config = config_from_dict(job["config"], sys.argv[1])
+    finished = prepare(job, config) if job["kind"] == "prepare" else train_cell(job, config)
+    return 0 if finished else STOPPED
+
+
+if __name__ == "__main__":
+    run_ranks(main)

@@ -1,0 +1,125 @@
+"""``launch/study.py``: cells are run, kept, and named when they fail; bad input is answered with one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helper import ROOT, run_script
+
+STUDY = "launch/study.py"
+OPERATOR = {
+    "kind": "moe_pot",
+    "dim": 16,
+    "depth": 1,
+    "heads": 2,
+    "patch": 8,
+    "loss": "mse",
+    "field": {"mlp": 16, "decoder": 8},
+    "experts": {"num_experts": 4, "top_k": 1},
+    "train": {"steps": 2, "warmup": 1, "global_batch": 4},
+}
+
+
+@pytest.fixture
+def study_file(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
+    """A study of MoE-POT on the tiny data: no tokenizer, one block, two steps."""
+    base = write_config(tmp_path / "base.yaml")
+    tree = yaml.safe_load(base.read_text())
+    tree["operator"] = OPERATOR
+    tree["evaluation"] = {"rollout": 2}
+    base.write_text(yaml.safe_dump(tree))
+    study = {
+        "name": "s",
+        "question": "Does it help?",
+        "out": str(tmp_path / "runs"),
+        "base": str(base),
+        "mixes": {"both": ["open_channel", "porous_media"]},
+        "models": ["sparse", "dense_active"],
+        "seeds": 1,
+        "checkpoints": 2,
+        "gradient_samples": 2,
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study))
+    return path
+
+
+@pytest.mark.slow
+def test_finished_cells_are_kept_and_a_failed_one_is_named(study_file: Path, tmp_path: Path) -> None:
+    cells = tmp_path / "runs" / "s" / "cells"
+    cells.mkdir(parents=True)
+    blocked = cells / "both-dense_active-s0"
+    blocked.write_text("a file where the cell's folder should be")
+    first = run_script(STUDY, "--config", study_file, "--jobs", "2")
+    assert first.code == 1
+    (line,) = (text for text in first.stderr.splitlines() if text.startswith("failed: "))
+    assert "both-dense_active-s0" in line and "File exists" in line
+    summary = json.loads((tmp_path / "runs" / "s" / "report" / "summary.json").read_text())
+    assert "File exists" in summary["missing"]["both-dense_active-s0"]
+    assert summary["verdict"] == "Not asked" and "Cells without a result, named below: 1 of 2" in summary["answer"]
+    kept = cells / "both-sparse-s0" / "result.json"
+    _check_result(json.loads(kept.read_text()))
+    assert (kept.parent / "report" / "index.html").exists()
+
+    before = kept.stat().st_mtime_ns
+    again = run_script(STUDY, "--config", study_file, "--only", "both-sparse-s0")
+    assert again.code == 0 and summary["answer"] in again.stdout
+    assert kept.stat().st_mtime_ns == before
+
+    changed = run_script(STUDY, "--config", study_file, "--set", "operator.train.lr=0.1")
+    assert changed.code == 2 and "other settings of operator" in changed.stderr
+
+
+def _check_result(result: dict[str, Any]) -> None:
+    """The errors of the study are those of the evaluation, and the curve has its points."""
+    assert [point["step"] for point in result["history"]] == [0, 1, 2]
+    assert result["measure"] == "field_mse"
+    for regime, error in result["errors"].items():
+        expected = result["evaluation"]["regimes"][regime]["decoded_mse"]
+        assert error["model"] == pytest.approx(expected["model"], rel=1e-5)
+        assert error["persistence"] == pytest.approx(expected["persistence"], rel=1e-5)
+    for point in result["history"]:
+        for cosines in point["cosines"].values():
+            assert all(-1 <= c <= 1 for c in cosines.values())
+    assert result["active_parameters"] < result["total_parameters"]
+    assert result["flops_per_step"] > 0 and result["seconds_per_step"] > 0
+
+
+def test_dry_run_lists_the_cells_and_touches_nothing(study_file: Path, tmp_path: Path) -> None:
+    finished = run_script(STUDY, "--config", study_file, "--dry-run")
+    assert finished.code == 0, finished.stderr
+    assert "2 cells" in finished.stdout and "both-dense_active-s0" in finished.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--only", "nothing*"], "--only 'nothing*' matches no cell; they are both-sparse-s0"),
+        (["--jobs", "0"], "--jobs 0: must be at least 1"),
+        (["--scale", "paper"], "not defined at scale paper"),
+        (["--set", "operator.depht=1"], "did you mean 'depth'?"),
+    ],
+)
+def test_bad_input_is_answered_in_one_line(study_file: Path, arguments: list[str], expected: str) -> None:
+    finished = run_script(STUDY, "--config", study_file, *arguments)
+    assert finished.code == 2
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("error: ") and expected in line
+
+
+def test_missing_study_file(tmp_path: Path) -> None:
+    finished = run_script(STUDY, "--config", tmp_path / "absent.yaml")
+    assert finished.code == 2 and finished.stderr.startswith("error: cannot read configuration")
+
+
+def test_tiny_study_of_the_project_is_dry_run() -> None:
+    assert (ROOT / "launch" / "configs" / "study_tiny.yaml").exists()
+    finished = run_script(STUDY, "--config", "launch/configs/study_tiny.yaml", "--dry-run")
+    assert finished.code == 0, finished.stderr
+    assert "both-sparse_oracle-s2" in finished.stdout

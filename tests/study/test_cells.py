@@ -1,0 +1,180 @@
+"""From a study file to cells: everything equal but what is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from shodh.config import RunConfig, config_from_dict, to_dict
+from shodh.errors import ConfigError
+from shodh.models.factory import build_operator
+from shodh.models.init import initialise
+from shodh.study.cells import Cell, expand
+from shodh.study.flops import BACKWARD, _inputs, forward_flops, step_flops
+from shodh.study.measure import model_size
+from shodh.study.settings import StudyConfig, load_study
+
+ROOT = Path(__file__).resolve().parents[2]
+ALL = ["sparse", "dense_active", "dense_total", "specialist", "specialist_share", "sparse_hash", "sparse_frozen"]
+ALL += ["sparse_oracle"]
+BOTH = ["open_channel", "porous_media"]
+
+
+@pytest.fixture
+def study_file(tmp_path: Path, write_config: Callable[..., Path]) -> Callable[..., Path]:
+    """``study_file(**changes)`` writes a study of the tiny configuration."""
+    base = write_config(tmp_path / "base.yaml")
+
+    def write(**changes: Any) -> Path:
+        path = tmp_path / "study.yaml"
+        tree = {"name": "s", "question": "?", "base": str(base), "mixes": {"both": BOTH}, "models": ALL, **changes}
+        path.write_text(yaml.safe_dump({**tree, "out": str(tmp_path / "runs")}))
+        return path
+
+    return write
+
+
+def by_name(cells: list[Cell]) -> dict[str, Cell]:
+    assert len({cell.name for cell in cells}) == len(cells)
+    return {cell.name: cell for cell in cells}
+
+
+def test_cells_differ_in_what_is_compared_and_in_nothing_else(study_file: Callable[..., Path]) -> None:
+    cells = by_name(expand(load_study(study_file(seeds=2))))
+    assert len(cells) == 2 * (6 + 2 * 2)
+    sparse, dense = (to_dict(cells[f"both-{m}-s1"].config) for m in ("sparse", "dense_active"))
+    assert dense["operator"]["experts"].pop("num_experts") == 0
+    assert sparse["operator"]["experts"].pop("num_experts") == 4
+    for tree in (sparse, dense):
+        del tree["name"]
+    assert sparse == dense
+    first, second = (to_dict(cells[f"both-sparse-s{s}"].config) for s in (0, 1))
+    assert {k for k in first if first[k] != second[k]} == {"name", "seed"}
+    assert len({cell.config.tokenizer_dir for cell in cells.values()}) == 1
+
+
+def test_specialists_have_all_steps_or_the_steps_of_their_share(study_file: Callable[..., Path]) -> None:
+    cells = by_name(expand(load_study(study_file(seeds=1))))
+    whole, share = cells["porous_media-specialist-s0"], cells["porous_media-specialist_share2-s0"]
+    assert [r.name for r in whole.config.data.regimes] == ["porous_media"] == list(share.regimes)
+    assert (whole.config.operator.train.steps, share.config.operator.train.steps) == (10, 5)
+
+
+def test_models_are_of_the_size_that_their_name_says(study_file: Callable[..., Path]) -> None:
+    cells = by_name(expand(load_study(study_file(seeds=1))))
+    size = {
+        m: model_size(cells[f"both-{m}-s0"].config) for m in ("sparse", "dense_active", "dense_total", "sparse_hash")
+    }
+    # A hash router has no weights, so what is left must agree to the last one.
+    assert size["sparse_hash"]["active_parameters"] == size["dense_active"]["total_parameters"]
+    assert size["sparse_hash"]["total_parameters"] == size["dense_total"]["total_parameters"]
+    assert size["sparse"]["total_parameters"] > size["sparse_hash"]["total_parameters"]
+
+
+def test_oracle_gets_a_group_for_each_regime(study_file: Callable[..., Path]) -> None:
+    three = [{"name": n, "path": "absent"} for n in "abc"]
+    study = load_study(study_file(seeds=1, models=["sparse_oracle"], regimes=three, mixes={"all": list("abc")}))
+    experts = expand(study)[0].config.operator.experts
+    assert (experts.router.kind, experts.router.groups, experts.num_experts) == ("oracle", 3, 6)
+
+
+def test_axes_vary_the_sparse_model_alone(study_file: Callable[..., Path]) -> None:
+    changes = {"routers": ["token", "two_level"], "balances": ["switch"], "experts": [2, 4], "groups": [2, 4]}
+    cells = expand(load_study(study_file(seeds=1, models=["sparse", "dense_active"], **changes)))
+    names = {cell.label for cell in cells}
+    two_level = {"sparse-two_level-switch-e2-g2", "sparse-two_level-switch-e4-g2", "sparse-two_level-switch-e4-g4"}
+    assert names == {"dense_active", "sparse-token-switch-e2", "sparse-token-switch-e4", *two_level}
+    found = next(c for c in cells if c.label == "sparse-two_level-switch-e4-g4").config.operator.experts
+    assert (found.num_experts, found.router.groups, found.balance.information) == (4, 4, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"modles": []}, "did you mean 'models'?"),
+        ({"scales": {"small": {"sets": []}}}, "did you mean 'set'?"),
+        ({"models": ["spare"]}, "models"),
+        ({"mixes": {"both": ["open_channel", "ocean"]}}, "unknown regimes ['ocean']"),
+        ({"mixes": {"both": ["heat", "heat"]}}, "repeated regimes"),
+        ({"groups": [2]}, "add it to routers"),
+        ({"base": "absent.yaml"}, "cannot read configuration absent.yaml"),
+        ({"experts": [3], "routers": ["two_level"]}, "cell both-sparse-two_level-e3-s0"),
+    ],
+)
+def test_impossible_studies_are_refused_by_name(
+    study_file: Callable[..., Path], changes: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        expand(load_study(study_file(**changes)))
+    assert expected in str(caught.value)
+
+
+def test_scale_with_a_base_of_its_own_leaves_the_studys_changes_behind(study_file: Callable[..., Path]) -> None:
+    path = study_file(set=["operator.train.steps=7"], scales={"paper": {"base": "x.yaml", "seeds": 5}})
+    paper = load_study(path, "paper", overrides=["seed=1"])
+    assert (str(paper.base), paper.set, paper.seeds, paper.name) == ("x.yaml", ("seed=1",), 5, "s-paper")
+    assert load_study(path).set == ("operator.train.steps=7",)
+    with pytest.raises(ConfigError, match="not defined at scale small"):
+        load_study(path, "small")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch" / "configs").glob("study_*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
+def test_every_study_of_the_project_expands(path: Path, scale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    study: StudyConfig = load_study(path, scale)
+    cells = by_name(expand(study, world_size=8 if scale == "paper" else 1))
+    assert len({cell.seed for cell in cells.values()}) == study.seeds >= 3
+    assert {cell.model for cell in cells.values()} == set(study.models)
+
+
+def moe_pot(tree: dict[str, Any], **experts: Any) -> RunConfig:
+    operator = {"kind": "moe_pot", "dim": 32, "depth": 2, "heads": 2, "patch": 4, "field": {"mlp": 32, "decoder": 8}}
+    return config_from_dict({**tree, "operator": {**operator, "experts": experts, "train": {"steps": 1}}})
+
+
+@pytest.mark.parametrize("kind", ["token", "context", "frozen", "hash"])
+def test_work_of_the_sparse_model_is_what_its_real_forward_pass_does(tiny_tree: dict[str, Any], kind: str) -> None:
+    """Against the counter on the routed model itself, with real tokens; its attention is not counted on a CPU."""
+    tree = {**tiny_tree, "operator": {**tiny_tree["operator"], "experts": {"hidden": 32, "router": {"kind": kind}}}}
+    config = config_from_dict(tree)
+    counted = _counted(config)
+    tokens, operator = 8, config.operator
+    attention = 4 * operator.depth * tokens**2 * operator.dim
+    assert forward_flops(config) == pytest.approx(counted + attention, rel=0.005)
+
+
+@pytest.mark.parametrize("top_k", [1, 4])
+def test_work_of_moe_pot_grows_with_top_k_as_its_real_forward_pass_does(tiny_tree: dict[str, Any], top_k: int) -> None:
+    config = moe_pot(tiny_tree, num_experts=16, top_k=top_k)
+    assert forward_flops(config) == pytest.approx(_counted(config), rel=0.005)
+
+
+def _counted(config: RunConfig) -> int:
+    model = build_operator(config).eval()
+    initialise(model, 0)
+    history, static = _inputs(config)
+    torch.manual_seed(0)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(history.normal_(), static.zero_())
+    return int(counter.get_total_flops())
+
+
+def test_backward_pass_costs_twice_the_forward_pass(tiny_tree: dict[str, Any]) -> None:
+    """But for the gradient of the first map's input, which nobody needs; hence at most, and nearly."""
+    operator = {**tiny_tree["operator"], "mixer": "fourier", "experts": {"num_experts": 0, "hidden": 64}}
+    config = config_from_dict({**tiny_tree, "operator": operator})
+    model = build_operator(config)
+    initialise(model, 0)
+    history, static = (x.normal_() for x in _inputs(config))
+    with FlopCounterMode(display=False) as counter:
+        model(history, static).latent.square().mean().backward()
+    both = forward_flops(config) * (1 + BACKWARD)
+    assert 0.85 * both < counter.get_total_flops() <= both
+    assert step_flops(config) == both * config.operator.train.global_batch
