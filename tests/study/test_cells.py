@@ -16,7 +16,7 @@ from shodh.errors import ConfigError
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
 from shodh.study.cells import Cell, expand
-from shodh.study.flops import BACKWARD, _inputs, forward_flops, step_flops
+from shodh.study.flops import BACKWARD, forward_flops, sample_inputs, step_flops
 from shodh.study.measure import model_size
 from shodh.study.settings import StudyConfig, load_study
 
@@ -159,7 +159,7 @@ def test_work_of_moe_pot_grows_with_top_k_as_its_real_forward_pass_does(tiny_tre
 def _counted(config: RunConfig) -> int:
     model = build_operator(config).eval()
     initialise(model, 0)
-    history, static = _inputs(config)
+    history, static = sample_inputs(config, "cpu")
     torch.manual_seed(0)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(history.normal_(), static.zero_())
@@ -172,7 +172,7 @@ def test_backward_pass_costs_twice_the_forward_pass(tiny_tree: dict[str, Any]) -
     config = config_from_dict({**tiny_tree, "operator": operator})
     model = build_operator(config)
     initialise(model, 0)
-    history, static = (x.normal_() for x in _inputs(config))
+    history, static = (x.normal_() for x in sample_inputs(config, "cpu"))
     with FlopCounterMode(display=False) as counter:
         model(history, static).latent.square().mean().backward()
     both = forward_flops(config) * (1 + BACKWARD)
