@@ -15,6 +15,7 @@ from shodh.errors import ConfigError
 ModelName = Literal[
     "sparse",
     "dense_active",
+    "dense_router",
     "dense_total",
     "specialist",
     "specialist_share",
