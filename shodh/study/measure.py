@@ -65,6 +65,7 @@ def measure_cell(
         "cell": cell,
         "steps": config.operator.train.steps,
         **model_size(config),
+        "top_k": config.operator.experts.top_k,
         "flops_per_step": step_flops(config),
         "seconds_per_step": seconds_per_step(folder, config.operator.train.checkpoint_every),
         "measure": measure,
