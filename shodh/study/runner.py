@@ -41,8 +41,12 @@ class Progress:
     stopped: bool = False
 
 
-def run_cells(study: StudyConfig, cells: Sequence[Cell], jobs: int, ranks: Ranks) -> Progress:
+def run_cells(
+    study: StudyConfig, cells: Sequence[Cell], jobs: int, ranks: Ranks, keep_checkpoints: bool = False
+) -> Progress:
     """Train and measure every cell that has no result yet; one that fails does not keep the others from running.
+
+    A measured cell keeps its last checkpoint, or all with ``keep_checkpoints``.
 
     Raises
     ------
@@ -60,7 +64,7 @@ def run_cells(study: StudyConfig, cells: Sequence[Cell], jobs: int, ranks: Ranks
     progress = Progress([cell.name for cell in cells if cell.name not in todo])
     if not todo:
         return progress
-    runner = _Runner(study, jobs, ranks)
+    runner = _Runner(study, jobs, ranks, keep_checkpoints)
     runner.prepare(cells)
     total = sum(cell.config.operator.train.steps for cell in cells)
     done = sum(by_name[name].config.operator.train.steps for name in progress.finished)
@@ -100,22 +104,22 @@ def check_same(cell: Cell) -> None:
 
 
 class _Runner:
-    def __init__(self, study: StudyConfig, jobs: int, ranks: Ranks) -> None:
-        self.study, self.jobs, self.ranks = study, jobs, ranks
+    def __init__(self, study: StudyConfig, jobs: int, ranks: Ranks, keep_checkpoints: bool) -> None:
+        self.study, self.jobs, self.ranks, self.keep_checkpoints = study, jobs, ranks, keep_checkpoints
         self.stopped = threading.Event()
         self._children: set[subprocess.Popen[str]] = set()
         base = study.base_config()
         regimes = {r.name: r for r in base.data.regimes}
         probe = study.plasticity
         self.fresh = None if probe is None else {"probe": to_dict(probe), "regime": to_dict(regimes[probe.regime])}
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._stop)
 
-    def _stop(self, number: int, _: object) -> None:
+    def _stop(self, *_: object) -> None:
         """Hand the signal on: every cell at work saves a checkpoint and ends; no other is started."""
         self.stopped.set()
         for child in list(self._children):
-            child.send_signal(number)
+            child.terminate()
 
     def prepare(self, cells: Sequence[Cell]) -> None:
         config = tokenizer_config(self.study)
@@ -139,8 +143,14 @@ class _Runner:
                 yield cell.name, done.result()
 
     def _cell(self, cell: Cell) -> str | None:
-        job = {"kind": "cell", "cell": cell.describe(), "fresh": self.fresh}
-        return self._job(cell.name, {**job, "gradient_samples": self.study.gradient_samples}, cell.config)
+        job = {
+            "kind": "cell",
+            "cell": cell.describe(),
+            "fresh": self.fresh,
+            "gradient_samples": self.study.gradient_samples,
+            "keep_checkpoints": self.keep_checkpoints,
+        }
+        return self._job(cell.name, job, cell.config)
 
     def _job(self, name: str, job: dict[str, Any], config: RunConfig) -> str | None:
         """Run one job on this rank, with the others on theirs; None, or one line that says what went wrong."""
@@ -159,6 +169,8 @@ class _Runner:
             command = [sys.executable, "-m", "shodh.study.worker", str(path)]
             child = subprocess.Popen(command, env=environment, stdout=stderr, stderr=stderr, text=True)
             self._children.add(child)
+            if self.stopped.is_set():  # The signal came while it was started.
+                child.terminate()
             code = _wait(child, lambda: self.ranks.failed(name))
             self._children.discard(child)
         if code == STOPPED:

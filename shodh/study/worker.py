@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ def train_cell(job: dict[str, Any], config: RunConfig) -> bool:
         fresh = job["fresh"]
         told = None if fresh is None else (PlasticityConfig(**fresh["probe"]), RegimeConfig(**fresh["regime"]))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        measure_cell(job["cell"], config, job["gradient_samples"], told, device)
+        keep = job["keep_checkpoints"]
+        measure_cell(job["cell"], config, job["gradient_samples"], told, device, keep)
     return True
 
 
@@ -59,6 +61,8 @@ def _leave_ranks() -> None:
 
 def main() -> int:
     quiet_logs()
+    # A terminal sends Ctrl-C to the whole group; the study hands it on as SIGTERM, so that a checkpoint is saved.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     job = json.loads(Path(sys.argv[1]).read_text())
     config = config_from_dict(job["config"], sys.argv[1])
     finished = prepare(job, config) if job["kind"] == "prepare" else train_cell(job, config)

@@ -65,6 +65,7 @@ def test_finished_cells_are_kept_and_a_failed_one_is_named(study_file: Path, tmp
     kept = cells / "both-sparse-s0" / "result.json"
     _check_result(json.loads(kept.read_text()))
     assert (kept.parent / "report" / "index.html").exists()
+    assert [path.name for path in (kept.parent / "checkpoints").glob("step_*")] == ["step_00000002"]
 
     before = kept.stat().st_mtime_ns
     again = run_script(STUDY, "--config", study_file, "--only", "both-sparse-s0")

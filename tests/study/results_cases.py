@@ -50,7 +50,9 @@ def result(
         "active_parameters": 5,
         "measure": measure,
         "errors": point(0, errors, measure)["errors"],
-        "history": [{**p, "cosines": {"rest": {"a ~ b": 0.5}}} for p in history],
+        "history": [
+            {**p, "cosines": {"rest": {"a ~ b": 0.5}}, "cosines_within": {"rest": {"a": 0.8}}} for p in history
+        ],
         "plasticity": None,
         "evaluation": {
             "regimes": {
