@@ -68,6 +68,6 @@ def widened_dense(sparse: RunConfig, as_dpot: bool = False) -> dict[str, Any]:
         if abs(found / target - 1) <= TOLERANCE:
             return changes(width)
     raise ConfigError(
-        f"a dense model of equal active size: {section}.{key}={width} gives {found} parameters, and the sparse model has "
+        f"a dense model of equal active size: {section}.{key}={width} gives {found} parameters, and the sparse one has "
         f"{target} active, which is not within {TOLERANCE:.0%}; use dense_active, or a larger operator"
     )
