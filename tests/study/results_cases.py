@@ -46,6 +46,7 @@ def result(
         "steps": steps,
         "flops_per_step": flops,
         "seconds_per_step": 2.0 * flops,
+        "top_k": 1,
         "total_parameters": 10,
         "active_parameters": 5,
         "measure": measure,
