@@ -71,10 +71,22 @@ def _headline(study: StudyConfig, results: Results, missing: dict[str, str]) -> 
     answers = [does_routing_help(results, mix) for mix in results.mixes]
     asked = [a for a in answers if a.verdict != "Not asked"] or answers
     told = [a.text for a in asked] if len(asked) == 1 else ["The reasons, mix by mix, stand below."]
-    text = " ".join([study.question, *told, *_causes(results), what_seeds_can_show(study.seeds)])
-    failed = f" Cells without a result, named below: {len(missing)} of {total}." if missing else ""
+    seeds = min(a.seeds for a in asked)
+    shown = [what_seeds_can_show(seeds)] if seeds else []
+    text = " ".join([study.question, *told, *_causes(results), *shown, *_left_out(results, missing)])
     verdict, tone = _joint(asked)
-    return Headline(verdict, text + failed, tone, numbers, note=RULE)
+    return Headline(verdict, text, tone, numbers, note=RULE)
+
+
+def _left_out(results: Results, missing: dict[str, str]) -> list[str]:
+    """What no comparison counts, in a sentence each: that favours the models which have it."""
+    told = []
+    if missing:
+        told.append(f"Cells without a result, named below: {len(missing)} of {len(results.all) + len(missing)}.")
+    lost = [r.cell["name"] for r in results.all if any(r.test_error(regime) is None for regime in r.regimes)]
+    if lost:
+        told.append(f"Left out of all comparisons, since their error is not finite: {', '.join(lost)}.")
+    return told
 
 
 def _joint(answers: Sequence[Answer]) -> tuple[str, Any]:

@@ -38,11 +38,12 @@ SAID: dict[Verdict, str] = {
 
 @dataclass(frozen=True)
 class Answer:
-    """A verdict in a few words, and the sentences that give its reasons."""
+    """A verdict in a few words, the sentences that give its reasons, and the seeds it rests on."""
 
     verdict: str
     text: str
     tone: Tone
+    seeds: int = 0
 
 
 def paired(results: Results, mix: str, label: str, other: str, reading: str = TEST) -> Comparison | None:
@@ -77,7 +78,7 @@ def does_routing_help(results: Results, mix: str) -> Answer:
         "equal": (f"No difference above {MARGIN:.0%} at equal active size", "fair"),
         "open": ("Undecided: no difference that these seeds can show", "fair"),
     }
-    return Answer(verdicts[against.verdict][0], " ".join(text), verdicts[against.verdict][1])
+    return Answer(verdicts[against.verdict][0], " ".join(text), verdicts[against.verdict][1], against.seeds)
 
 
 def _other_readings(results: Results, mix: str, sparse: str, dense: str) -> list[str]:

@@ -228,6 +228,13 @@ def test_report_of_results(tmp_path: Path) -> None:
         assert (tmp_path / "s" / "report" / f"{name}.png").stat().st_size > 0 and name in page
 
 
+def test_a_model_that_diverged_is_named_and_not_passed_over(tmp_path: Path) -> None:
+    results = study_of([0.80, 0.81, 0.79, 0.8], [1.0] * 4)
+    results.all[0].values["errors"]["a"]["model"] = None
+    text = write_study_report(study_settings(tmp_path), [], results)
+    assert "not finite: both-sparse-s0." in text and "lower in 3 of 3 seeds" in text and "With 3 seeds" in text
+
+
 def test_figures_of_many_panels_show_the_first_and_say_so() -> None:
     many = {str(n): {"sparse": [(1.0, 2.0), (2.0, 1.0)]} for n in range(plots.MAX_PANELS + 3)}
     figure = plots.lines(many, "step", "error", False)
