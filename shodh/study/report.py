@@ -332,6 +332,7 @@ def _plasticity(results: Results) -> Section | None:
 def _cells(results: Results, missing: dict[str, str]) -> Section | None:
     text = (
         "Each is a run folder of its own under cells/, with a report of its own. dense_active and dense_total lack the "
-        "router's weights, and nothing else; dense_router is wider by as many."
+        "router's weights, and nothing else; dense_router is wider by as many, and its steps cost more where a "
+        "gate decides once a sample."
     )
     return _section("cells", "Cells", text, {"cells": tables.cell_table(results, missing)})

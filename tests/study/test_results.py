@@ -235,6 +235,16 @@ def test_a_model_that_diverged_is_named_and_not_passed_over(tmp_path: Path) -> N
     assert "not finite: both-sparse-s0." in text and "lower in 3 of 3 seeds" in text and "With 3 seeds" in text
 
 
+def test_table_of_all_pairs_is_adjusted_for_their_number() -> None:
+    """Three models, so three pairs a reading; the clearest one must be three times as clear."""
+    table = tables.comparison_table(study_of([0.8, 0.81, 0.79], [1.0, 1.01, 0.98], sparse_hash=[0.9, 1.0, 1.1]))
+    rows = [dict(zip(table.header, row, strict=True)) for row in table.rows]
+    of_test = [row for row in rows if row["reading"] == "test"]
+    clearest = min(of_test, key=lambda row: row["p paired t"])
+    assert len(of_test) == 3 and clearest["p Holm"] == pytest.approx(3 * clearest["p paired t"])
+    assert {row["reading"] for row in rows} == {"test", "flops", "seconds", "rollout"}
+
+
 def test_figures_of_many_panels_show_the_first_and_say_so() -> None:
     many = {str(n): {"sparse": [(1.0, 2.0), (2.0, 1.0)]} for n in range(plots.MAX_PANELS + 3)}
     figure = plots.lines(many, "step", "error", False)
