@@ -175,7 +175,7 @@ class _Runner:
             self._children.discard(child)
         if code == STOPPED:
             self.stopped.set()
-        line = None if code == 0 else f"{last_error(log)} (exit code {code}; see {log})"
+        line = None if code == 0 else f"{what_ended(code, log)}; see {log}"
         return self.ranks.finish(name, line)
 
 
@@ -189,6 +189,13 @@ def _wait(child: subprocess.Popen[str], failed_elsewhere: Callable[[], bool], pa
             child.kill()
         time.sleep(0.1)
     return child.wait()
+
+
+def what_ended(code: int, log: Path) -> str:
+    """The error of a job that ended with this code; one that a signal ended had no time to say why."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"{last_error(log)} (exit code {code})"
 
 
 def last_error(log: Path) -> str:
