@@ -9,7 +9,7 @@ from shodh.config.data import DataConfig, FieldConfig, RegimeConfig
 from shodh.config.experts import BalanceConfig, ExpertsConfig, RouterConfig, TemperatureSchedule
 from shodh.config.operator import FieldSpaceConfig, OperatorConfig
 from shodh.config.reading import apply_overrides, config_from_dict, dump_config, load_config, to_dict
-from shodh.config.run import EvaluationConfig, FamilyConfig, ParallelConfig, RunConfig
+from shodh.config.run import EvaluationConfig, FamilyConfig, FinetuneConfig, ParallelConfig, RunConfig
 from shodh.config.tokenizer import TokenizerConfig, TokenizerLoss
 from shodh.config.training import TrainConfig
 
@@ -22,6 +22,7 @@ __all__ = [
     "FieldConfig",
     "FieldSpaceConfig",
     "FileFormat",
+    "FinetuneConfig",
     "OperatorConfig",
     "ParallelConfig",
     "RegimeConfig",

@@ -67,12 +67,17 @@ class RegimeConfig(Section):
     channels: tuple[str, ...] | None = Field(
         None, description="names of an array's channels, where it has none; a repeated name is a vector"
     )
+    trajectories: tuple[Count, ...] | None = Field(
+        None, min_length=1, description="numbers of the training trajectories that are learned from; null: all"
+    )
     axes: str | None = Field(None, description="letters of an array's axes: n(umber), t, x, y, z, c(hannel); nxytc")
 
     @model_validator(mode="after")
     def _check(self) -> RegimeConfig:
         if not self.split[0] > 0:
             raise ValueError(f"split {list(self.split)}: the share of the training trajectories must be positive")
+        if self.trajectories is not None and len(set(self.trajectories)) < len(self.trajectories):
+            raise ValueError(f"trajectories {list(self.trajectories)} are repeated; name each once")
         return self
 
 

@@ -84,6 +84,11 @@ class ExpertsConfig(Section):
     )
     hidden: PositiveInt = Field(256, description="hidden width of one expert; form linear: its output width")
     num_shared: Count = 1
+    num_added: Count = Field(
+        0,
+        description="experts added to a trained model: every token meets them beside its top-k, each weighted by a "
+        "gate of its own; they start with zero output",
+    )
     shared_combine: Literal["sum", "mean"] = Field("sum", description="of the shared experts' outputs")
     activation: Literal["swiglu", "bilinear", "gelu"] = Field(
         "swiglu", description="form gated: swiglu and bilinear have a gate, gelu has none"
@@ -97,6 +102,8 @@ class ExpertsConfig(Section):
         if halved and self.hidden % 16:
             raise ValueError(f"hidden={self.hidden} must be a multiple of 16: its rows are kept in two halves")
         if self.num_experts == 0:
+            if self.num_added:
+                raise ValueError(f"num_added={self.num_added} experts stand beside routed ones; num_experts is 0")
             return self
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}")

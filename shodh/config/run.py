@@ -47,6 +47,15 @@ class FamilyConfig(Section):
         return self
 
 
+class FinetuneConfig(Section):
+    """Which weights of a run are trained; the others stay bitwise as they are given."""
+
+    train: Literal["all", "experts", "new_expert"] = Field(
+        "all", description="all weights; the routed experts alone; or the experts of operator.experts.num_added alone"
+    )
+    router: bool = Field(False, description="train experts: the router too")
+
+
 class RunConfig(Section):
     """Everything about one run."""
 
@@ -63,6 +72,22 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     family: FamilyConfig | None = Field(None, description="for tools/merge_experts.py; null: no family")
+    finetune: FinetuneConfig | None = Field(None, description="train some weights alone; null: all of them")
+
+    @model_validator(mode="after")
+    def _check_finetune(self) -> RunConfig:
+        experts, tuned = self.operator.experts, self.finetune
+        if tuned is None or tuned.train == "all":
+            return self
+        if experts.num_experts == 0:
+            raise ValueError(
+                f"finetune.train={tuned.train}: the model is dense, without routed experts (num_experts=0); train all"
+            )
+        if tuned.train == "new_expert" and experts.num_added == 0:
+            raise ValueError("finetune.train=new_expert needs operator.experts.num_added of at least 1")
+        if tuned.router and tuned.train != "experts":
+            raise ValueError(f"finetune.router is of train=experts; train={tuned.train} trains its own")
+        return self
 
     @model_validator(mode="after")
     def _check_oracle(self) -> RunConfig:

@@ -23,6 +23,11 @@ class TokenizerConfig(Section):
     """Convolutional autoencoder, 8x per axis, with a divergence-free velocity decoder."""
 
     run: Path | None = Field(None, description="run folder of the tokenizer; null: runs/<name>-tokenizer")
+    unseen_regimes: bool = Field(
+        False,
+        description="use a trained tokenizer for regimes that it did not learn, too: they are normalised by their own "
+        "training statistics, and need a set of fields that it knows",
+    )
     latent_channels: PositiveInt = 32
     strides: tuple[PositiveInt, ...] = Field((2, 2, 2), description="downsampling of each stage; their product is 8")
     widths: tuple[PositiveInt, ...] = Field((32, 64, 128), description="channels of each stage, after its downsampling")

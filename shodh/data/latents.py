@@ -40,6 +40,8 @@ def data_identity(sources: Iterable[RegimeSource]) -> str:
     for source in sources:
         wanted = (source.name, source.fields, source.present, source.mapping, source.placement, source.opening)
         digest.update(repr(wanted).encode())
+        if source.trajectories is not None:
+            digest.update(repr(source.trajectories).encode())
         for split in SPLITS:
             for file in source.files[split]:
                 status = file.path.stat()

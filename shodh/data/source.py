@@ -17,7 +17,7 @@ import numpy as np
 from shodh.data.formats import FileHints, TrajectoryFile
 from shodh.data.formats.base import rescale_
 from shodh.data.formats.splits import SPLITS as SPLITS
-from shodh.data.formats.splits import Split, open_splits
+from shodh.data.formats.splits import FileView, Split, open_splits
 from shodh.data.stats import KEYS, Statistics, compute_statistics, read_stats
 from shodh.errors import ConfigError, DataError
 from shodh.fields import Boundary, Field, Placement, RegimeSchema
@@ -62,6 +62,8 @@ class RegimeSource:
         What the format does not say: boundary, lengths, time between frames.
     split : 3 numbers
         Shares of train, valid and test, for files that are not split.
+    trajectories : sequence of int, optional
+        Numbers of the training trajectories that are used, statistics included; all of them if omitted.
 
     Raises
     ------
@@ -85,6 +87,7 @@ class RegimeSource:
         split: Sequence[float] = (0.8, 0.1, 0.1),
         only: Sequence[str] | None = None,
         layers: int | None = None,
+        trajectories: Sequence[int] | None = None,
     ) -> None:
         self.name = name
         self.path = Path(path)
@@ -106,8 +109,27 @@ class RegimeSource:
             )
         for file in (f for files in self.files.values() for f in files):
             self._check_file(file)
+        self.trajectories = None if trajectories is None else tuple(sorted(trajectories))
+        if self.trajectories is not None:
+            self.files["train"] = self._chosen(self.files["train"], self.trajectories)
         RegimeSchema(name, self.present, self.boundary)  # Refuses fields that do not go with the boundary.
         self._starts = {s: [0, *accumulate(f.num_trajectories for f in fs)] for s, fs in self.files.items()}
+
+    def _chosen(self, files: Sequence[TrajectoryFile], numbers: Sequence[int]) -> list[TrajectoryFile]:
+        """Views of the files that hold the trajectories of these numbers."""
+        chosen: list[TrajectoryFile] = []
+        start = 0
+        for file in files:
+            local = [n - start for n in numbers if start <= n < start + file.num_trajectories]
+            if local:
+                chosen.append(FileView(file, local, range(file.num_frames)))
+            start += file.num_trajectories
+        if beyond := [n for n in numbers if n >= start]:
+            raise DataError(
+                f"regime {self.name!r}: training trajectories {beyond} are asked for, and {self.path} has {start}, "
+                "numbered from 0"
+            )
+        return chosen
 
     @property
     def _first(self) -> TrajectoryFile:
@@ -199,14 +221,20 @@ class RegimeSource:
         """Statistics of the training split, by our field names.
 
         Taken from ``stats.yaml`` beside the data; computed from the training files, and logged, where that is missing
-        or lacks a field. A vector that is averaged onto faces on reading has the statistics of the stored one.
+        or lacks a field. Of chosen trajectories it is always computed, from these alone. A vector that is averaged onto faces on reading has the statistics of the stored one.
         """
         wanted = {f.name: stored for f in self.present if (stored := self._stored_name[f.name]) is not None}
+        if self.trajectories is not None:
+            return self._by_our_names(compute_statistics(self.files["train"], list(wanted.values())), wanted)
         path = self.path / "stats.yaml"
         statistics = read_stats(path) if path.is_file() else {key: {} for key in KEYS}
         if any(stored not in statistics[key] for stored in wanted.values() for key in ("mean", "std")):
             log.warning("%s: no statistics of %s; computing them from the training files", path, sorted(wanted))
             statistics = compute_statistics(self.files["train"], list(wanted.values()))
+        return self._by_our_names(statistics, wanted)
+
+    @staticmethod
+    def _by_our_names(statistics: Statistics, wanted: Mapping[str, str]) -> Statistics:
         return {
             key: {ours: values[stored] for ours, stored in wanted.items() if stored in values}
             for key, values in statistics.items()

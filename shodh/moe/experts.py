@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh.config import ExpertsConfig
+from shodh.moe.gates import Gate
 from shodh.moe.router import SemanticRouter
 from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing
 from shodh.seeding import Key, generator
@@ -166,14 +167,51 @@ def build_stack(config: ExpertsConfig, dim: int) -> RoutedExperts:
     return ExpertStack(config.num_experts, dim, config.hidden, config.activation)
 
 
+class AddedExperts(nn.Module):
+    """``sum_j sigmoid(g_j . x) f_j(x)`` of ``config.num_added`` experts: ``[B, S, D] -> [B, S, O]``.
+
+    They take no token from the experts that were there before: a hard top-k over old and new ones would either never
+    choose a new expert, which then learns nothing, or change what is known from the first step on. Each has a gate of
+    its own, of the token or, with granularity sample, of the sample mean; ``f_j`` starts as zero, so that the model
+    starts bitwise as it was given, with a gradient. All ranks hold all of them, so any expert-parallel degree fits.
+    """
+
+    def __init__(self, config: ExpertsConfig, dim: int) -> None:
+        super().__init__()
+        self.num_added = config.num_added
+        self.width = output_width(config, dim)
+        self.of_sample = config.router.granularity == "sample"
+        self.gate = Gate(dim, config.num_added, "softmax", 0, 1.0)
+        self.stack = build_stack(config.model_copy(update={"num_experts": config.num_added}), dim)
+        # The last map of gated experts; form linear has one map, in halves.
+        zeroed = ("w1", "w3") if config.form == "linear" else ("w2",)
+        self.initial_gain = {f"stack.{name}": 0.0 for name in zeroed}
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits, _ = self.gate(x.float().mean(1, keepdim=True) if self.of_sample else x)
+        weights = torch.sigmoid(logits)
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.zeros((*x.shape[:-1], self.width), dtype=weights.dtype, device=x.device)
+        for expert in range(self.num_added):
+            values = self.stack(rows, expert).view(out.shape).to(out.dtype)
+            out = out + weights[..., expert : expert + 1] * values
+        return out.to(x.dtype)
+
+
+def build_added(config: ExpertsConfig, dim: int) -> AddedExperts | None:
+    """The added experts of a layer; None where the configuration has none."""
+    return AddedExperts(config, dim) if config.num_added else None
+
+
 class ExpertLayerReference(nn.Module):
     """The expert layer in plain torch: one device, all experts, any float dtype, no DeepSpeed.
 
     The reference of every test, and what runs wherever DeepSpeed is not installed.
 
     ``forward(x [B, S, D], inputs) -> (output [B, S, O], Routing)``: shared experts always on, plus the chosen experts
-    weighted by their soft scores and combined in float32. ``O`` is ``D``, but ``config.hidden`` for form linear;
-    ``inputs`` is what noisy and oracle routers are given (`shodh.moe.routing.RouterInputs`).
+    weighted by their soft scores and combined in float32, plus added experts where the configuration has some. ``O``
+    is ``D``, but ``config.hidden`` for form linear; ``inputs`` is what noisy and oracle routers are given
+    (`shodh.moe.routing.RouterInputs`).
     """
 
     def __init__(self, config: ExpertsConfig, dim: int) -> None:
@@ -183,6 +221,7 @@ class ExpertLayerReference(nn.Module):
         self.router = SemanticRouter(config, dim)
         self.experts = build_stack(config, dim)
         self.shared_experts = build_dense(config, dim, config.num_shared) if config.num_shared else None
+        self.added_experts = build_added(config, dim)
 
     def forward(self, x: Tensor, inputs: RouterInputs = NO_INPUTS) -> tuple[Tensor, Routing]:
         batch, tokens, dim = x.shape
@@ -198,4 +237,6 @@ class ExpertLayerReference(nn.Module):
         combined = out.sum(1).to(x.dtype).view(batch, tokens, self.width)
         if self.shared_experts is not None:
             combined = combined + self.shared_experts(x)
+        if self.added_experts is not None:
+            combined = combined + self.added_experts(x)
         return combined, self.router.take()

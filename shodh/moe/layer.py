@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh.config import ExpertsConfig
-from shodh.moe.experts import bilinear, build_dense, gelu, inner_rows, output_width, reset_experts
+from shodh.moe.experts import bilinear, build_added, build_dense, gelu, inner_rows, output_width, reset_experts
 from shodh.moe.groups import decay_groups
 from shodh.moe.router import SemanticRouter
 from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing
@@ -118,7 +118,7 @@ def _mark_replicated(module: nn.Module) -> None:
 
 
 class ExpertLayer(AutoEPMoELayer):
-    """Shared experts plus top-k routed experts spread over ``ep_size`` ranks.
+    """Shared and added experts plus top-k routed experts spread over ``ep_size`` ranks.
 
     ``forward(x [B, S, D], inputs) -> (output [B, S, O], Routing)``, as `shodh.moe.experts.ExpertLayerReference`, with
     the same parameter names; ``experts.w*`` hold this rank's experts only. On CUDA the shared experts run on a side
@@ -139,6 +139,7 @@ class ExpertLayer(AutoEPMoELayer):
         _mark_replicated(self.router)
         if config.form == "linear":
             self.experts: nn.Module = _LinearExperts(self.experts, dim)
+        self.added_experts = build_added(config, dim)
         self._shared_output: Tensor | None = None
         self._side_stream: torch.cuda.Stream | None = None
 
@@ -156,9 +157,10 @@ class ExpertLayer(AutoEPMoELayer):
         batch, tokens, _ = hidden_states.shape
         self.router.prepare((batch, tokens), inputs)
         self._start_shared(hidden_states)
-        if self.width > self.dim:
-            hidden_states = F.pad(hidden_states, (0, self.width - self.dim))
-        output = super().forward(hidden_states)
+        rows = F.pad(hidden_states, (0, self.width - self.dim)) if self.width > self.dim else hidden_states
+        output = super().forward(rows)
+        if self.added_experts is not None:
+            output = output + self.added_experts(hidden_states)
         return output, self.router.take()
 
     def _start_shared(self, x: Tensor) -> None:

@@ -196,7 +196,7 @@ def _configure(
         "checkpoint_every": every,
         "keep_checkpoints": steps,  # All; they are dropped when the cell is measured.
     }
-    changed = _merge(
+    changed = merge_settings(
         tree,
         {
             "name": name,
@@ -223,10 +223,10 @@ def tokenizer_dir(study: StudyConfig, base: RunConfig) -> Any:
     return base.tokenizer.run or study.folder / "tokenizer"
 
 
-def _merge(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merge_settings(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """``changes`` put over ``tree``, nested mappings key by key."""
     merged = dict(tree)
     for key, value in changes.items():
         nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if nested else value
+        merged[key] = merge_settings(merged[key], value) if nested else value
     return merged

@@ -32,7 +32,7 @@ def read_results(cells: Sequence[Cell]) -> Results:
 def write_study_report(study: StudyConfig, cells: Sequence[Cell], results: Results | None = None) -> str:
     """Write ``<study>/report`` from ``results``, by default of the cells that are finished; returns its top as text."""
     results = read_results(cells) if results is None else results
-    failures = read_failures(study)
+    failures = read_failures(study.folder)
     have = {r.cell["name"] for r in results.all}
     missing = {c.name: failures.get(c.name, "not run yet") for c in cells if c.name not in have}
     headline = _headline(study, results, missing)

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
@@ -41,19 +41,75 @@ class Progress:
     stopped: bool = False
 
 
+class Runnable(Protocol):
+    """What a runner needs of a cell: a name, and the configuration of its run."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def config(self) -> RunConfig: ...
+
+
+CellType = TypeVar("CellType", bound=Runnable)
+
+
 def run_cells(
     study: StudyConfig, cells: Sequence[Cell], jobs: int, ranks: Ranks, keep_checkpoints: bool = False
 ) -> Progress:
-    """Train and measure every cell that has no result yet; one that fails does not keep the others from running.
+    """Train and measure every cell of a study that has no result yet; see `run_jobs`.
 
     A measured cell keeps its last checkpoint, or all with ``keep_checkpoints``.
 
     Raises
     ------
-    ConfigError
-        Side by side and on several ranks at once; or a cell's folder holds a run with other settings.
     ShodhError
         The tokenizer, which all cells need, could not be trained.
+    """
+    regimes = {r.name: r for r in study.base_config().data.regimes}
+    probe = study.plasticity
+    fresh = None if probe is None else {"probe": to_dict(probe), "regime": to_dict(regimes[probe.regime])}
+    common = {
+        "kind": "cell",
+        "fresh": fresh,
+        "gradient_samples": study.gradient_samples,
+        "keep_checkpoints": keep_checkpoints,
+    }
+
+    def prepare(runner: Runner) -> None:
+        _prepare_tokenizer(runner, study, cells)
+
+    return run_jobs(
+        study.folder, cells, lambda cell: {**common, "cell": cell.describe()}, jobs, ranks, study.name, prepare
+    )
+
+
+def run_jobs(
+    folder: Path,
+    cells: Sequence[CellType],
+    describe: Callable[[CellType], dict[str, Any]],
+    jobs: int,
+    ranks: Ranks,
+    title: str,
+    prepare: Callable[[Runner], None] = lambda runner: None,
+) -> Progress:
+    """Run the job of every cell that has no result yet; one that fails does not keep the others from running.
+
+    Parameters
+    ----------
+    folder : Path
+        Where jobs, their logs and the failures are kept.
+    describe : callable
+        The job of a cell, for `shodh.study.worker`; its configuration is added.
+    title : str
+        Of the progress bar.
+    prepare : callable
+        Called before the first cell, if there is one to run.
+
+    Raises
+    ------
+    ConfigError
+        Side by side and on several ranks at once; or a cell's folder holds a run with other settings.
     """
     if jobs > 1 and ranks.world > 1:
         raise ConfigError(f"--jobs {jobs} is for cells on one rank each; on {ranks.world} ranks they run one by one")
@@ -64,38 +120,40 @@ def run_cells(
     progress = Progress([cell.name for cell in cells if cell.name not in todo])
     if not todo:
         return progress
-    runner = _Runner(study, jobs, ranks, keep_checkpoints)
-    runner.prepare(cells)
+    runner = Runner(folder, jobs, ranks)
+    prepare(runner)
     total = sum(cell.config.operator.train.steps for cell in cells)
     done = sum(by_name[name].config.operator.train.steps for name in progress.finished)
     hidden = ranks.rank != 0 or not sys.stderr.isatty()
-    with tqdm(total=total, initial=done, unit="step", desc=study.name, disable=hidden) as bar:
-        for name, line in runner.run([by_name[name] for name in todo], bar):
+    with tqdm(total=total, initial=done, unit="step", desc=title, disable=hidden) as bar:
+        for name, line in runner.run([(by_name[name], describe(by_name[name])) for name in todo], bar):
             if line is None:
                 progress.finished.append(name)
             elif not runner.stopped.is_set():
                 progress.failed[name] = line
     progress.stopped = runner.stopped.is_set()
     if ranks.rank == 0:
-        failed = {**read_failures(study), **progress.failed}
-        write_atomically(study.folder / FAILURES, json.dumps(failed, indent=1) + "\n")
+        failed = {**read_failures(folder), **progress.failed}
+        write_atomically(folder / FAILURES, json.dumps(failed, indent=1) + "\n")
     return progress
 
 
-def read_failures(study: StudyConfig) -> dict[str, str]:
+def read_failures(folder: Path) -> dict[str, str]:
     """Cells that have failed, and why, when they last did; some may be finished by now."""
-    path = study.folder / FAILURES
+    path = folder / FAILURES
     failed: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
     return failed
 
 
-def check_same(cell: Cell) -> None:
-    """Refuse a cell whose folder was made by a study with other settings."""
+def check_same(cell: Runnable) -> None:
+    """Refuse a cell whose folder was made with other settings."""
     path = cell.config.run_dir / "config.yaml"
     if not path.exists():
         return
     old, new = to_dict(RunFolder(cell.config.run_dir).config()), to_dict(cell.config)
-    changed = [key for key in ("seed", "data", "tokenizer", "operator", "evaluation") if old[key] != new[key]]
+    changed = [
+        key for key in ("seed", "data", "tokenizer", "operator", "evaluation", "finetune") if old[key] != new[key]
+    ]
     if changed:
         raise ConfigError(
             f"cell {cell.name} in {cell.config.run_dir} has other settings of {' and '.join(changed)}; choose another "
@@ -103,15 +161,26 @@ def check_same(cell: Cell) -> None:
         )
 
 
-class _Runner:
-    def __init__(self, study: StudyConfig, jobs: int, ranks: Ranks, keep_checkpoints: bool) -> None:
-        self.study, self.jobs, self.ranks, self.keep_checkpoints = study, jobs, ranks, keep_checkpoints
+def _prepare_tokenizer(runner: Runner, study: StudyConfig, cells: Sequence[Cell]) -> None:
+    """Train the tokenizer of a study on latents, and encode the data once for every mix."""
+    config = tokenizer_config(study)
+    if config.operator.in_field_space:
+        return
+    mixes = list(dict.fromkeys(cell.regimes for cell in cells))
+    if study.plasticity is not None:
+        mixes.append((study.plasticity.regime,))
+    line = runner.job("tokenizer", {"kind": "prepare", "mixes": list(dict.fromkeys(mixes))}, config)
+    if line is not None and not runner.stopped.is_set():
+        raise ShodhError(f"the tokenizer of the study could not be made: {line}")
+
+
+class Runner:
+    """Starts jobs in processes of their own, and hands signals on to them."""
+
+    def __init__(self, folder: Path, jobs: int, ranks: Ranks) -> None:
+        self.folder, self.jobs, self.ranks = folder, jobs, ranks
         self.stopped = threading.Event()
         self._children: set[subprocess.Popen[str]] = set()
-        base = study.base_config()
-        regimes = {r.name: r for r in base.data.regimes}
-        probe = study.plasticity
-        self.fresh = None if probe is None else {"probe": to_dict(probe), "regime": to_dict(regimes[probe.regime])}
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._stop)
 
@@ -121,42 +190,21 @@ class _Runner:
         for child in list(self._children):
             child.terminate()
 
-    def prepare(self, cells: Sequence[Cell]) -> None:
-        config = tokenizer_config(self.study)
-        if config.operator.in_field_space:
-            return
-        mixes = list(dict.fromkeys(cell.regimes for cell in cells))
-        if self.study.plasticity is not None:
-            mixes.append((self.study.plasticity.regime,))
-        line = self._job("tokenizer", {"kind": "prepare", "mixes": list(dict.fromkeys(mixes))}, config)
-        if line is not None and not self.stopped.is_set():
-            raise ShodhError(f"the tokenizer of the study could not be made: {line}")
-
-    def run(self, cells: Sequence[Cell], bar: Any) -> Any:
+    def run(self, work: Sequence[tuple[Runnable, dict[str, Any]]], bar: Any) -> Iterator[tuple[str, str | None]]:
         """Yield (name, None or the last line of the error) of each cell as it ends."""
         with ThreadPoolExecutor(self.jobs) as pool:
-            waiting = {pool.submit(self._cell, cell): cell for cell in cells}
+            waiting = {pool.submit(self.job, cell.name, job, cell.config): cell for cell, job in work}
             for done in as_completed(waiting):
                 cell = waiting[done]
                 bar.set_postfix_str(cell.name)
                 bar.update(cell.config.operator.train.steps)
                 yield cell.name, done.result()
 
-    def _cell(self, cell: Cell) -> str | None:
-        job = {
-            "kind": "cell",
-            "cell": cell.describe(),
-            "fresh": self.fresh,
-            "gradient_samples": self.study.gradient_samples,
-            "keep_checkpoints": self.keep_checkpoints,
-        }
-        return self._job(cell.name, job, cell.config)
-
-    def _job(self, name: str, job: dict[str, Any], config: RunConfig) -> str | None:
+    def job(self, name: str, job: dict[str, Any], config: RunConfig) -> str | None:
         """Run one job on this rank, with the others on theirs; None, or one line that says what went wrong."""
         if self.stopped.is_set():
             return "not started"
-        path = self.study.folder / "jobs" / f"{name}.json"
+        path = self.folder / "jobs" / f"{name}.json"
         if self.ranks.rank == 0:
             write_atomically(path, json.dumps({**job, "config": to_dict(config)}, indent=1) + "\n")
         log = path.with_suffix(f".rank{self.ranks.rank}.log" if self.ranks.world > 1 else ".log")

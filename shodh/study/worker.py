@@ -18,6 +18,8 @@ import torch.distributed as dist
 from shodh.config import RegimeConfig, RunConfig, config_from_dict
 from shodh.study.measure import measure_cell
 from shodh.study.settings import PlasticityConfig
+from shodh.study.tuning.cells import ZERO_SHOT
+from shodh.study.tuning.measure import measure_tuning
 from shodh.train.jobs import open_data, pretrain, train_tokenizer
 from shodh.train.latents import TOKENIZER_FILE
 from shodh.train.runtime import quiet_logs, rank, run_ranks, start_distributed
@@ -37,6 +39,20 @@ def train_cell(job: dict[str, Any], config: RunConfig) -> bool:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         keep = job["keep_checkpoints"]
         measure_cell(job["cell"], config, job["gradient_samples"], told, device, keep)
+    return True
+
+
+def tune_cell(job: dict[str, Any], config: RunConfig) -> bool:
+    """Train from the given weights, or from scratch, on all ranks, or not at all; then rank 0 measures."""
+    start = None if job["start"] is None else Path(job["start"])
+    untrained = job["cell"]["way"] == ZERO_SHOT
+    if not untrained and not pretrain(config, "auto", start):
+        return False
+    first = rank() == 0
+    _leave_ranks()
+    if first:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        measure_tuning(job["cell"], config, start if untrained else None, device)
     return True
 
 
@@ -65,7 +81,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     job = json.loads(Path(sys.argv[1]).read_text())
     config = config_from_dict(job["config"], sys.argv[1])
-    finished = prepare(job, config) if job["kind"] == "prepare" else train_cell(job, config)
+    finished = {"prepare": prepare, "cell": train_cell, "tune": tune_cell}[job["kind"]](job, config)
     return 0 if finished else STOPPED
 
 

@@ -118,10 +118,11 @@ def set_masters(engine: Any, state: Mapping[str, Tensor]) -> None:
     Parameters
     ----------
     state : mapping
-        Weights by name, of stacked experts this rank's; those that are not float32 are left out.
+        Weights by name, of stacked experts this rank's; those that are not float32 are left out, and so are frozen
+        ones, which no optimiser has.
     """
     for name, parameter in engine.module.named_parameters():
-        if state[name].dtype != torch.float32:
+        if state[name].dtype != torch.float32 or not parameter.requires_grad:
             continue
         value = state[name].flatten().to(parameter.device)
         if hasattr(parameter, "ds_id"):

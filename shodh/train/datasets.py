@@ -104,6 +104,7 @@ def open_regimes(config: DataConfig, normalizer: FieldNormalizer | None = None, 
             placement=placement,
             only=config.present(regime),
             layers=config.cells[2] if extrude else None,
+            trajectories=regime.trajectories,
             **opening(regime),
         )
         if source.grid != (config.cells if extrude else config.grid):

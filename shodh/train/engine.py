@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,22 @@ class MovementCheck:
         return still
 
 
+@contextmanager
+def _experts_may_be_frozen(groups: list[dict[str, Any]]) -> Iterator[None]:
+    """ZeRO 1 and 2 insist on a group of experts in the optimiser; where all are frozen they are to find none."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Zero
+
+    configure = Zero._configure_moe_settings
+    if not any(group.get("moe") for group in groups):
+        Zero._configure_moe_settings = lambda self: setattr(  # type: ignore[method-assign]
+            self, "is_moe_param_group", [False] * len(self.optimizer.param_groups)
+        )
+    try:
+        yield
+    finally:
+        Zero._configure_moe_settings = configure  # type: ignore[method-assign]
+
+
 def build_engine(
     model: nn.Module,
     groups: list[dict[str, Any]],
@@ -159,6 +177,7 @@ def build_engine(
     check_groups(model, groups)
     optimizer = adamw(groups, train.lr, train.betas, kernels)
     log.info("kernels: %s", describe_kernels(kernels))
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(deepspeed_config))
+    with _experts_may_be_frozen(groups):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(deepspeed_config))
     keep_float32(engine.module)
     return engine

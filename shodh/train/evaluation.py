@@ -7,7 +7,7 @@ set beside that of persistence (the last known frame) on the same windows, and b
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from shodh.data import Split
+from shodh.config import RunConfig
+from shodh.data import FieldNormalizer, Split
 from shodh.errors import CheckpointError
 from shodh.models.factory import build_operator
 from shodh.moe.routing import regime_information
-from shodh.train.checkpoint import WEIGHTS, load_into, load_weights, read_manifest
+from shodh.train.checkpoint import WEIGHTS, load_into, load_weights, read_initial_weights, read_manifest
 from shodh.train.field_evaluation import FieldEvaluation
 from shodh.train.field_task import open_fields, read_normalizer
 from shodh.train.latent_evaluation import LatentEvaluation
@@ -46,15 +47,37 @@ def open_run(run: Path, checkpoint: str | None, device: torch.device) -> Evaluat
         raise CheckpointError(f"{run} has no complete checkpoint yet")
     weights = folder.checkpoints / tag / WEIGHTS
     read_manifest(weights.parent)
+    normalizer = read_normalizer(run) if config.operator.in_field_space else None
+    return _opened(config, folder, tag, load_weights(weights), weights, normalizer, device)
+
+
+def open_given(config: RunConfig, weights: Path, device: torch.device) -> Evaluator:
+    """Weights of an operator (`read_initial_weights`) on the regimes of a configuration, which they need not know.
+
+    Fields are normalised by the regimes' own training statistics.
+    """
+    folder = RunFolder(config.run_dir)
+    return _opened(config, folder, weights.name, read_initial_weights(weights), weights, None, device)
+
+
+def _opened(
+    config: RunConfig,
+    folder: RunFolder,
+    checkpoint: str,
+    state: Mapping[str, Tensor],
+    source: Path,
+    normalizer: FieldNormalizer | None,
+    device: torch.device,
+) -> Evaluator:
     operator = build_operator(config)
-    load_into(operator, load_weights(weights), weights)
+    load_into(operator, state, source)
     trained: TrainedTokenizer | None = None
     if config.operator.in_field_space:
-        regimes = open_fields(config, read_normalizer(run))
+        regimes = open_fields(config, normalizer)
     else:
         regimes, trained = open_for_operator(config)
         trained.model.to(device)
-    return Evaluator(config, folder, tag, regimes, trained, operator.to(device).eval(), device)
+    return Evaluator(config, folder, checkpoint, regimes, trained, operator.to(device).eval(), device)
 
 
 def _measures(evaluator: Evaluator, split: Split) -> Callable[[int], RegimeEvaluation]:

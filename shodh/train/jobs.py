@@ -24,6 +24,7 @@ from shodh.models.domain import add_walls
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
 from shodh.models.tokenizer import Tokenizer
+from shodh.moe.groups import added_weights, freeze_others
 from shodh.topology import Topology, plan_topology
 from shodh.train.checkpoint import (
     WEIGHTS,
@@ -79,7 +80,7 @@ def _check_same_run(config: RunConfig, folder: RunFolder) -> None:
         for stage in ("tokenizer", "operator"):
             del tree[stage]["train"]  # How long and how fast may change; what is learned, and from what, may not.
         del tree["tokenizer"]["run"]
-    changed = [key for key in ("seed", "data", "tokenizer", "operator") if old[key] != new[key]]
+    changed = [key for key in ("seed", "data", "tokenizer", "operator", "finetune") if old[key] != new[key]]
     if changed:
         raise ConfigError(
             f"{folder.path} was started with other settings of {' and '.join(changed)}; resume with its own "
@@ -225,6 +226,28 @@ def publish_tokenizer(config: RunConfig, regimes: Regimes, folder: RunFolder, de
     log.info("tokenizer written to %s", final)
 
 
+def plan_operator(config: RunConfig, world_size: int) -> tuple[Topology, dict[str, Any]]:
+    """How an operator's ranks are laid out, and the DeepSpeed configuration of its training.
+
+    Raises
+    ------
+    TopologyError, ConfigError
+        Ranks, experts, batch, ZeRO stage and what is frozen do not go together.
+    """
+    train, experts = config.operator.train, config.operator.experts
+    topology = plan_topology(
+        world_size, config.parallel.ep_size, experts.num_experts, train.global_batch, train.micro_batch
+    )
+    deepspeed = load_deepspeed_config(config.deepspeed, train, topology)
+    frozen = config.finetune is not None and config.finetune.train == "new_expert"
+    if frozen and deepspeed["zero_optimization"]["stage"] == 3:
+        raise ConfigError(
+            f"{config.deepspeed}: DeepSpeed cannot save frozen experts under ZeRO 3; train new_expert under ZeRO 1 or "
+            "2, for example with --set deepspeed=ds_configs/zero2.json"
+        )
+    return topology, deepspeed
+
+
 def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | None = None) -> bool:
     """Train the operator, on cached latents or on fields; returns False if a signal stopped it early.
 
@@ -236,11 +259,8 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
         A checkpoint folder, converted folder or safetensors file whose weights a *new* run starts from, at any number
         of ranks, EP degree and ZeRO stage.
     """
-    train, ep_size = config.operator.train, config.parallel.ep_size
-    num_experts = config.operator.experts.num_experts
-    topology = plan_topology(world_size(), ep_size, num_experts, train.global_batch, train.micro_batch)
     folder = RunFolder(config.run_dir)
-    deepspeed = load_deepspeed_config(config.deepspeed, train, topology)
+    topology, deepspeed = plan_operator(config, world_size())
     start = find_start(folder, resume)
     if start is not None:
         _check_same_run(config, folder)
@@ -251,7 +271,7 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
     with together():
         if rank() == 0:
             folder.create(config, deepspeed)
-            if config.operator.in_field_space:
+            if config.operator.in_field_space or config.tokenizer.unseen_regimes:
                 write_space(folder, regimes)
             if start is None:
                 folder.record_start(None if init_from is None else source_checksum(init_from))
@@ -259,8 +279,8 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
         step = 0 if start is None else int(read_manifest(start)["state"]["step"])
         kind = FieldTask if config.operator.in_field_space else OperatorTask
         task = kind(config, regimes, open_split, topology, folder.routing, step)
-        model, weights = _build_operator(config, ep_size, init_from)
-    return _run(config, train, deepspeed, topology, folder, model.to(device), task, start, weights)
+        model, weights = _build_operator(config, topology.ep_size, init_from)
+    return _run(config, config.operator.train, deepspeed, topology, folder, model.to(device), task, start, weights)
 
 
 def open_data(config: RunConfig, resumed: RunFolder | None, device: torch.device) -> tuple[Regimes, OpenSplit]:
@@ -283,13 +303,18 @@ def open_data(config: RunConfig, resumed: RunFolder | None, device: torch.device
 def _build_operator(
     config: RunConfig, ep_size: int, init_from: Path | None
 ) -> tuple[nn.Module, dict[str, Tensor] | None]:
-    """The operator with this rank's experts, freshly drawn or from given weights, and this rank's part of these."""
+    """The operator with this rank's experts, freshly drawn or from given weights, and this rank's part of these.
+
+    Experts that the configuration adds to given weights are freshly drawn; what is not to be trained is frozen.
+    """
     from shodh.moe.layer import expert_layer_factory, local_state
 
     model = build_operator(config, expert_layer_factory(ep_size, rank() % ep_size), config.kernels)
     initialise(model, config.seed)
-    if init_from is None:
-        return model, None
-    weights = local_state(model, read_initial_weights(init_from))
-    load_into(model, weights, init_from)
+    weights = None
+    if init_from is not None:
+        weights = local_state(model, {**added_weights(model), **read_initial_weights(init_from)})
+        load_into(model, weights, init_from)
+    if config.finetune is not None:
+        freeze_others(model, config.finetune)
     return model, weights

@@ -77,19 +77,31 @@ def load_tokenizer(config: RunConfig) -> TrainedTokenizer:
         normalizer = FieldNormalizer.from_dict(content["normalizer"])
     except (ValueError, KeyError, TypeError, DataError) as error:
         raise CheckpointError(f"{description} is damaged: {error}") from error
-    unknown = [r.name for r in config.data.regimes if r.name not in normalizer.regimes]
-    if unknown:
+    unknown = [r for r in config.data.regimes if r.name not in normalizer.regimes]
+    if unknown and not config.tokenizer.unseen_regimes:
         raise CheckpointError(
-            f"the tokenizer in {folder.path} was trained on the regimes {list(normalizer.regimes)}, without {unknown}"
+            f"the tokenizer in {folder.path} was trained on the regimes {list(normalizer.regimes)}, without "
+            f"{[r.name for r in unknown]}"
         )
+    known = {trained.data.present(r) for r in trained.data.regimes}
+    for regime in unknown:
+        if (present := config.data.present(regime)) not in known:
+            raise CheckpointError(
+                f"regime {regime.name!r} has the fields {list(present)}, a set that the tokenizer in {folder.path} was "
+                f"not trained on; it knows {sorted(map(list, known))}"
+            )
     model = build_tokenizer(trained)
     load_into(model, load_weights(weights), weights)
     return TrainedTokenizer(model.eval().requires_grad_(False), normalizer, weights, checksum(weights))
 
 
 def normalizer_for(config: RunConfig, trained: TrainedTokenizer) -> FieldNormalizer:
-    """The tokenizer's constants, with the regimes of this run in their order."""
-    constants = {r.name: trained.normalizer.constants[r.name] for r in config.data.regimes}
+    """The tokenizer's constants, with the regimes of this run in their order; of unseen regimes, their own."""
+    known = trained.normalizer.constants
+    unseen = tuple(r for r in config.data.regimes if r.name not in known)
+    if unseen:
+        known = {**known, **open_regimes(config.data.model_copy(update={"regimes": unseen})).normalizer.constants}
+    constants = {r.name: known[r.name] for r in config.data.regimes}
     return FieldNormalizer([f.build() for f in config.data.fields], 3, constants)
 
 

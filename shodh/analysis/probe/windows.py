@@ -97,14 +97,14 @@ def left_out_regimes(evaluator: Evaluator, paths: Mapping[str, Path]) -> list[Pr
         raise ConfigError(f"the run was trained on the regimes {sorted(known)}; give left-out regimes other names")
     found = []
     for name, path in paths.items():
-        regime = _describe(name, path, evaluator.config.data)
+        regime = describe_regime(name, path, evaluator.config.data)
         data = evaluator.config.data.model_copy(update={"regimes": (regime,)})
         regimes = open_regimes(data, extrude=not evaluator.config.operator.in_field_space)
         found.append(ProbeRegime(regimes, 0, left_out=True))
     return found
 
 
-def _describe(name: str, path: Path, data: DataConfig) -> RegimeConfig:
+def describe_regime(name: str, path: Path, data: DataConfig) -> RegimeConfig:
     """A regime with those of the run's fields that its files have; static ones that they lack are zeros, or absent."""
     files = open_splits(path)["train"]
     lacking = [f for f in data.fields if files and f.name not in files[0].fields]
