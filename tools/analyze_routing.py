@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from shodh.analysis.page import Section, text_table, write_page
+from shodh.analysis.probe.sections import SECTIONS, probe_sections
 from shodh.analysis.routing import analyse, find_traces, read_traces
 from shodh.cli import run_main
 from shodh.errors import ConfigError
@@ -27,6 +28,8 @@ EXAMPLES = """examples:
   python tools/analyze_routing.py runs/demo --out runs/demo/report/routing
   python tools/analyze_routing.py runs/demo --out out --checkpoint step_00000300 --other-run runs/demo-seed1
   python tools/analyze_routing.py runs/demo --out out --no-probe --split train
+  python tools/analyze_routing.py runs/moe-pot-tiny --out out --sections fingerprint
+      --probe-data vorticity_1e-4=data/pot/nu1e-4/vorticity_2d
   python tools/analyze_routing.py megatron_traces/ --out out
 
 RUN is a run folder, a folder of .jsonl traces, or one trace; Megatron's router traces are recognised. The experts of a
@@ -47,11 +50,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     probe.add_argument(
         "--probe-data", nargs="+", action="extend", default=[], metavar="NAME=PATH", help="regimes left out of training"
     )
+    probe.add_argument(
+        "--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to probe (default: everything)"
+    )
     probe.add_argument("--windows", type=int, default=24, help="windows of a regime that are probed (default: 24)")
     probe.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
     if args.no_probe and (args.checkpoint or args.other_run or args.probe_data):
         raise ConfigError("--no-probe contradicts --checkpoint, --other-run and --probe-data; give one or the other")
+    if args.probe_data and "fingerprint" not in args.sections:
+        raise ConfigError("--probe-data is read by the section fingerprint; add it to --sections")
     if args.out.exists() and not args.out.is_dir():
         raise ConfigError(f"--out {args.out}: is a file; name a folder")
     if args.windows < 1:
@@ -75,11 +83,17 @@ def probe(args: argparse.Namespace) -> list[Section]:
     asked = args.checkpoint or args.other_run or args.probe_data
     if args.no_probe or not (asked or RunFolder(args.run).latest()):
         return []
-    from shodh.analysis.probe import probe_sections
-
     device = torch.device(pick_device(args.device))
     unseen = left_out(args.probe_data)
-    return probe_sections(args.run, args.checkpoint, args.other_run, device, left_out=unseen, limit=args.windows)
+    return probe_sections(
+        args.run,
+        args.checkpoint,
+        args.other_run,
+        device,
+        left_out=unseen,
+        limit=args.windows,
+        chosen=args.sections,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,11 +105,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         trace = read_traces(files, bar.update)
     headline, sections = analyse(trace, args.split)
     *sections, what_was_read = sections
-    write_page(args.out, f"{args.run.resolve().name}: routing", headline, [*sections, *probe(args), what_was_read])
+    probed = probe(args)
+    write_page(args.out, f"{args.run.resolve().name}: routing", headline, [*sections, *probed, what_was_read])
     sys.stdout.write(f"{headline.verdict}. {headline.text}\n")
-    for section in sections[:2]:
+    shown = [(section, {section.key}) for section in sections[:2]]
+    shown += [(section, set(section.tables)) for section in probed if section.key == "probe_fingerprint"]
+    for section, stems in shown:
         for stem, table in section.tables.items():
-            if stem == section.key:
+            if stem in stems:
                 sys.stdout.write(f"\n{text_table(table)}\n")
     sys.stdout.write(f"\npage: {args.out / 'index.html'}\n")
     return 0

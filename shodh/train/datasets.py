@@ -90,6 +90,16 @@ def open_regimes(config: DataConfig, normalizer: FieldNormalizer | None = None, 
     DataError
         Data is missing, damaged, or of another grid or other fields; names the file or folder.
     """
+    sources = open_sources(config, extrude=extrude)
+    if normalizer is None:
+        normalizer = FieldNormalizer.from_sources(sources)
+    for source in sources:
+        _check_constants(source, normalizer)
+    return Regimes(sources, normalizer, [domain_of(source, normalizer) for source in sources])
+
+
+def open_sources(config: DataConfig, *, extrude: bool = True) -> list[RegimeSource]:
+    """The data of every regime, without its statistics; arguments and errors as `open_regimes`."""
     fields = [f.build() for f in config.fields]
     sources = []
     for regime in config.regimes:
@@ -114,11 +124,7 @@ def open_regimes(config: DataConfig, normalizer: FieldNormalizer | None = None, 
                 f"have one grid: use --set data.grid={found} or other data"
             )
         sources.append(source)
-    if normalizer is None:
-        normalizer = FieldNormalizer.from_sources(sources)
-    for source in sources:
-        _check_constants(source, normalizer)
-    return Regimes(sources, normalizer, [domain_of(source, normalizer) for source in sources])
+    return sources
 
 
 def domain_of(source: RegimeSource, normalizer: FieldNormalizer) -> Domain:

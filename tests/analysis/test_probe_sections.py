@@ -124,9 +124,13 @@ def test_runs_on_other_regimes_are_not_matched(open_tiny: Open) -> None:
 
 def test_left_out_regimes_are_told_apart_and_compared_with_known_ones(open_tiny: Open, tiny_data: Path) -> None:
     evaluator = open_tiny(0, regimes=slice(1), depth=1, experts={"num_experts": 2})
-    sections = by_key(probe_model(evaluator, left_out={"unseen": tiny_data / "porous_media"}, limit=4, seeds=1))
+    left_out = {"unseen": tiny_data / "porous_media"}
+    sections = by_key(probe_model(evaluator, left_out=left_out, limit=4, seeds=1))
     section = sections["probe_fingerprint"]
     found = section.summary["left_out"]["unseen"]
+    assert found["chance"] == 0.5, "one left-out regime beside one trained one"
+    (alone,) = probe_model(evaluator, left_out=left_out, limit=4, seeds=1, chosen=("fingerprint",))
+    assert alone.summary == section.summary
     assert 0 <= found["told_apart"] <= 1
     assert found["looks_like"]["nearest mean"] == {"open_channel": 1.0}
     assert "with left-out regimes" in section.summary["accuracy"]

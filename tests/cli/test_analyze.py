@@ -57,6 +57,7 @@ def test_bad_input_is_answered_in_one_line(tmp_path: Path) -> None:
         ([run, "--split", "valid"], "no split 'valid'; it has train"),
         ([run, "--no-probe", "--checkpoint", "x"], "--no-probe contradicts --checkpoint"),
         ([run, "--probe-data", "heat"], "--probe-data 'heat': expected NAME=PATH"),
+        ([run, "--probe-data", "heat=x", "--sections", "maps"], "--probe-data is read by the section fingerprint"),
         ([run, "--windows", "0"], "--windows 0: must be at least 1"),
         ([run, "--out", run / "routing" / "rank0.jsonl"], "is a file; name a folder"),
         ([run, "--checkpoint", "step_1"], "is not a run folder: it has no config.yaml"),

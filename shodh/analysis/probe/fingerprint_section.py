@@ -57,7 +57,8 @@ def fingerprint_section(fit: Sequence[Recording], test: Sequence[Recording]) -> 
         section.summary["left_out"] = summary
         section.text += (
             " Left-out regimes: 'told apart' is the share of their samples that a logistic regression fitted with "
-            "samples of all regimes names rightly, 'looks like' which trained regime one fitted without them names."
+            "samples of all regimes names rightly (chance: of all regimes one), 'looks like' which trained regime one "
+            "fitted without them names."
         )
     return section
 
@@ -77,15 +78,16 @@ def _resemblance(
     names = [test[i].name for i in known]
     rows: list[list[Any]] = []
     summary: dict[str, Any] = {}
+    chance = 1 / len(confusion)
     for place, i in enumerate(unseen, len(known)):
         told = float(confusion[place, place] / confusion[place].sum())
-        summary[test[i].name] = {"told_apart": told, "looks_like": {}}
+        summary[test[i].name] = {"told_apart": told, "chance": chance, "looks_like": {}}
         for name, classify in CLASSIFIERS.items():
             taken = classify(fit_x, fit_y, features([test[i]])[0])
             shares = np.bincount(taken, minlength=len(known)) / len(taken)
             summary[test[i].name]["looks_like"][name] = dict(zip(names, shares.tolist(), strict=True))
-            rows.append([test[i].name, told, name, *shares.tolist()])
-    header = ["left-out regime", "told apart", "classifier", *(f"looks like {n}" for n in names)]
+            rows.append([test[i].name, told, chance, name, *shares.tolist()])
+    header = ["left-out regime", "told apart", "chance", "classifier", *(f"looks like {n}" for n in names)]
     return Table(header, rows), summary
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,9 @@ from shodh.data import Split
 from shodh.errors import ConfigError
 from shodh.train.evaluation import Evaluator, open_run
 
+#: What a probe makes of one run; with another run, experts are matched too.
+SECTIONS = ("causality", "local", "maps", "fingerprint", "similarity")
+
 
 def probe_sections(
     run: Path,
@@ -32,6 +35,7 @@ def probe_sections(
     left_out: Mapping[str, Path] | None = None,
     limit: int = 24,
     seeds: int = 3,
+    chosen: Collection[str] = SECTIONS,
 ) -> list[Section]:
     """Probe a run's checkpoint with held-out windows; see `probe_model`.
 
@@ -51,7 +55,7 @@ def probe_sections(
     """
     evaluator = open_run(run, checkpoint, device)
     other = None if other_run is None else open_run(other_run, None, device)
-    return probe_model(evaluator, other, split=split, left_out=left_out, limit=limit, seeds=seeds)
+    return probe_model(evaluator, other, split=split, left_out=left_out, limit=limit, seeds=seeds, chosen=chosen)
 
 
 def probe_model(
@@ -62,6 +66,7 @@ def probe_model(
     left_out: Mapping[str, Path] | None = None,
     limit: int = 24,
     seeds: int = 3,
+    chosen: Collection[str] = SECTIONS,
 ) -> list[Section]:
     """Probe an opened run; a dense model gives one section that says what is left out.
 
@@ -77,6 +82,8 @@ def probe_model(
         Windows a regime; time is proportional to it.
     seeds : int
         Draws of each random intervention.
+    chosen : collection of str
+        Of `SECTIONS`. Causality takes most of the time, which grows with regimes, layers and experts.
 
     Raises
     ------
@@ -93,14 +100,16 @@ def probe_model(
         _check_other(evaluator, other)
     grid = evaluator.operator.token_grid
     recordings = [record(evaluator, regime, split, limit) for regime in known]
-    effects = measure_effects(evaluator, recordings, split, limit, seeds=seeds)
-    sections = [
-        causality_section(effects, recordings),
-        local_section(recordings, grid),
-        map_section(recordings, grid),
-        _fingerprints(evaluator, recordings, [*known, *unseen], splits, limit),
-        similarity_section(evaluator.operator, recordings),
-    ]
+    makers: dict[str, Callable[[], Section]] = {
+        "causality": lambda: causality_section(
+            measure_effects(evaluator, recordings, split, limit, seeds=seeds), recordings
+        ),
+        "local": lambda: local_section(recordings, grid),
+        "maps": lambda: map_section(recordings, grid),
+        "fingerprint": lambda: _fingerprints(evaluator, recordings, [*known, *unseen], splits, limit),
+        "similarity": lambda: similarity_section(evaluator.operator, recordings),
+    }
+    sections = [make() for name, make in makers.items() if name in chosen]
     if other is not None:
         others = [record(other, regime, split, limit) for regime in _in_order_of(known, trained_regimes(other))]
         sections.append(match_section(evaluator.operator, recordings, other.operator, others, other.folder.path.name))

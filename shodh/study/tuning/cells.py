@@ -19,7 +19,7 @@ from shodh.study.measure import RESULT
 from shodh.study.tuning.base import Base, check_regime, find_tokenizer
 from shodh.study.tuning.measure import count_trained
 from shodh.study.tuning.settings import TuningConfig
-from shodh.train.datasets import open_regimes
+from shodh.train.datasets import open_sources
 from shodh.train.jobs import plan_operator
 
 ZERO_SHOT, SCRATCH = "zero_shot", "scratch"
@@ -105,7 +105,7 @@ def draw_trajectories(regime: RegimeConfig, base: Base, seed: int, counts: tuple
     data = to_dict(base.config)
     data["data"]["regimes"] = [to_dict(regime)]
     config = config_from_dict(data, f"regime {regime.name!r}")
-    (source,) = open_regimes(config.data, extrude=not config.operator.in_field_space).sources
+    (source,) = open_sources(config.data, extrude=not config.operator.in_field_space)
     total = source.num_trajectories("train")
     if max(counts) > total:
         raise ConfigError(

@@ -142,16 +142,16 @@ def write_tuning_report(tuning: TuningConfig, cells: Sequence[TuningCell]) -> st
     missing = {c.name: failures.get(c.name, "not run yet") for c in cells if c.name not in have}
     headline = _headline(tuning, outcomes, len(cells))
     sections = _sections(tuning, outcomes, missing)
+    tables = {stem: table for section in sections for stem, table in section.tables.items()}
     data = {
+        **{stem: {"header": table.header, "rows": table.rows} for stem, table in tables.items()},
         "settings": tuning.model_dump(mode="json"),
         "verdict": headline.verdict,
         "answer": headline.text,
         "missing": missing,
-        "env": describe_environment(),
         "cells": [{k: v for k, v in o.values.items() if k != "env"} for o in outcomes],
+        "env": describe_environment(),
     }
-    for section in sections:
-        data |= {stem: {"header": table.header, "rows": table.rows} for stem, table in section.tables.items()}
     write_page(tuning.out / "report", f"Fine-tuning of {tuning.run.name}", headline, sections, data=data)
     table = f"\n{text_table(brief_table(error_table(tuning, outcomes)))}\n" if outcomes else ""
     return f"{headline.verdict}. {headline.text}\n{table}"
@@ -209,7 +209,7 @@ def _sections(tuning: TuningConfig, outcomes: Sequence[Outcome], missing: dict[s
         sections.append(Section("comparisons", "Paired comparisons", AGAINST, tables=compared, rows_shown=ALL_ROWS))
     if missing:
         rows = [[name, reason] for name, reason in missing.items()]
-        table = {"missing": Table(["cell", "why"], rows)}
+        table = {"cells_missing": Table(["cell", "why"], rows)}
         sections.append(
             Section("missing", "Cells without a result", "The same command goes on with them.", tables=table)
         )

@@ -54,20 +54,21 @@ class TuningConfig(Section):
 
     def rate(self, way: str, of_run: float) -> float:
         """Highest learning rate of a way, where the run had ``of_run``."""
-        by_way: dict[str, float] = {"all": 0.1 * of_run, **self.lr}
-        return by_way.get(way, of_run)
+        rates: dict[str, float] = {"all": 0.1 * of_run}
+        rates.update(self.lr)
+        return rates.get(way, of_run)
 
     @property
     def name(self) -> str:
         return self.out.name
 
 
-def load_tuning(path: Path | None, regimes: Sequence[str] = (), **changes: Any) -> TuningConfig:
+def load_tuning(path: Path | None, named: Sequence[str] = (), **changes: Any) -> TuningConfig:
     """Read a fine-tuning file, or none.
 
     Parameters
     ----------
-    regimes : sequence of str
+    named : sequence of str
         ``NAME=PATH``, in place of the file's regimes: see `shodh.study.tuning.base.regime_of`.
     changes
         Those that are not None stand in place of the file's settings.
@@ -81,7 +82,7 @@ def load_tuning(path: Path | None, regimes: Sequence[str] = (), **changes: Any) 
     tree = {} if path is None else read_yaml(path)
     if isinstance(tree, dict):
         tree = {**tree, **{key: value for key, value in changes.items() if value is not None}}
-        if regimes and "run" in tree:
+        if named and "run" in tree:
             base = open_base(Path(tree["run"]), tree.get("checkpoint"))
-            tree["regimes"] = [to_dict(regime_of(setting, base)) for setting in regimes]
+            tree["regimes"] = [to_dict(regime_of(setting, base)) for setting in named]
     return section_from_dict(TuningConfig, tree, source)

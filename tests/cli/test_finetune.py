@@ -1,0 +1,85 @@
+"""``launch/finetune.py`` from end to end on tiny data, on two ranks, and its answers to bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from helper import run_script
+
+FINETUNE = "launch/finetune.py"
+OPERATOR = {
+    "kind": "moe_pot",
+    "dim": 16,
+    "depth": 1,
+    "heads": 2,
+    "patch": 8,
+    "field": {"mlp": 16, "decoder": 8},
+    "experts": {"num_experts": 4, "top_k": 1},
+    "train": {"steps": 1, "warmup": 1, "global_batch": 4},
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path, write_config: Callable[..., Path], tiny_data: Path) -> Path:
+    """A run on one tiny regime, trained for a step."""
+    path = write_config(tmp_path / "base.yaml")
+    tree = yaml.safe_load(path.read_text())
+    regimes = [{"name": "open_channel", "path": str(tiny_data / "open_channel")}]
+    tree |= {"operator": OPERATOR, "evaluation": {"rollout": 2}, "data": {**tree["data"], "regimes": regimes}}
+    path.write_text(yaml.safe_dump(tree))
+    finished = run_script("launch/pretrain.py", "--config", path)
+    assert finished.code == 0, finished.stderr
+    return tmp_path / "runs" / "tiny"
+
+
+@pytest.mark.slow
+def test_cells_are_trained_once_and_reported(run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    regime = f"unseen={tiny_data / 'porous_media'}"
+    arguments = ["--run", run, "--regime", regime, "--trajectories", "2", "--out", out, "--seeds", "1", "--steps", "2"]
+    finished = run_script(FINETUNE, *arguments, "--train", "new_expert", "--jobs", "2")
+    assert finished.code == 0, finished.stderr
+    cells = {path.parent.name: json.loads(path.read_text()) for path in (out / "cells").glob("*/result.json")}
+    assert cells.keys() == {f"unseen-n2-{way}-s0" for way in ("zero_shot", "new_expert", "scratch")}
+    errors = {name: values["evaluation"]["regimes"]["unseen"]["vrmse"] for name, values in cells.items()}
+    for field in ("velocity", "tracer"):
+        found = [error[field]["model"] for error in errors.values()]
+        assert len(set(found)) == 3, "each way has an error of its own"
+        assert len({error[field]["persistence"] for error in errors.values()}) == 1, "on the same windows"
+    assert "unseen  tracer    2             new_expert   1" in finished.stdout
+    assert (out / "report" / "index.html").exists()
+    before = {name: (out / "cells" / name / "result.json").stat().st_mtime_ns for name in cells}
+    again = run_script(FINETUNE, *arguments, "--train", "new_expert")
+    assert again.code == 0 and again.stdout == finished.stdout
+    assert before == {name: (out / "cells" / name / "result.json").stat().st_mtime_ns for name in cells}
+    changed = run_script(FINETUNE, *arguments, "--train", "new_expert", "--set", "operator.train.clip=2")
+    assert changed.code == 2 and "other settings of operator" in changed.stderr
+
+    dry = run_script(FINETUNE, *arguments, "--train", "new_expert", "all", "--dry-run")
+    assert dry.code == 0 and dry.stdout.count("finished") == 3 and dry.stdout.count("to do") == 1
+    for bad, expected in (
+        (["--trajectories", "9"], "--trajectories 9: regime 'unseen' has 3 training trajectories"),
+        (["--regime", f"other={tmp_path / 'nowhere'}"], "nowhere does not exist"),
+        (["--run", tmp_path], "is not a run folder"),
+        (["--jobs", "0"], "--jobs 0: must be at least 1"),
+        (["--steps", "0"], "steps: Input should be greater than 0"),
+        (["--config", tmp_path / "absent.yaml"], "cannot read configuration"),
+    ):
+        refused = run_script(FINETUNE, *arguments, *bad)
+        assert refused.code == 2, refused.stdout
+        (line,) = refused.stderr.splitlines()
+        assert line.startswith("error: ") and expected in line
+
+
+def test_what_is_missing_is_said() -> None:
+    finished = run_script(FINETUNE, "--run", "runs/x")
+    assert finished.code == 2 and finished.stderr == "error: give --run, --regime and --out, or a file with --config\n"
+
+
+def test_help_has_an_example() -> None:
+    finished = run_script(FINETUNE, "--help")
+    assert finished.code == 0 and "--trajectories 1 4 16" in finished.stdout

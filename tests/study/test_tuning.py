@@ -1,0 +1,235 @@
+"""Fine-tuning settings, cells and report, without training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import save_file
+
+from shodh.config import load_config, to_dict
+from shodh.errors import CheckpointError, ConfigError, TopologyError
+from shodh.models.factory import build_operator
+from shodh.models.init import initialise
+from shodh.study.tuning.base import Base, open_base, regime_of
+from shodh.study.tuning.cells import SCRATCH, ZERO_SHOT, TuningCell, describe_cells, draw_trajectories, expand_tuning
+from shodh.study.tuning.measure import count_trained
+from shodh.study.tuning.report import write_tuning_report
+from shodh.study.tuning.settings import TuningConfig, load_tuning
+
+OPERATOR: dict[str, Any] = {
+    "kind": "moe_pot",
+    "dim": 16,
+    "depth": 1,
+    "heads": 2,
+    "patch": 8,
+    "field": {"mlp": 16, "decoder": 8},
+    "experts": {"num_experts": 4, "top_k": 1},
+    "train": {"steps": 2, "warmup": 1, "global_batch": 4, "lr": 1e-3},
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path, write_config: Callable[..., Path]) -> Callable[..., Path]:
+    """``run(**operator)`` writes a run folder of the first tiny regime, with fresh weights as its checkpoint."""
+
+    def write(**operator: Any) -> Path:
+        path = write_config(tmp_path / "base.yaml")
+        tree = yaml.safe_load(path.read_text())
+        tree["operator"] = {**OPERATOR, **operator}
+        tree["data"]["regimes"] = tree["data"]["regimes"][:1]
+        folder = tmp_path / "runs" / "base"
+        checkpoint = folder / "checkpoints" / "step_00000002"
+        checkpoint.mkdir(parents=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+        model = build_operator(load_config(folder / "config.yaml"))
+        initialise(model, 0)
+        save_file({n: p.detach().clone() for n, p in model.named_parameters()}, checkpoint / "model.safetensors")
+        manifest = {"tag": checkpoint.name, "files": {}, "state": {"step": 2}, "topology": {}}
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+        (folder / "latest").write_text(checkpoint.name)
+        return folder
+
+    return write
+
+
+def settings(run: Path, tiny_data: Path, **changes: Any) -> TuningConfig:
+    regimes = [{"name": "unseen", "path": str(tiny_data / "porous_media")}]
+    tree = {"run": run, "out": run.parent / "tuned", "regimes": regimes, "trajectories": [1, 3], "seeds": 2, **changes}
+    return load_tuning(None, **tree)
+
+
+def expanded(run: Path, tiny_data: Path, world: int = 1, **changes: Any) -> dict[str, TuningCell]:
+    tuning = settings(run, tiny_data, **changes)
+    cells = expand_tuning(tuning, open_base(tuning.run, tuning.checkpoint), world)
+    found = {cell.name: cell for cell in cells}
+    assert len(found) == len(cells)
+    return found
+
+
+def test_cells_differ_in_what_learns_and_in_nothing_else(run: Callable[..., Path], tiny_data: Path) -> None:
+    cells = expanded(run(), tiny_data)
+    assert len(cells) == 2 * 2 * 5
+    same = {name: to_dict(cell.config) for name, cell in cells.items() if cell.seed == 0 and cell.count == 3}
+    for tree in same.values():
+        for key in ("name", "finetune"):
+            del tree[key]
+        del tree["operator"]["experts"], tree["operator"]["train"]["lr"]
+    assert len({json.dumps(tree, sort_keys=True) for tree in same.values()}) == 1
+    rates = {cell.way: cell.config.operator.train.lr for cell in cells.values()}
+    assert rates == pytest.approx({ZERO_SHOT: 1e-3, "all": 1e-4, "experts": 1e-3, "new_expert": 1e-3, SCRATCH: 1e-3})
+    assert {c.way: c.start is None for c in cells.values()} == {w: w == SCRATCH for w in rates}
+    assert cells["unseen-n1-new_expert-s0"].config.operator.experts.num_added == 1
+
+
+def test_a_frozen_router_is_still(run: Callable[..., Path], tiny_data: Path) -> None:
+    cells = expanded(run(), tiny_data)
+    for way, still in (("all", False), ("experts", True), ("new_expert", True)):
+        experts = cells[f"unseen-n1-{way}-s0"].config.operator.experts
+        schedule = experts.router.temperature_schedule
+        assert schedule is not None and (schedule.decay == 1.0) == still
+        assert (set(to_dict(experts.balance).values()) == {0.0}) == still
+    router = expanded(cells["unseen-n1-all-s0"].start.parents[1], tiny_data, router=True)  # type: ignore[union-attr]
+    assert router["unseen-n1-experts-s0"].config.operator.experts.balance.cv2 == 0.1
+
+
+def test_trajectories_are_nested_drawn_by_seed_and_shared_by_all_ways(
+    run: Callable[..., Path], tiny_data: Path
+) -> None:
+    cells = expanded(run(), tiny_data, trajectories=[1, 2], seeds=4)
+    drawn: dict[tuple[int, int], set[tuple[int, ...]]] = {}
+    for cell in cells.values():
+        (regime,) = cell.config.data.regimes
+        assert regime.trajectories is not None and len(regime.trajectories) == cell.count
+        drawn.setdefault((cell.seed, cell.count), set()).add(regime.trajectories)
+    assert all(len(found) == 1 for found in drawn.values())
+    for seed in range(4):
+        (one,), (two,) = drawn[(seed, 1)], drawn[(seed, 2)]
+        assert two[: len(one)] == one
+    assert len(set().union(*(drawn[(seed, 2)] for seed in range(4)))) > 1
+
+
+def test_experts_of_a_converted_or_moved_run_and_sizes(run: Callable[..., Path], tiny_data: Path) -> None:
+    cells = expanded(run(), tiny_data)
+    sizes = {c.way: count_trained(c.config, trains=c.way != ZERO_SHOT) for c in cells.values()}
+    base = sizes[SCRATCH]["total"]
+    added = 16 * 1 + 16 * 16 + 16  # gate, map and bias of one expert of width 16 in one layer
+    assert sizes["new_expert"] == {"total": base + added, "trained": added}
+    assert sizes["experts"] == {"total": base, "trained": 4 * (16 * 16 + 16)}
+    assert sizes[ZERO_SHOT] == {"total": base, "trained": 0} and sizes["all"]["trained"] == base
+    tuning = settings(cells["unseen-n1-all-s0"].start.parents[1], tiny_data)  # type: ignore[union-attr]
+    text = describe_cells(tuning, list(cells.values()))
+    assert "20 cells" in text and "unseen-n3-scratch-s1" in text
+
+
+@pytest.mark.parametrize(
+    ("operator", "changes", "error", "expected"),
+    [
+        (
+            {"experts": {"num_experts": 0}},
+            {},
+            ConfigError,
+            "cell unseen-n1-experts-s0: finetune.train=experts: the model",
+        ),
+        ({}, {"trajectories": [1, 4]}, ConfigError, "--trajectories 4: regime 'unseen' has 3 training trajectories"),
+        ({}, {"set": ["parallel.ep_size=3"]}, TopologyError, "ep_size=3 needs at least 3 ranks"),
+        ({}, {"set": ["deepspeed=ds_configs/zero3.json"]}, ConfigError, "cannot save frozen experts under ZeRO 3"),
+        ({}, {"set": ["data.history=0"]}, ConfigError, "data.history"),
+        ({}, {"checkpoint": "step_9"}, CheckpointError, "step_9 is not a complete checkpoint"),
+        ({}, {"train": ["all", "all"]}, ConfigError, "train are repeated"),
+        ({"experts": {"num_experts": 4, "top_k": 1, "num_added": 1}}, {}, ConfigError, "has added experts already"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused(
+    run: Callable[..., Path],
+    tiny_data: Path,
+    operator: dict[str, Any],
+    changes: dict[str, Any],
+    error: type[Exception],
+    expected: str,
+) -> None:
+    with pytest.raises(error) as caught:
+        expanded(run(**operator), tiny_data, **changes)
+    assert expected in str(caught.value)
+
+
+def test_a_dense_model_is_tuned_whole(run: Callable[..., Path], tiny_data: Path) -> None:
+    cells = expanded(run(kind="dpot", experts={"num_experts": 0}), tiny_data, train=["all"])
+    assert {cell.way for cell in cells.values()} == {ZERO_SHOT, "all", SCRATCH}
+
+
+def test_regimes_of_the_command_line(run: Callable[..., Path], tiny_data: Path, tmp_path: Path) -> None:
+    base = open_base(run())
+    assert regime_of(f"unseen={tiny_data / 'porous_media'}", base).path == tiny_data / "porous_media"
+    for setting, expected in (
+        ("unseen", "expected NAME=PATH"),
+        (f"unseen={tmp_path / 'absent'}", "absent does not exist"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            regime_of(setting, base)
+    fields = base.config.data.fields[:1] + base.config.data.fields[2:]
+    data = base.config.data.model_copy(update={"fields": fields})
+    poorer = Base(base.path, base.config.model_copy(update={"data": data}), base.weights)
+    with pytest.raises(ConfigError, match=r"has the fields \['tracer'\], which the vocabulary of .* lacks"):
+        regime_of(f"unseen={tiny_data / 'porous_media'}", poorer)
+    known = regime_of(f"open_channel={tiny_data / 'porous_media'}", base)
+    with pytest.raises(ConfigError, match="give the unseen regime 'open_channel' another name"):
+        draw_trajectories(known, base, 0, (1,))
+
+
+def write_result(cell: TuningCell, errors: dict[str, float]) -> None:
+    """A finished cell whose VRMSE is given by way; its rollout's steps are 2 and 4 times as large, persistence 1."""
+    error = errors[cell.way] * (1 + 0.01 * cell.seed)
+    measures = {
+        name: {"tracer": {"model": values, "persistence": persistence}}
+        for name, values, persistence in (
+            ("l2re", error, 1.0),
+            ("vrmse", error, 1.0),
+            ("rollout", [2 * error, 4 * error], [1.0, 1.0]),
+            ("rollout_l2re", [2 * error, None], [1.0, 1.0]),
+        )
+    }
+    values = {
+        "cell": cell.describe(),
+        "parameters": {"total": 10, "trained": 5},
+        "seconds_per_step": 0.1,
+        "evaluation": {"regimes": {cell.regime: measures}},
+    }
+    cell.config.run_dir.mkdir(parents=True)
+    (cell.config.run_dir / "result.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(("scratch", "verdict"), [(0.8, "lowers"), (0.2, "raises"), (0.4, "makes no difference")])
+def test_report_states_what_the_cells_say(
+    run: Callable[..., Path], tiny_data: Path, scratch: float, verdict: str
+) -> None:
+    tuning = settings(run(), tiny_data, seeds=3, trajectories=[1, 2])
+    cells = expand_tuning(tuning, open_base(tuning.run))
+    errors = {ZERO_SHOT: 0.9, "all": 0.4, "experts": 0.5, "new_expert": 0.6, SCRATCH: scratch}
+    absent = "unseen-n1-experts-s2"
+    for cell in cells:
+        if cell.name != absent:
+            write_result(cell, errors)
+    text = write_tuning_report(tuning, cells)
+    assert f"Starting from the trained run {verdict}" in text
+    summary = json.loads((tuning.out / "report" / "summary.json").read_text())
+    assert summary["missing"] == {absent: "not run yet"}
+    table = [dict(zip(summary["errors"]["header"], row, strict=True)) for row in summary["errors"]["rows"]]
+    assert [row["way"] for row in table[:6]] == [ZERO_SHOT, "all", "experts", "new_expert", SCRATCH, "persistence"]
+    by_way = {row["way"]: row for row in table if row["trajectories"] == 2}
+    assert by_way["all"]["VRMSE"] == pytest.approx(0.404) and by_way["persistence"]["VRMSE"] == 1
+    assert by_way["all"]["VRMSE rollout"] == pytest.approx(3 * 0.404)
+    assert by_way["all"]["L2RE rollout"] is None, "a rollout that diverged has no error"
+    assert [row["seeds"] for row in table if row["way"] == "experts"] == [2, 3]
+    compared = [dict(zip(summary["comparisons"]["header"], row, strict=True)) for row in summary["comparisons"]["rows"]]
+    ratios = {
+        (r["way"], r["against"]): r["ratio"] for r in compared if r["trajectories"] == 2 and r["measure"] == "VRMSE"
+    }
+    assert ratios[("experts", ZERO_SHOT)] == pytest.approx(0.5 / 0.9)
+    assert ratios[("all", SCRATCH)] == pytest.approx(0.4 / scratch)
+    files = {path.name for path in (tuning.out / "report").iterdir()}
+    assert {"index.html", "errors.csv", "comparisons.csv", "error_by_trajectories.png", "cells_missing.csv"} <= files
