@@ -112,7 +112,8 @@ def open_source(
         parts = ("tokenizer", "operator")
         folder = _tokenizer_folder(config, run, tokenizer)
         tensors = {f"tokenizer.{name}": t for name, t in _tokenizer_weights(folder).items()} | tensors
-        space = folder / TOKENIZER_FILE
+        # A run on regimes that its tokenizer did not learn has its own normalisation and domains.
+        space = folder / TOKENIZER_FILE if run is None or not (run / SPACE_FILE).is_file() else run / SPACE_FILE
     description = _describe(config, space, parts, dtype, source, tensors, path)
     return Model(description, tensors, _numbers(run, path.name))
 

@@ -140,6 +140,8 @@ class ExpertLayer(AutoEPMoELayer):
         if config.form == "linear":
             self.experts: nn.Module = _LinearExperts(self.experts, dim)
         self.added_experts = build_added(config, dim)
+        if self.added_experts is not None:
+            _mark_replicated(self.added_experts)
         self._shared_output: Tensor | None = None
         self._side_stream: torch.cuda.Stream | None = None
 

@@ -120,7 +120,7 @@ class Trainer:
             while self.step < self.train.steps:
                 metrics = self._train_step(batches, clock)
                 if moved is not None:
-                    _check_moved(moved.finish())
+                    _check_moved(moved.finish(learning_rate(self.step, self.train)))
                     moved = None
                 self.step += 1
                 bar.update()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +12,20 @@ import pytest
 import torch
 import yaml
 from helper import ROOT, run_ranks
-from laboratory import Run
+from laboratory import Laboratory, Run
 
 import shodh
 from shodh.config import config_from_dict, load_config
+from shodh.data import FieldNormalizer
+from shodh.errors import CheckpointError
 from shodh.exchange.convert import convert
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
 from shodh.moe.groups import added_weights, is_added, is_routed_expert
 from shodh.train.checkpoint import load_into, load_weights, read_initial_weights
+from shodh.train.evaluation import evaluate, open_run
 from shodh.train.jobs import plan_operator
+from shodh.train.latents import open_for_operator
 
 pytestmark = pytest.mark.distributed
 
@@ -212,3 +217,47 @@ def test_configuration_refuses_what_cannot_be_trained(tuning: Tuning) -> None:
             continue
         with pytest.raises(shodh.errors.ConfigError, match=expected):
             config_from_dict(changed)
+
+
+@pytest.fixture
+def unseen(laboratory: Laboratory, tmp_path: Path) -> Callable[..., list[str]]:
+    """Overrides of a run of the latent transformer on a regime that its tokenizer did not learn."""
+
+    def overrides(name: str, *more: str) -> list[str]:
+        tree = yaml.safe_load(laboratory.config.read_text())
+        regime = {"name": "unseen", "path": tree["data"]["regimes"][1]["path"], "trajectories": [2]}
+        return laboratory.overrides(name, 2, 1, f"data.regimes=[{json.dumps(regime)}]", *more)
+
+    return overrides
+
+
+def test_tokenizer_serves_an_unseen_regime_with_its_own_normalisation(
+    laboratory: Laboratory, unseen: Callable[..., list[str]]
+) -> None:
+    config = load_config(laboratory.config, unseen("unseen"))
+    with pytest.raises(CheckpointError, match=r"without \['unseen'\]"):
+        open_for_operator(config)
+    config = load_config(laboratory.config, unseen("unseen", "tokenizer.unseen_regimes=true"))
+    regimes, trained = open_for_operator(config)
+    own = FieldNormalizer.from_sources(regimes.sources).constants["unseen"]
+    assert regimes.normalizer.constants == {"unseen": own}
+    assert own != trained.normalizer.constants["porous_media"]
+
+
+def test_latent_transformer_is_tuned_evaluated_and_converted(
+    laboratory: Laboratory, unseen: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    base = laboratory.run(2, 2, 1)
+    start = base.path / "checkpoints" / (base.path / "latest").read_text().strip()
+    more = ["tokenizer.unseen_regimes=true", "finetune.train=new_expert", "operator.experts.num_added=1"]
+    overrides = unseen("tuned", *more, "operator.train.steps=3")
+    run_ranks(2, tune, laboratory.config, overrides, start)
+    run = Run(load_config(laboratory.config, overrides).run_dir, overrides, [])
+    before, after = read_initial_weights(start), weights_of(run)
+    assert {n for n in after if n not in before} == {n for n in after if is_added(n)}
+    moving = ("selection_bias", "temperature")
+    assert all(torch.equal(before[n], after[n]) for n in before if not n.endswith(moving))
+    evaluation = evaluate(open_run(run.path, None, torch.device("cpu")), "test")
+    assert evaluation.metrics["regimes"].keys() == {"unseen"}
+    convert(run.path, tmp_path / "out", verify=True)
+    assert shodh.from_pretrained(tmp_path / "out").regimes == ("unseen",)

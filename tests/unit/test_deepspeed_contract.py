@@ -32,7 +32,7 @@ def parameters(function: Any) -> list[str]:
 
 @pytest.fixture(scope="module")
 def layer() -> ExpertLayer:
-    config = ExpertsConfig(num_experts=4, hidden=HIDDEN, num_shared=2, top_k=1)
+    config = ExpertsConfig(num_experts=4, hidden=HIDDEN, num_shared=2, num_added=1, top_k=1)
     return ExpertLayer(config, DIM, ep_size=2, ep_rank=1)
 
 
@@ -89,6 +89,10 @@ def test_parameters_are_those_of_the_exchange_format(layer: ExpertLayer) -> None
         "shared_experts.w1.weight": (2 * HIDDEN, DIM),
         "shared_experts.w2.weight": (DIM, 2 * HIDDEN),
         "shared_experts.w3.weight": (2 * HIDDEN, DIM),
+        "added_experts.gate.weight": (1, DIM),
+        "added_experts.stack.w1": (1, HIDDEN, DIM),
+        "added_experts.stack.w2": (1, DIM, HIDDEN),
+        "added_experts.stack.w3": (1, HIDDEN, DIM),
     }
     assert all(p.requires_grad and p.is_leaf and p.is_contiguous() for p in layer.parameters())
     # A rank holds its experts, not views of all of them.
@@ -140,3 +144,10 @@ def test_private_places_that_checkpoints_and_checks_look_at() -> None:
     assert "hp_fragment" in tensor_fragment.__dataclass_fields__
     for name in ("get_global_grad_norm", "zero_optimization_stage", "backward", "step"):
         assert callable(getattr(deepspeed.DeepSpeedEngine, name))
+
+
+def test_zero_without_trained_experts_is_told_in_one_place() -> None:
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    source = inspect.getsource(DeepSpeedZeroOptimizer._configure_moe_settings)
+    assert "None of the param groups are marked as MoE" in source and "self.is_moe_param_group" in source

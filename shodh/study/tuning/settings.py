@@ -54,9 +54,8 @@ class TuningConfig(Section):
 
     def rate(self, way: str, of_run: float) -> float:
         """Highest learning rate of a way, where the run had ``of_run``."""
-        rates: dict[str, float] = {"all": 0.1 * of_run}
-        rates.update(self.lr)
-        return rates.get(way, of_run)
+        default = 0.1 * of_run if way == "all" else of_run
+        return next((rate for name, rate in self.lr.items() if name == way), default)
 
     @property
     def name(self) -> str:
