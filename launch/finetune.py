@@ -40,6 +40,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME=PATH",
         help="unseen regimes, by our field names",
     )
+    parser.add_argument(
+        "--map", nargs="+", action="extend", default=[], metavar="NAME.OURS=THEIRS", help="other names in their files"
+    )
     parser.add_argument("--trajectories", nargs="+", type=int, metavar="N", help="training trajectories (1 4 16)")
     parser.add_argument(
         "--train", nargs="+", choices=("all", "experts", "new_expert"), help="what learns (each of them)"
@@ -75,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     given = {name: getattr(args, name) for name in ("run", "checkpoint", "out", "trajectories", "train", "router")}
     given |= {"steps": args.steps, "seeds": args.seeds, "num_added": args.new_experts}
     rates = None if args.lr is None else dict.fromkeys(get_args(Way), args.lr)
-    tuning = load_tuning(args.config, args.regime, **given, lr=rates, set=args.set or None)
+    tuning = load_tuning(args.config, args.regime, args.map, **given, lr=rates, set=args.set or None)
     ranks = Ranks()
     cells = expand_tuning(tuning, open_base(tuning.run, tuning.checkpoint), ranks.world)
     if args.dry_run:

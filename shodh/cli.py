@@ -7,9 +7,10 @@ import errno
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 
-from shodh.errors import ShodhError
+from shodh.errors import ConfigError, ShodhError
 
 EXIT_USAGE = 2
 EXIT_PIPE = 141  # as a shell reports a program that SIGPIPE ended
@@ -26,6 +27,31 @@ def training_parser(description: str | None, examples: str) -> argparse.Argument
     parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's log too")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
+
+
+def named_paths(option: str, settings: Sequence[str]) -> dict[str, Path]:
+    """Paths by name from ``NAME=PATH``; raises `ConfigError` for another form."""
+    found: dict[str, Path] = {}
+    for setting in settings:
+        name, equals, path = setting.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(f"{option} {setting!r}: expected NAME=PATH")
+        found[name] = Path(path)
+    return found
+
+
+def field_maps(settings: Sequence[str], regimes: Collection[str]) -> dict[str, dict[str, str]]:
+    """``{regime: {our field: field of the files}}`` from ``REGIME.OURS=THEIRS``; raises `ConfigError`."""
+    found: dict[str, dict[str, str]] = {}
+    for setting in settings:
+        place, equals, theirs = setting.partition("=")
+        regime, dot, ours = place.rpartition(".")
+        if not (regime and dot and ours and equals and theirs):
+            raise ConfigError(f"--map {setting!r}: expected REGIME.OURS=THEIRS")
+        if regime not in regimes:
+            raise ConfigError(f"--map {setting!r}: no regime {regime!r} is given; there are {sorted(regimes)}")
+        found.setdefault(regime, {})[ours] = theirs
+    return found
 
 
 def error_line(error: BaseException) -> str | None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from shodh.analysis.page import Section, text_table, write_page
 from shodh.analysis.probe.sections import SECTIONS, probe_sections
 from shodh.analysis.routing import analyse, find_traces, read_traces
-from shodh.cli import run_main
+from shodh.cli import field_maps, named_paths, run_main
 from shodh.errors import ConfigError
 from shodh.generation import pick_device
 from shodh.train.run_folder import RunFolder
@@ -51,6 +51,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--probe-data", nargs="+", action="extend", default=[], metavar="NAME=PATH", help="regimes left out of training"
     )
     probe.add_argument(
+        "--map", nargs="+", action="extend", default=[], metavar="NAME.OURS=THEIRS", help="fields of --probe-data"
+    )
+    probe.add_argument(
         "--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to probe (default: everything)"
     )
     probe.add_argument("--windows", type=int, default=24, help="windows of a regime that are probed (default: 24)")
@@ -67,30 +70,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def left_out(settings: Sequence[str]) -> dict[str, Path]:
-    """Regimes by name from ``NAME=PATH``."""
-    found = {}
-    for setting in settings:
-        name, equals, path = setting.partition("=")
-        if not (name and equals and path):
-            raise ConfigError(f"--probe-data {setting!r}: expected NAME=PATH")
-        found[name] = Path(path)
-    return found
-
-
 def probe(args: argparse.Namespace) -> list[Section]:
     """Sections of the probe, if there is a checkpoint or one was asked for."""
     asked = args.checkpoint or args.other_run or args.probe_data
     if args.no_probe or not (asked or RunFolder(args.run).latest()):
         return []
     device = torch.device(pick_device(args.device))
-    unseen = left_out(args.probe_data)
+    unseen = named_paths("--probe-data", args.probe_data)
     return probe_sections(
         args.run,
         args.checkpoint,
         args.other_run,
         device,
         left_out=unseen,
+        maps=field_maps(args.map, unseen),
         limit=args.windows,
         chosen=args.sections,
     )

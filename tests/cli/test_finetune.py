@@ -63,7 +63,7 @@ def test_cells_are_trained_once_and_reported(run: Path, tiny_data: Path, tmp_pat
     assert dry.code == 0 and dry.stdout.count("finished") == 3 and dry.stdout.count("to do") == 1
     for bad, expected in (
         (["--trajectories", "9"], "--trajectories 9: regime 'unseen' has 3 training trajectories"),
-        (["--regime", f"other={tmp_path / 'nowhere'}"], "nowhere does not exist"),
+        (["--regime", f"other={tmp_path / 'nowhere'}"], "nowhere: it does not exist"),
         (["--run", tmp_path], "is not a run folder"),
         (["--jobs", "0"], "--jobs 0: must be at least 1"),
         (["--steps", "0"], "steps: Input should be greater than 0"),

@@ -15,7 +15,7 @@ from shodh.config import load_config, to_dict
 from shodh.errors import CheckpointError, ConfigError, TopologyError
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
-from shodh.study.tuning.base import Base, open_base, regime_of
+from shodh.study.tuning.base import Base, open_base, regimes_of
 from shodh.study.tuning.cells import SCRATCH, ZERO_SHOT, TuningCell, describe_cells, draw_trajectories, expand_tuning
 from shodh.study.tuning.measure import count_trained
 from shodh.study.tuning.report import write_tuning_report
@@ -164,19 +164,26 @@ def test_a_dense_model_is_tuned_whole(run: Callable[..., Path], tiny_data: Path)
 
 def test_regimes_of_the_command_line(run: Callable[..., Path], tiny_data: Path, tmp_path: Path) -> None:
     base = open_base(run())
-    assert regime_of(f"unseen={tiny_data / 'porous_media'}", base).path == tiny_data / "porous_media"
-    for setting, expected in (
-        ("unseen", "expected NAME=PATH"),
-        (f"unseen={tmp_path / 'absent'}", "absent does not exist"),
+    setting = f"unseen={tiny_data / 'porous_media'}"
+    (regime,) = regimes_of([setting], [], base)
+    assert regime.path == tiny_data / "porous_media" and regime.only is None
+    (renamed,) = regimes_of([setting], ["unseen.tracer=solid"], base)
+    assert renamed.fields == {"tracer": "solid"}
+    for regimes, maps, expected in (
+        (["unseen"], [], "expected NAME=PATH"),
+        ([f"unseen={tmp_path / 'absent'}"], [], "absent: it does not exist"),
+        ([setting], ["unseen.tracer"], "--map 'unseen.tracer': expected REGIME.OURS=THEIRS"),
+        ([setting], ["other.tracer=x"], "no regime 'other' is given"),
+        ([setting], ["unseen.tracer=smoke"], r"tracer=smoke: the run has the fields \['velocity'"),
     ):
         with pytest.raises(ConfigError, match=expected):
-            regime_of(setting, base)
+            regimes_of(regimes, maps, base)
     fields = base.config.data.fields[:1] + base.config.data.fields[2:]
     data = base.config.data.model_copy(update={"fields": fields})
     poorer = Base(base.path, base.config.model_copy(update={"data": data}), base.weights)
     with pytest.raises(ConfigError, match=r"has the fields \['tracer'\], which the vocabulary of .* lacks"):
-        regime_of(f"unseen={tiny_data / 'porous_media'}", poorer)
-    known = regime_of(f"open_channel={tiny_data / 'porous_media'}", base)
+        regimes_of([setting], [], poorer)
+    (known,) = regimes_of([f"open_channel={tiny_data / 'porous_media'}"], [], base)
     with pytest.raises(ConfigError, match="give the unseen regime 'open_channel' another name"):
         draw_trajectories(known, base, 0, (1,))
 

@@ -33,6 +33,7 @@ def probe_sections(
     *,
     split: Split = "test",
     left_out: Mapping[str, Path] | None = None,
+    maps: Mapping[str, Mapping[str, str]] | None = None,
     limit: int = 24,
     seeds: int = 3,
     chosen: Collection[str] = SECTIONS,
@@ -55,7 +56,9 @@ def probe_sections(
     """
     evaluator = open_run(run, checkpoint, device)
     other = None if other_run is None else open_run(other_run, None, device)
-    return probe_model(evaluator, other, split=split, left_out=left_out, limit=limit, seeds=seeds, chosen=chosen)
+    return probe_model(
+        evaluator, other, split=split, left_out=left_out, maps=maps, limit=limit, seeds=seeds, chosen=chosen
+    )
 
 
 def probe_model(
@@ -64,6 +67,7 @@ def probe_model(
     *,
     split: Split = "test",
     left_out: Mapping[str, Path] | None = None,
+    maps: Mapping[str, Mapping[str, str]] | None = None,
     limit: int = 24,
     seeds: int = 3,
     chosen: Collection[str] = SECTIONS,
@@ -78,6 +82,8 @@ def probe_model(
         What is probed. Fingerprints are fitted on another held-out split.
     left_out : mapping, optional
         ``{name: folder}`` of regimes that the run was not trained on; normalised with their own statistics.
+    maps : mapping, optional
+        ``{name: {our field: field of the files}}`` of left-out regimes.
     limit : int
         Windows a regime; time is proportional to it.
     seeds : int
@@ -94,7 +100,7 @@ def probe_model(
     """
     if not sparse_layers(evaluator.operator):
         return [_nothing_to_probe(evaluator.folder.path.name)]
-    known, unseen = trained_regimes(evaluator), left_out_regimes(evaluator, left_out or {})
+    known, unseen = trained_regimes(evaluator), left_out_regimes(evaluator, left_out or {}, maps)
     splits = [held_out_splits(regime, split) for regime in (*known, *unseen)]
     if other is not None:
         _check_other(evaluator, other)

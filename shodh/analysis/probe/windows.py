@@ -82,8 +82,10 @@ def trained_regimes(evaluator: Evaluator) -> list[ProbeRegime]:
     return [ProbeRegime(evaluator.regimes, number) for number in range(len(evaluator.regimes.names))]
 
 
-def left_out_regimes(evaluator: Evaluator, paths: Mapping[str, Path]) -> list[ProbeRegime]:
-    """Regimes that the run never saw, normalised with their own training statistics.
+def left_out_regimes(
+    evaluator: Evaluator, paths: Mapping[str, Path], maps: Mapping[str, Mapping[str, str]] | None = None
+) -> list[ProbeRegime]:
+    """Regimes that the run never saw, normalised with their own training statistics; ``maps``: `describe_regime`.
 
     Raises
     ------
@@ -97,21 +99,36 @@ def left_out_regimes(evaluator: Evaluator, paths: Mapping[str, Path]) -> list[Pr
         raise ConfigError(f"the run was trained on the regimes {sorted(known)}; give left-out regimes other names")
     found = []
     for name, path in paths.items():
-        regime = describe_regime(name, path, evaluator.config.data)
+        regime = describe_regime(name, path, evaluator.config.data, (maps or {}).get(name))
         data = evaluator.config.data.model_copy(update={"regimes": (regime,)})
         regimes = open_regimes(data, extrude=not evaluator.config.operator.in_field_space)
         found.append(ProbeRegime(regimes, 0, left_out=True))
     return found
 
 
-def describe_regime(name: str, path: Path, data: DataConfig) -> RegimeConfig:
-    """A regime with those of the run's fields that its files have; static ones that they lack are zeros, or absent."""
-    files = open_splits(path)["train"]
-    lacking = [f for f in data.fields if files and f.name not in files[0].fields]
+def describe_regime(name: str, path: Path, data: DataConfig, mapping: Mapping[str, str] | None = None) -> RegimeConfig:
+    """A regime with those of the run's fields that its files have; static ones that they lack are zeros, or absent.
+
+    Parameters
+    ----------
+    mapping : mapping, optional
+        ``{our field: field of the files}`` where they differ.
+
+    Raises
+    ------
+    ConfigError
+        A mapped field is not in the files, or not of the run.
+    """
+    files, renamed = open_splits(path)["train"], dict(mapping or {})
+    known, stored = [f.name for f in data.fields], list(files[0].fields) if files else []
+    for ours, theirs in renamed.items():
+        if ours not in known or (files and theirs not in stored):
+            raise ConfigError(f"regime {name!r}: {ours}={theirs}: the run has the fields {known}, {path} has {stored}")
+    lacking = [f for f in data.fields if files and renamed.get(f.name, f.name) not in stored]
     absent = {f.name for f in lacking if f.optional}
     zeros: dict[str, str | None] = {f.name: None for f in lacking if f.static and not f.optional}
     only = tuple(f.name for f in data.fields if f.name not in absent) if absent else None
-    return RegimeConfig(name=name, path=path, fields=zeros, only=only)
+    return RegimeConfig(name=name, path=path, fields={**zeros, **renamed}, only=only)
 
 
 def held_out_splits(regime: ProbeRegime, split: Split) -> tuple[Split, Split]:

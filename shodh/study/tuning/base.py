@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from shodh.analysis.probe.windows import describe_regime
-from shodh.config import DataConfig, RegimeConfig, RunConfig, dump_config
+from shodh.cli import field_maps, named_paths
+from shodh.config import RegimeConfig, RunConfig, dump_config
 from shodh.data.formats.splits import open_splits
 from shodh.errors import CheckpointError, ConfigError
 from shodh.files import atomic_path, write_atomically
@@ -106,33 +108,38 @@ def check_regime(regime: RegimeConfig, base: Base) -> None:
         raise ConfigError(f"{base.path} was trained on {learned}; give the unseen regime {regime.name!r} another name")
 
 
-def regime_of(setting: str, base: Base) -> RegimeConfig:
-    """The regime of ``NAME=PATH``: those of the base's fields that the files have.
+def regimes_of(settings: Sequence[str], maps: Sequence[str], base: Base) -> list[RegimeConfig]:
+    """The regimes of ``NAME=PATH``, with those of the base's fields that the files have.
+
+    Parameters
+    ----------
+    maps : sequence of str
+        ``NAME.OURS=THEIRS`` where a field has another name in the files.
 
     Raises
     ------
     ConfigError
-        The setting has another form, or the files have fields that the base's vocabulary lacks.
+        A setting has another form, or the files have fields that the base's vocabulary lacks.
     DataError
         There are no files, or they are damaged.
     """
-    name, equals, text = setting.partition("=")
-    if not (name and equals and text):
-        raise ConfigError(f"--regime {setting!r}: expected NAME=PATH")
-    path = Path(text)
-    if not path.exists():
-        raise ConfigError(f"--regime {setting}: {path} does not exist; expected a folder or file of trajectories")
-    _check_vocabulary(name, path, base.config.data, base.path)
-    return describe_regime(name, path, base.config.data)
+    paths = named_paths("--regime", settings)
+    renamed = field_maps(maps, paths)
+    for name, path in paths.items():
+        if not path.exists():
+            raise ConfigError(f"--regime {name}={path}: it does not exist; expected a folder or file of trajectories")
+        _check_vocabulary(name, path, base, set(renamed.get(name, {}).values()))
+    return [describe_regime(name, path, base.config.data, renamed.get(name)) for name, path in paths.items()]
 
 
-def _check_vocabulary(name: str, path: Path, data: DataConfig, run: Path) -> None:
+def _check_vocabulary(name: str, path: Path, base: Base, mapped: set[str]) -> None:
     files = open_splits(path)["train"]
-    known = [f.name for f in data.fields]
+    known = [f.name for f in base.config.data.fields]
     stored = {} if not files else files[0].fields
-    unknown = sorted(field for field, what in stored.items() if not what.static and field not in known)
+    unknown = sorted(f for f, what in stored.items() if not what.static and f not in known and f not in mapped)
     if unknown:
         raise ConfigError(
-            f"regime {name!r}: {path} has the fields {unknown}, which the vocabulary of {run} lacks ({known}); say in "
-            "a file for --config which of ours they are (regimes[..].fields), or which to use (regimes[..].only)"
+            f"regime {name!r}: {path} has the fields {unknown}, which the vocabulary of {base.path} lacks ({known}); "
+            f"say which of ours they are with --map {name}.OURS=THEIRS, or leave them out in a file for --config "
+            "(regimes[..].only)"
         )

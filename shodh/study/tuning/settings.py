@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from shodh.config import RegimeConfig, Section, to_dict
 from shodh.config.reading import read_yaml, section_from_dict
-from shodh.study.tuning.base import open_base, regime_of
+from shodh.study.tuning.base import open_base, regimes_of
 
 Way = Literal["all", "experts", "new_expert"]
 
@@ -62,13 +62,13 @@ class TuningConfig(Section):
         return self.out.name
 
 
-def load_tuning(path: Path | None, named: Sequence[str] = (), **changes: Any) -> TuningConfig:
+def load_tuning(path: Path | None, named: Sequence[str] = (), maps: Sequence[str] = (), **changes: Any) -> TuningConfig:
     """Read a fine-tuning file, or none.
 
     Parameters
     ----------
-    named : sequence of str
-        ``NAME=PATH``, in place of the file's regimes: see `shodh.study.tuning.base.regime_of`.
+    named, maps : sequence of str
+        In place of the file's regimes: see `shodh.study.tuning.base.regimes_of`.
     changes
         Those that are not None stand in place of the file's settings.
 
@@ -83,5 +83,5 @@ def load_tuning(path: Path | None, named: Sequence[str] = (), **changes: Any) ->
         tree = {**tree, **{key: value for key, value in changes.items() if value is not None}}
         if named and "run" in tree:
             base = open_base(Path(tree["run"]), tree.get("checkpoint"))
-            tree["regimes"] = [to_dict(regime_of(setting, base)) for setting in named]
+            tree["regimes"] = [to_dict(regime) for regime in regimes_of(named, maps, base)]
     return section_from_dict(TuningConfig, tree, source)
