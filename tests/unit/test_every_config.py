@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from shodh.config import RunConfig, load_config
+from shodh.study.tuning.settings import load_tuning
 from shodh.train.plan import describe_plan, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted(p for p in (ROOT / "launch" / "configs").glob("*.yaml") if not p.name.startswith("study_"))
+GRIDS = ("study_", "finetune_")  # of runs, not runs
+CONFIGS = sorted(p for p in (ROOT / "launch" / "configs").glob("*.yaml") if not p.name.startswith(GRIDS))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
@@ -26,6 +28,12 @@ def test_configuration_is_planned_and_fits(path: Path, monkeypatch: pytest.Monke
 def test_dense_and_sparse_tiny_models_are_of_equal_active_size() -> None:
     sparse, dense = (make_plan(_in_tree(name), 1, 2).active_parameters for name in ("moe_pot_tiny", "dpot_tiny"))
     assert dense == pytest.approx(sparse, rel=0.01)
+
+
+def test_fine_tuning_of_the_tree_is_readable() -> None:
+    tuning = load_tuning(ROOT / "launch" / "configs" / "finetune_tiny.yaml")
+    fields = load_config(ROOT / "launch" / "configs" / "moe_pot_tiny.yaml").data.fields
+    assert all(set(regime.only or ()) <= {f.name for f in fields} for regime in tuning.regimes)
 
 
 def _in_tree(name: str) -> RunConfig:
