@@ -138,7 +138,7 @@ def operator_changes(
         from shodh.study.sizes import widened_dense  # Builds models, so it needs torch; nothing else here does.
 
         experts = expert_changes("sparse", compared, base.operator.experts, num_regimes)
-        sparse = config_from_dict(_merge(tree, {"operator": {"experts": experts}}), name)
+        sparse = config_from_dict(merge_settings(tree, {"operator": {"experts": experts}}), name)
         return widened_dense(sparse, as_dpot=model == "dpot")
     if model != "sparse":
         variant = {key: compared[key] for key in ("balance", "experts") if key in compared}
