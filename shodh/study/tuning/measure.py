@@ -39,7 +39,7 @@ def measure_tuning(cell: dict[str, Any], config: RunConfig, weights: Path | None
     result = {
         "cell": cell,
         "parameters": count_trained(config, trains=weights is None),
-        "seconds_per_step": seconds_per_step(folder, config.operator.train.valid_every) if weights is None else None,
+        "seconds_per_step": seconds_per_step(folder, config.operator.train.steps) if weights is None else None,
         "evaluation": evaluation.metrics,
         "env": describe_environment(),
     }
