@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name} {getattr(args, name)}: must be at least 1")
     study = load_study(args.config, args.scale, name=args.name, out=args.out, seeds=args.seeds, overrides=args.set)
-    from shodh.study.ranks import Ranks
+    from shodh.train.ranks import Ranks
 
     ranks = Ranks()
     every = expand(study, ranks.world)

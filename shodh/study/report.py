@@ -7,16 +7,16 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
+from shodh.analysis.comparison import what_seeds_can_show
 from shodh.analysis.page import Headline, Section, Table, text_table, write_page
 from shodh.study import plots, tables
 from shodh.study.cells import Cell
-from shodh.study.comparison import what_seeds_can_show
 from shodh.study.measure import read_result
 from shodh.study.results import READINGS, Reading, Result, Results
-from shodh.study.runner import read_failures
 from shodh.study.settings import StudyConfig
 from shodh.study.verdict import RULE, Answer, does_routing_help, separation_and_error, what_lowers_the_error
 from shodh.train.run_folder import describe_environment
+from shodh.train.workers import read_failures
 
 SHOWN_ROWS = 60
 UNITS = {"steps": "optimiser steps", "flops": "training work, TFLOP", "seconds": "seconds of training steps"}
@@ -31,7 +31,7 @@ def read_results(cells: Sequence[Cell]) -> Results:
 def write_study_report(study: StudyConfig, cells: Sequence[Cell], results: Results | None = None) -> str:
     """Write ``<study>/report`` from ``results``, by default of the cells that are finished; returns its top as text."""
     results = read_results(cells) if results is None else results
-    failures = read_failures(study)
+    failures = read_failures(study.folder)
     have = {r.cell["name"] for r in results.all}
     missing = {c.name: failures.get(c.name, "not run yet") for c in cells if c.name not in have}
     headline = _headline(study, results, missing)

@@ -2,43 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
-import shodh
-from shodh.config import RunConfig, to_dict
+from shodh.config import to_dict
 from shodh.errors import ConfigError, ShodhError
-from shodh.files import write_atomically
 from shodh.study.cells import Cell, tokenizer_config
 from shodh.study.measure import RESULT
-from shodh.study.ranks import Ranks
 from shodh.study.settings import StudyConfig
-from shodh.study.worker import STOPPED
+from shodh.train.ranks import Ranks
 from shodh.train.run_folder import RunFolder
-
-ROOT = Path(shodh.__file__).resolve().parents[1]
-FAILURES = "failures.json"
-
-
-@dataclass
-class Progress:
-    """How a study stands: names of finished cells, the last line of those that failed, whether a signal ended it."""
-
-    finished: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    stopped: bool = False
+from shodh.train.workers import Job, Progress, Workers
 
 
 def run_cells(study: StudyConfig, cells: Sequence[Cell], jobs: int, ranks: Ranks) -> Progress:
@@ -51,8 +27,7 @@ def run_cells(study: StudyConfig, cells: Sequence[Cell], jobs: int, ranks: Ranks
     ShodhError
         The tokenizer, which all cells need, could not be trained.
     """
-    if jobs > 1 and ranks.world > 1:
-        raise ConfigError(f"--jobs {jobs} is for cells on one rank each; on {ranks.world} ranks they run one by one")
+    workers = Workers("shodh.study.worker", study.folder, jobs, ranks)
     for cell in cells:
         check_same(cell)
     todo = ranks.agree("todo", [cell.name for cell in cells if not (cell.config.run_dir / RESULT).exists()])
@@ -60,29 +35,22 @@ def run_cells(study: StudyConfig, cells: Sequence[Cell], jobs: int, ranks: Ranks
     progress = Progress([cell.name for cell in cells if cell.name not in todo])
     if not todo:
         return progress
-    runner = _Runner(study, jobs, ranks)
-    runner.prepare(cells)
+    prepare(study, cells, workers)
     total = sum(cell.config.operator.train.steps for cell in cells)
     done = sum(by_name[name].config.operator.train.steps for name in progress.finished)
     hidden = ranks.rank != 0 or not sys.stderr.isatty()
     with tqdm(total=total, initial=done, unit="step", desc=study.name, disable=hidden) as bar:
-        for name, line in runner.run([by_name[name] for name in todo], bar):
+        for name, line in workers.run_all(cell_jobs(study, [by_name[name] for name in todo])):
+            bar.set_postfix_str(name)
+            bar.update(by_name[name].config.operator.train.steps)
             if line is None:
                 progress.finished.append(name)
-            elif not runner.stopped.is_set():
+            elif not workers.stopped.is_set():
                 progress.failed[name] = line
-    progress.stopped = runner.stopped.is_set()
+    progress.stopped = workers.stopped.is_set()
     if ranks.rank == 0:
-        failed = {**read_failures(study), **progress.failed}
-        write_atomically(study.folder / FAILURES, json.dumps(failed, indent=1) + "\n")
+        progress.keep_failures(study.folder)
     return progress
-
-
-def read_failures(study: StudyConfig) -> dict[str, str]:
-    """Cells that have failed, and why, when they last did; some may be finished by now."""
-    path = study.folder / FAILURES
-    failed: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-    return failed
 
 
 def check_same(cell: Cell) -> None:
@@ -99,88 +67,23 @@ def check_same(cell: Cell) -> None:
         )
 
 
-class _Runner:
-    def __init__(self, study: StudyConfig, jobs: int, ranks: Ranks) -> None:
-        self.study, self.jobs, self.ranks = study, jobs, ranks
-        self.stopped = threading.Event()
-        self._children: set[subprocess.Popen[str]] = set()
-        base = study.base_config()
-        regimes = {r.name: r for r in base.data.regimes}
-        probe = study.plasticity
-        self.fresh = None if probe is None else {"probe": to_dict(probe), "regime": to_dict(regimes[probe.regime])}
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._stop)
-
-    def _stop(self, number: int, _: object) -> None:
-        """Hand the signal on: every cell at work saves a checkpoint and ends; no other is started."""
-        self.stopped.set()
-        for child in list(self._children):
-            child.send_signal(number)
-
-    def prepare(self, cells: Sequence[Cell]) -> None:
-        config = tokenizer_config(self.study)
-        if config.operator.in_field_space:
-            return
-        mixes = list(dict.fromkeys(cell.regimes for cell in cells))
-        if self.study.plasticity is not None:
-            mixes.append((self.study.plasticity.regime,))
-        line = self._job("tokenizer", {"kind": "prepare", "mixes": list(dict.fromkeys(mixes))}, config)
-        if line is not None and not self.stopped.is_set():
-            raise ShodhError(f"the tokenizer of the study could not be made: {line}")
-
-    def run(self, cells: Sequence[Cell], bar: Any) -> Any:
-        """Yield (name, None or the last line of the error) of each cell as it ends."""
-        with ThreadPoolExecutor(self.jobs) as pool:
-            waiting = {pool.submit(self._cell, cell): cell for cell in cells}
-            for done in as_completed(waiting):
-                cell = waiting[done]
-                bar.set_postfix_str(cell.name)
-                bar.update(cell.config.operator.train.steps)
-                yield cell.name, done.result()
-
-    def _cell(self, cell: Cell) -> str | None:
-        job = {"kind": "cell", "cell": cell.describe(), "fresh": self.fresh}
-        return self._job(cell.name, {**job, "gradient_samples": self.study.gradient_samples}, cell.config)
-
-    def _job(self, name: str, job: dict[str, Any], config: RunConfig) -> str | None:
-        """Run one job on this rank, with the others on theirs; None, or one line that says what went wrong."""
-        if self.stopped.is_set():
-            return "not started"
-        path = self.study.folder / "jobs" / f"{name}.json"
-        if self.ranks.rank == 0:
-            write_atomically(path, json.dumps({**job, "config": to_dict(config)}, indent=1) + "\n")
-        log = path.with_suffix(f".rank{self.ranks.rank}.log" if self.ranks.world > 1 else ".log")
-        environment = {**os.environ, **self.ranks.environment(name)}
-        threads = max(1, (os.cpu_count() or 1) // (self.jobs * self.ranks.world_here))
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as stderr:
-            command = [sys.executable, "-m", "shodh.study.worker", str(path)]
-            child = subprocess.Popen(command, env=environment, stdout=stderr, stderr=stderr, text=True)
-            self._children.add(child)
-            code = _wait(child, lambda: self.ranks.failed(name))
-            self._children.discard(child)
-        if code == STOPPED:
-            self.stopped.set()
-        line = None if code == 0 else f"{last_error(log)} (exit code {code}; see {log})"
-        return self.ranks.finish(name, line)
+def prepare(study: StudyConfig, cells: Sequence[Cell], workers: Workers) -> None:
+    """Train the tokenizer that all cells share, and encode the data once for every mix."""
+    config = tokenizer_config(study)
+    if config.operator.in_field_space:
+        return
+    mixes = [cell.regimes for cell in cells]
+    if study.plasticity is not None:
+        mixes.append((study.plasticity.regime,))
+    job = {"kind": "prepare", "mixes": list(dict.fromkeys(mixes)), "config": to_dict(config)}
+    line = workers.run("tokenizer", job)
+    if line is not None and not workers.stopped.is_set():
+        raise ShodhError(f"the tokenizer of the study could not be made: {line}")
 
 
-def _wait(child: subprocess.Popen[str], failed_elsewhere: Callable[[], bool], patience: float = 5.0) -> int:
-    """The exit code of a child; it is ended some seconds after another rank's has failed, for which it would wait."""
-    deadline: float | None = None
-    while child.poll() is None:
-        if deadline is None and failed_elsewhere():
-            deadline = time.monotonic() + patience
-        if deadline is not None and time.monotonic() > deadline:
-            child.kill()
-        time.sleep(0.1)
-    return child.wait()
-
-
-def last_error(log: Path) -> str:
-    """The line of a log that says what went wrong: its last ``error:`` line, or its last line."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "error: " in line.lower()]
-    return (errors or lines or ["no output"])[-1]
+def cell_jobs(study: StudyConfig, cells: Sequence[Cell]) -> dict[str, Job]:
+    """What the workers of the cells are told."""
+    regimes, probe = {r.name: r for r in study.base_config().data.regimes}, study.plasticity
+    fresh = None if probe is None else {"probe": to_dict(probe), "regime": to_dict(regimes[probe.regime])}
+    common = {"kind": "cell", "fresh": fresh, "gradient_samples": study.gradient_samples}
+    return {cell.name: Job({**common, "cell": cell.describe(), "config": to_dict(cell.config)}) for cell in cells}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from shodh.analysis.comparison import LEVEL, MARGIN, MIN_SEEDS, Comparison, compare
 from shodh.analysis.page import Tone
-from shodh.study.comparison import LEVEL, MARGIN, MIN_SEEDS, Comparison, compare
 from shodh.study.results import TEST, Result, Results, geometric_mean
 
 RULE = (

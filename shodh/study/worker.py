@@ -6,13 +6,11 @@ A process a cell: one that runs out of memory, diverges or crashes takes nothing
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from shodh.config import RegimeConfig, RunConfig, config_from_dict
 from shodh.study.measure import measure_cell
@@ -20,8 +18,7 @@ from shodh.study.settings import PlasticityConfig
 from shodh.train.jobs import open_data, pretrain, train_tokenizer
 from shodh.train.latents import TOKENIZER_FILE
 from shodh.train.runtime import quiet_logs, rank, run_ranks, start_distributed
-
-STOPPED = 3
+from shodh.train.workers import STOPPED, leave_ranks
 
 
 def train_cell(job: dict[str, Any], config: RunConfig) -> bool:
@@ -29,7 +26,7 @@ def train_cell(job: dict[str, Any], config: RunConfig) -> bool:
     if not pretrain(config, "auto"):
         return False
     first = rank() == 0
-    _leave_ranks()
+    leave_ranks()
     if first:
         fresh = job["fresh"]
         told = None if fresh is None else (PlasticityConfig(**fresh["probe"]), RegimeConfig(**fresh["regime"]))
@@ -48,13 +45,6 @@ def prepare(job: dict[str, Any], config: RunConfig) -> bool:
         data = config.data.model_copy(update={"regimes": tuple(by_name[name] for name in mix)})
         open_data(config.model_copy(update={"data": data}), None, device)
     return True
-
-
-def _leave_ranks() -> None:
-    """From here on, this process is alone: what follows must not wait for, or share work with, other ranks."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    os.environ.update({"RANK": "0", "WORLD_SIZE": "1"})
 
 
 def main() -> int:
