@@ -15,6 +15,7 @@ from shodh.errors import ConfigError
 from shodh.merge.coordinates import ParameterMap
 
 MethodName = Literal[
+    "persistence",
     "anchor",
     "low",
     "high",
@@ -23,11 +24,14 @@ MethodName = Literal[
     "ties",
     "dare",
     "coord",
+    "coord_log",
     "scale",
     "prefix",
+    "prefix_each",
     "line_search",
     "gradient",
     "gradient_by_layer",
+    "gradient_by_expert",
     "oracle",
     "wrong_sign",
     "random_direction",
