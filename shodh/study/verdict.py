@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from shodh.analysis.comparison import LEVEL, MARGIN, MIN_SEEDS, Comparison, compare
+from shodh.analysis.comparison import LEVEL, MARGIN, MIN_SEEDS, Comparison, brief, compare, describe
 from shodh.analysis.page import Tone
 from shodh.study.results import TEST, Result, Results, geometric_mean
 
@@ -87,21 +87,6 @@ def _transfer_word(index: Comparison) -> str:
         "open": "whether mixing harms or helps it is undecided",
     }
     return words[index.verdict]
-
-
-def brief(c: Comparison, other: str) -> str:
-    """``2.1 % below dense_active``."""
-    return f"{abs(c.ratio - 1):.1%} {'below' if c.ratio < 1 else 'above'} that of {other}".replace("%", " %")
-
-
-def describe(label: str, c: Comparison, other: str) -> str:
-    """One clause with the difference, its interval and both p values."""
-    first = f"The error of {label} is {brief(c, other)}"
-    if c.seeds < 2:
-        return f"{first} (one seed)"
-    interval = f"95 % interval of the ratio {c.low:.3f} to {c.high:.3f}"
-    tests = f"p {c.p_t:.2g} by paired t, {c.p_sign:.2g} by sign flips"
-    return f"{first} ({interval}; {tests}; lower in {c.wins} of {c.seeds} seeds)"
 
 
 def what_lowers_the_error(results: Results, mix: str) -> tuple[Cause, str]:
