@@ -6,7 +6,6 @@ its error is counted on the later ones. Oracle and persistence are marks to read
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
