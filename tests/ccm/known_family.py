@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +36,9 @@ REGIME = "vorticity_2d"
 HISTORY, PREFIX, ROLLOUT = 2, 2, 3
 FRAMES = HISTORY + PREFIX + ROLLOUT
 LOW, HIGH = 0.01, 0.03
-SUPPORT, INTERPOLATION, EXTRAPOLATION = (0.01, 0.02, 0.03), (0.0225,), (0.0325,)
+SUPPORT, INTERPOLATION, EXTRAPOLATION = (LOW, HIGH), (0.0225,), (0.0325,)
+#: Fields are normalised with these, so that physical and normalised units differ.
+MEAN, SCALE = 0.25, 2.0
 
 Changes = dict[str, Any]
 
@@ -44,21 +46,14 @@ FNO: Changes = {"kind": "fno", "dim": 8, "depth": 2, "modes": 4}
 MOE_POT: Changes = {
     "kind": "moe_pot",
     "dim": 16,
-    "depth": 2,
+    "depth": 1,
     "heads": 2,
     "patch": 4,
     "experts": {"num_experts": 4, "top_k": 2, "num_shared": 1, "hidden": 16},
 }
 
 
-class Known(NamedTuple):
-    """A study with converted models for its seeds, and data."""
-
-    study: CCMConfig
-    operator: Changes
-
-
-def study_tree(root: Path, operator: Changes, **changes: Any) -> dict[str, Any]:
+def study_tree(root: Path, operator: Changes, family: Changes | None = None, **changes: Any) -> dict[str, Any]:
     """The settings of the study as a plain mapping, its base run written beside it."""
     base = root / "base.yaml"
     config = {
@@ -100,21 +95,27 @@ def study_tree(root: Path, operator: Changes, **changes: Any) -> dict[str, Any]:
             "support": SUPPORT,
             "interpolation": INTERPOLATION,
             "extrapolation": EXTRAPOLATION,
-            "validation": (0.01, 0.0225),
+            "validation": (LOW, 0.0225),
+            **(family or {}),
         },
     }
     return {**tree, **changes}
 
 
-def build_known(root: Path, operator: Changes = FNO, **changes: Any) -> Known:
+def known_study(root: Path, operator: Changes = FNO, **changes: Any) -> CCMConfig:
+    """The settings of the study, validated."""
+    return section_from_dict(CCMConfig, study_tree(root, operator, **changes), "known family")
+
+
+def build_known(root: Path, operator: Changes = FNO, **changes: Any) -> CCMConfig:
     """Write models and data of a known family."""
-    study = section_from_dict(CCMConfig, study_tree(root, operator, **changes), "known family")
+    study = known_study(root, operator, **changes)
     for seed in range(study.seeds):
         anchor = write_member(study, seed, "anchor", None)
         for member in ("low", "high"):
             write_member(study, seed, member, anchor)
     write_data(study)
-    return Known(study, operator)
+    return study
 
 
 def write_member(study: CCMConfig, seed: int, member: str, anchor: Path | None) -> Path:
@@ -133,7 +134,7 @@ def write_member(study: CCMConfig, seed: int, member: str, anchor: Path | None) 
     (run.path / "config.yaml").write_text(dump_config(config))
     fields = [f.build() for f in config.data.fields]
     space = {
-        "normalizer": FieldNormalizer(fields, 2, {REGIME: {"vorticity": (0.0, 1.0)}}).to_dict(),
+        "normalizer": FieldNormalizer(fields, 2, {REGIME: {"vorticity": (MEAN, SCALE)}}).to_dict(),
         "regimes": [REGIME],
         "domains": {REGIME: {"boundary": ["periodic"] * 3, "lengths": [1.0, 1.0, 1.0 / GRID[0]], "flat": True}},
     }
