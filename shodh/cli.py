@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fnmatch
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from shodh.errors import ShodhError
+from shodh.errors import ConfigError, ShodhError
 
 EXIT_USAGE = 2
 EXIT_PIPE = 141  # as a shell reports a program that SIGPIPE ended
@@ -26,6 +27,22 @@ def training_parser(description: str | None, examples: str) -> argparse.Argument
     parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's log too")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
+
+
+def choose_names(names: Sequence[str], patterns: Sequence[str] | None, what: str) -> list[str]:
+    """The names that match a pattern of ``--only``, as in a shell; all without patterns.
+
+    Raises
+    ------
+    ConfigError
+        A pattern matches none; ``what`` the names are of is said in the message.
+    """
+    if patterns is None:
+        return list(names)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(f"--only {pattern!r} matches no {what}; they are {', '.join(names)}")
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def error_line(error: BaseException) -> str | None:

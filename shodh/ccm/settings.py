@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from shodh.config import RegimeConfig, RunConfig, Section, apply_overrides, config_from_dict, load_config, to_dict
-from shodh.config.reading import read_yaml, section_from_dict
+from shodh.config.reading import merge_trees, read_yaml, section_from_dict
 from shodh.errors import ConfigError
 from shodh.merge.coordinates import ParameterMap
+from shodh.topology import fitting_ep_size
 
 MethodName = Literal[
     "persistence",
@@ -203,9 +204,10 @@ class CCMConfig(Section):
             )
         return config
 
-    def run_config(self, seed: int, member: Member) -> RunConfig:
-        """The run that trains a member for a seed; raises `ConfigError` for what does not fit."""
-        tree = to_dict(self.base_config())
+    def run_config(self, seed: int, member: Member, world_size: int = 1) -> RunConfig:
+        """The run that trains a member for a seed on so many ranks; raises `ConfigError` for what does not fit."""
+        base = self.base_config()
+        tree = to_dict(base)
         family = self.family
         anchor = member == "anchor"
         value = family.low if member == "low" else family.high
@@ -220,6 +222,9 @@ class CCMConfig(Section):
             "name": f"seed{seed}-{member}",
             "seed": seed,
             "out": str(self.folder / "runs"),
+            "parallel": {
+                "ep_size": fitting_ep_size(world_size, base.parallel.ep_size, base.operator.experts.num_experts)
+            },
             "family": {"name": f"{family.regime}-{family.parameter}", "parameters": parameters},
         }
         return config_from_dict(tree, f"study {self.name}, {member} of seed {seed}")
@@ -228,15 +233,6 @@ class CCMConfig(Section):
         """The regime of a run that reads the trajectories of one value."""
         regime = self.base_config().data.regimes[0]
         return regime.model_copy(update={"path": self.value_folder(value)})
-
-
-def merge(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``changes`` put over ``tree``, nested mappings key by key."""
-    merged = dict(tree)
-    for key, value in changes.items():
-        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value) if nested else value
-    return merged
 
 
 def load_ccm(
@@ -269,7 +265,7 @@ def load_ccm(
         raise ConfigError(f"{path} is not defined at scale {scale}; it has {list(study.scales)}")
     own = [item.removeprefix("study.") for item in overrides if item.startswith("study.")]
     others = [item for item in overrides if not item.startswith("study.")]
-    changed = apply_overrides(merge(tree, study.scales[scale]), own)
+    changed = apply_overrides(merge_trees(tree, study.scales[scale]), own)
     preset = section_from_dict(CCMConfig, changed, f"{path} at scale {scale}")
     chosen = backbone or preset.backbone
     suffixes = [scale] * (scale != "tiny") + [chosen] * (chosen != preset.backbone)

@@ -9,7 +9,9 @@ from itertools import product
 from typing import Any
 
 from shodh.config import ExpertsConfig, RunConfig, config_from_dict, to_dict
+from shodh.config.reading import merge_trees
 from shodh.study.settings import StudyConfig
+from shodh.topology import fitting_ep_size
 
 #: Balance terms by name, with the weights of the project's own experiments.
 BALANCES: dict[str, dict[str, float]] = {
@@ -168,7 +170,7 @@ def _configure(
         "checkpoint_every": every,
         "keep_checkpoints": 2 * study.checkpoints + 2,  # Interruptions add some.
     }
-    changed = _merge(
+    changed = merge_trees(
         tree,
         {
             "name": name,
@@ -177,7 +179,7 @@ def _configure(
             "data": {"regimes": [by_name[r] for r in regimes]},
             "tokenizer": {"run": str(tokenizer_dir(study, base))},
             "operator": {"experts": changes, "train": train},
-            "parallel": {"ep_size": math.gcd(world_size, base.parallel.ep_size, num_experts) if num_experts else 1},
+            "parallel": {"ep_size": fitting_ep_size(world_size, base.parallel.ep_size, num_experts)},
         },
     )
     return config_from_dict(changed, f"study {study.name}, cell {name}")
@@ -193,12 +195,3 @@ def tokenizer_config(study: StudyConfig) -> RunConfig:
 def tokenizer_dir(study: StudyConfig, base: RunConfig) -> Any:
     """The one that the base run names, or one of the study's own."""
     return base.tokenizer.run or study.folder / "tokenizer"
-
-
-def _merge(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``changes`` put over ``tree``, nested mappings key by key."""
-    merged = dict(tree)
-    for key, value in changes.items():
-        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if nested else value
-    return merged

@@ -10,7 +10,8 @@ from shodh.config import RunConfig, load_config
 from shodh.train.plan import describe_plan, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted(p for p in (ROOT / "launch" / "configs").glob("*.yaml") if not p.name.startswith("study_"))
+STUDIES = ("study_", "ccm_")
+CONFIGS = sorted(p for p in (ROOT / "launch" / "configs").glob("*.yaml") if not p.name.startswith(STUDIES))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
