@@ -125,7 +125,6 @@ def _sections(study: CCMConfig, results: Results) -> list[Section]:
     published = study.published_improvement
     components, layers, experts = (tables.update_table(results, k) for k in ("components", "layers", "experts"))
     routing = tables.routing_table(results)
-    reasons_table = Table(["what the diagnostics say"], [[said] for said in reasons(results)])
     found = [
         _section(
             "summary",
@@ -135,7 +134,7 @@ def _sections(study: CCMConfig, results: Results) -> list[Section]:
             files_only=("results",),
             error_by_parameter=plots.error_by_parameter(results),
         ),
-        _section("reasons", "Why", " ".join(reasons(results)), {"reasons": reasons_table}, files_only=("reasons",)),
+        Section("why", "Why: what the diagnostics say", " ".join(reasons(results))),
         _section("values", "Errors by value", VALUES, {"errors_by_value": tables.value_table(results)}),
         _section(
             "alphas",
