@@ -17,6 +17,7 @@ from shodh.ccm.diagnose import diagnose_family
 from shodh.ccm.members import Case, Family, open_members, read_case
 from shodh.ccm.methods import Trial, possible
 from shodh.ccm.settings import CCMConfig
+from shodh.config import to_dict
 from shodh.files import write_atomically
 from shodh.merge.coordinates import ParameterMap, coordinate, extrapolation
 from shodh.merge.readout import BANK
@@ -63,16 +64,10 @@ def evaluate_seed(study: CCMConfig, seed: int, device: torch.device) -> None:
 
 
 def measured_settings(study: CCMConfig) -> dict[str, Any]:
-    """What results of different seeds must share to be compared."""
-    return {
-        "backbone": study.backbone,
-        "prefix": study.prefix,
-        "rollout": study.rollout,
-        "anchor_steps": study.anchor_steps,
-        "expert_steps": study.expert_steps,
-        "methods": list(study.methods),
-        "values": {repr(v): study.family.role_of(v) for v in study.family.values},
-    }
+    """What results must share to be compared; JSON-able."""
+    keys = ("backbone", "anchor_steps", "expert_steps", "expert_lr", "prefix", "rollout", "maps", "methods", "family")
+    tree = to_dict(study)
+    return {key: tree[key] for key in keys}
 
 
 def _choose(study: CCMConfig, bench: Bench, vectors: TaskVectors) -> Any:

@@ -6,7 +6,7 @@ its error is counted on the later ones. Oracle and persistence are marks to read
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,6 +35,8 @@ from shodh.weights import LazyWeights
 
 #: Random directions that are drawn; their errors are averaged.
 DRAWS = 3
+#: Twice as far as the published bank: for values that lie far outside.
+WIDE_BANK = tuple(0.25 * i for i in range(-12, 13))
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,12 @@ def _coord(scale: ParameterMap) -> Callable[[Trial], Outcome]:
     return lambda trial: trial.at(clip(trial.coordinate(scale)))
 
 
-def _prefix(trial: Trial) -> Outcome:
-    found = read_prefix(trial.line.observed_mean)
-    return trial.at(_number(found), forward=len(found.trace))
+def _prefix(bank: Sequence[float]) -> Callable[[Trial], Outcome]:
+    def method(trial: Trial) -> Outcome:
+        found = read_prefix(trial.line.observed_mean, bank)
+        return trial.at(_number(found), forward=len(found.trace))
+
+    return method
 
 
 def _prefix_each(trial: Trial) -> Outcome:
@@ -218,8 +223,9 @@ METHODS: dict[MethodName, Callable[[Trial], Outcome]] = {
     "coord": _coord("linear"),
     "coord_log": _coord("log"),
     "scale": lambda trial: trial.at(trial.calibrated),
-    "prefix": _prefix,
+    "prefix": _prefix(BANK),
     "prefix_each": _prefix_each,
+    "prefix_wide": _prefix(WIDE_BANK),
     "line_search": _line_search,
     "gradient": _gradient,
     "gradient_by_layer": _gradient_by("layer"),

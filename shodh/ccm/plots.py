@@ -17,7 +17,10 @@ from shodh.ccm.settings import METHODS, Role
 from shodh.ccm.tables import correlate, step_errors
 
 #: Lines of the first panel, and of the second; the anchor stands in both.
-COMPOSITION = ("anchor", "coord", "coord_log", "scale", "prefix", "gradient", "gradient_by_layer", "oracle")
+COMPOSITION = (
+    *("anchor", "coord", "coord_log", "scale", "prefix", "prefix_wide", "gradient", "gradient_by_layer"),
+    "oracle",
+)
 OTHERS = ("anchor", "low", "high", "average", "task_arithmetic", "ties", "dare", "ensemble", "prefix_finetune")
 CONTROLS = ("persistence", "wrong_sign", "random_direction")
 
@@ -36,6 +39,12 @@ _COLOURED = (
     "gradient_by_layer",
 )
 
+#: The first of the others, each again with a colour of its own.
+_DASHED = (
+    *("task_arithmetic", "ties", "dare", "ensemble", "prefix_finetune", "wrong_sign", "random_direction"),
+    *("persistence", "prefix_wide", "line_search", "prefix_each"),
+)
+
 
 def _style(method: str) -> dict[str, Any]:
     """The same colour and marker in every figure."""
@@ -44,8 +53,8 @@ def _style(method: str) -> dict[str, Any]:
     if method in _COLOURED:
         number = _COLOURED.index(method)
         return {"color": colormaps["tab10"](number), "marker": MARKERS[number], "linewidth": 1.4}
-    others = [m for m in METHODS if m not in _COLOURED]
-    number = others.index(method) if method in others else len(others)
+    others = [*_DASHED, *(m for m in METHODS if m not in _DASHED)]
+    number = others.index(method)
     dashed = {"linestyle": "--", "linewidth": 1.2}
     return {"color": colormaps["Dark2"](number % 8), "marker": MARKERS[number % len(MARKERS)], **dashed}
 
@@ -128,7 +137,7 @@ def _with_correlation(results: Results, method: str) -> str:
 
 def error_along_line(results: Results) -> Figure:
     """Error after the prefix at every coordinate of the bank, a line a value, the mean over seeds."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(7.6, 4.2), layout="constrained")
     panel = figure.subplots()
     values = results.values
     for number, (value, role) in enumerate(values):
@@ -142,7 +151,7 @@ def error_along_line(results: Results) -> Figure:
     panel.set_xlabel("coordinate alpha: -1 low expert, +1 high expert")
     panel.set_ylabel("relative L2 error after the prefix")
     panel.set_yscale("log")
-    panel.legend(fontsize=7, frameon=False, title=results.parameter, title_fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=7, frameon=False, title=results.parameter, title_fontsize=7)
     _bare(panel)
     return figure
 

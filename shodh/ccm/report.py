@@ -7,14 +7,14 @@ from typing import Any
 from shodh.analysis.comparison import what_seeds_can_show
 from shodh.analysis.page import Headline, Section, Table, text_table, write_page
 from shodh.ccm import plots, tables
-from shodh.ccm.methods import DRAWS
+from shodh.ccm.methods import DRAWS, WIDE_BANK
 from shodh.ccm.results import Results, mean, read_results
 from shodh.ccm.settings import CCMConfig
 from shodh.ccm.verdict import (
     RULE,
     asked_readout,
     does_composition_help,
-    does_it_beat_the_experts,
+    does_it_beat_the_rivals,
     far_role,
     reasons,
     which_readout_is_enough,
@@ -77,7 +77,7 @@ def _headline(study: CCMConfig, results: Results) -> Headline:
         numbers["improvement, %"] = mean(results.improvements(method, role))
     if study.published_improvement is not None:
         numbers["published, %"] = study.published_improvement
-    said = (study.question, answer.text, does_it_beat_the_experts(results), which_readout_is_enough(results))
+    said = (study.question, answer.text, does_it_beat_the_rivals(results), which_readout_is_enough(results))
     text = " ".join([*filter(None, said), what_seeds_can_show(len(results))])
     return Headline(answer.verdict, text, answer.tone, numbers, note=RULE)
 
@@ -95,7 +95,8 @@ def _protocol(study: CCMConfig, results: Results) -> str:
 
 METHODS_TEXT = (
     "uses: what a method looks at beside the weights. coord: the parameter, linear as published; coord_log: its "
-    "logarithm; scale: factor and map chosen on validation trajectories of seen values. oracle and best_endpoint are "
+    "logarithm; scale: factor and map chosen on validation trajectories of seen values; prefix: the published "
+    f"bank, prefix_wide: one to {max(WIDE_BANK):g}. oracle and best_endpoint are "
     "chosen by the counted errors themselves. wrong_sign, random_direction ("
     f"{DRAWS} draws) and the ensemble, which runs both experts at every step, use scale's coordinate. prefix passes: "
     "rollouts over the prefix, forward and backward; prefix_finetune tunes all of the anchor's weights with as many as "

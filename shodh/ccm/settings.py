@@ -29,6 +29,7 @@ MethodName = Literal[
     "scale",
     "prefix",
     "prefix_each",
+    "prefix_wide",
     "line_search",
     "gradient",
     "gradient_by_layer",

@@ -24,6 +24,7 @@ USES = {
     "scale": "parameter, validation",
     "prefix": "prefix",
     "prefix_each": "prefix, each trajectory",
+    "prefix_wide": "prefix",
     "line_search": "prefix",
     "gradient": "prefix",
     "gradient_by_layer": "prefix",

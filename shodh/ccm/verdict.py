@@ -20,7 +20,7 @@ RULE = (
 )
 #: Read-outs of composition with one coordinate a value, from the cheapest to the dearest; the first of `ASKED` that
 #: was measured answers for composition. Neither is chosen by its test error.
-READOUTS = ("coord", "coord_log", "scale", "prefix", "prefix_each", "line_search", "gradient")
+READOUTS = ("coord", "coord_log", "scale", "prefix", "prefix_each", "prefix_wide", "line_search", "gradient")
 FINER = ("gradient_by_layer", "gradient_by_expert")
 ASKED = ("prefix", "scale", "coord")
 # Below this rank correlation the best coordinate is not said to follow the parameter.
@@ -76,11 +76,20 @@ def _percent(value: float) -> str:
     return f"{value:.1f} %"
 
 
-def does_it_beat_the_experts(results: Results) -> str:
-    """Against the better endpoint at each value, and the plain average."""
+#: What composition is set beside, apart from the anchor.
+RIVALS = {
+    BEST_ENDPOINT: "the better expert at each value",
+    "average": "the plain average",
+    "prefix_finetune": "the anchor fine-tuned on the prefix",
+    "ensemble": "the ensemble of both experts",
+}
+
+
+def does_it_beat_the_rivals(results: Results) -> str:
+    """Against each of `RIVALS`, a sentence each."""
     method, role = asked_readout(results), far_role(results)
     found = []
-    for other, words in ((BEST_ENDPOINT, "the better expert at each value"), ("average", "the plain average")):
+    for other, words in RIVALS.items():
         paired = results.paired(method, other, role) if method and other in results.methods else None
         if method is not None and paired is not None:
             found.append(f"{describe(method, paired, words)}: {_word(paired)}.")
@@ -186,7 +195,9 @@ def best_alpha_is_inside(results: Results) -> str | None:
     ends = sum(abs(a) >= edge for a in outside)
     if not outside or not ends:
         return None
-    return f"Outside the support the best coordinate is at the bank's end, {edge:g}, in {ends} of {len(outside)} cases."
+    said = f"Outside the support the best coordinate is at the bank's end, {edge:g}, in {ends} of {len(outside)} cases"
+    wide = results.paired("prefix_wide", "prefix", OUT) if {"prefix", "prefix_wide"} <= set(results.methods) else None
+    return f"{said}." if wide is None else f"{said}; a bank twice as wide has {wide.ratio:.2f} times prefix's error."
 
 
 def direction_matters(results: Results) -> str | None:

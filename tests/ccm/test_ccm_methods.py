@@ -38,7 +38,7 @@ def test_read_outs_find_the_coordinate_of_the_data(evaluated: dict[str, Any], va
     """From metadata, the prefix or the gradient, inside and outside, where the coordinate is 1.25 of the bank."""
     expected = 2 * (value - 0.02) / (HIGH - LOW)
     methods = at(evaluated, value)["methods"]
-    for name in ("coord", "scale", "prefix", "line_search", "oracle"):
+    for name in ("coord", "scale", "prefix", "prefix_wide", "line_search", "oracle"):
         assert methods[name]["alpha"] == pytest.approx(expected, abs=1e-6), name
         assert methods[name]["error"] < ROUNDING, name
     # A search ends where its steps no longer pay.
@@ -61,7 +61,8 @@ def test_validation_finds_the_map_the_factor_and_the_scalings(evaluated: dict[st
 
 def test_controls_merges_and_tuning_do_not(evaluated: dict[str, Any]) -> None:
     methods = at(evaluated, FAR)["methods"]
-    known = {"coord", "scale", "prefix", "prefix_each", "line_search", "gradient", "gradient_by_layer", "oracle"}
+    known = {"coord", "scale", "prefix", "prefix_each", "prefix_wide", "line_search"}
+    known |= {"gradient", "gradient_by_layer", "oracle"}
     assert set(methods) == set(METHODS) - {"gradient_by_expert"}  # a dense model has no experts
     for name in set(methods) - known:
         assert methods[name]["error"] > 0.01, name
@@ -72,6 +73,7 @@ def test_controls_merges_and_tuning_do_not(evaluated: dict[str, Any]) -> None:
 def test_costs_are_counted(evaluated: dict[str, Any]) -> None:
     methods = at(evaluated, FAR)["methods"]
     assert (methods["prefix"]["forward"], methods["prefix"]["backward"]) == (13, 0)
+    assert methods["prefix_wide"]["forward"] == 25
     assert methods["line_search"]["forward"] > 13 and methods["line_search"]["backward"] == 0
     gradient, tuned = methods["gradient"], methods["prefix_finetune"]
     assert (tuned["forward"], tuned["backward"]) == (gradient["forward"], gradient["backward"])

@@ -87,12 +87,12 @@ def test_two_seeds_decide_nothing(tmp_path: Path) -> None:
 def test_a_study_without_read_outs_asks_nothing(tmp_path: Path) -> None:
     results = results_of(case_study(tmp_path, methods=("anchor", "low")))
     assert verdict.does_composition_help(results, None).verdict == "Not asked"
-    assert verdict.does_it_beat_the_experts(results) == ""
+    assert verdict.does_it_beat_the_rivals(results) == ""
     assert verdict.which_readout_is_enough(results) == "No read-out has a finite error."
 
 
 def test_the_better_expert_is_named(results: Results) -> None:
-    text = verdict.does_it_beat_the_experts(results)
+    text = verdict.does_it_beat_the_rivals(results)
     assert "prefix is 20.0 % below that of the better expert at each value" in text
     assert "prefix is 44.4 % below that of the plain average" in text
 
@@ -187,9 +187,15 @@ def test_correlations_use_the_map_of_the_parameter(study: CCMConfig) -> None:
 
 
 def test_best_coordinates_at_the_end_of_the_bank_are_counted(study: CCMConfig) -> None:
-    results = results_of(study, alphas=lambda method, value: 1.5 if value > HIGH else -1.0)
+    def errors(method: str, value: float, role: str, seed: int) -> float | None:
+        return plain_errors("prefix" if method == "prefix_wide" else method, value, role, seed) / (
+            2 if method == "prefix_wide" else 1
+        )
+
+    results = results_of(study, errors=errors, alphas=lambda method, value: 1.5 if value > HIGH else -1.0)
     assert verdict.best_alpha_is_inside(results) == (
-        "Outside the support the best coordinate is at the bank's end, 1.5, in 3 of 6 cases."
+        "Outside the support the best coordinate is at the bank's end, 1.5, in 3 of 6 cases; a bank twice as wide has "
+        "0.50 times prefix's error."
     )
 
 
