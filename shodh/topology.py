@@ -42,7 +42,7 @@ class Topology:
 
 
 def fitting_ep_size(world_size: int, wanted: int, num_experts: int) -> int:
-    """The largest expert-parallel degree that divides the wanted one, the ranks and the experts; 1 for a dense model."""
+    """The largest degree that divides the wanted one, the ranks and the experts; 1 for a dense model."""
     return math.gcd(world_size, wanted, num_experts) if num_experts else 1
 
 

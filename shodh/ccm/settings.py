@@ -208,6 +208,7 @@ class CCMConfig(Section):
     def run_config(self, seed: int, member: Member, world_size: int = 1) -> RunConfig:
         """The run that trains a member for a seed on so many ranks; raises `ConfigError` for what does not fit."""
         base = self.base_config()
+        num_experts = base.operator.experts.num_experts
         tree = to_dict(base)
         family = self.family
         anchor = member == "anchor"
@@ -224,7 +225,7 @@ class CCMConfig(Section):
             "seed": seed,
             "out": str(self.folder / "runs"),
             "parallel": {
-                "ep_size": fitting_ep_size(world_size, base.parallel.ep_size, base.operator.experts.num_experts)
+                "ep_size": fitting_ep_size(world_size, base.parallel.ep_size, num_experts)
             },
             "family": {"name": f"{family.regime}-{family.parameter}", "parameters": parameters},
         }
