@@ -12,14 +12,13 @@ from tqdm import tqdm
 
 from shodh.analysis.page import to_json
 from shodh.ccm.bench import Bench
-from shodh.ccm.calibrate import TaskVectors, choose
+from shodh.ccm.calibrate import Chosen, TaskVectors, choose
 from shodh.ccm.diagnose import diagnose_family
-from shodh.ccm.members import Case, Family, open_members, read_case
+from shodh.ccm.members import open_members, read_case
 from shodh.ccm.methods import Trial, possible
 from shodh.ccm.settings import CCMConfig
 from shodh.config import to_dict
 from shodh.files import write_atomically
-from shodh.merge.coordinates import ParameterMap, coordinate, extrapolation
 from shodh.merge.readout import BANK
 from shodh.train.run_folder import describe_environment
 
@@ -70,7 +69,7 @@ def measured_settings(study: CCMConfig) -> dict[str, Any]:
     return {key: tree[key] for key in keys}
 
 
-def _choose(study: CCMConfig, bench: Bench, vectors: TaskVectors) -> Any:
+def _choose(study: CCMConfig, bench: Bench, vectors: TaskVectors) -> Chosen:
     cases = [read_case(study, bench.family, value, "valid") for value in study.family.validation]
     rate = study.expert_lr if "prefix_finetune" in study.methods else None
     return choose(bench, cases, vectors, study.maps, rate)
@@ -88,24 +87,10 @@ def _measure(study: CCMConfig, trial: Trial, progress: Any) -> dict[str, Any]:
         "value": trial.case.value,
         "role": study.family.role_of(trial.case.value),
         "trajectories": len(trial.case.frames),
-        "coordinate": _coordinates(trial.family, trial.case),
         "methods": methods,
         "bank": {
             "alphas": list(BANK),
             "observed": [trial.line.observed_mean(a) for a in BANK],
             "later": [trial.line.later_mean(a) for a in BANK],
         },
-    }
-
-
-def _coordinates(family: Family, case: Case) -> dict[str, Any]:
-    """Where a value lies by each map, and how far outside the experts' range, over its length."""
-    low, high = family.range.low, family.range.high
-    maps: tuple[ParameterMap, ...] = ("linear", "log") if min(low, high, case.value) > 0 else ("linear",)
-    return {
-        scale: {
-            "alpha": coordinate(case.value, low, high, scale),
-            "outside": extrapolation(case.value, low, high, scale),
-        }
-        for scale in maps
     }

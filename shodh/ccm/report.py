@@ -105,8 +105,9 @@ METHODS_TEXT = (
 VALUES = "Mean and standard deviation over seeds at every value of the parameter."
 COMPARISONS = "Ratio of errors, its 95 % interval, and tests paired over seeds."
 ALPHAS = (
-    "The coordinate that each read-out finds, and how far it follows the parameter. Correlations are over all values "
-    "and seeds, with the parameter on each map."
+    "The coordinate that each read-out finds, and how far it follows the parameter; outside: the distance of a value "
+    "from the experts' range over its length, on the map that validation chose. Correlations are over all values and "
+    "seeds, with the parameter on each map."
 )
 LINE = "Error after the prefix at every coordinate of the bank: where its minimum lies, and how sharp it is."
 STEPS = "Error by step after the prefix, outside the support."

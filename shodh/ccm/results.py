@@ -12,7 +12,7 @@ from shodh.analysis.comparison import Comparison, compare
 from shodh.ccm.evaluate import measured_settings
 from shodh.ccm.settings import METHODS, ROLES, CCMConfig, Role
 from shodh.errors import ConfigError
-from shodh.merge.coordinates import MAPS, ParameterMap
+from shodh.merge.coordinates import ParameterMap, extrapolation
 from shodh.weights import read_json
 
 #: The better of both experts at each value and seed, in hindsight.
@@ -131,8 +131,13 @@ class Results:
     def sparse(self) -> bool:
         return self.seeds[0].diagnostics["routing"] is not None
 
-    def mapped(self, value: float, scale: ParameterMap) -> float:
-        return MAPS[scale](value)
+    def outside(self, value: float) -> float:
+        """How far a value lies outside the experts' range on `map`, over that range's length."""
+        return extrapolation(value, *self.ends, self.map)
+
+    def has(self, method: str, value: float) -> bool:
+        """Whether a method was measured at a value; some make no sense at all of them."""
+        return method == BEST_ENDPOINT or method in self.seeds[0].at(value)["methods"]
 
     def mean_of(self, figure: Callable[[SeedResult], float | None]) -> float | None:
         """Mean over seeds of some figure."""

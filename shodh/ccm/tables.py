@@ -10,7 +10,7 @@ from scipy import stats
 from shodh.analysis.page import Table, format_cell
 from shodh.ccm.results import BEST_ENDPOINT, Results, SeedResult, mean, spread
 from shodh.ccm.settings import Role
-from shodh.merge.coordinates import ParameterMap
+from shodh.merge.coordinates import ParameterMap, mapped
 
 #: What a method looks at beside the weights of anchor and experts.
 USES = {
@@ -90,7 +90,10 @@ def value_table(results: Results) -> Table:
     """A row a method, a column a value: mean and spread over seeds."""
     header = ["method", *(f"{value:g} ({role[:5]}.)" for value, role in results.values)]
     rows = [
-        [method, *(with_spread(results.errors(method, value)) for value, _ in results.values)]
+        [
+            method,
+            *(with_spread(results.errors(method, v)) if results.has(method, v) else None for v, _ in results.values),
+        ]
         for method in results.methods
     ]
     return Table(header, rows)
@@ -149,13 +152,14 @@ def comparison_table(results: Results) -> Table:
 
 
 def alpha_table(results: Results) -> Table:
-    """Coordinates by value: of the metadata, and of each read-out, mean and spread over seeds."""
+    """Coordinates by value and read-out, mean and spread over seeds; and how far outside the experts' range it lies."""
     names = [m for m in results.methods if results.alphas(m) and m not in ("wrong_sign", "random_direction")]
     rows: list[list[Any]] = []
     for value, role in results.values:
         found = {m: [a for v, _, a in results.alphas(m) if v == value] for m in names}
-        rows.append([f"{value:g}", role, *(with_spread(list(a)) if a else None for a in found.values())])
-    return Table([results.parameter, "role", *names], rows)
+        told = (with_spread(list(a)) if a else None for a in found.values())
+        rows.append([f"{value:g}", role, results.outside(value), *told])
+    return Table([results.parameter, "role", "outside, of the range", *names], rows)
 
 
 def correlation_table(results: Results) -> Table:
@@ -180,7 +184,7 @@ def correlate(results: Results, method: str, scale: ParameterMap) -> tuple[float
     None of fewer than three values, or where the coordinate is the same for all.
     """
     points = results.alphas(method)
-    x = [results.mapped(value, scale) for value, _, _ in points]
+    x = [mapped(value, scale) for value, _, _ in points]
     y = [alpha for *_, alpha in points]
     if len(set(x)) < 3 or len(set(y)) < 2:
         return None

@@ -84,6 +84,23 @@ def test_tables_say_where_a_rollout_diverged(tmp_path: Path) -> None:
     assert by_method["wrong_sign"]["0.008 (extra.)"] == "diverged" != by_method["wrong_sign"]["0.0005 (extra.)"]
 
 
+def test_a_method_that_a_value_cannot_have_has_not_diverged(tmp_path: Path) -> None:
+    study = case_study(tmp_path)
+    results = results_of(study)
+    for seed in results.seeds:
+        del seed.values["values"][0]["methods"]["coord_log"]
+    by_method = {row[0]: row[1:] for row in tables.value_table(results).rows}
+    assert by_method["coord_log"][0] is None and by_method["coord_log"][1] == "0.202 ± 0.002"
+
+
+def test_distances_outside_the_range_are_on_the_chosen_map(tmp_path: Path) -> None:
+    """Range 1e-3 to 4e-3: 8e-3 lies half of it away on the logarithm, and four thirds on the linear map."""
+    for scale, expected in (("log", 0.5), ("linear", 4 / 3)):
+        table = tables.alpha_table(results_of(case_study(tmp_path), scale=scale))
+        by_value = {row[0]: row[2] for row in table.rows}
+        assert by_value["0.008"] == pytest.approx(expected) and by_value["0.002"] == 0.0
+
+
 def test_the_figure_marks_the_experts_on_the_scale_that_validation_chose(tmp_path: Path) -> None:
     for scale in ("log", "linear"):
         figure = plots.error_by_parameter(results_of(case_study(tmp_path), scale=scale))
