@@ -143,20 +143,27 @@ def anchor_predicts(results: Results) -> str | None:
 
 
 def experts_learned(results: Results) -> str | None:
-    """Experts that are no better than the anchor at their own values carry no information of the ends."""
-    found, weak = [], []
+    """What fine-tuning gains at the experts' own values, beside what composition gains outside.
+
+    Experts that gain nothing there carry no information of the ends.
+    """
+    gains = {}
     for name, value in zip(("low", "high"), results.ends, strict=True):
         if name not in results.methods or value not in [v for v, _ in results.values]:
             return None
         ours, anchors = mean(results.errors(name, value)), mean(results.errors("anchor", value))
         if ours is None or not anchors:
             return None
-        found.append(f"{name} {ours / anchors:.2f}")
-        if ours / anchors > 1 - MARGIN:
-            weak.append(name)
-    said = f"Error over the anchor's at the expert's own value: {', '.join(found)}"
+        gains[name] = 100 * (1 - ours / anchors)
+    told = " and ".join(f"{_percent(gain)} ({name})" for name, gain in gains.items())
+    said = f"At the experts' own values fine-tuning improves on the anchor by {told}"
+    method = asked_readout(results)
+    outside = None if method is None else mean(results.improvements(method, far_role(results)))
+    if outside is not None:
+        said = f"{said}; outside the support {method} improves on it by {_percent(outside)}"
+    weak = [name for name, gain in gains.items() if gain < 100 * MARGIN]
     if weak:
-        return f"{said}: fine-tuning taught the {' and the '.join(weak)} expert nothing, so the line has no such end."
+        said = f"{said}; the {' and the '.join(weak)} expert learned nothing, so the line has no such end"
     return f"{said}."
 
 
