@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from shodh.merge import (
     read_line_search,
     read_prefix,
 )
-from shodh.merge.coordinates import ParameterMap, clip
+from shodh.merge.coordinates import LIMIT, ParameterMap, clip
 from shodh.merge.readout import BANK
 from shodh.merge.slider import Grouping
 from shodh.weights import LazyWeights
@@ -97,10 +96,14 @@ class Trial:
             self._coordinates[scale] = self.family.in_map(scale).coordinate(self.case.value)
         return self._coordinates[scale]
 
-    @cached_property
+    def calibrated_within(self, limit: float) -> float:
+        """The coordinate from the parameter with the factor and the map that validation chose, at most ``limit``."""
+        return clip(self.chosen.line.gamma * self.coordinate(self.chosen.line.scale), limit)
+
+    @property
     def calibrated(self) -> float:
         """The coordinate that `scale` deploys."""
-        return clip(self.chosen.line.gamma * self.coordinate(self.chosen.line.scale))
+        return self.calibrated_within(LIMIT)
 
     def with_weights(self, weights: LazyWeights) -> Outcome:
         """The outcome of a network that is the same at every value."""
@@ -223,6 +226,7 @@ METHODS: dict[MethodName, Callable[[Trial], Outcome]] = {
     "coord": _coord("linear"),
     "coord_log": _coord("log"),
     "scale": lambda trial: trial.at(trial.calibrated),
+    "scale_wide": lambda trial: trial.at(trial.calibrated_within(max(WIDE_BANK))),
     "prefix": _prefix(BANK),
     "prefix_each": _prefix_each,
     "prefix_wide": _prefix(WIDE_BANK),

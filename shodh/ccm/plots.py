@@ -18,7 +18,7 @@ from shodh.ccm.tables import correlate, step_errors
 
 #: Lines of the first panel, and of the second; the anchor stands in both.
 COMPOSITION = (
-    *("anchor", "coord", "coord_log", "scale", "prefix", "prefix_wide", "gradient", "gradient_by_layer"),
+    *("anchor", "coord", "coord_log", "scale", "scale_wide", "prefix", "prefix_wide", "gradient", "gradient_by_layer"),
     "oracle",
 )
 OTHERS = ("anchor", "low", "high", "average", "task_arithmetic", "ties", "dare", "ensemble", "prefix_finetune")
@@ -42,7 +42,7 @@ _COLOURED = (
 #: The first of the others, each again with a colour of its own.
 _DASHED = (
     *("task_arithmetic", "ties", "dare", "ensemble", "prefix_finetune", "wrong_sign", "random_direction"),
-    *("persistence", "prefix_wide", "line_search", "prefix_each"),
+    *("persistence", "prefix_wide", "scale_wide", "line_search", "prefix_each"),
 )
 
 

@@ -19,6 +19,7 @@ from shodh.ccm.verdict import (
     reasons,
     which_readout_is_enough,
 )
+from shodh.merge.coordinates import LIMIT
 from shodh.train.run_folder import describe_environment
 
 SHOWN_ROWS = 60
@@ -96,8 +97,8 @@ def _protocol(study: CCMConfig, results: Results) -> str:
 METHODS_TEXT = (
     "uses: what a method looks at beside the weights. coord: the parameter, linear as published; coord_log: its "
     "logarithm; scale: factor and map chosen on validation trajectories of seen values; prefix: the published "
-    f"bank, prefix_wide: one to {max(WIDE_BANK):g}. oracle and best_endpoint are "
-    "chosen by the counted errors themselves. wrong_sign, random_direction ("
+    f"bank; scale_wide and prefix_wide: coordinates to {max(WIDE_BANK):g} in place of {LIMIT:g}. oracle and "
+    "best_endpoint are chosen by the counted errors themselves. wrong_sign, random_direction ("
     f"{DRAWS} draws) and the ensemble, which runs both experts at every step, use scale's coordinate. prefix passes: "
     "rollouts over the prefix, forward and backward; prefix_finetune tunes all of the anchor's weights with as many as "
     "gradient takes."

@@ -27,6 +27,7 @@ MethodName = Literal[
     "coord",
     "coord_log",
     "scale",
+    "scale_wide",
     "prefix",
     "prefix_each",
     "prefix_wide",
@@ -224,9 +225,7 @@ class CCMConfig(Section):
             "name": f"seed{seed}-{member}",
             "seed": seed,
             "out": str(self.folder / "runs"),
-            "parallel": {
-                "ep_size": fitting_ep_size(world_size, base.parallel.ep_size, num_experts)
-            },
+            "parallel": {"ep_size": fitting_ep_size(world_size, base.parallel.ep_size, num_experts)},
             "family": {"name": f"{family.regime}-{family.parameter}", "parameters": parameters},
         }
         return config_from_dict(tree, f"study {self.name}, {member} of seed {seed}")

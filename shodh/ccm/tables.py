@@ -22,6 +22,7 @@ USES = {
     "coord": "parameter",
     "coord_log": "parameter",
     "scale": "parameter, validation",
+    "scale_wide": "parameter, validation",
     "prefix": "prefix",
     "prefix_each": "prefix, each trajectory",
     "prefix_wide": "prefix",

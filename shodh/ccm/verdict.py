@@ -20,7 +20,10 @@ RULE = (
 )
 #: Read-outs of composition with one coordinate a value, from the cheapest to the dearest; the first of `ASKED` that
 #: was measured answers for composition. Neither is chosen by its test error.
-READOUTS = ("coord", "coord_log", "scale", "prefix", "prefix_each", "prefix_wide", "line_search", "gradient")
+READOUTS = (
+    *("coord", "coord_log", "scale", "scale_wide"),
+    *("prefix", "prefix_each", "prefix_wide", "line_search", "gradient"),
+)
 FINER = ("gradient_by_layer", "gradient_by_expert")
 ASKED = ("prefix", "scale", "coord")
 # Below this rank correlation the best coordinate is not said to follow the parameter.

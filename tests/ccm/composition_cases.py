@@ -29,7 +29,18 @@ FAMILY = {
     "extrapolation": (5e-4, 8e-3),
     "validation": (LOW,),
 }
-ALONG = ("coord", "coord_log", "scale", "prefix", "prefix_wide", "line_search", "gradient", "oracle", "wrong_sign")
+ALONG = (
+    "coord",
+    "coord_log",
+    "scale",
+    "scale_wide",
+    "prefix",
+    "prefix_wide",
+    "line_search",
+    "gradient",
+    "oracle",
+    "wrong_sign",
+)
 COMPOSED = {*ALONG, "prefix_each", "gradient_by_layer"} - {"wrong_sign"}
 
 

@@ -38,7 +38,7 @@ def test_read_outs_find_the_coordinate_of_the_data(evaluated: dict[str, Any], va
     """From metadata, the prefix or the gradient, inside and outside, where the coordinate is 1.25 of the bank."""
     expected = 2 * (value - 0.02) / (HIGH - LOW)
     methods = at(evaluated, value)["methods"]
-    for name in ("coord", "scale", "prefix", "prefix_wide", "line_search", "oracle"):
+    for name in ("coord", "scale", "scale_wide", "prefix", "prefix_wide", "line_search", "oracle"):
         assert methods[name]["alpha"] == pytest.approx(expected, abs=1e-6), name
         assert methods[name]["error"] < ROUNDING, name
     # A search ends where its steps no longer pay.
@@ -61,7 +61,7 @@ def test_validation_finds_the_map_the_factor_and_the_scalings(evaluated: dict[st
 
 def test_controls_merges_and_tuning_do_not(evaluated: dict[str, Any]) -> None:
     methods = at(evaluated, FAR)["methods"]
-    known = {"coord", "scale", "prefix", "prefix_each", "prefix_wide", "line_search"}
+    known = {"coord", "scale", "scale_wide", "prefix", "prefix_each", "prefix_wide", "line_search"}
     known |= {"gradient", "gradient_by_layer", "oracle"}
     assert set(methods) == set(METHODS) - {"gradient_by_expert"}  # a dense model has no experts
     for name in set(methods) - known:
@@ -130,6 +130,14 @@ def test_fine_tuning_lowers_the_loss_that_it_sees(bench: Bench, case: Case) -> N
     before = bench.observed(bench.step_of(bench.family.anchor), case).mean()
     after = bench.observed(bench.model_step(fine_tune(bench, case, 1e-3, 5)), case).mean()
     assert after < 0.95 * before
+
+
+def test_the_published_limit_clips_and_the_wide_one_goes_on(trial: Trial) -> None:
+    """A value whose coordinate is 2.25, and one whose coordinate is 8."""
+    for value, near, far in ((0.0425, 1.5, 2.25), (0.1, 1.5, 3.0)):
+        there = Trial(trial.bench, trial.chosen, trial.vectors, replace(trial.case, value=value), 0)
+        assert there.outcome("scale").alpha == there.outcome("coord").alpha == near
+        assert there.outcome("scale_wide").alpha == pytest.approx(far)
 
 
 def test_random_directions_differ_and_are_repeated_by_their_seed(bench: Bench, trial: Trial) -> None:

@@ -101,7 +101,11 @@ def test_the_better_expert_is_named(results: Results) -> None:
     ("errors", "enough", "rest"),
     [
         ({}, "coord is enough", "coord has the lowest mean error of all read-outs (0.404)."),
-        ({"prefix": 0.3}, "prefix is enough", "coord 0.404, coord_log 0.404, scale 0.404 are cheaper, and not within"),
+        (
+            {"prefix": 0.3},
+            "prefix is enough",
+            "coord 0.404, coord_log 0.404, scale 0.404, scale_wide 0.404 are cheaper, and not within",
+        ),
         ({"gradient": 0.395}, "coord_log is enough", "gradient has the lowest mean error of all read-outs (0.399)"),
     ],
 )
