@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shodh.analysis.comparison import what_seeds_can_show
-from shodh.analysis.page import Headline, Section, Table, text_table, write_page
+from shodh.analysis.page import Headline, Section, Table, records, text_table, write_page
 from shodh.ccm import plots, tables
 from shodh.ccm.methods import DRAWS, WIDE_BANK
 from shodh.ccm.results import Results, mean, read_results
@@ -39,7 +39,6 @@ def write_ccm_report(study: CCMConfig, results: Results | None = None) -> str:
     results = read_results(study) if results is None else results
     headline = _headline(study, results)
     sections = _sections(study, results) if len(results) else []
-    records = {section.key: _records(section) for section in sections}
     data = {
         "study": study.name,
         "question": study.question,
@@ -51,19 +50,11 @@ def write_ccm_report(study: CCMConfig, results: Results | None = None) -> str:
         "numbers": dict(headline.numbers),
         "seeds": [seed.seed for seed in results.seeds],
         "env": describe_environment(),
-        **records,
+        **{section.key: records(section) for section in sections},
     }
     write_page(study.folder / "report", PAGE.format(study.name), headline, sections, data=data)
     shown = [s.tables["summary"] for s in sections if s.key == "summary"]
     return "\n\n".join([f"{headline.verdict}. {headline.text}", *map(text_table, shown)]) + "\n"
-
-
-def _records(section: Section) -> dict[str, Any]:
-    """Tables as lists of records."""
-    return {
-        stem: [dict(zip(table.header, row, strict=True)) for row in table.rows]
-        for stem, table in section.tables.items()
-    }
 
 
 def _headline(study: CCMConfig, results: Results) -> Headline:
