@@ -15,7 +15,7 @@ from shodh.ccm.data import make_data, missing_files
 from shodh.ccm.evaluate import measured_settings
 from shodh.ccm.settings import MEMBERS, CCMConfig, Member
 from shodh.config import RunConfig, to_dict
-from shodh.errors import ConfigError, DataError
+from shodh.errors import ConfigError, DataError, ShodhError
 from shodh.generation import pick_device
 from shodh.models.description import is_pretrained
 from shodh.train.plan import ASSUMED_UTILISATION, PEAK_FLOPS, make_plan
@@ -104,7 +104,7 @@ def _make_data(study: CCMConfig, jobs: int, ranks: Ranks) -> None:
     if ranks.rank == 0:
         try:
             make_data(study, pick_device("auto"), jobs if ranks.world == 1 else None)
-        except (ConfigError, DataError) as caught:
+        except ShodhError as caught:
             error = str(caught)
             if ranks.world == 1:
                 raise

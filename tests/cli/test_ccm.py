@@ -73,6 +73,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # Its workers import everything, one after another.
 def test_a_family_from_nothing_to_a_report(study_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "c"
     # A file where the low expert's folder should be: its stage fails, those that do not need it are run.
