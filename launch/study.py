@@ -40,6 +40,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change the base run"
     )
+    parser.add_argument("--keep-checkpoints", action="store_true", help="of finished cells all, not the last alone")
     parser.add_argument("--dry-run", action="store_true", help="list the cells and what they cost; touch no data")
     parser.add_argument("--report-only", action="store_true", help="report on the cells that are finished")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.report_only:
         from shodh.study.runner import run_cells
 
-        progress = run_cells(study, cells, args.jobs, ranks)
+        progress = run_cells(study, cells, args.jobs, ranks, args.keep_checkpoints)
         stopped, failed = progress.stopped, progress.failed
     if ranks.rank == 0:
         from shodh.study.report import write_study_report

@@ -16,7 +16,7 @@ from shodh.generation import pick_device
 from shodh.models.description import is_pretrained
 from shodh.train.jobs import pretrain
 from shodh.train.runtime import quiet_logs, rank, run_ranks, world_size
-from shodh.train.workers import STOPPED, leave_ranks
+from shodh.train.workers import STOPPED, ignore_interrupts, leave_ranks
 
 
 def train_member(study: CCMConfig, seed: int, member: Member) -> bool:
@@ -34,6 +34,7 @@ def train_member(study: CCMConfig, seed: int, member: Member) -> bool:
 
 def main() -> int:
     quiet_logs()
+    ignore_interrupts()
     job = json.loads(Path(sys.argv[1]).read_text())
     study = section_from_dict(CCMConfig, job["study"], sys.argv[1])
     if job["member"] is not None:

@@ -106,7 +106,8 @@ class OperatorConfig(Section):
         rotary = self.position == "rotary" and self.kind == "latent_transformer" and self.mixer == "attention"
         if rotary and (self.dim // self.heads) % 2:
             raise ValueError(f"rotary positions need an even head size, not dim/heads={self.dim // self.heads}")
-        for name, value in (("dim", self.dim), ("experts.hidden", self.experts.hidden)):
+        hidden = self.experts.hidden if self.experts.num_experts else 8  # A dense layer may have any.
+        for name, value in (("dim", self.dim), ("experts.hidden", hidden)):
             if value % 8:
                 raise ValueError(f"{name}={value} must be a multiple of 8: the grouped GEMM wants 16-byte rows")
         return self
@@ -119,7 +120,7 @@ class OperatorConfig(Section):
             raise ValueError(
                 f"experts.hidden={experts.hidden}: linear experts give features of the operator's dim={self.dim}"
             )
-        if self.kind == "moe_pot" and self.field.mlp % 16:
+        if experts.num_experts and self.field.mlp % 16:
             raise ValueError(f"field.mlp={self.field.mlp} must be a multiple of 16")
         if self.random_shifts:
             raise ValueError("random_shifts are of latents: a force fixed in space would not move with the fields")

@@ -75,11 +75,15 @@ def expand(study: StudyConfig, world_size: int = 1) -> list[Cell]:
         A cell's configuration is impossible; the message names it.
     """
     tree = to_dict(study.base_config())
+    changes: dict[tuple[str, int], dict[str, Any]] = {}
     cells = []
     for seed in range(study.seeds):
         for model, mix, regimes, variant, share in _combinations(study):
             name = f"{mix}-{label_of(model, variant)}{share if share > 1 else ''}-s{seed}"
-            config = _configure(study, tree, name, model, regimes, variant, share, seed, world_size)
+            key = label_of(model, variant), len(regimes)
+            if key not in changes:
+                changes[key] = operator_changes(study, tree, name, model, variant, len(regimes))
+            config = _configure(study, tree, name, changes[key], regimes, share, seed, world_size)
             cells.append(Cell(name, model, mix, regimes, variant, share, seed, config))
     return cells
 
@@ -118,16 +122,42 @@ def _variants(study: StudyConfig) -> list[dict[str, Any]]:
     return variants
 
 
+def operator_changes(
+    study: StudyConfig, tree: Mapping[str, Any], name: str, model: str, variant: Mapping[str, Any], num_regimes: int
+) -> dict[str, Any]:
+    """What a model changes in the operator of the base run (a tree).
+
+    What the sparse model is compared with has the experts and the balance of its first variant, the compared one.
+
+    Raises
+    ------
+    ConfigError
+        No dense model is as large as the sparse one.
+    """
+    base = config_from_dict(dict(tree), name)
+    compared = _variants(study)[0]
+    if model in ("dense_router", "dpot"):
+        from shodh.study.sizes import widened_dense  # Builds models, so it needs torch; nothing else here does.
+
+        experts = expert_changes("sparse", compared, base.operator.experts, num_regimes)
+        sparse = config_from_dict(merge_trees(tree, {"operator": {"experts": experts}}), name)
+        return widened_dense(sparse, as_dpot=model == "dpot")
+    if model != "sparse":
+        variant = {key: compared[key] for key in ("balance", "experts") if key in compared}
+    return {"experts": expert_changes(model, variant, base.operator.experts, num_regimes)}
+
+
 def expert_changes(model: str, variant: Mapping[str, Any], experts: ExpertsConfig, num_regimes: int) -> dict[str, Any]:
     """What a model changes in the base run's experts.
 
     ``dense_active`` and the specialists have as many feed-forward weights as a token meets, ``dense_total`` as many as
     there are; the router's own weights, which they lack, are the only difference in size.
     """
+    num_experts = variant.get("experts", experts.num_experts)
     if model in ("dense_active", *SPECIALISTS):
         return {"num_experts": 0}
     if model == "dense_total":
-        return {"num_experts": 0, "num_shared": experts.num_shared + experts.num_experts - experts.top_k}
+        return {"num_experts": 0, "num_shared": experts.num_shared + num_experts - experts.top_k}
     changes: dict[str, Any] = {"router": {}, "balance": dict(BALANCES.get(variant.get("balance", ""), {}))}
     if "router" in variant:
         changes["router"]["kind"] = variant["router"]
@@ -141,7 +171,7 @@ def expert_changes(model: str, variant: Mapping[str, Any], experts: ExpertsConfi
         changes["router"]["granularity"] = "token"
     if model == "sparse_oracle":
         changes["router"]["groups"] = num_regimes
-        of_group = max(experts.top_k, math.ceil(experts.num_experts / num_regimes))
+        of_group = max(experts.top_k, math.ceil(num_experts / num_regimes))
         changes["num_experts"] = num_regimes * of_group
     return changes
 
@@ -150,16 +180,14 @@ def _configure(
     study: StudyConfig,
     tree: Mapping[str, Any],
     name: str,
-    model: str,
+    operator: Mapping[str, Any],
     regimes: tuple[str, ...],
-    variant: Mapping[str, Any],
     share: int,
     seed: int,
     world_size: int,
 ) -> RunConfig:
     base = config_from_dict(dict(tree), name)
-    changes = expert_changes(model, variant, base.operator.experts, len(regimes))
-    num_experts = changes.get("num_experts", base.operator.experts.num_experts)
+    num_experts = operator["experts"].get("num_experts", base.operator.experts.num_experts)
     by_name = {r["name"]: r for r in tree["data"]["regimes"]}
     steps = max(1, base.operator.train.steps // share)
     every = max(1, steps // study.checkpoints)
@@ -168,7 +196,7 @@ def _configure(
         "warmup": base.operator.train.warmup // share,
         "valid_every": every,
         "checkpoint_every": every,
-        "keep_checkpoints": 2 * study.checkpoints + 2,  # Interruptions add some.
+        "keep_checkpoints": steps,  # All; they are dropped when the cell is measured.
     }
     changed = merge_trees(
         tree,
@@ -178,7 +206,7 @@ def _configure(
             "out": str(study.folder / "cells"),
             "data": {"regimes": [by_name[r] for r in regimes]},
             "tokenizer": {"run": str(tokenizer_dir(study, base))},
-            "operator": {"experts": changes, "train": train},
+            "operator": {**operator, "train": train},
             "parallel": {"ep_size": fitting_ep_size(world_size, base.parallel.ep_size, num_experts)},
         },
     )

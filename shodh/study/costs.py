@@ -10,8 +10,9 @@ from shodh.analysis.page import Table, text_table
 from shodh.config import to_dict
 from shodh.study.cells import Cell
 from shodh.study.flops import step_flops
-from shodh.study.measure import RESULT, model_size
+from shodh.study.measure import RESULT
 from shodh.study.settings import StudyConfig
+from shodh.study.sizes import model_size
 from shodh.train.plan import ASSUMED_UTILISATION, PEAK_FLOPS
 
 

@@ -28,7 +28,7 @@ def forward_flops(config: RunConfig) -> int:
     active = config.model_copy(update={"operator": config.operator.model_copy(update={"experts": experts})})
     with torch.device("meta"):
         model = build_operator(active if sparse else config)
-        inputs = _inputs(config)
+    inputs = sample_inputs(config, "meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*inputs)
     return int(counter.get_total_flops()) + (_router_flops(config) if sparse else 0)
@@ -39,16 +39,18 @@ def step_flops(config: RunConfig) -> int:
     return (1 + BACKWARD) * config.operator.train.global_batch * forward_flops(config)
 
 
-def _inputs(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """One sample's history and static input, on the current default device."""
+def sample_inputs(config: RunConfig, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sample's history and static input as the operator of a run is given them; their values are arbitrary."""
     if config.operator.in_field_space:
         space = FieldSpace.of(config)
-        history = torch.empty(1, space.history, space.channels, *space.grid)
-        return history, torch.empty(1, space.static, *space.grid)
-    num_static = sum(f.build().num_components(3) for f in config.data.fields if f.static)
-    features = num_static_features(num_static, len(config.data.optional))
-    history = torch.empty(1, config.data.history, config.tokenizer.latent_channels, *config.latent_grid)
-    return history, torch.empty(1, features, *config.latent_grid)
+        shapes = (space.history, space.channels, *space.grid), (space.static, *space.grid)
+    else:
+        num_static = sum(f.build().num_components(3) for f in config.data.fields if f.static)
+        features = num_static_features(num_static, len(config.data.optional))
+        grid = config.latent_grid
+        shapes = (config.data.history, config.tokenizer.latent_channels, *grid), (features, *grid)
+    history, static = (torch.empty(1, *shape, device=device) for shape in shapes)
+    return history, static
 
 
 def _router_flops(config: RunConfig) -> int:

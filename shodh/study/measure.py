@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,18 @@ from torch import nn
 
 from shodh.analysis.page import to_json
 from shodh.analysis.report import write_report
-from shodh.config import ParallelConfig, RegimeConfig, RunConfig
+from shodh.config import RegimeConfig, RunConfig
+from shodh.errors import CheckpointError
 from shodh.files import write_atomically
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
 from shodh.study.flops import step_flops
 from shodh.study.probe import Probe, gradient_cosines, learning_curve, plasticity
 from shodh.study.settings import PlasticityConfig
+from shodh.study.sizes import model_size
 from shodh.train.checkpoint import WEIGHTS, load_into, load_weights, read_manifest
 from shodh.train.evaluation import evaluate, open_run
 from shodh.train.metrics import read_metrics
-from shodh.train.plan import make_plan
 from shodh.train.run_folder import RunFolder, describe_environment
 
 RESULT = "result.json"
@@ -34,6 +36,7 @@ def measure_cell(
     gradient_samples: int,
     fresh: tuple[PlasticityConfig, RegimeConfig] | None,
     device: torch.device,
+    keep_checkpoints: bool = False,
 ) -> None:
     """Evaluate a finished run, look at its checkpoints, and write its report and its ``result.json``.
 
@@ -44,6 +47,8 @@ def measure_cell(
     fresh : tuple, optional
         The plasticity probe, and the regime that it learns; passed over where the run has learned this regime, and for
         an oracle, which has no group for it.
+    keep_checkpoints : bool
+        Keep all checkpoints; by default the last one alone is left.
     """
     folder = RunFolder(config.run_dir)
     evaluator = open_run(folder.path, None, device)
@@ -60,8 +65,9 @@ def measure_cell(
         "cell": cell,
         "steps": config.operator.train.steps,
         **model_size(config),
+        "top_k": config.operator.experts.top_k,
         "flops_per_step": step_flops(config),
-        "seconds_per_step": seconds_per_step(folder),
+        "seconds_per_step": seconds_per_step(folder, config.operator.train.checkpoint_every),
         "measure": measure,
         "errors": held_out,
         "history": history,
@@ -70,45 +76,72 @@ def measure_cell(
         "env": describe_environment(),
     }
     write_atomically(folder.path / RESULT, json.dumps(to_json(result), indent=1) + "\n")
+    if not keep_checkpoints:
+        prune_checkpoints(folder)
 
 
-def model_size(config: RunConfig) -> dict[str, int]:
-    """Weights of the operator, and those that a token meets."""
-    plan = make_plan(config.model_copy(update={"parallel": ParallelConfig()}))
-    return {
-        "total_parameters": plan.dense_parameters + plan.expert_parameters,
-        "active_parameters": plan.active_parameters,
-    }
+def seconds_per_step(folder: RunFolder, validated_every: int) -> float | None:
+    """Median over the logging intervals but the first, and but those in which a validation and a checkpoint fell.
 
-
-def seconds_per_step(folder: RunFolder) -> float | None:
-    """Median over the logging intervals, so that validations, checkpoints and a restart do not count."""
-    times = [line["perf/step_ms"] for line in read_metrics(folder.path / "metrics.jsonl") if "perf/step_ms" in line]
+    Where all are such, the median over all.
+    """
+    timed = [line for line in read_metrics(folder.path / "metrics.jsonl") if "perf/step_ms" in line]
+    ends = [int(line["step"]) + 1 for line in timed]
+    clean = [
+        line
+        for line, start, end in zip(timed[1:], ends, ends[1:], strict=False)
+        if (end - 1) // validated_every == (start - 1) // validated_every
+    ]
+    times = [float(line["perf/step_ms"]) for line in clean or timed]
     return statistics.median(times) / 1e3 if times else None
 
 
-def _over_training(probe: Probe, folder: RunFolder, gradient_samples: int) -> list[dict[str, Any]]:
-    """Held-out errors and cosines between gradients before the first step, and at every checkpoint of the schedule.
+def prune_checkpoints(folder: RunFolder) -> None:
+    """Drop all checkpoints but the last, which a resume, a conversion or a new evaluation starts from."""
+    latest = (folder.path / "latest").read_text().strip()
+    for checkpoint in folder.checkpoints.glob("step_*"):
+        if checkpoint.name != latest:
+            shutil.rmtree(checkpoint)
+
+
+def scheduled_checkpoints(folder: RunFolder, steps: int, every: int) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint of the schedule.
 
     Where a run was interrupted there are others, which would make its curve one of other points.
+
+    Raises
+    ------
+    CheckpointError
+        One is gone: a cell that was measured keeps its last alone.
     """
+    expected = [*range(every, steps, every), steps]
+    found = {int(read_manifest(path)["state"]["step"]): path for path in folder.checkpoints.glob("step_*")}
+    missing = [step for step in expected if step not in found]
+    if missing:
+        raise CheckpointError(
+            f"{folder.checkpoints} has no checkpoint of step {missing[0]}; to measure this cell again, remove "
+            f"{folder.path} and train it again (--keep-checkpoints keeps them all)"
+        )
+    return [(step, found[step]) for step in expected]
+
+
+def _over_training(probe: Probe, folder: RunFolder, gradient_samples: int) -> list[dict[str, Any]]:
+    """Held-out errors and cosines between gradients before the first step, and at every checkpoint of the schedule."""
     train = probe.config.operator.train
     batches = probe.fixed_batches(gradient_samples)
     model = build_operator(probe.config)
     initialise(model, probe.config.seed)
     model.to(probe.device)
     history = [_point(probe, model, batches, 0)]
-    for checkpoint in sorted(folder.checkpoints.glob("step_*")):
-        step = int(read_manifest(checkpoint)["state"]["step"])
-        if step % train.checkpoint_every and step != train.steps:
-            continue
+    for step, checkpoint in scheduled_checkpoints(folder, train.steps, train.checkpoint_every):
         load_into(model, load_weights(checkpoint / WEIGHTS), checkpoint)
         history.append(_point(probe, model, batches, step))
     return history
 
 
 def _point(probe: Probe, model: nn.Module, batches: dict[str, Any], step: int) -> dict[str, Any]:
-    return {"step": step, "errors": probe.errors(model), "cosines": gradient_cosines(probe, model, batches)}
+    between, within = gradient_cosines(probe, model, batches)
+    return {"step": step, "errors": probe.errors(model), "cosines": between, "cosines_within": within}
 
 
 def _plasticity(

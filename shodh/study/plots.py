@@ -16,7 +16,7 @@ from shodh.analysis.page import Table
 #: Names that look the same in every figure; others follow in their own order.
 KNOWN = (
     *("sparse", "dense_active", "dense_total", "specialist", "sparse_hash", "sparse_frozen", "sparse_oracle"),
-    *("persistence", "trained", "fresh"),
+    *("persistence", "trained", "fresh", "dense_router"),
 )
 
 

@@ -7,6 +7,7 @@ import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -98,20 +99,45 @@ def group_of(name: str) -> str:
     return "feed_forward" if ".feed_forward." in name else "rest"
 
 
-def gradient_cosines(probe: Probe, model: nn.Module, batches: dict[str, Batch]) -> dict[str, dict[str, float]]:
-    """Cosine between the gradients of two regimes' errors, ``{group of weights: {"a ~ b": cosine}}``.
+Cosines = dict[str, dict[str, float]]
 
-    Of the error alone, without balance terms, which know no regime. Left out where a gradient is zero: experts that two
-    regimes do not share have a cosine of exactly zero, and are in.
+
+def gradient_cosines(probe: Probe, model: nn.Module, batches: dict[str, Batch]) -> tuple[Cosines, Cosines]:
+    """Cosine between the gradients of two regimes' errors, and of one regime's on two halves of its windows.
+
+    ``({group of weights: {"a ~ b": cosine}}, {group: {"a": cosine}})``. The second says how much of a low cosine is the
+    noise of few windows; the halves are of different trajectories, if windows are ordered by trajectory. Of the error
+    alone, without balance terms, which know no regime. Left out where a gradient is zero: experts that two regimes do
+    not share have a cosine of exactly zero, and are in.
     """
-    gradients = {name: _gradients(probe, model, batch) for name, batch in batches.items()}
-    cosines: dict[str, dict[str, float]] = {}
-    for a, b in itertools.combinations(gradients, 2):
-        for group in gradients[a]:
-            u, v = gradients[a][group], gradients[b][group]
-            if u.any() and v.any():
-                cosines.setdefault(group, {})[f"{a} ~ {b}"] = float(F.cosine_similarity(u, v, dim=0))
-    return cosines
+    between: Cosines = {}
+    within: Cosines = {}
+    whole: dict[str, Gradients] = {}
+    for name, batch in batches.items():
+        halves = _halves(batch)
+        parts = [_gradients(probe, model, half) for half in halves]
+        if len(parts) == 2:
+            _add_cosines(within, name, *parts)
+        sums = [[len(half["regime"]) * part[group] for group in part] for half, part in zip(halves, parts, strict=True)]
+        whole[name] = {group: sum(terms[1:], terms[0]) for group, *terms in zip(parts[0], *sums, strict=True)}
+    for a, b in itertools.combinations(whole, 2):
+        _add_cosines(between, f"{a} ~ {b}", whole[a], whole[b])
+    return between, within
+
+
+def _halves(batch: Batch) -> list[Batch]:
+    """The first and the second half; a batch of one is not divided."""
+    size = len(batch["regime"]) // 2
+    if size == 0:
+        return [batch]
+    return [{name: tensor[rows] for name, tensor in batch.items()} for rows in (slice(size), slice(size, None))]
+
+
+def _add_cosines(found: Cosines, name: str, first: Gradients, second: Gradients) -> None:
+    for group in first:
+        u, v = first[group], second[group]
+        if u.any() and v.any():
+            found.setdefault(group, {})[name] = float(F.cosine_similarity(u, v, dim=0))
 
 
 def _gradients(probe: Probe, model: nn.Module, batch: Batch) -> Gradients:
@@ -130,7 +156,7 @@ def _gradients(probe: Probe, model: nn.Module, batch: Batch) -> Gradients:
 def learning_curve(probe: Probe, model: nn.Module, steps: int, lr: float) -> list[float]:
     """Training error over persistence by step of a copy of ``model`` that learns the probe's regimes.
 
-    AdamW at a constant rate, with the run's loss, batches, clipping and balance terms.
+    AdamW at a constant rate, with the run's loss, batches, clipping and balance terms, biases and temperatures.
     """
     learner = copy.deepcopy(model).train()
     train = probe.config.operator.train
@@ -144,6 +170,7 @@ def learning_curve(probe: Probe, model: nn.Module, steps: int, lr: float) -> lis
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(learner.parameters(), train.clip)
         optimizer.step()
+        probe.task.finish_step(SimpleNamespace(module=learner), step)
         curve.append(float(metrics["train/over_persistence"][0]))
     return curve
 

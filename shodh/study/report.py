@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
 from scipy.stats import spearmanr
@@ -62,10 +63,22 @@ def _headline(study: StudyConfig, results: Results, missing: dict[str, str]) -> 
     answers = [does_routing_help(results, mix) for mix in results.mixes]
     asked = [a for a in answers if a.verdict != "Not asked"] or answers
     told = [a.text for a in asked] if len(asked) == 1 else ["The reasons, mix by mix, stand below."]
-    text = " ".join([study.question, *told, *_causes(results), what_seeds_can_show(study.seeds)])
-    failed = f" Cells without a result, named below: {len(missing)} of {total}." if missing else ""
+    seeds = min(a.seeds for a in asked)
+    shown = [what_seeds_can_show(seeds)] if seeds else []
+    text = " ".join([study.question, *told, *_causes(results), *shown, *_left_out(results, missing)])
     verdict, tone = _joint(asked)
-    return Headline(verdict, text + failed, tone, numbers, note=RULE)
+    return Headline(verdict, text, tone, numbers, note=RULE)
+
+
+def _left_out(results: Results, missing: dict[str, str]) -> list[str]:
+    """What no comparison counts, in a sentence each: that favours the models which have it."""
+    told = []
+    if missing:
+        told.append(f"Cells without a result, named below: {len(missing)} of {len(results.all) + len(missing)}.")
+    lost = [r.cell["name"] for r in results.all if any(r.test_error(regime) is None for regime in r.regimes)]
+    if lost:
+        told.append(f"Left out of all comparisons, since their error is not finite: {', '.join(lost)}.")
+    return told
 
 
 def _joint(answers: Sequence[Answer]) -> tuple[str, Any]:
@@ -80,7 +93,9 @@ def _causes(results: Results) -> list[str]:
     """Answers to what lowers the error, of the mixes that have the controls."""
     said = {
         "separation": "Separation of the regimes is what lowers the error",
+        "separation, not learned": "Separation of the regimes lowers the error, but the learned router does not get it",
         "finer specialisation": "Specialisation finer than the regimes is what lowers the error",
+        "sharing between regimes": "Sharing experts between regimes lowers the error beyond separating them",
         "capacity": "More weights lower the error, and which token meets which of them does not matter",
         "neither": "Neither separation nor finer specialisation lowers the error: routing does not help here",
         "undecided": "Whether separation or finer specialisation lowers the error is undecided",
@@ -111,17 +126,20 @@ def _sections(results: Results, missing: dict[str, str]) -> list[Section | None]
 ERRORS = (
     "One-step error on held-out trajectories, in the space the operator works in, over that of persistence on the same "
     "windows; roots of MSEs, so that twice the error is twice the number. Mean and range over seeds. At equal cost: "
-    "the lowest validation error within what the cheapest model of the mix spent, interpolated between checkpoints. "
-    "The learning rate of a dearer model has not come down by then, which counts against it."
+    "the validation error when what the cheapest model of the mix spent was spent, interpolated between checkpoints. "
+    "The learning rate of a dearer model has not come down by then, which counts against it. All models have the base "
+    "run's learning rate, tuned for none of them, and the same tokenizer, trained on all regimes of the study."
 )
 TRANSFER = (
     "Error of the mixed model over that of a dense specialist of equal active size with the same seed: above 1, mixing "
     "has done harm. The specialist has as many steps in all as the mixed model, and so sees its regime more often; "
-    "'same steps a regime' is against one that sees it as often."
+    "'same steps a regime' is against one that sees it as often, if the mix draws its regimes equally. Of a sparse "
+    "model the index is mixing and additional weights together. p holds for all regimes of a mix at once."
 )
 COMPARISONS = (
-    "Geometric mean over regimes of the error, model over other, paired by seed. Seconds are of steps alone, on a "
-    "machine with whatever ran beside."
+    "Geometric mean over regimes of the error, model over other, paired by seed; of rollouts, the mean VRMSE over "
+    "persistence's. Seconds are of steps alone, the median over seeds, on a machine with whatever ran beside. The "
+    "verdict goes by p after Holm, which holds for all pairs of a mix and reading at once; few seeds then show little."
 )
 DIVERGENCE = (
     "Largest divergence of the decoded velocity over the root mean square of its gradient, over all seeds: stored in "
@@ -129,12 +147,13 @@ DIVERGENCE = (
 )
 COSINES = (
     "Cosine between the gradients of two regimes' training errors on fixed windows, by kind of weights; below 0 the "
-    "regimes pull against each other. Experts that regimes do not share have none in common: exactly 0."
+    "regimes pull against each other. 'Same regime' is between two halves of one regime's windows: where it is low "
+    "too, a low cosine is the noise of few windows. Experts that regimes do not share have none in common: exactly 0."
 )
 PLASTICITY = (
     "Training error over persistence while a fresh regime is learned, by a trained model and one with fresh weights, "
     "same batches and rate. Area ratio: sum of the first curve over that of the second; above 1, training has cost "
-    "plasticity."
+    "plasticity. Below 1 it may be a head start alone: see the last errors. The tokenizer has seen the fresh regime."
 )
 
 
@@ -174,8 +193,8 @@ def _numbers(results: Results) -> Section | None:
     if len(results.mixes) < 2:
         return None
     curves: dict[str, list[tuple[float, float]]] = {}
-    for _, count, model, _, mean, *_ in sorted(known.rows, key=lambda row: row[1]):
-        curves.setdefault(model, []).append((count, mean))
+    for _, count, model, _, index, *_ in sorted(known.rows, key=lambda row: row[1]):
+        curves.setdefault(model, []).append((count, index))
     figure = plots.lines({"": curves}, "regimes in the mix", "transfer index", False) if curves else None
     text = "Geometric mean of the transfer index over the regimes of each mix, by number of regimes."
     return _section("mixes", "Number of regimes and mixes", text, {"mixes": known}, mixes_by_number=figure)
@@ -224,12 +243,13 @@ def _routers(results: Results) -> Section | None:
     table = tables.separation_table(results)
     summary: dict[str, Any] = {}
     text = "U = I(regime; expert) / H(regime) on the test split: 1 when the expert names the regime. "
-    known = [(u, error) for _, u, error in separation_and_error(results)]
+    known = _means_by_model(results)
     if len(known) >= 6 and len({u for u, _ in known}) > 2 and len(results.mixes) == 1:
         found = spearmanr(*zip(*known, strict=True))
         text += (
-            f"Over all {len(known)} sparse cells U and error have a rank correlation of {found.statistic:.2f} "
-            "(negative: more separation goes with a lower error; cells of one seed are not independent)."
+            f"Over the {len(known)} sparse models, each the mean over its seeds, U and error have a rank correlation "
+            f"of {found.statistic:.2f} (negative: more separation goes with a lower error; the models differ in more "
+            "than U)."
         )
         summary["spearman_u_error"] = float(found.statistic)
     routers = tables.router_table(results)
@@ -246,6 +266,14 @@ def _routers(results: Results) -> Section | None:
     return section
 
 
+def _means_by_model(results: Results) -> list[tuple[float, float]]:
+    """(U, error) of every sparse model, each the mean over its seeds: cells of one model are no separate evidence."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for r, u, error in separation_and_error(results):
+        found.setdefault((r.cell["mix"], r.label), []).append((u, error))
+    return [(mean(u for u, _ in seeds), mean(e for _, e in seeds)) for seeds in found.values()]
+
+
 def _rollouts(results: Results) -> Section | None:
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for (mix, label, regime, field), seeds in tables.rollout_curves(results).items():
@@ -254,7 +282,10 @@ def _rollouts(results: Results) -> Section | None:
         if points:
             panels.setdefault(f"{mix}: {regime}, {field}", {})[label] = points
     figure = plots.lines(panels, "autoregressive step", "VRMSE", False) if panels else None
-    text = "VRMSE of autoregressive rollouts from the first frames of the test trajectories, mean over seeds."
+    text = (
+        "VRMSE of autoregressive rollouts from the first frames of the test trajectories, mean over seeds; beside it, "
+        "the mean over all steps, over that of persistence, which keeps the first frame."
+    )
     by_step = [
         [key, model, *point] for key, models in panels.items() for model, curve in models.items() for point in curve
     ]
@@ -292,7 +323,8 @@ def _plasticity(results: Results) -> Section | None:
 
 def _cells(results: Results, missing: dict[str, str]) -> Section | None:
     text = (
-        "Each is a run folder of its own under cells/, with a report of its own. Dense models of equal size lack the "
-        "router's weights, and nothing else."
+        "Each is a run folder of its own under cells/, with a report of its own. dense_active and dense_total lack the "
+        "router's weights, and nothing else; dense_router is wider by as many, and its steps cost more where a "
+        "gate decides once a sample."
     )
     return _section("cells", "Cells", text, {"cells": tables.cell_table(results, missing)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,7 @@ import numpy as np
 Reading = Literal["steps", "flops", "seconds"]
 READINGS: tuple[Reading, ...] = ("steps", "flops", "seconds")
 TEST = "test"
+ROLLOUT = "rollout"
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,9 @@ class Result:
 
     @property
     def label(self) -> str:
-        return str(self.cell["label"])
+        """Model and variant; specialists of different shares are different models."""
+        share = int(self.cell["share"])
+        return f"{self.cell['label']}{share if share > 1 else ''}"
 
     @property
     def seed(self) -> int:
@@ -66,17 +70,27 @@ class Result:
         return [(cost, error) for cost, error in points if error is not None]
 
     def error(self, regime: str, reading: Reading, budget: float) -> float | None:
-        """The lowest validation error within a budget, of checkpoints after the first step and of the budget itself.
+        """The validation error when a budget was spent.
 
-        There the logarithm of the error is interpolated between checkpoints, so that a model whose steps cost a
-        percent more does not lose a whole interval.
+        The logarithm of the error is interpolated between checkpoints, so that a model whose steps cost a percent more
+        does not lose a whole interval. It is not the lowest so far: one model has to serve all regimes of a mix, and
+        would have to be stopped at one step for all.
         """
         curve = self.curve(regime, reading)
         if not curve:
             return None
         costs, errors = zip(*curve, strict=True)
-        at_budget = math.exp(float(np.interp(budget, costs, np.log(errors))))
-        return min([at_budget, *(e for c, e in curve if 0 < c <= budget)])
+        return math.exp(float(np.interp(budget, costs, np.log(errors))))
+
+    def rollout_error(self, regime: str) -> float | None:
+        """VRMSE of autoregressive rollouts on the test split, over that of persistence.
+
+        Each the mean over steps; the geometric mean over fields. None without rollouts, or where one is not finite.
+        """
+        fields = self.values["evaluation"]["regimes"][regime].get("rollout", {}).values()
+        ratios = [over_persistence(kinds["model"], kinds["persistence"]) for kinds in fields]
+        known = [ratio for ratio in ratios if ratio is not None and ratio > 0]
+        return geometric_mean(known) if known and len(known) == len(ratios) else None
 
     def relative(self, error: dict[str, float | None]) -> float | None:
         """An error of the result over persistence's, never a square; None where it is not finite."""
@@ -105,16 +119,31 @@ class Result:
         return dead
 
 
+def over_persistence(model: Sequence[float | None], persistence: Sequence[float | None]) -> float | None:
+    """Mean over autoregressive steps of a model's error, over that of persistence; None where one is not finite."""
+    known = [(m, p) for m, p in zip(model, persistence, strict=True) if m is not None and p is not None]
+    total = sum(p for _, p in known)
+    return sum(m for m, _ in known) / total if len(known) == len(model) and total > 0 else None
+
+
 def geometric_mean(values: Iterable[float]) -> float:
     logs = [math.log(v) for v in values]
     return math.exp(sum(logs) / len(logs))
 
 
 class Results:
-    """The finished cells of a study."""
+    """The finished cells of a study; seconds a step are the median over a model's seeds.
+
+    What ran beside a cell is no property of its model, and the same model with another seed does the same work.
+    """
 
     def __init__(self, results: Sequence[Result]) -> None:
-        self.all = list(results)
+        clocks: dict[tuple[str, str], list[float]] = {}
+        for r in results:
+            if r.values["seconds_per_step"] is not None:
+                clocks.setdefault((r.cell["mix"], r.label), []).append(float(r.values["seconds_per_step"]))
+        medians = {key: statistics.median(times) for key, times in clocks.items()}
+        self.all = [Result({**r.values, "seconds_per_step": medians.get((r.cell["mix"], r.label))}) for r in results]
 
     @property
     def mixed(self) -> list[Result]:
@@ -130,8 +159,17 @@ class Results:
         return list(dict.fromkeys(r.label for r in self.mixed if r.cell["mix"] == mix))
 
     def of(self, mix: str, label: str) -> dict[int, Result]:
-        """Results by seed."""
-        return {r.seed: r for r in self.mixed if r.cell["mix"] == mix and r.label == label}
+        """Results by seed. The dense model of a mix of one regime is its specialist, and is not trained twice."""
+        found = {r.seed: r for r in self.mixed if r.cell["mix"] == mix and r.label == label}
+        regimes = {name for r in self.mixed if r.cell["mix"] == mix for name in r.regimes}
+        if label == "dense_active" and not found and len(regimes) == 1:
+            (alone,) = regimes
+            return {r.seed: r for r in self.all if r.cell["model"] == "specialist" and r.regimes == [alone]}
+        return found
+
+    def dense(self, mix: str) -> str:
+        """The dense model of equal active size that sparse ones are compared with: with the router's size, if run."""
+        return "dense_router" if self.of(mix, "dense_router") else "dense_active"
 
     def specialist(self, regime: str, seed: int, share: int = 1) -> Result | None:
         """The specialist of a regime with all steps (share 1), or with the steps that a mix of ``share`` gives it."""
@@ -150,16 +188,18 @@ class Results:
         return min(costs) if costs else None
 
     def error(self, result: Result, regime: str, reading: str, mix: str) -> float | None:
-        """Error by a reading: ``test``, or one of `READINGS` at the mix's budget."""
+        """Error by a reading: ``test``, ``rollout``, or one of `READINGS` at the mix's budget."""
         if reading == TEST:
             return result.test_error(regime)
+        if reading == ROLLOUT:
+            return result.rollout_error(regime)
         chosen: Reading = next(r for r in READINGS if r == reading)
         budget = self.budget(mix, result.seed, chosen)
         return None if budget is None else result.error(regime, chosen, budget)
 
-    def mean_error(self, result: Result, reading: str = TEST) -> float | None:
-        """Geometric mean over the regimes of a mixed model."""
-        errors = [self.error(result, regime, reading, result.cell["mix"]) for regime in result.regimes]
+    def mean_error(self, result: Result, reading: str = TEST, mix: str | None = None) -> float | None:
+        """Geometric mean over the regimes of a model, by default in its own mix."""
+        errors = [self.error(result, regime, reading, mix or result.cell["mix"]) for regime in result.regimes]
         known = [e for e in errors if e is not None and e > 0]
         return geometric_mean(known) if len(known) == len(errors) else None
 

@@ -17,8 +17,12 @@ from shodh.train.run_folder import RunFolder
 from shodh.train.workers import Job, Progress, Workers
 
 
-def run_cells(study: StudyConfig, cells: Sequence[Cell], jobs: int, ranks: Ranks) -> Progress:
+def run_cells(
+    study: StudyConfig, cells: Sequence[Cell], jobs: int, ranks: Ranks, keep_checkpoints: bool = False
+) -> Progress:
     """Train and measure every cell that has no result yet; one that fails does not keep the others from running.
+
+    A measured cell keeps its last checkpoint, or all with ``keep_checkpoints``.
 
     Raises
     ------
@@ -40,7 +44,7 @@ def run_cells(study: StudyConfig, cells: Sequence[Cell], jobs: int, ranks: Ranks
     done = sum(by_name[name].config.operator.train.steps for name in progress.finished)
     hidden = ranks.rank != 0 or not sys.stderr.isatty()
     with tqdm(total=total, initial=done, unit="step", desc=study.name, disable=hidden) as bar:
-        for name, line in workers.run_all(cell_jobs(study, [by_name[name] for name in todo])):
+        for name, line in workers.run_all(cell_jobs(study, [by_name[name] for name in todo], keep_checkpoints)):
             bar.set_postfix_str(name)
             bar.update(by_name[name].config.operator.train.steps)
             if line is None:
@@ -81,9 +85,14 @@ def prepare(study: StudyConfig, cells: Sequence[Cell], workers: Workers) -> None
         raise ShodhError(f"the tokenizer of the study could not be made: {line}")
 
 
-def cell_jobs(study: StudyConfig, cells: Sequence[Cell]) -> dict[str, Job]:
+def cell_jobs(study: StudyConfig, cells: Sequence[Cell], keep_checkpoints: bool = False) -> dict[str, Job]:
     """What the workers of the cells are told."""
     regimes, probe = {r.name: r for r in study.base_config().data.regimes}, study.plasticity
     fresh = None if probe is None else {"probe": to_dict(probe), "regime": to_dict(regimes[probe.regime])}
-    common = {"kind": "cell", "fresh": fresh, "gradient_samples": study.gradient_samples}
+    common = {
+        "kind": "cell",
+        "fresh": fresh,
+        "gradient_samples": study.gradient_samples,
+        "keep_checkpoints": keep_checkpoints,
+    }
     return {cell.name: Job({**common, "cell": cell.describe(), "config": to_dict(cell.config)}) for cell in cells}

@@ -15,6 +15,8 @@ from shodh.errors import ConfigError
 ModelName = Literal[
     "sparse",
     "dense_active",
+    "dense_router",
+    "dpot",
     "dense_total",
     "specialist",
     "specialist_share",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from shodh.analysis.comparison import holm
 from shodh.analysis.page import Table
-from shodh.study.results import READINGS, TEST, Result, Results, geometric_mean
-from shodh.study.verdict import paired, separation_and_error
+from shodh.study.results import READINGS, ROLLOUT, TEST, Result, Results, geometric_mean, over_persistence
+from shodh.study.verdict import SAID, paired, separation_and_error, transfer_by_regime
 
 ROUTED = ("sparse_hash", "sparse_frozen", "sparse_oracle")
 
@@ -26,13 +28,17 @@ def models_of(results: Results) -> Iterator[tuple[str, str, list[Result]]]:
 
 
 def error_table(results: Results) -> Table:
-    """Error by mix, model and regime: on the test split, and on the validation split at equal cost."""
-    header = ["mix", "model", "regime", "seeds", "error", "lowest", "highest", *(f"at equal {r}" for r in READINGS)]
+    """Error by mix, model and regime: on the test split, of rollouts, and on the validation split at equal cost."""
+    header = ["mix", "model", "regime", "seeds", "error", "lowest", "highest", "rollout"]
+    header += [f"at equal {r}" for r in READINGS]
     rows: list[list[Any]] = []
     for mix, label, seeds in models_of(results):
         for regime in seeds[0].regimes:
             at = [spread(results.error(r, regime, reading, mix) for r in seeds)[0] for reading in READINGS]
-            rows.append([mix, label, regime, len(seeds), *spread(r.test_error(regime) for r in seeds), *at])
+            errors = spread(r.test_error(regime) for r in seeds)
+            rows.append(
+                [mix, label, regime, len(seeds), *errors, _mean_of_all(r.rollout_error(regime) for r in seeds), *at]
+            )
     alone: dict[tuple[str, str], list[Result]] = {}
     for r in results.all:
         if r.cell["model"].startswith("specialist"):
@@ -41,40 +47,59 @@ def error_table(results: Results) -> Table:
             alone.setdefault((r.regimes[0], label), []).append(r)
     for (regime, label), seeds in alone.items():
         errors = spread(r.test_error(regime) for r in seeds)
-        rows.append([f"{regime} alone", label, regime, len(seeds), *errors, None, None, None])
+        rows.append(
+            [
+                f"{regime} alone",
+                label,
+                regime,
+                len(seeds),
+                *errors,
+                _mean_of_all(r.rollout_error(regime) for r in seeds),
+                None,
+                None,
+                None,
+            ]
+        )
     return Table(header, rows)
+
+
+def _mean_of_all(values: Iterable[float | None]) -> float | None:
+    """Mean over seeds; None if one of them is not known, so that a diverged one is not passed over."""
+    every = list(values)
+    return None if None in every else spread(every)[0]
 
 
 def transfer_table(results: Results) -> Table:
     """Transfer index by regime and reading, against specialists with all steps and with the steps a regime gets."""
     header = ["mix", "regimes", "model", "regime", "seeds", "index", "lowest", "highest", "same steps a regime"]
-    header += [f"at equal {r}" for r in READINGS]
+    header += [*(f"at equal {r}" for r in READINGS), "rollout", "95 % low", "95 % high", "p Holm", "verdict"]
     rows: list[list[Any]] = []
     for mix, label, seeds in models_of(results):
+        paired_over_seeds = transfer_by_regime(results, mix, label)
         count = len(seeds[0].regimes)
         for regime in seeds[0].regimes:
             test = [results.transfer(r, regime, TEST) for r in seeds]
             share = [results.transfer(r, regime, TEST, count) for r in seeds]
-            at = [spread(results.transfer(r, regime, reading) for r in seeds)[0] for reading in READINGS]
+            at = [spread(results.transfer(r, regime, to) for r in seeds)[0] for to in (*READINGS, ROLLOUT)]
             known = sum(v is not None for v in test)
-            rows.append([mix, count, label, regime, known, *spread(test), spread(share)[0], *at])
+            c = paired_over_seeds.get(regime)
+            tested = [None] * 4 if c is None else [c.low, c.high, c.p_holm, SAID[c.verdict]]
+            rows.append([mix, count, label, regime, known, *spread(test), spread(share)[0], *at, *tested])
     return Table(header, rows)
 
 
 def comparison_table(results: Results) -> Table:
-    """Every sparse model against every dense one and every control, paired over seeds."""
-    header = ["mix", "model", "against", "reading", "seeds", "ratio", "95 % low", "95 % high", "p paired t"]
+    """Every mixed model against every other, paired over seeds; p for all pairs of a mix and reading at once."""
+    header = ["mix", "model", "against", "reading", "seeds", "ratio", "95 % low", "95 % high", "p paired t", "p Holm"]
     header += ["p sign-flip", "lower in", "verdict"]
     rows: list[list[Any]] = []
     for mix in results.mixes:
-        labels = results.labels(mix)
-        pairs = [(a, b) for i, a in enumerate(labels) for b in labels[i + 1 :]]
-        for label, other in pairs:
-            for reading in (TEST, "flops", "seconds"):
-                c = paired(results, mix, label, other, reading)
-                if c is not None:
-                    numbers = [c.seeds, c.ratio, c.low, c.high, c.p_t, c.p_sign, c.wins, c.verdict]
-                    rows.append([mix, label, other, reading, *numbers])
+        for reading in (TEST, "flops", "seconds", ROLLOUT):
+            pairs = itertools.combinations(results.labels(mix), 2)
+            found = {pair: c for pair in pairs if (c := paired(results, mix, *pair, reading)) is not None}
+            for (label, other), c in zip(found, holm(list(found.values())), strict=True):
+                numbers = [c.seeds, c.ratio, c.low, c.high, c.p_t, c.p_holm, c.p_sign, c.wins, SAID[c.verdict]]
+                rows.append([mix, label, other, reading, *numbers])
     return Table(header, rows)
 
 
@@ -106,24 +131,49 @@ def separation_table(results: Results) -> Table:
 
 
 def rollout_curves(results: Results) -> dict[tuple[str, str, str, str], list[list[float | None]]]:
-    """(mix, model, regime, field) -> VRMSE by autoregressive step, a list a seed; persistence as a model of its own."""
+    """(mix, model, regime, field) -> VRMSE by autoregressive step, a list a seed.
+
+    With the specialists of each mix's regimes, and persistence as a model of its own.
+    """
     curves: dict[tuple[str, str, str, str], list[list[float | None]]] = {}
-    for mix, label, seeds in models_of(results):
-        for r in seeds:
-            for regime, values in r.values["evaluation"]["regimes"].items():
-                for field, kinds in values.get("rollout", {}).items():
-                    curves.setdefault((mix, label, regime, field), []).append(kinds["model"])
-                    curves[(mix, "persistence", regime, field)] = [kinds["persistence"]]
+
+    def add(mix: str, label: str, r: Result) -> None:
+        for regime, values in r.values["evaluation"]["regimes"].items():
+            for field, kinds in values.get("rollout", {}).items():
+                curves.setdefault((mix, label, regime, field), []).append(kinds["model"])
+                curves[(mix, "persistence", regime, field)] = [kinds["persistence"]]
+
+    for mix in results.mixes:
+        for label in results.labels(mix):
+            for r in results.of(mix, label).values():
+                add(mix, label, r)
+        regimes = dict.fromkeys(name for r in results.mixed if r.cell["mix"] == mix for name in r.regimes)
+        for r in results.all:
+            if r.cell["model"] == "specialist" and r.regimes[0] in regimes:
+                add(mix, r.label, r)
     return curves
 
 
 def rollout_table(results: Results) -> Table:
-    """VRMSE of the first and the last step, and the seeds that diverged (not finite, or above 1 and growing)."""
+    """VRMSE of the first, the last, and all steps; seeds that diverged (not finite, or above 1 and growing)."""
+    curves = rollout_curves(results)
     rows: list[list[Any]] = []
-    for (mix, label, regime, field), seeds in rollout_curves(results).items():
+    for (mix, label, regime, field), seeds in curves.items():
         first, last = (spread(steps[i] for steps in seeds)[0] for i in (0, -1))
-        rows.append([mix, label, regime, field, len(seeds), first, last, sum(diverged(s) for s in seeds)])
-    header = ["mix", "model", "regime", "field", "seeds", "first step", "last step", "diverged"]
+        (still,) = curves[(mix, "persistence", regime, field)]
+        over = _mean_of_all(over_persistence(steps, still) for steps in seeds)
+        rows.append([mix, label, regime, field, len(seeds), first, last, over, sum(diverged(s) for s in seeds)])
+    header = [
+        "mix",
+        "model",
+        "regime",
+        "field",
+        "seeds",
+        "first step",
+        "last step",
+        "all steps / persistence",
+        "diverged",
+    ]
     return Table(header, rows)
 
 
@@ -149,25 +199,27 @@ def divergence_table(results: Results) -> Table:
     )
 
 
-def cosine_curves(results: Results) -> dict[tuple[str, str, str], dict[int, list[float]]]:
-    """(mix, model, group of weights) -> {step: cosines of all pairs of regimes and all seeds}."""
+def cosine_curves(results: Results, key: str = "cosines") -> dict[tuple[str, str, str], dict[int, list[float]]]:
+    """(mix, model, group of weights) -> {step: cosines of all seeds, and pairs of regimes or (within) regimes}."""
     curves: dict[tuple[str, str, str], dict[int, list[float]]] = {}
     for mix, label, seeds in models_of(results):
         for r in seeds:
             for point in r.values["history"]:
-                for group, pairs in point["cosines"].items():
+                for group, pairs in point[key].items():
                     known = [v for v in pairs.values() if v is not None]
                     curves.setdefault((mix, label, group), {}).setdefault(point["step"], []).extend(known)
     return curves
 
 
 def cosine_table(results: Results) -> Table:
-    """Mean cosine before training, and after it."""
+    """Mean cosine before training and after it, and after it between two halves of one regime's windows."""
+    within = cosine_curves(results, "cosines_within")
     rows: list[list[Any]] = []
     for (mix, label, group), steps in cosine_curves(results).items():
         first, last = min(steps), max(steps)
-        rows.append([mix, label, group, spread(steps[first])[0], *spread(steps[last])])
-    return Table(["mix", "model", "weights", "untrained", "trained", "lowest", "highest"], rows)
+        same = spread(within.get((mix, label, group), {}).get(last, []))[0]
+        rows.append([mix, label, group, spread(steps[first])[0], *spread(steps[last]), same])
+    return Table(["mix", "model", "weights", "untrained", "trained", "lowest", "highest", "same regime"], rows)
 
 
 def plasticity_table(results: Results) -> Table:

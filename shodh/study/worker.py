@@ -18,7 +18,7 @@ from shodh.study.settings import PlasticityConfig
 from shodh.train.jobs import open_data, pretrain, train_tokenizer
 from shodh.train.latents import TOKENIZER_FILE
 from shodh.train.runtime import quiet_logs, rank, run_ranks, start_distributed
-from shodh.train.workers import STOPPED, leave_ranks
+from shodh.train.workers import STOPPED, ignore_interrupts, leave_ranks
 
 
 def train_cell(job: dict[str, Any], config: RunConfig) -> bool:
@@ -31,7 +31,8 @@ def train_cell(job: dict[str, Any], config: RunConfig) -> bool:
         fresh = job["fresh"]
         told = None if fresh is None else (PlasticityConfig(**fresh["probe"]), RegimeConfig(**fresh["regime"]))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        measure_cell(job["cell"], config, job["gradient_samples"], told, device)
+        keep = job["keep_checkpoints"]
+        measure_cell(job["cell"], config, job["gradient_samples"], told, device, keep)
     return True
 
 
@@ -49,6 +50,7 @@ def prepare(job: dict[str, Any], config: RunConfig) -> bool:
 
 def main() -> int:
     quiet_logs()
+    ignore_interrupts()
     job = json.loads(Path(sys.argv[1]).read_text())
     config = config_from_dict(job["config"], sys.argv[1])
     finished = prepare(job, config) if job["kind"] == "prepare" else train_cell(job, config)

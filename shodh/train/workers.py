@@ -63,7 +63,7 @@ def read_failures(folder: Path) -> dict[str, str]:
 class Workers:
     """Starts ``python -m MODULE JOB.json`` for every job; files and logs of the jobs lie in ``folder / "jobs"``.
 
-    SIGTERM and SIGUSR1 are handed on: every job at work saves and ends, and no other is started.
+    SIGTERM, SIGUSR1 and Ctrl-C are handed on as SIGTERM: every job at work saves and ends, and no other is started.
 
     Parameters
     ----------
@@ -84,13 +84,13 @@ class Workers:
         self.module, self.folder, self.jobs, self.ranks = module, folder, jobs, ranks
         self.stopped = threading.Event()
         self._children: set[subprocess.Popen[str]] = set()
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._stop)
 
-    def _stop(self, number: int, _: object) -> None:
+    def _stop(self, *_: object) -> None:
         self.stopped.set()
         for child in list(self._children):
-            child.send_signal(number)
+            child.terminate()
 
     def run_all(self, jobs: Mapping[str, Job]) -> Iterator[tuple[str, str | None]]:
         """Yield (name, None or the last line of the error) of each job as it ends; earlier ones are started first.
@@ -129,11 +129,13 @@ class Workers:
             command = [sys.executable, "-m", self.module, str(path)]
             child = subprocess.Popen(command, env=self._environment(name), stdout=stderr, stderr=stderr, text=True)
             self._children.add(child)
+            if self.stopped.is_set():  # The signal came while it was started.
+                child.terminate()
             code = _wait(child, lambda: self.ranks.failed(name))
             self._children.discard(child)
         if code == STOPPED:
             self.stopped.set()
-        line = None if code == 0 else f"{last_error(log)} (exit code {code}; see {log})"
+        line = None if code == 0 else f"{what_ended(code, log)}; see {log}"
         return self.ranks.finish(name, line)
 
     def _environment(self, name: str) -> dict[str, str]:
@@ -142,6 +144,11 @@ class Workers:
         environment.setdefault("OMP_NUM_THREADS", str(threads))
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
         return environment
+
+
+def ignore_interrupts() -> None:
+    """A terminal sends Ctrl-C to the whole group; the study hands it on as SIGTERM, so that a checkpoint is saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def leave_ranks() -> None:
@@ -161,6 +168,13 @@ def _wait(child: subprocess.Popen[str], failed_elsewhere: Callable[[], bool], pa
             child.kill()
         time.sleep(0.1)
     return child.wait()
+
+
+def what_ended(code: int, log: Path) -> str:
+    """The error of a job that ended with this code; one that a signal ended had no time to say why."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"{last_error(log)} (exit code {code})"
 
 
 def last_error(log: Path) -> str:

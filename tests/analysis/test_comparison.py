@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from shodh.analysis.comparison import compare, sign_flip, what_seeds_can_show
+from shodh.analysis.comparison import compare, holm, sign_flip, what_seeds_can_show
 
 
 def test_ratio_interval_and_p_are_those_of_a_paired_t_test_on_logs() -> None:
@@ -56,3 +57,17 @@ def test_verdict(errors: list[float], others: list[float], verdict: str) -> None
 def test_equal_errors_are_equal() -> None:
     found = compare([0.5, 0.6, 0.7], [0.5, 0.6, 0.7])
     assert (found.ratio, found.p_t, found.p_sign, found.verdict) == (1.0, 1.0, 1.0, "equal")
+
+
+def test_holm_is_that_of_the_textbook() -> None:
+    """p of 0.01, 0.02, 0.03, 0.04 in a family of four: 0.04, 0.06, 0.06, 0.06; one seed is no member."""
+    known = compare([0.8, 0.81, 0.79], [1, 1, 1])
+    family = [replace(known, p_t=p) for p in (0.03, 0.01, 0.04, 0.02)]
+    alone = compare([0.8], [1.0])
+    assert [c.p_holm for c in holm([*family, alone])] == pytest.approx([0.06, 0.04, 0.06, 0.06, 1.0])
+
+
+def test_one_of_many_comparisons_needs_more_than_one_alone() -> None:
+    close = compare([0.90, 0.93, 0.87], [1, 1, 1])
+    assert close.verdict == "lower"
+    assert holm([close, *[compare([1.0, 1.1, 0.9], [1, 1, 1])] * 9])[0].verdict == "open"

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +70,7 @@ def test_finished_cells_are_kept_and_a_failed_one_is_named(study_file: Path, tmp
     kept = cells / "both-sparse-s0" / "result.json"
     _check_result(json.loads(kept.read_text()))
     assert (kept.parent / "report" / "index.html").exists()
+    assert [path.name for path in (kept.parent / "checkpoints").glob("step_*")] == ["step_00000002"]
 
     before = kept.stat().st_mtime_ns
     again = run_script(STUDY, "--config", study_file, "--only", "both-sparse-s0")
@@ -88,6 +94,31 @@ def _check_result(result: dict[str, Any]) -> None:
             assert all(-1 <= c <= 1 for c in cosines.values())
     assert result["active_parameters"] < result["total_parameters"]
     assert result["flops_per_step"] > 0 and result["seconds_per_step"] > 0
+
+
+@pytest.mark.slow
+def test_interrupt_saves_a_checkpoint_and_starts_no_other_cell(study_file: Path, tmp_path: Path) -> None:
+    """Ctrl-C in a terminal goes to the study and to its cells at once."""
+    command = [sys.executable, STUDY, "--config", str(study_file), "--set", "operator.train.steps=100000"]
+    study = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "runs" / "s" / "jobs" / "both-sparse-s0.log"
+    try:
+        _wait_until(lambda: log.exists() and "step 20/" in log.read_text())
+        os.killpg(study.pid, signal.SIGINT)
+        _, stderr = study.communicate(timeout=60)
+    finally:
+        if study.poll() is None:
+            os.killpg(study.pid, signal.SIGKILL)
+    assert study.returncode == 3 and "stopped by a signal; the same command goes on" in stderr
+    assert "stopped at step" in log.read_text() and not log.with_name("both-dense_active-s0.log").exists()
+    assert (tmp_path / "runs" / "s" / "cells" / "both-sparse-s0" / "latest").exists()
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.2)
 
 
 def test_dry_run_lists_the_cells_and_touches_nothing(study_file: Path, tmp_path: Path) -> None:

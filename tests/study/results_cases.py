@@ -46,11 +46,14 @@ def result(
         "steps": steps,
         "flops_per_step": flops,
         "seconds_per_step": 2.0 * flops,
+        "top_k": 1,
         "total_parameters": 10,
         "active_parameters": 5,
         "measure": measure,
         "errors": point(0, errors, measure)["errors"],
-        "history": [{**p, "cosines": {"rest": {"a ~ b": 0.5}}} for p in history],
+        "history": [
+            {**p, "cosines": {"rest": {"a ~ b": 0.5}}, "cosines_within": {"rest": {"a": 0.8}}} for p in history
+        ],
         "plasticity": None,
         "evaluation": {
             "regimes": {

@@ -16,9 +16,9 @@ from shodh.errors import ConfigError
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
 from shodh.study.cells import Cell, expand
-from shodh.study.flops import BACKWARD, _inputs, forward_flops, step_flops
-from shodh.study.measure import model_size
+from shodh.study.flops import BACKWARD, forward_flops, sample_inputs, step_flops
 from shodh.study.settings import StudyConfig, load_study
+from shodh.study.sizes import TOLERANCE, model_size
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = ["sparse", "dense_active", "dense_total", "specialist", "specialist_share", "sparse_hash", "sparse_frozen"]
@@ -75,6 +75,54 @@ def test_models_are_of_the_size_that_their_name_says(study_file: Callable[..., P
     assert size["sparse_hash"]["active_parameters"] == size["dense_active"]["total_parameters"]
     assert size["sparse_hash"]["total_parameters"] == size["dense_total"]["total_parameters"]
     assert size["sparse"]["total_parameters"] > size["sparse_hash"]["total_parameters"]
+
+
+def test_dense_router_has_as_many_parameters_as_the_sparse_model_active(study_file: Callable[..., Path]) -> None:
+    cells = by_name(expand(load_study(study_file(seeds=1, models=["sparse", "dense_router"], routers=["two_level"]))))
+    sparse, dense = (model_size(cells[f"both-{m}-s0"].config) for m in ("sparse-two_level", "dense_router"))
+    assert dense["total_parameters"] == dense["active_parameters"]
+    assert dense["total_parameters"] == pytest.approx(sparse["active_parameters"], rel=TOLERANCE)
+
+
+def test_dense_router_makes_up_for_the_large_gate_of_moe_pot(study_file: Callable[..., Path], tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    tree = yaml.safe_load(base.read_text())
+    operator = {"kind": "moe_pot", "dim": 64, "depth": 2, "heads": 4, "patch": 8, "field": {"mlp": 64, "decoder": 8}}
+    operator["experts"] = {"router": {"gate": "conv", "score": "softmax"}}
+    base.write_text(yaml.safe_dump({**tree, "operator": {**operator, "train": {"steps": 5}}}))
+    cells = by_name(expand(load_study(study_file(seeds=1, models=["sparse", "dense_active", "dense_router"]))))
+    sparse, narrow, wide = (
+        model_size(cells[f"both-{m}-s0"].config)["active_parameters"]
+        for m in ("sparse", "dense_active", "dense_router")
+    )
+    assert wide == pytest.approx(sparse, rel=TOLERANCE)
+    assert narrow < 0.95 * sparse
+
+    dpot = expand(load_study(study_file(seeds=1, models=["dpot"])))[0].config
+    assert dpot.operator.kind == "dpot"
+    assert model_size(dpot)["total_parameters"] == pytest.approx(sparse, rel=TOLERANCE)
+
+
+def test_dpot_is_compared_with_a_moe_pot_alone(study_file: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="base run of kind moe_pot, not latent_transformer"):
+        expand(load_study(study_file(models=["dpot"])))
+
+
+def test_dense_router_says_where_no_width_fits(study_file: Callable[..., Path]) -> None:
+    """Hidden widths that come in halves are multiples of 16: too coarse for a model this small."""
+    study = load_study(study_file(models=["dense_router"]), overrides=["operator.experts.activation=gelu"])
+    with pytest.raises(ConfigError, match="equal active size: experts.hidden=.* not within 1%"):
+        expand(study)
+
+
+def test_what_is_compared_with_has_the_experts_of_the_first_variant(study_file: Callable[..., Path]) -> None:
+    models = ["sparse", "dense_total", "sparse_hash", "sparse_oracle"]
+    cells = by_name(expand(load_study(study_file(seeds=1, models=models, experts=[8, 4], balances=["none", "both"]))))
+    found = {m: cells[f"both-{m}-s0"].config.operator.experts for m in models[1:]}
+    assert found["sparse_hash"].num_experts == found["sparse_oracle"].num_experts == 8
+    assert found["sparse_hash"].balance.switch == found["sparse_oracle"].balance.switch == 0.0
+    size = model_size(cells["both-dense_total-s0"].config)["total_parameters"]
+    assert size == model_size(cells["both-sparse_hash-s0"].config)["total_parameters"]
 
 
 def test_oracle_gets_a_group_for_each_regime(study_file: Callable[..., Path]) -> None:
@@ -159,7 +207,7 @@ def test_work_of_moe_pot_grows_with_top_k_as_its_real_forward_pass_does(tiny_tre
 def _counted(config: RunConfig) -> int:
     model = build_operator(config).eval()
     initialise(model, 0)
-    history, static = _inputs(config)
+    history, static = sample_inputs(config, "cpu")
     torch.manual_seed(0)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(history.normal_(), static.zero_())
@@ -172,7 +220,7 @@ def test_backward_pass_costs_twice_the_forward_pass(tiny_tree: dict[str, Any]) -
     config = config_from_dict({**tiny_tree, "operator": operator})
     model = build_operator(config)
     initialise(model, 0)
-    history, static = (x.normal_() for x in _inputs(config))
+    history, static = (x.normal_() for x in sample_inputs(config, "cpu"))
     with FlopCounterMode(display=False) as counter:
         model(history, static).latent.square().mean().backward()
     both = forward_flops(config) * (1 + BACKWARD)

@@ -37,7 +37,7 @@ def model_of(config: RunConfig) -> torch.nn.Module:
 
 def test_experts_that_regimes_do_not_share_have_nothing_in_common(probe: Probe) -> None:
     """An oracle gives each regime experts of its own; all else is shared."""
-    cosines = gradient_cosines(probe, model_of(probe.config), probe.fixed_batches(3))
+    cosines, _ = gradient_cosines(probe, model_of(probe.config), probe.fixed_batches(3))
     pair = "open_channel ~ porous_media"
     assert set(cosines) == set(GROUPS)
     assert cosines["experts"][pair] == 0.0
@@ -46,7 +46,7 @@ def test_experts_that_regimes_do_not_share_have_nothing_in_common(probe: Probe) 
 
 def test_equal_regimes_have_equal_gradients(probe: Probe) -> None:
     batch = probe.fixed_batches(3)["open_channel"]
-    cosines = gradient_cosines(probe, model_of(probe.config), {"a": batch, "b": batch})
+    cosines, _ = gradient_cosines(probe, model_of(probe.config), {"a": batch, "b": batch})
     assert all(found["a ~ b"] == pytest.approx(1.0) for found in cosines.values())
 
 
@@ -57,6 +57,23 @@ def test_gradients_are_those_of_the_mean_error(probe: Probe) -> None:
         p.grad.double().flatten() for n, p in model.named_parameters() if group_of(n) == "rest" and p.grad is not None
     ]
     assert torch.allclose(_gradients(probe, model, batch)["rest"], torch.cat(own), rtol=1e-4, atol=1e-7)
+
+
+def test_cosine_within_a_regime_is_of_the_two_halves_of_its_windows(probe: Probe) -> None:
+    model, batches = model_of(probe.config), probe.fixed_batches(4)
+    twice = {
+        name: {key: torch.cat((values[:2], values[:2])) for key, values in batch.items()}
+        for name, batch in batches.items()
+    }
+    _, within = gradient_cosines(probe, model, twice)
+    assert all(cosine == pytest.approx(1.0) for group in within.values() for cosine in group.values())
+    batches = probe.fixed_batches(5)
+    between, within = gradient_cosines(probe, model, batches)
+    assert set(within["rest"]) == set(batches) and all(cosine < 0.999 for cosine in within["rest"].values())
+    whole = {name: _gradients(probe, model, batch)["rest"] for name, batch in batches.items()}
+    expected = torch.nn.functional.cosine_similarity(*whole.values(), dim=0)
+    assert between["rest"]["open_channel ~ porous_media"] == pytest.approx(float(expected), abs=1e-5)
+    assert gradient_cosines(probe, model, probe.fixed_batches(1))[1] == {}
 
 
 def test_errors_are_over_every_window_of_a_split(probe: Probe) -> None:
@@ -80,6 +97,23 @@ def test_learning_curve_starts_at_the_model_and_leaves_it_as_it_was(tiny_tree: d
     probe.close()
     assert first == again and first[0] == other[0] and first[1:] != other[1:]
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_fresh_regime_is_learned_with_the_biases_of_the_run(
+    tiny_tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss-free balance moves the selection biases after every step, as in training."""
+    config = config_of(tiny_tree, "token")
+    experts = config.operator.experts
+    balance = experts.balance.model_copy(update={"bias_rate": 0.1})
+    changed = config.operator.model_copy(update={"experts": experts.model_copy(update={"balance": balance})})
+    config = config.model_copy(update={"operator": changed})
+    probe, learners = Probe(config, CPU), []
+    monkeypatch.setattr("shodh.study.probe.copy.deepcopy", lambda m: learners.append(m) or m)
+    learning_curve(probe, model_of(config), 1, 1e-2)
+    probe.close()
+    biases = [b for name, b in learners[0].named_buffers() if name.endswith("selection_bias")]
+    assert biases and all(b.abs().max() > 0 for b in biases)
 
 
 def test_area_ratio_is_above_one_where_training_has_cost_plasticity() -> None:

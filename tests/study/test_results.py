@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from results_cases import REGIMES, result, study_of
@@ -13,7 +14,13 @@ from shodh.study import plots, tables
 from shodh.study.report import write_study_report
 from shodh.study.results import Results
 from shodh.study.settings import StudyConfig
-from shodh.study.verdict import decide_cause, does_routing_help, index_comparison, what_lowers_the_error
+from shodh.study.verdict import (
+    conclude_transfer,
+    decide_cause,
+    does_routing_help,
+    transfer_by_regime,
+    what_lowers_the_error,
+)
 
 
 def test_errors_are_over_persistence_and_never_squares() -> None:
@@ -36,7 +43,7 @@ def test_between_checkpoints_the_logarithm_of_the_error_is_interpolated() -> Non
     falling = result("sparse", 0, {"a": 0.25}, curve=[{"a": e} for e in (1.0, 0.5, 0.25)], steps=2)
     assert falling.error("a", "flops", 1.5) == pytest.approx(math.sqrt(0.5 * 0.25))
     rising = result("sparse", 0, {"a": 0.9}, curve=[{"a": e} for e in (1.0, 0.5, 0.9)], steps=2)
-    assert rising.error("a", "flops", 2.0) == pytest.approx(0.5)
+    assert rising.error("a", "flops", 2.0) == pytest.approx(0.9), "one model serves all regimes: no best step of each"
 
 
 def test_transfer_index_is_the_mixed_error_over_the_specialists() -> None:
@@ -50,23 +57,27 @@ def test_transfer_index_is_the_mixed_error_over_the_specialists() -> None:
     assert results.transfer(mixed, "a", "test") == pytest.approx(2.0)
     assert results.transfer(mixed, "a", "test", share=2) == pytest.approx(1.5)
     assert results.transfer(mixed, "b", "test") is None
-    index = index_comparison(study_of([1, 1, 1], [1.2, 1.21, 1.19]), "both", "dense_active")
-    assert index is not None and index.ratio == pytest.approx(1.2, rel=1e-3) and index.verdict == "higher"
+    by_regime = transfer_by_regime(study_of([1, 1, 1], [1.2, 1.21, 1.19]), "both", "dense_active")
+    assert set(by_regime) == set(REGIMES)
+    for index in by_regime.values():
+        assert index.ratio == pytest.approx(1.2, rel=1e-3) and index.verdict == "higher"
+        assert index.p_holm == pytest.approx(2 * index.p_t), "two regimes, two tests"
 
 
 @pytest.mark.parametrize(
     ("sparse", "verdict"),
     [
-        ([0.80, 0.81, 0.79], "Sparse routing lowers the error"),
+        ([0.80, 0.81, 0.79], "Sparse routing lowers the error at equal active size"),
         ([1.20, 1.21, 1.19], "Dense wins at equal active size"),
-        ([1.001, 0.999, 1.0], "No difference at equal active size"),
+        ([1.001, 0.999, 1.0], "No difference above 2% at equal active size"),
         ([0.8, 1.2, 1.0], "Undecided: no difference that these seeds can show"),
     ],
 )
 def test_answer_says_what_the_numbers_say(sparse: list[float], verdict: str) -> None:
     answer = does_routing_help(study_of(sparse, [1.0, 1.0, 1.0]), "both")
     assert answer.verdict == verdict
-    assert "of 3 seeds" in answer.text and "its specialists" in answer.text
+    assert "of 3 seeds" in answer.text and "against specialists with as many steps" in answer.text
+    assert "at equal work" in answer.text and "on rollouts" in answer.text
 
 
 def test_one_seed_is_no_answer() -> None:
@@ -76,26 +87,105 @@ def test_one_seed_is_no_answer() -> None:
 @pytest.mark.parametrize(
     ("verdicts", "cause"),
     [
-        (("equal", "lower", "lower"), "neither"),
-        (("higher", "lower", "lower"), "neither"),
-        (("open", "lower", "lower"), "undecided"),
-        (("lower", "equal", "equal"), "capacity"),
-        (("lower", "lower", "lower"), "finer specialisation"),
-        (("lower", "lower", "equal"), "separation"),
-        (("lower", "lower", "higher"), "separation"),
-        (("lower", "lower", "open"), "undecided"),
+        (("equal", "lower", "lower", "equal"), "neither"),
+        (("higher", "lower", "lower", "higher"), "neither"),
+        (("equal", "lower", "higher", "lower"), "separation, not learned"),
+        (("higher", "lower", "higher", "open"), "undecided"),
+        (("open", "lower", "lower", "lower"), "undecided"),
+        (("lower", "equal", "equal", "lower"), "capacity"),
+        (("lower", "open", "equal", "lower"), "undecided"),
+        (("lower", "lower", "lower", "lower"), "finer specialisation"),
+        (("lower", "lower", "equal", "lower"), "separation"),
+        (("lower", "lower", "higher", "lower"), "separation"),
+        (("lower", "lower", "open", "lower"), "undecided"),
     ],
 )
-def test_rule_of_what_lowers_the_error(verdicts: tuple[str, str, str], cause: str) -> None:
+def test_rule_of_what_lowers_the_error(verdicts: tuple[Any, Any, Any, Any], cause: str) -> None:
     assert decide_cause(*verdicts) == cause
+    several = "sharing between regimes" if cause == "finer specialisation" else cause
+    assert decide_cause(*verdicts, chooses=True) == several
+
+
+@pytest.mark.parametrize(
+    ("dense", "sparse", "against", "said"),
+    [
+        (("equal", "lower"), ("equal", "lower"), "equal", "there is no negative transfer to end."),
+        (("equal", "lower"), ("equal", "higher"), "higher", "and with it there is, in b"),
+        (("open", "equal"), ("equal", "equal"), "equal", "is undecided, and so is"),
+        (("higher", "equal"), ("equal", "equal"), "lower", "Routing ends"),
+        (("higher", "equal"), ("higher", "equal"), "lower", "does not end negative transfer, but lessens it"),
+        (("higher", "equal"), ("lower", "higher"), "equal", "does not end negative transfer."),
+        (("higher", "open"), ("open", "equal"), "open", "Whether routing ends"),
+    ],
+)
+def test_end_of_negative_transfer(dense: Any, sparse: Any, against: Any, said: str) -> None:
+    by_regime = [dict(zip(REGIMES, verdicts, strict=True)) for verdicts in (dense, sparse)]
+    assert said in conclude_transfer(by_regime[0], by_regime[1], against)
+
+
+def test_negative_transfer_of_one_regime_is_not_averaged_away() -> None:
+    """Mixing makes one regime worse by as much as it makes the other better: the mean over regimes shows nothing."""
+    found = study_of([1.0, 1.01, 0.99], [1.0, 1.0, 1.0]).all
+    for r in found:
+        if r.label == "dense_active":
+            r.values["errors"]["a"]["model"] *= 1.3 + 0.01 * r.seed
+            r.values["errors"]["b"]["model"] /= 1.3
+    text = does_routing_help(Results(found), "both").text
+    assert "a 1.310 (harm), b 0.769 (gain)" in text
 
 
 def test_cause_is_read_from_the_controls() -> None:
     low, high = [0.80, 0.81, 0.79], [1.0, 1.01, 0.99]
     controls = {"sparse_hash": high, "sparse_oracle": low}
     assert what_lowers_the_error(study_of(low, high, **controls), "both")[0] == "separation"
+    cause, reason = what_lowers_the_error(study_of(high, high, **{**controls, "sparse_oracle": low}), "both")
+    assert cause == "separation, not learned" and "that of sparse_oracle 20.0 % below that of dense_active" in reason
     cause, reason = what_lowers_the_error(study_of(low, high), "both")
     assert cause == "not asked" and "sparse_hash, sparse_oracle" in reason
+
+
+def test_dense_model_with_the_routers_size_is_the_one_compared() -> None:
+    low, high = [0.80, 0.81, 0.79], [1.0, 1.01, 0.99]
+    answer = does_routing_help(study_of(low, high, dense_router=[0.7, 0.71, 0.69]), "both")
+    assert answer.verdict == "Dense wins at equal active size" and "that of dense_router" in answer.text
+
+
+def test_dense_model_of_one_regime_is_its_specialist() -> None:
+    sparse = [result("sparse", s, {"a": 0.5 + 0.01 * s}, mix="alone") for s in range(3)]
+    dense = [result("specialist", s, {"a": 1.0}, mix="a") for s in range(3)]
+    assert does_routing_help(Results([*sparse, *dense]), "alone").verdict.startswith("Sparse routing lowers")
+
+
+def test_seconds_of_a_step_are_the_median_over_seeds() -> None:
+    cells = [result("sparse", s, {"a": 0.5}, flops=flops) for s, flops in enumerate((1.0, 1.5, 9.0))]
+    assert [r.cost_per_step("seconds") for r in Results(cells).all] == [3.0, 3.0, 3.0]
+
+
+def test_specialists_of_different_shares_are_different_models() -> None:
+    shares = [result("specialist_share", 0, {"a": 0.4}, mix="a", share=share) for share in (2, 4)]
+    assert [r.label for r in shares] == ["specialist_share2", "specialist_share4"]
+
+
+def test_rollout_error_is_over_persistence_and_a_lost_one_is_not_passed_over() -> None:
+    cells = [result("sparse", s, {"a": 0.5}) for s in range(3)]
+    assert cells[0].rollout_error("a") == pytest.approx((0.5 + 1.0) / (1 + 2))
+    rows = tables.error_table(Results(cells)).rows
+    assert rows[0][7] == pytest.approx(0.5)
+    cells[2].values["evaluation"]["regimes"]["a"]["rollout"]["u"]["model"] = [0.5, None]
+    assert cells[2].rollout_error("a") is None
+    assert tables.error_table(Results(cells)).rows[0][7] is None
+
+
+def test_rollouts_of_specialists_stand_beside_those_of_the_mix() -> None:
+    rows = tables.rollout_table(study_of([0.8, 0.9], [1.0, 1.0])).rows
+    assert {row[1] for row in rows} == {"sparse", "dense_active", "specialist", "persistence"}
+
+
+def test_rank_correlation_is_over_models_and_not_over_their_seeds(tmp_path: Path) -> None:
+    """Six cells of two models are two points."""
+    write_study_report(study_settings(tmp_path), [], study_of([0.8, 0.9, 1.0], [1.0] * 3, sparse_hash=[1.0, 1.1, 1.2]))
+    summary = json.loads((tmp_path / "s" / "report" / "summary.json").read_text())
+    assert "spearman_u_error" not in summary["routers"]
 
 
 def test_tables_are_json_and_have_a_cell_for_every_column() -> None:
@@ -132,10 +222,27 @@ def test_report_of_results(tmp_path: Path) -> None:
     results = study_of([0.80, 0.81, 0.79], [1.0, 1.0, 1.0])
     text = write_study_report(study_settings(tmp_path), [], results)
     summary = json.loads((tmp_path / "s" / "report" / "summary.json").read_text())
-    assert summary["verdict"] == "Sparse routing lowers the error" and summary["verdict"] in text
+    assert summary["verdict"] == "Sparse routing lowers the error at equal active size" and summary["verdict"] in text
     page = (tmp_path / "s" / "report" / "index.html").read_text()
     for name in ("transfer_index", "curves_by_flops", "rollout_by_step", "gradient_cosines"):
         assert (tmp_path / "s" / "report" / f"{name}.png").stat().st_size > 0 and name in page
+
+
+def test_a_model_that_diverged_is_named_and_not_passed_over(tmp_path: Path) -> None:
+    results = study_of([0.80, 0.81, 0.79, 0.8], [1.0] * 4)
+    results.all[0].values["errors"]["a"]["model"] = None
+    text = write_study_report(study_settings(tmp_path), [], results)
+    assert "not finite: both-sparse-s0." in text and "lower in 3 of 3 seeds" in text and "With 3 seeds" in text
+
+
+def test_table_of_all_pairs_is_adjusted_for_their_number() -> None:
+    """Three models, so three pairs a reading; the clearest one must be three times as clear."""
+    table = tables.comparison_table(study_of([0.8, 0.81, 0.79], [1.0, 1.01, 0.98], sparse_hash=[0.9, 1.0, 1.1]))
+    rows = [dict(zip(table.header, row, strict=True)) for row in table.rows]
+    of_test = [row for row in rows if row["reading"] == "test"]
+    clearest = min(of_test, key=lambda row: row["p paired t"])
+    assert len(of_test) == 3 and clearest["p Holm"] == pytest.approx(3 * clearest["p paired t"])
+    assert {row["reading"] for row in rows} == {"test", "flops", "seconds", "rollout"}
 
 
 def test_figures_of_many_panels_show_the_first_and_say_so() -> None:
@@ -155,7 +262,10 @@ def test_report_of_several_mixes_answers_mix_by_mix(tmp_path: Path) -> None:
     write_study_report(study_settings(tmp_path), [], Results([*better, *worse]))
     summary = json.loads((tmp_path / "s" / "report" / "summary.json").read_text())
     answers = {row["mix"]: row["does routing help"] for row in summary["answers"]["answers"]}
-    assert answers == {"both": "Sparse routing lowers the error", "alone": "Dense wins at equal active size"}
+    assert answers == {
+        "both": "Sparse routing lowers the error at equal active size",
+        "alone": "Dense wins at equal active size",
+    }
     assert all(text in summary["verdict"] for text in answers.values())
     indices = {(row["mix"], row["model"]): row["index"] for row in summary["mixes"]["mixes"]}
     assert indices["both", "sparse"] == pytest.approx(0.8)

@@ -9,7 +9,7 @@ import pytest
 
 from shodh.errors import ConfigError
 from shodh.train.ranks import Ranks
-from shodh.train.workers import Job, Progress, Workers, read_failures
+from shodh.train.workers import Job, Progress, Workers, read_failures, what_ended
 
 WORKER = """
 import json, sys
@@ -54,7 +54,7 @@ def test_what_needs_a_failed_job_is_not_started_and_the_rest_is(workers: Workers
     assert order == ["bad", "other"]
     assert set(ended) == {"bad", "other"} and ended["other"] is None
     log = workers.folder / "jobs" / "bad.log"
-    assert ended["bad"] == f"config error: no such thing (exit code 2; see {log})"
+    assert ended["bad"] == f"config error: no such thing (exit code 2); see {log}"
     assert json.loads((workers.folder / "jobs" / "bad.json").read_text())["name"] == "bad"
 
 
@@ -76,3 +76,13 @@ def test_side_by_side_and_on_several_ranks_is_refused(tmp_path: Path) -> None:
     ranks.world = 2
     with pytest.raises(ConfigError, match="--jobs 2 is for jobs on one rank each; on 2 ranks"):
         Workers("m", tmp_path, 2, ranks)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [(-11, "killed by SIGSEGV"), (-9, "killed by SIGKILL"), (2, "error: no data (exit code 2)")],
+)
+def test_a_failed_job_is_told_by_its_error_or_its_signal(tmp_path: Path, code: int, expected: str) -> None:
+    log = tmp_path / "job.log"
+    log.write_text("step 1: loss 1\nerror: no data\nvalidation at step 2: 0.9\n")
+    assert what_ended(code, log) == expected

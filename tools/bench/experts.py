@@ -15,11 +15,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from all_experts import AllExperts
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,7 +27,7 @@ from shodh.cli import run_main
 from shodh.config import ExpertsConfig
 from shodh.files import write_atomically
 from shodh.models.init import initialise
-from shodh.moe.experts import ExpertLayerReference, build_dense
+from shodh.moe.experts import build_dense
 from shodh.train.run_folder import describe_environment
 from shodh.train.runtime import start_distributed
 
@@ -55,20 +55,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--out", type=Path, help="write the numbers, machine, versions and command as JSON")
     return parser.parse_args(argv)
-
-
-class AllExperts(ExpertLayerReference):
-    """Every expert on every token, weighted by zero where it was not chosen."""
-
-    def forward(self, x: Tensor, *_: Any) -> tuple[Tensor, Any]:
-        self.router.prepare((x.shape[0], x.shape[1]))
-        rows = x.flatten(0, 1)
-        weights, selected, _ = self.router(rows)
-        spread = torch.zeros(len(rows), self.num_experts, device=x.device).scatter(1, selected, weights).to(x.dtype)
-        out = rows.new_zeros(len(rows), self.width)
-        for expert in range(self.num_experts):
-            out = out + self.experts(rows, expert) * spread[:, expert : expert + 1]
-        return out.view(*x.shape[:2], -1), self.router.take()
 
 
 class Dense(nn.Module):

@@ -1,8 +1,9 @@
-"""Time and memory of a training step: the sparse operator against a dense one of equal active size.
+"""Time and memory of a training step of a whole operator: sparse, dense, and with all experts evaluated.
 
-Both models live in one process and take turns, so that whatever else the machine does hits both alike. A step is
-forward, backward, clipping and AdamW; the sparse model has its balance terms, runs the expert-parallel layer on one
-rank, and updates all its experts.
+The models live in one process and take turns, so that whatever else the machine does hits all alike. A step is
+forward, backward, clipping and AdamW. The sparse model has its balance terms, runs the expert-parallel layer on one
+rank, and updates all its experts; so does the model that evaluates every expert on every token, as MoE-POT's public
+code does. The dense one has as many feed-forward weights as a token meets in the sparse one.
 """
 
 from __future__ import annotations
@@ -21,28 +22,32 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from all_experts import AllExperts
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from shodh.cli import run_main
-from shodh.config import OperatorConfig, load_config
+from shodh.config import RunConfig, config_from_dict, load_config, to_dict
 from shodh.errors import ConfigError
 from shodh.files import write_atomically
-from shodh.models.domain import num_static_features
+from shodh.models.factory import build_operator
 from shodh.models.init import initialise
 from shodh.models.kernels import adamw
-from shodh.models.operator import LatentTransformer
 from shodh.moe.balance import GlobalBalance
 from shodh.moe.groups import decay_groups
+from shodh.moe.step import router_arguments
+from shodh.study.cells import expert_changes
+from shodh.study.flops import sample_inputs
 from shodh.train.run_folder import describe_environment
 from shodh.train.runtime import start_distributed
 
 DEMO = Path(__file__).resolve().parents[2] / "launch" / "configs" / "demo.yaml"
 PHASES = ("forward", "backward", "optimizer")
-KINDS = ("dense", "sparse")
+KINDS = ("sparse", "dense", "all_experts")
 EXAMPLES = """examples:
   python tools/bench/step.py --config launch/configs/demo.yaml --out bench/step_demo.json
-  python tools/bench/step.py --dim 256 --heads 4 --hidden 1024 --tokens 4096 --batch 1 --experts 8
+  python tools/bench/step.py --config launch/configs/moe_pot_tiny.yaml --set operator.dim=256 operator.field.mlp=256
+  python tools/bench/step.py --batch 1 --set "data.grid=[128, 128, 128]" operator.dim=256 operator.experts.num_experts=8
 """
 
 
@@ -50,112 +55,82 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, default=DEMO, help="where defaults are from")
-    parser.add_argument("--dim", type=int)
-    parser.add_argument("--depth", type=int)
-    parser.add_argument("--heads", type=int)
-    parser.add_argument("--hidden", type=int, help="hidden width of one expert")
-    parser.add_argument("--experts", type=int, help="routed experts of the sparse model")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--router", choices=("token", "context", "two_level"))
-    parser.add_argument("--tokens", type=int, help="tokens of a sample (default: the latent grid of the configuration)")
+    parser.add_argument("--config", type=Path, default=DEMO, help="configuration of a sparse run")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings of the run"
+    )
     parser.add_argument("--batch", type=int, help="samples of a step (default: those of one of the planned ranks)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="bf16: weights and activations, as on GPUs")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--rounds", type=int, default=15, help="steps of each model that are timed")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the numbers, machine, versions and command as JSON")
     parser.add_argument("--measure-memory", choices=KINDS, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
-def token_grid(tokens: int) -> tuple[int, int, int]:
-    """The most cube-like ``x >= y >= z`` with ``x y z = tokens``."""
-    grids = [
-        (tokens // (y * z), y, z)
-        for z in range(1, round(tokens ** (1 / 3)) + 1)
-        if tokens % z == 0
-        for y in range(z, tokens // z + 1)
-        if tokens // z % y == 0 and tokens // (y * z) >= y
-    ]
-    return min(grids, key=lambda grid: grid[0] - grid[2])
-
-
 class Bench:
-    """Settings of a comparison: the configuration with the options put over it."""
+    """A run's operator in its kinds, and one batch for all of them."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        config = load_config(args.config)
-        operator = config.operator.model_dump()
-        for name in ("dim", "depth", "heads"):
-            operator[name] = getattr(args, name) or operator[name]
-        for name, value in (("hidden", args.hidden), ("num_experts", args.experts), ("top_k", args.top_k)):
-            operator["experts"][name] = value or operator["experts"][name]
-        operator["experts"]["router"]["kind"] = args.router or operator["experts"]["router"]["kind"]
-        train = config.operator.train
-        self.operator = OperatorConfig.model_validate(operator)
-        if self.operator.experts.num_experts == 0:
-            raise ConfigError(f"{args.config} is a dense model; give --experts to compare it with a sparse one")
-        x, y, z = (n // self.operator.patch for n in config.latent_grid)
-        self.tokens = token_grid(args.tokens) if args.tokens else (x, y, z)
-        planned = config.parallel.nodes * config.parallel.gpus_per_node
-        self.batch = args.batch or train.micro_batch or max(1, train.global_batch // planned)
+        self.config = load_config(args.config, args.set)
+        if self.config.operator.experts.num_experts == 0:
+            raise ConfigError(f"{args.config} is a dense model; give one with experts")
+        if "sparse" not in args.kinds:
+            raise ConfigError("--kinds: every kind is compared with sparse; name it too")
+        train, parallel = self.config.operator.train, self.config.parallel
+        ranks = parallel.nodes * parallel.gpus_per_node
+        self.batch = args.batch or train.micro_batch or max(1, train.global_batch // ranks)
         self.dtype = torch.bfloat16 if (args.precision or train.precision) == "bf16" else torch.float32
-        self.history = config.data.history
-        self.latent_channels = config.tokenizer.latent_channels
-        self.static_channels = num_static_features(sum(f.static for f in config.data.fields))
-        self.seed = args.seed
-        self.clip = train.clip
         self.device = start_distributed()
         if args.threads:
             torch.set_num_threads(args.threads)
 
-    def build(self, kind: str) -> LatentTransformer:
-        """The sparse model, or the dense one whose feed-forward has the size that a token meets in the sparse one."""
+    def configuration(self, kind: str) -> RunConfig:
+        """The run, or that of the dense model."""
+        if kind != "dense":
+            return self.config
+        tree = to_dict(self.config)
+        experts = self.config.operator.experts
+        tree["operator"]["experts"].update(expert_changes("dense_active", {}, experts, len(self.config.data.regimes)))
+        return config_from_dict(tree, "the dense model")
+
+    def build(self, kind: str) -> nn.Module:
         from shodh.moe.layer import ExpertLayer, expert_layer_factory
 
-        settings = self.operator
-        if kind == "dense":
-            settings = settings.model_copy(update={"experts": settings.experts.model_copy(update={"num_experts": 0})})
-        grid = tuple(n * settings.patch for n in self.tokens)
-        model = LatentTransformer(
-            settings,
-            self.latent_channels,
-            self.static_channels,
-            grid,  # type: ignore[arg-type]
-            self.history,
-            expert_layer_factory(1, 0),
-        )
-        initialise(model, self.seed)
+        factory = AllExperts if kind == "all_experts" else expert_layer_factory(1, 0)
+        model = build_operator(self.configuration(kind), factory)
+        initialise(model, self.config.seed)
         model.to(self.device, self.dtype)
         for module in model.modules():
             if isinstance(module, ExpertLayer):
                 module.set_deepspeed_parallelism()
         return model
 
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """History, static inputs and target; samples of two kinds, so that routing has something to tell apart."""
-        draw = torch.Generator().manual_seed(self.seed)
-        grid = tuple(n * self.operator.patch for n in self.tokens)
-        shape = (self.batch, self.history + 1, self.latent_channels, *grid)
-        latents = torch.randn(shape, generator=draw)
-        latents[::2] += torch.randn(self.latent_channels, 1, 1, 1, generator=draw)
-        static = torch.randn(self.batch, self.static_channels, *grid, generator=draw)
-        latents, static = latents.to(self.device), static.to(self.device)
-        return latents[:, :-1], static, latents[:, -1]
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """History and static inputs; samples of two kinds, so that routing has something to tell apart."""
+        draw = torch.Generator().manual_seed(self.config.seed)
+        history, static = (
+            torch.randn(self.batch, *x.shape[1:], generator=draw) for x in sample_inputs(self.config, "meta")
+        )
+        history[::2] += torch.randn(1, 1, history.shape[2], *(1,) * (history.ndim - 3), generator=draw)
+        return history.to(self.device), static.to(self.device)
 
     def describe(self) -> dict[str, Any]:
-        experts = self.operator.experts
+        operator = self.config.operator
+        experts = operator.experts
         return {
-            "dim": self.operator.dim,
-            "depth": self.operator.depth,
-            "heads": self.operator.heads,
+            "kind": operator.kind,
+            "dim": operator.dim,
+            "depth": operator.depth,
+            "form": experts.form,
             "hidden": experts.hidden,
             "num_experts": experts.num_experts,
             "num_shared": experts.num_shared,
             "top_k": experts.top_k,
             "router": experts.router.kind,
-            "token_grid": list(self.tokens),
+            "granularity": experts.router.granularity,
+            "grid": list(self.config.data.grid),
             "batch": self.batch,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
@@ -165,11 +140,14 @@ class Bench:
 
 def make_step(bench: Bench, model: nn.Module) -> Callable[[], list[float]]:
     """A function that makes one training step and returns the seconds of each of `PHASES`."""
-    train = bench.operator.train
+    train, experts = bench.config.operator.train, bench.config.operator.experts
     optimizer = adamw(decay_groups(model, train.weight_decay), train.lr, train.betas, "torch")
-    history, static, target = bench.inputs()
+    history, static = bench.inputs()
+    target = torch.zeros_like(history[:, -1])
+    regime = torch.arange(bench.batch, device=bench.device) % len(bench.config.data.regimes)
     balance = GlobalBalance()
     parameters = list(model.parameters())
+    sparse = any(hasattr(m, "router") for m in model.modules())
 
     def clock() -> float:
         if bench.device.type == "cuda":
@@ -179,14 +157,16 @@ def make_step(bench: Bench, model: nn.Module) -> Callable[[], list[float]]:
     def step() -> list[float]:
         start = clock()
         balance.start_step()
-        output = model(history, static)
+        names = [(sample,) for sample in range(bench.batch)]
+        told = router_arguments(experts, regime, names, bench.config.seed) if sparse else {}
+        output = model(history, static, **told)
         loss = (output.latent - target).square().mean()
         if output.routing:
-            loss = loss + balance(output.routing).weighted(bench.operator.experts.balance)
+            loss = loss + balance(output.routing).weighted(experts.balance)
         forward = clock()
         loss.backward()
         backward = clock()
-        nn.utils.clip_grad_norm_(parameters, bench.clip)
+        nn.utils.clip_grad_norm_(parameters, train.clip)
         optimizer.step()
         optimizer.zero_grad()
         return [forward - start, backward - forward, clock() - backward]
@@ -194,29 +174,35 @@ def make_step(bench: Bench, model: nn.Module) -> Callable[[], list[float]]:
     return step
 
 
-def time_steps(bench: Bench, rounds: int) -> dict[str, Any]:
-    """Median milliseconds by model and phase, and the median over the rounds of sparse over dense."""
-    models = {kind: bench.build(kind) for kind in KINDS}
+def time_steps(bench: Bench, kinds: list[str], rounds: int) -> dict[str, Any]:
+    """Median milliseconds by model and phase, and quartiles over the rounds of sparse over each other kind."""
+    models = {kind: bench.build(kind) for kind in kinds}
     steps = {kind: make_step(bench, model) for kind, model in models.items()}
     for step in steps.values():
         for _ in range(3):
             step()
-    times: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
+    times: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
     for number in tqdm(range(rounds), desc="rounds", disable=not sys.stderr.isatty()):
-        for kind in KINDS if number % 2 else KINDS[::-1]:
+        # Back and forth, so that a slow drift of the machine favours no end of the list.
+        for kind in kinds if number % 2 else kinds[::-1]:
             times[kind].append(steps[kind]())
     result: dict[str, Any] = {}
-    for kind in KINDS:
+    for kind in kinds:
         columns = list(zip(*times[kind], strict=True))
         result[kind] = {
             "parameters": sum(p.numel() for p in models[kind].parameters()),
             "step_ms": 1e3 * statistics.median(map(sum, times[kind])),
             **{f"{phase}_ms": 1e3 * statistics.median(column) for phase, column in zip(PHASES, columns, strict=True)},
         }
-    ratios = sorted(sum(s) / sum(d) for s, d in zip(times["sparse"], times["dense"], strict=True))
-    result["ratio"] = statistics.median(ratios)
-    result["ratio_quartiles"] = [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]]
+    result["ratios"] = {f"sparse / {kind}": _ratio(times["sparse"], times[kind]) for kind in kinds if kind != "sparse"}
     return result
+
+
+def _ratio(above: list[list[float]], below: list[list[float]]) -> dict[str, float]:
+    """Quartiles over the rounds of the ratio of two steps."""
+    ratios = [sum(a) / sum(b) for a, b in zip(above, below, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return {"median": median, "low": low, "high": high}
 
 
 def _status(key: str) -> int:
@@ -258,13 +244,15 @@ def memory_in_own_process(kind: str) -> float:
 def table(result: dict[str, Any]) -> str:
     """The numbers for people."""
     columns = ("parameters", "step_ms", *(f"{phase}_ms" for phase in PHASES), "peak_mib")
-    lines = ["".join(["model ".ljust(8), *(name.rjust(14) for name in columns)])]
+    lines = ["".join(["model".ljust(12), *(name.rjust(14) for name in columns)])]
     for kind in KINDS:
+        if kind not in result:
+            continue
         row = result[kind]
         cells = [f"{row[name]:,d}" if name == "parameters" else f"{row[name]:.1f}" for name in columns]
-        lines.append("".join([kind.ljust(8), *(cell.rjust(14) for cell in cells)]))
-    low, high = result["ratio_quartiles"]
-    lines.append(f"sparse / dense: {result['ratio']:.3f} (quartiles {low:.3f} to {high:.3f})")
+        lines.append("".join([kind.ljust(12), *(cell.rjust(14) for cell in cells)]))
+    for name, q in result["ratios"].items():
+        lines.append(f"{name}: {q['median']:.3f} (quartiles {q['low']:.3f} to {q['high']:.3f})")
     return "\n".join(lines) + "\n"
 
 
@@ -274,8 +262,9 @@ def main() -> int:
     if args.measure_memory:
         sys.stdout.write(f"{measure_memory(bench, args.measure_memory)}\n")
         return 0
-    result = time_steps(bench, args.rounds)
-    for kind in KINDS:
+    kinds = [kind for kind in KINDS if kind in args.kinds]
+    result = time_steps(bench, kinds, args.rounds)
+    for kind in kinds:
         result[kind]["peak_mib"] = memory_in_own_process(kind)
     settings = bench.describe()
     sys.stdout.write(", ".join(f"{k} {v}" for k, v in settings.items()) + "\n" + table(result))
