@@ -70,10 +70,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from shodh.study.ranks import Ranks
     from shodh.study.tuning.base import open_base
     from shodh.study.tuning.cells import describe_cells, expand_tuning
     from shodh.study.tuning.settings import Way, load_tuning
+    from shodh.train.ranks import Ranks
 
     given = {name: getattr(args, name) for name in ("run", "checkpoint", "out", "trajectories", "train", "router")}
     given |= {"steps": args.steps, "seeds": args.seeds, "num_added": args.new_experts}

@@ -6,14 +6,14 @@ Every cell is an ordinary run folder. Finished cells are kept, and an interrupte
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from shodh.cli import choose_names
 from shodh.errors import ConfigError
-from shodh.study.cells import Cell, expand
+from shodh.study.cells import expand
 from shodh.study.settings import load_study
 from shodh.train.runtime import run_ranks
 
@@ -47,27 +47,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def choose(cells: list[Cell], patterns: list[str] | None) -> list[Cell]:
-    """The cells that match a pattern; all without patterns."""
-    if patterns is None:
-        return cells
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(cell.name, pattern) for cell in cells):
-            raise ConfigError(f"--only {pattern!r} matches no cell; they are {', '.join(c.name for c in cells)}")
-    return [cell for cell in cells if any(fnmatch.fnmatchcase(cell.name, p) for p in patterns)]
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     for name in ("jobs", "seeds"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name} {getattr(args, name)}: must be at least 1")
     study = load_study(args.config, args.scale, name=args.name, out=args.out, seeds=args.seeds, overrides=args.set)
-    from shodh.study.ranks import Ranks
+    from shodh.train.ranks import Ranks
 
     ranks = Ranks()
     every = expand(study, ranks.world)
-    cells = choose(every, args.only)
+    chosen = choose_names([cell.name for cell in every], args.only, "cell")
+    cells = [cell for cell in every if cell.name in chosen]
     if args.dry_run:
         from shodh.study.costs import describe_costs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fnmatch
 import os
 import select
 import sys
@@ -52,6 +53,22 @@ def field_maps(settings: Sequence[str], regimes: Collection[str]) -> dict[str, d
             raise ConfigError(f"--map {setting!r}: no regime {regime!r} is given; there are {sorted(regimes)}")
         found.setdefault(regime, {})[ours] = theirs
     return found
+
+
+def choose_names(names: Sequence[str], patterns: Sequence[str] | None, what: str) -> list[str]:
+    """The names that match a pattern of ``--only``, as in a shell; all without patterns.
+
+    Raises
+    ------
+    ConfigError
+        A pattern matches none; ``what`` the names are of is said in the message.
+    """
+    if patterns is None:
+        return list(names)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(f"--only {pattern!r} matches no {what}; they are {', '.join(names)}")
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def error_line(error: BaseException) -> str | None:

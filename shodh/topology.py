@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from shodh.errors import TopologyError
@@ -38,6 +39,11 @@ class Topology:
     @property
     def global_batch(self) -> int:
         return self.world_size * self.micro_batch * self.accumulation
+
+
+def fitting_ep_size(world_size: int, wanted: int, num_experts: int) -> int:
+    """The largest degree that divides the wanted one, the ranks and the experts; 1 for a dense model."""
+    return math.gcd(world_size, wanted, num_experts) if num_experts else 1
 
 
 def plan_topology(

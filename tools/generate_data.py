@@ -10,23 +10,14 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
-
 from shodh.cli import run_main
 from shodh.errors import ConfigError
 from shodh.generation import (
     Interval,
-    Job,
-    Part,
     Request,
-    check_space,
     expand_regimes,
-    pending_parts,
+    generate,
     pick_device,
-    pick_workers,
-    plan,
-    solve_all,
-    write_missing_statistics,
 )
 from shodh.physics import REGIMES, parse_parameter
 
@@ -139,24 +130,6 @@ def varied_parameters(settings: Sequence[str], regimes: Sequence[str]) -> dict[s
     return varied
 
 
-class Bar:
-    """Progress over all trajectories, whatever the order in which files are solved."""
-
-    def __init__(self, tasks: Sequence[tuple[Job, Part]]) -> None:
-        self._weight = {str(part.path): part.count for _, part in tasks}
-        self._done: dict[str, float] = {}
-        total = sum(self._weight.values())
-        bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        self._bar = tqdm(total=total, desc="trajectories", disable=None if total else True, bar_format=bar_format)
-
-    def report(self, path: str, fraction: float) -> None:
-        self._done[path] = fraction * self._weight[path]
-        self._bar.update(sum(self._done.values()) - self._bar.n)
-
-    def close(self) -> None:
-        self._bar.close()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     device = pick_device(args.device)
@@ -173,22 +146,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parameters=fixed_parameters(args, regimes),
         vary=varied_parameters(args.vary, regimes),
     )
-    jobs = plan(request)
-    args.out.mkdir(parents=True, exist_ok=True)
-    pending = pending_parts(jobs, overwrite=args.overwrite)
-    check_space(pending, args.out)
-    bar = Bar(pending)
-    try:
-        solve_all(pending, device, pick_workers(args.workers, device, len(pending)), bar.report)
-    finally:
-        bar.close()
-    write_missing_statistics(jobs)
-    for job in jobs:
+    made = generate(request, device, args.workers, overwrite=args.overwrite)
+    for job, count in made:
         train, valid, test = job.settings["split"]
-        made = sum(1 for other, _ in pending if other is job)
         sys.stdout.write(
             f"{job.folder}: {train} train, {valid} valid, {test} test trajectories of {args.frames} frames; "
-            f"{made} of {len(job.parts)} files made now\n"
+            f"{count} of {len(job.parts)} files made now\n"
         )
     return 0
 

@@ -89,6 +89,14 @@ class Section:
     rows_shown: int = SHOWN_ROWS
 
 
+def records(section: Section) -> dict[str, list[dict[str, Any]]]:
+    """The tables of a section as lists of records, for the JSON file."""
+    return {
+        stem: [dict(zip(table.header, row, strict=True)) for row in table.rows]
+        for stem, table in section.tables.items()
+    }
+
+
 @dataclass
 class Headline:
     """What a reader must see first: a verdict in a few words, the sentence and the numbers that decided it.

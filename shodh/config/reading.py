@@ -107,6 +107,15 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str,
     return tree
 
 
+def merge_trees(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``changes`` put over ``tree``, nested mappings key by key."""
+    merged = dict(tree)
+    for key, value in changes.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge_trees(merged[key], value) if nested else value
+    return merged
+
+
 SectionType = typing.TypeVar("SectionType", bound=Section)
 
 

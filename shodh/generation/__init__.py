@@ -3,6 +3,7 @@
 Joins the solvers (`shodh.physics`) and the files (`shodh.data`), which do not know each other.
 """
 
+from shodh.generation.generate import generate
 from shodh.generation.plan import Job, Part, Request, check_space, expand_regimes, pending_parts, plan
 from shodh.generation.solve import pick_device, pick_workers, solve_all, write_missing_statistics
 from shodh.generation.variation import Interval
@@ -14,6 +15,7 @@ __all__ = [
     "Request",
     "check_space",
     "expand_regimes",
+    "generate",
     "pending_parts",
     "pick_device",
     "pick_workers",

@@ -12,10 +12,10 @@ _COMPONENTS = {
     "router": r"\.(router|gate)\.",
     ROUTED_EXPERTS: r"\.experts\.",
     "shared experts": r"\.shared_experts\.",
-    "attention or mixing": r"\.(attention|mixer|mixing|spectral|fno_blocks|convs?)\.",
+    "attention or mixing": r"\.(attention|mixer|mixing|spectral|local|fno_blocks|convs?)\.",
     "feed-forward": r"\.(feed_forward|mlp|channel_mlp)\.",
-    "embeddings": r"(^|\.)(embed|embedding|patch|position|lifting|temporal|aggregation)",
-    "output": r"(^|\.)(head|decoder|projection|norm)\.",
+    "embeddings": r"(^|\.)(embed|embedding|patch|position|lift|temporal|aggregat)",
+    "output": r"(^|\.)(head|hidden|decode|decoder|projection|norm)\.",
 }
 COMPONENTS = (*_COMPONENTS, OTHER)
 _LAYER = re.compile(r"^(.*?\b(?:blocks|layers|convs)\.\d+)\.")

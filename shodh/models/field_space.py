@@ -49,7 +49,8 @@ def coordinates(grid: Sequence[int], like: Tensor) -> Tensor:
 
 def channel_mask(fields: Sequence[Field], domain: Domain, ndim: int) -> Tensor:
     """Which channels of ``fields`` exist in a domain: ``[C]``, bool."""
-    return torch.tensor([f.name not in domain.absent for f in fields for _ in range(f.num_components(ndim))])
+    exists = [f.name not in domain.absent for f in fields for _ in range(f.num_components(ndim))]
+    return torch.tensor(exists, dtype=torch.bool)  # also of no fields at all
 
 
 def pad_absent(values: Tensor, exists: Tensor) -> Tensor:

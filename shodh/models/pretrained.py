@@ -12,7 +12,7 @@ from shodh.errors import CheckpointError
 from shodh.models.description import ModelDescription, build_parts, read_description
 from shodh.models.domain import add_walls, static_features
 from shodh.models.field_space import channel_mask, pad_absent
-from shodh.models.operator import LatentTransformer
+from shodh.models.operator import LatentTransformer, OperatorOutput
 from shodh.models.pretrained_base import PretrainedModel, local_folder
 from shodh.models.registry import FieldOperator
 from shodh.models.tokenizer import Tokenizer
@@ -130,6 +130,21 @@ class FieldModel(PretrainedModel):
         fields = [f for f in (f.build() for f in self.config.data.fields) if f.static == static]
         return channel_mask(fields, self.domain(regime), len(self.grid)).to(like.device).expand(len(like), -1)
 
+    def step(self, window: Tensor, static: Tensor, regime: str) -> OperatorOutput:
+        """The next frame of *normalised* fields, and how it was routed; differentiable, in weights and inputs.
+
+        Parameters
+        ----------
+        window : Tensor [B, history, C, *grid]
+        static : Tensor [B, S, *grid]
+        """
+        exists = self._exists(regime, window, static=False)
+        padded = torch.stack([pad_absent(frame, exists) for frame in window.unbind(1)], 1)
+        given = pad_absent(static, self._exists(regime, static, static=True))
+        told = regime_arguments(self.config.operator.experts, self.regimes.index(regime), window)
+        output: OperatorOutput = self.operator(padded, given, **told)
+        return output
+
     @torch.no_grad()
     def rollout(self, fields: Tensor, static: Tensor, regime: str, steps: int, *, exact: bool = False) -> Tensor:
         """The ``steps`` frames that follow, each predicted from the last ones: ``[B, steps, C, *grid]``.
@@ -145,16 +160,12 @@ class FieldModel(PretrainedModel):
             raise CheckpointError("exact is of velocities that are decoded from a potential; this operator has none")
         self._check(fields, "fields", ("batch", "time"), self.num_channels)
         self._check_history(fields)
-        exists = self._exists(regime, fields, static=False)
-        normal = self.normalizer.normalize(fields[:, -self.history :].float(), regime)
-        window = torch.stack([pad_absent(frame, exists) for frame in normal.unbind(1)], 1)
-        given = pad_absent(self._normalize_static(static, regime), self._exists(regime, static, static=True))
-        told = regime_arguments(self.config.operator.experts, self.regimes.index(regime), window)
+        window = self.normalizer.normalize(fields[:, -self.history :].float(), regime)
+        given = self._normalize_static(static, regime)
         frames = []
         for _ in range(steps):
-            following = pad_absent(self.operator(window, given, **told).latent, exists)
-            frames.append(following)
-            window = torch.cat((window[:, 1:], following.unsqueeze(1)), 1)
+            frames.append(self.step(window, given, regime).latent)
+            window = torch.cat((window[:, 1:], frames[-1].unsqueeze(1)), 1)
         return self.normalizer.denormalize(torch.stack(frames, 1), regime)
 
 

@@ -9,7 +9,9 @@ from itertools import product
 from typing import Any
 
 from shodh.config import ExpertsConfig, RunConfig, config_from_dict, to_dict
+from shodh.config.reading import merge_trees
 from shodh.study.settings import StudyConfig
+from shodh.topology import fitting_ep_size
 
 #: Balance terms by name, with the weights of the project's own experiments.
 BALANCES: dict[str, dict[str, float]] = {
@@ -138,7 +140,7 @@ def operator_changes(
         from shodh.study.sizes import widened_dense  # Builds models, so it needs torch; nothing else here does.
 
         experts = expert_changes("sparse", compared, base.operator.experts, num_regimes)
-        sparse = config_from_dict(merge_settings(tree, {"operator": {"experts": experts}}), name)
+        sparse = config_from_dict(merge_trees(tree, {"operator": {"experts": experts}}), name)
         return widened_dense(sparse, as_dpot=model == "dpot")
     if model != "sparse":
         variant = {key: compared[key] for key in ("balance", "experts") if key in compared}
@@ -196,7 +198,7 @@ def _configure(
         "checkpoint_every": every,
         "keep_checkpoints": steps,  # All; they are dropped when the cell is measured.
     }
-    changed = merge_settings(
+    changed = merge_trees(
         tree,
         {
             "name": name,
@@ -205,7 +207,7 @@ def _configure(
             "data": {"regimes": [by_name[r] for r in regimes]},
             "tokenizer": {"run": str(tokenizer_dir(study, base))},
             "operator": {**operator, "train": train},
-            "parallel": {"ep_size": math.gcd(world_size, base.parallel.ep_size, num_experts) if num_experts else 1},
+            "parallel": {"ep_size": fitting_ep_size(world_size, base.parallel.ep_size, num_experts)},
         },
     )
     return config_from_dict(changed, f"study {study.name}, cell {name}")
@@ -221,12 +223,3 @@ def tokenizer_config(study: StudyConfig) -> RunConfig:
 def tokenizer_dir(study: StudyConfig, base: RunConfig) -> Any:
     """The one that the base run names, or one of the study's own."""
     return base.tokenizer.run or study.folder / "tokenizer"
-
-
-def merge_settings(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``changes`` put over ``tree``, nested mappings key by key."""
-    merged = dict(tree)
-    for key, value in changes.items():
-        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge_settings(merged[key], value) if nested else value
-    return merged

@@ -8,16 +8,16 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from shodh.analysis.page import Headline, Section, Table, text_table, write_page
+from shodh.analysis.comparison import what_seeds_can_show
+from shodh.analysis.page import Headline, Section, Table, records, text_table, write_page
 from shodh.study import plots, tables
 from shodh.study.cells import Cell
-from shodh.study.comparison import what_seeds_can_show
 from shodh.study.measure import read_result
 from shodh.study.results import READINGS, Reading, Result, Results
-from shodh.study.runner import read_failures
 from shodh.study.settings import StudyConfig
 from shodh.study.verdict import RULE, Answer, does_routing_help, separation_and_error, what_lowers_the_error
 from shodh.train.run_folder import describe_environment
+from shodh.train.workers import read_failures
 
 SHOWN_ROWS = 60
 UNITS = {"steps": "optimiser steps", "flops": "training work, TFLOP", "seconds": "seconds of training steps"}
@@ -37,7 +37,7 @@ def write_study_report(study: StudyConfig, cells: Sequence[Cell], results: Resul
     missing = {c.name: failures.get(c.name, "not run yet") for c in cells if c.name not in have}
     headline = _headline(study, results, missing)
     sections = [s for s in _sections(results, missing) if s is not None]
-    summary = {section.key: section.summary or _records(section) for section in sections}
+    summary = {section.key: section.summary or records(section) for section in sections}
     data = {
         "study": study.name,
         "question": study.question,
@@ -53,14 +53,6 @@ def write_study_report(study: StudyConfig, cells: Sequence[Cell], results: Resul
     shown = [s for s in sections if s.key in ("errors", "transfer")]
     text = "\n\n".join(f"{s.title}\n{text_table(t)}" for s in shown for t in s.tables.values())
     return f"{headline.verdict}. {headline.text}\n\n{text}\n"
-
-
-def _records(section: Section) -> dict[str, Any]:
-    """Tables as lists of records."""
-    return {
-        stem: [dict(zip(table.header, row, strict=True)) for row in table.rows]
-        for stem, table in section.tables.items()
-    }
 
 
 def _headline(study: StudyConfig, results: Results, missing: dict[str, str]) -> Headline:
@@ -270,7 +262,7 @@ def _routers(results: Results) -> Section | None:
     )
     if section is not None:
         section.files_only = ("separation",)
-        section.summary = {**_records(section), **summary}
+        section.summary = {**records(section), **summary}
     return section
 
 

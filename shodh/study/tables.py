@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from shodh.analysis.comparison import holm
 from shodh.analysis.page import Table
-from shodh.study.comparison import holm
 from shodh.study.results import READINGS, ROLLOUT, TEST, Result, Results, geometric_mean, over_persistence
 from shodh.study.verdict import SAID, paired, separation_and_error, transfer_by_regime
 

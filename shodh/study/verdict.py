@@ -6,8 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from shodh.analysis.comparison import (
+    LEVEL,
+    MARGIN,
+    MIN_SEEDS,
+    Comparison,
+    Verdict,
+    brief,
+    compare,
+    describe,
+    holm,
+)
 from shodh.analysis.page import Tone
-from shodh.study.comparison import LEVEL, MARGIN, MIN_SEEDS, Comparison, Verdict, compare, holm
 from shodh.study.results import ROLLOUT, TEST, Result, Results
 
 RULE = (
@@ -85,7 +95,7 @@ def _other_readings(results: Results, mix: str, sparse: str, dense: str) -> list
     """One sentence on equal work, equal time and rollouts."""
     names = {"flops": "at equal work", "seconds": "at equal time", ROLLOUT: "on rollouts"}
     found = {name: paired(results, mix, sparse, dense, reading) for reading, name in names.items()}
-    told = [f"{name} {_brief(c)} ({SAID[c.verdict]})" for name, c in found.items() if c is not None]
+    told = [f"{name} {brief(c)} ({SAID[c.verdict]})" for name, c in found.items() if c is not None]
     return [f"Other readings of the same runs: {', '.join(told)}."] if told else []
 
 
@@ -140,21 +150,6 @@ def _transfer_sentence(label: str, by_regime: Mapping[str, Comparison]) -> str:
     return f"Transfer index of {label} against specialists with as many steps: {', '.join(told)}."
 
 
-def _brief(c: Comparison) -> str:
-    """``2.1 % below``."""
-    return f"{abs(c.ratio - 1):.1%} {'below' if c.ratio < 1 else 'above'}".replace("%", " %")
-
-
-def describe(label: str, c: Comparison, other: str) -> str:
-    """One clause with the difference, its interval and both p values."""
-    first = f"The error of {label} is {_brief(c)} that of {other}"
-    if c.seeds < 2:
-        return f"{first} (one seed)"
-    interval = f"95 % interval of the ratio {c.low:.3f} to {c.high:.3f}"
-    tests = f"p {c.p_t:.2g} by paired t, {c.p_sign:.2g} by sign flips"
-    return f"{first} ({interval}; {tests}; lower in {c.wins} of {c.seeds} seeds)"
-
-
 def what_lowers_the_error(results: Results, mix: str) -> tuple[Cause, str]:
     """Is separation of regimes what lowers the error, or finer specialisation, or neither?
 
@@ -174,8 +169,8 @@ def what_lowers_the_error(results: Results, mix: str) -> tuple[Cause, str]:
     if against is None or hashed is None or oracle is None or bound is None:
         missing = [other for other, c in found.items() if c is None] or [f"sparse_oracle and {dense} with one seed"]
         return "not asked", f"{mix}: needs finished cells of {', '.join(missing)}"
-    reasons = [f"{_brief(c)} that of {other}" for other, c in found.items() if c is not None]
-    reasons.append(f"and that of sparse_oracle {_brief(bound)} that of {dense}")
+    reasons = [f"{brief(c)} that of {other}" for other, c in found.items() if c is not None]
+    reasons.append(f"and that of sparse_oracle {brief(bound)} that of {dense}")
     chooses = oracle_chooses(results, mix)
     if chooses:
         reasons.append("sparse_oracle has several experts for each regime and learns to choose among them")

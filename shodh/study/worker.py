@@ -6,14 +6,11 @@ A process a cell: one that runs out of memory, diverges or crashes takes nothing
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from shodh.config import RegimeConfig, RunConfig, config_from_dict
 from shodh.study.measure import measure_cell
@@ -23,8 +20,7 @@ from shodh.study.tuning.measure import measure_tuning
 from shodh.train.jobs import open_data, pretrain, train_tokenizer
 from shodh.train.latents import TOKENIZER_FILE
 from shodh.train.runtime import quiet_logs, rank, run_ranks, start_distributed
-
-STOPPED = 3
+from shodh.train.workers import STOPPED, ignore_interrupts, leave_ranks
 
 
 def train_cell(job: dict[str, Any], config: RunConfig) -> bool:
@@ -32,7 +28,7 @@ def train_cell(job: dict[str, Any], config: RunConfig) -> bool:
     if not pretrain(config, "auto"):
         return False
     first = rank() == 0
-    _leave_ranks()
+    leave_ranks()
     if first:
         fresh = job["fresh"]
         told = None if fresh is None else (PlasticityConfig(**fresh["probe"]), RegimeConfig(**fresh["regime"]))
@@ -49,7 +45,7 @@ def tune_cell(job: dict[str, Any], config: RunConfig) -> bool:
     if not untrained and not pretrain(config, "auto", start):
         return False
     first = rank() == 0
-    _leave_ranks()
+    leave_ranks()
     if first:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         measure_tuning(job["cell"], config, start if untrained else None, device)
@@ -68,17 +64,9 @@ def prepare(job: dict[str, Any], config: RunConfig) -> bool:
     return True
 
 
-def _leave_ranks() -> None:
-    """From here on, this process is alone: what follows must not wait for, or share work with, other ranks."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    os.environ.update({"RANK": "0", "WORLD_SIZE": "1"})
-
-
 def main() -> int:
     quiet_logs()
-    # A terminal sends Ctrl-C to the whole group; the study hands it on as SIGTERM, so that a checkpoint is saved.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_interrupts()
     job = json.loads(Path(sys.argv[1]).read_text())
     config = config_from_dict(job["config"], sys.argv[1])
     finished = {"prepare": prepare, "cell": train_cell, "tune": tune_cell}[job["kind"]](job, config)

@@ -12,6 +12,7 @@ from shodh.config import RunConfig
 from shodh.data import FieldNormalizer, Split, WindowDataset
 from shodh.errors import CheckpointError, DataError
 from shodh.files import write_atomically
+from shodh.models.description import METADATA_KEY, is_pretrained, read_description
 from shodh.models.field_space import channel_mask, pad_absent
 from shodh.topology import Topology
 from shodh.train.datasets import Regimes, open_regimes
@@ -19,7 +20,7 @@ from shodh.train.loop import Batch
 from shodh.train.losses import relative_l2_by_channel
 from shodh.train.operator_task import OpenSplit, OperatorTask
 from shodh.train.run_folder import RunFolder
-from shodh.weights import read_json
+from shodh.weights import read_json, read_metadata
 
 SPACE_FILE = "space.json"
 
@@ -69,6 +70,38 @@ def read_normalizer(folder: Path) -> FieldNormalizer:
         return FieldNormalizer.from_dict(read_json(path)["normalizer"])
     except (KeyError, TypeError, DataError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def inherited_normalizer(config: RunConfig, init_from: Path) -> FieldNormalizer:
+    """The normalisation that an expert of a family takes from its anchor, so that their weights mean the same.
+
+    Parameters
+    ----------
+    init_from : Path
+        What the expert starts from: a checkpoint folder in its run folder, or a converted folder.
+
+    Raises
+    ------
+    CheckpointError
+        The anchor's normalisation does not lie beside its weights, or lacks a regime of the expert or its fields.
+    """
+    if is_pretrained(init_from) or (init_from.is_file() and METADATA_KEY in read_metadata(init_from)):
+        normalizer = read_description(init_from).build_normalizer()
+    elif (init_from.absolute().parents[1] / SPACE_FILE).is_file():
+        normalizer = read_normalizer(init_from.absolute().parents[1])
+    else:
+        raise CheckpointError(
+            f"{init_from} does not say its normalisation, which a run with a `family` takes from its anchor; start "
+            "from a checkpoint folder of the anchor's run, or from a converted folder"
+        )
+    names = [r.name for r in config.data.regimes]
+    if unknown := [name for name in names if name not in normalizer.regimes]:
+        raise CheckpointError(f"{init_from} was not trained on {unknown}; an anchor has all regimes of its experts")
+    ours, theirs = [f.name for f in config.data.fields if not f.static], [f.name for f in normalizer.fields]
+    if ours != theirs:
+        raise CheckpointError(f"{init_from} was trained on the fields {theirs}, and this run has {ours}")
+    constants = {name: normalizer.constants[name] for name in names}
+    return FieldNormalizer([f.build() for f in config.data.fields], normalizer.ndim, constants)
 
 
 class Presence:

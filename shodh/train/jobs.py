@@ -37,7 +37,15 @@ from shodh.train.checkpoint import (
 )
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.engine import build_engine, load_deepspeed_config
-from shodh.train.field_task import SPACE_FILE, FieldTask, open_fields, open_windows, read_normalizer, write_space
+from shodh.train.field_task import (
+    SPACE_FILE,
+    FieldTask,
+    inherited_normalizer,
+    open_fields,
+    open_windows,
+    read_normalizer,
+    write_space,
+)
 from shodh.train.latents import TOKENIZER_FILE, open_for_operator, open_latents, prepare_latents
 from shodh.train.loop import Task, Trainer
 from shodh.train.operator_task import OpenSplit, OperatorTask
@@ -267,7 +275,7 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
     if init_from is not None:
         read_initial_weights(init_from)  # Mapped, not read: what cannot be used is refused before ranks connect.
     device = start_distributed()
-    regimes, open_split = open_data(config, folder if start is not None else None, device)
+    regimes, open_split = open_data(config, folder if start is not None else None, device, init_from)
     with together():
         if rank() == 0:
             folder.create(config, deepspeed)
@@ -283,9 +291,12 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
     return _run(config, config.operator.train, deepspeed, topology, folder, model.to(device), task, start, weights)
 
 
-def open_data(config: RunConfig, resumed: RunFolder | None, device: torch.device) -> tuple[Regimes, OpenSplit]:
-    """The regimes of a run and the windows that its operator learns from; a ``resumed`` one keeps its normalisation.
+def open_data(
+    config: RunConfig, resumed: RunFolder | None, device: torch.device, init_from: Path | None = None
+) -> tuple[Regimes, OpenSplit]:
+    """The regimes of a run and the windows that its operator learns from.
 
+    A ``resumed`` one on fields keeps its normalisation, and one of a family takes that of the anchor it starts from.
     Collective.
     """
     if config.operator.in_field_space:
@@ -293,6 +304,8 @@ def open_data(config: RunConfig, resumed: RunFolder | None, device: torch.device
             kept = None
             if resumed is not None and (resumed.path / SPACE_FILE).exists():
                 kept = read_normalizer(resumed.path)
+            elif config.family is not None and init_from is not None:
+                kept = inherited_normalizer(config, init_from)
             regimes = open_fields(config, kept)
         return regimes, partial(open_windows, config, regimes)
     with together():

@@ -20,7 +20,8 @@ def minimal(**more: Any) -> dict[str, Any]:
     return {"name": "run", "data": {"regimes": [{"name": "a", "path": "a"}, {"name": "b", "path": "b"}]}, **more}
 
 
-RUNS = sorted(p for p in (ROOT / "launch" / "configs").glob("*.yaml") if not p.name.startswith("study_"))
+GRIDS = ("study_", "ccm_", "finetune_")  # of runs, not runs
+RUNS = sorted(p for p in (ROOT / "launch" / "configs").glob("*.yaml") if not p.name.startswith(GRIDS))
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)

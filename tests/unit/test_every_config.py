@@ -11,7 +11,7 @@ from shodh.study.tuning.settings import load_tuning
 from shodh.train.plan import describe_plan, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
-GRIDS = ("study_", "finetune_")  # of runs, not runs
+GRIDS = ("study_", "ccm_", "finetune_")  # of runs, not runs
 CONFIGS = sorted(p for p in (ROOT / "launch" / "configs").glob("*.yaml") if not p.name.startswith(GRIDS))
 
 

@@ -26,6 +26,7 @@ FLOORS = {
     "analysis": 6,
     "exchange": 6,
     "study": 7,
+    "ccm": 7,
     "launch": 8,
     "tools": 8,
 }

@@ -12,9 +12,9 @@ import torch
 
 from shodh.analysis.page import Table, text_table
 from shodh.config import BalanceConfig, RegimeConfig, RunConfig, apply_overrides, config_from_dict, to_dict
+from shodh.config.reading import merge_trees
 from shodh.errors import ConfigError
 from shodh.seeding import generator
-from shodh.study.cells import merge_settings
 from shodh.study.measure import RESULT
 from shodh.study.tuning.base import Base, check_regime, find_tokenizer
 from shodh.study.tuning.measure import count_trained
@@ -147,7 +147,7 @@ def _configure(
             changes["operator"]["experts"] = _still_router(base)
         if way == "new_expert":
             changes["operator"]["experts"]["num_added"] = tuning.num_added
-    config = config_from_dict(merge_settings(tree, changes), f"{tuning.name}, cell {name}")
+    config = config_from_dict(merge_trees(tree, changes), f"{tuning.name}, cell {name}")
     plan_operator(config, world_size)
     return config
 

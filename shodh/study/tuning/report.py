@@ -8,16 +8,16 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from shodh.analysis.comparison import Comparison, compare, what_seeds_can_show
 from shodh.analysis.page import Headline, Section, Table, text_table, write_page
 from shodh.study import plots
-from shodh.study.comparison import Comparison, compare, what_seeds_can_show
 from shodh.study.measure import read_result
 from shodh.study.results import geometric_mean
-from shodh.study.runner import read_failures
 from shodh.study.tables import spread
 from shodh.study.tuning.cells import SCRATCH, ZERO_SHOT, TuningCell, ways
 from shodh.study.tuning.settings import TuningConfig
 from shodh.train.run_folder import describe_environment
+from shodh.train.workers import read_failures
 
 PERSISTENCE = "persistence"
 ALL_ROWS = 10**6  # the table is the result: shown whole

@@ -82,6 +82,21 @@ def sign_flip(differences: Sequence[float]) -> float:
     return float((np.abs(patterns @ values) >= observed * (1 - 1e-12)).mean())
 
 
+def brief(c: Comparison) -> str:
+    """``2.1 % below``."""
+    return f"{abs(c.ratio - 1):.1%} {'below' if c.ratio < 1 else 'above'}".replace("%", " %")
+
+
+def describe(label: str, c: Comparison, other: str) -> str:
+    """One clause with the difference, its interval and both p values."""
+    first = f"The error of {label} is {brief(c)} that of {other}"
+    if c.seeds < 2:
+        return f"{first} (one seed)"
+    interval = f"95 % interval of the ratio {c.low:.3f} to {c.high:.3f}"
+    tests = f"p {c.p_t:.2g} by paired t, {c.p_sign:.2g} by sign flips"
+    return f"{first} ({interval}; {tests}; lower in {c.wins} of {c.seeds} seeds)"
+
+
 def what_seeds_can_show(n: int) -> str:
     """A few sentences about a number of seeds."""
     if n < MIN_SEEDS:

@@ -1,0 +1,48 @@
+"""One stage of a study in a process of its own: ``python -m shodh.ccm.worker JOB.json``, on every rank."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from shodh.ccm.evaluate import evaluate_seed
+from shodh.ccm.settings import CCMConfig, Member
+from shodh.config.reading import section_from_dict
+from shodh.exchange.convert import convert
+from shodh.generation import pick_device
+from shodh.models.description import is_pretrained
+from shodh.train.jobs import pretrain
+from shodh.train.runtime import quiet_logs, rank, run_ranks, world_size
+from shodh.train.workers import STOPPED, ignore_interrupts, leave_ranks
+
+
+def train_member(study: CCMConfig, seed: int, member: Member) -> bool:
+    """Train on all ranks, resuming, experts from the anchor; then rank 0 converts. False if a signal stopped it."""
+    config = study.run_config(seed, member, world_size())
+    if not pretrain(config, "auto", None if member == "anchor" else study.folder_of(seed, "anchor")):
+        return False
+    first = rank() == 0
+    leave_ranks()
+    out = study.folder_of(seed, member)
+    if first and not is_pretrained(out):
+        convert(config.run_dir, out, verify=True)
+    return True
+
+
+def main() -> int:
+    quiet_logs()
+    ignore_interrupts()
+    job = json.loads(Path(sys.argv[1]).read_text())
+    study = section_from_dict(CCMConfig, job["study"], sys.argv[1])
+    if job["member"] is not None:
+        return 0 if train_member(study, job["seed"], job["member"]) else STOPPED
+    if rank() == 0:
+        evaluate_seed(study, job["seed"], torch.device(pick_device("auto")))
+    return 0
+
+
+if __name__ == "__main__":
+    run_ranks(main)

@@ -1,0 +1,184 @@
+"""Jobs of a study in processes of their own: on all ranks one after another, or several side by side on one rank each.
+
+A process a job: one that runs out of memory, diverges or crashes takes nothing else with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+import shodh
+from shodh.errors import ConfigError
+from shodh.files import write_atomically
+from shodh.train.ranks import Ranks
+
+ROOT = Path(shodh.__file__).resolve().parents[1]
+FAILURES = "failures.json"
+#: Exit code of a worker that a signal stopped after it had saved a checkpoint.
+STOPPED = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """``content`` is what the worker is told, JSON-able; it starts when all of ``after`` have succeeded."""
+
+    content: Mapping[str, Any]
+    after: tuple[str, ...] = ()
+
+
+@dataclass
+class Progress:
+    """How a study stands: names of finished jobs, the last line of those that failed, whether a signal ended it."""
+
+    finished: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    stopped: bool = False
+
+    def keep_failures(self, folder: Path) -> None:
+        """Add those that failed to the file that `read_failures` reads."""
+        failed = {**read_failures(folder), **self.failed}
+        write_atomically(folder / FAILURES, json.dumps(failed, indent=1) + "\n")
+
+
+def read_failures(folder: Path) -> dict[str, str]:
+    """Jobs of a study's folder that have failed, and why, when they last did; some may be finished by now."""
+    path = folder / FAILURES
+    failed: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    return failed
+
+
+class Workers:
+    """Starts ``python -m MODULE JOB.json`` for every job; files and logs of the jobs lie in ``folder / "jobs"``.
+
+    SIGTERM, SIGUSR1 and Ctrl-C are handed on as SIGTERM: every job at work saves and ends, and no other is started.
+
+    Parameters
+    ----------
+    module : str
+        Its process ends with 0, or `STOPPED`, or with an error line and any other code.
+    jobs : int
+        Side by side, each on one rank.
+
+    Raises
+    ------
+    ConfigError
+        Side by side and on several ranks at once.
+    """
+
+    def __init__(self, module: str, folder: Path, jobs: int, ranks: Ranks) -> None:
+        if jobs > 1 and ranks.world > 1:
+            raise ConfigError(f"--jobs {jobs} is for jobs on one rank each; on {ranks.world} ranks they run one by one")
+        self.module, self.folder, self.jobs, self.ranks = module, folder, jobs, ranks
+        self.stopped = threading.Event()
+        self._children: set[subprocess.Popen[str]] = set()
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._stop)
+
+    def _stop(self, *_: object) -> None:
+        self.stopped.set()
+        for child in list(self._children):
+            child.terminate()
+
+    def run_all(self, jobs: Mapping[str, Job]) -> Iterator[tuple[str, str | None]]:
+        """Yield (name, None or the last line of the error) of each job as it ends; earlier ones are started first.
+
+        A job whose forerunner fails is not started and not yielded; ``after`` may name jobs that are not given, which
+        are taken to be done.
+        """
+        waiting = {name: {other for other in job.after if other in jobs} for name, job in jobs.items()}
+        running: dict[Future[str | None], str] = {}
+        with ThreadPoolExecutor(self.jobs) as pool:
+            while True:
+                # No more than can run: those that wait are started in the order given, not in that of readiness.
+                ready = [name for name, forerunners in waiting.items() if not forerunners][: self.jobs - len(running)]
+                for name in ready:
+                    del waiting[name]
+                    running[pool.submit(self.run, name, jobs[name].content)] = name
+                if not running:
+                    return
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    name, line = running.pop(done), done.result()
+                    if line is None:
+                        for forerunners in waiting.values():
+                            forerunners.discard(name)
+                    yield name, line
+
+    def run(self, name: str, content: Mapping[str, Any]) -> str | None:
+        """Run one job on this rank, with the others on theirs; None, or one line that says what went wrong."""
+        if self.stopped.is_set():
+            return "not started"
+        path = self.folder / "jobs" / f"{name}.json"
+        if self.ranks.rank == 0:
+            write_atomically(path, json.dumps(content, indent=1) + "\n")
+        log = path.with_suffix(f".rank{self.ranks.rank}.log" if self.ranks.world > 1 else ".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as stderr:
+            command = [sys.executable, "-m", self.module, str(path)]
+            child = subprocess.Popen(command, env=self._environment(name), stdout=stderr, stderr=stderr, text=True)
+            self._children.add(child)
+            if self.stopped.is_set():  # The signal came while it was started.
+                child.terminate()
+            code = _wait(child, lambda: self.ranks.failed(name))
+            self._children.discard(child)
+        if code == STOPPED:
+            self.stopped.set()
+        line = None if code == 0 else f"{what_ended(code, log)}; see {log}"
+        return self.ranks.finish(name, line)
+
+    def _environment(self, name: str) -> dict[str, str]:
+        environment = {**os.environ, **self.ranks.environment(name)}
+        threads = max(1, (os.cpu_count() or 1) // (self.jobs * self.ranks.world_here))
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+        return environment
+
+
+def ignore_interrupts() -> None:
+    """A terminal sends Ctrl-C to the whole group; the study hands it on as SIGTERM, so that a checkpoint is saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def leave_ranks() -> None:
+    """From here on, this process is alone: what follows must not wait for, or share work with, other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ.update({"RANK": "0", "WORLD_SIZE": "1"})
+
+
+def _wait(child: subprocess.Popen[str], failed_elsewhere: Callable[[], bool], patience: float = 5.0) -> int:
+    """The exit code of a child; it is ended some seconds after another rank's has failed, for which it would wait."""
+    deadline: float | None = None
+    while child.poll() is None:
+        if deadline is None and failed_elsewhere():
+            deadline = time.monotonic() + patience
+        if deadline is not None and time.monotonic() > deadline:
+            child.kill()
+        time.sleep(0.1)
+    return child.wait()
+
+
+def what_ended(code: int, log: Path) -> str:
+    """The error of a job that ended with this code; one that a signal ended had no time to say why."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"{last_error(log)} (exit code {code})"
+
+
+def last_error(log: Path) -> str:
+    """The line of a log that says what went wrong: its last ``error:`` line, or its last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "error: " in line.lower()]
+    return (errors or lines or ["no output"])[-1]
