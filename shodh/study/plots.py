@@ -16,7 +16,7 @@ from shodh.analysis.page import Table
 #: Names that look the same in every figure; others follow in their own order.
 KNOWN = (
     *("sparse", "dense_active", "dense_total", "specialist", "sparse_hash", "sparse_frozen", "sparse_oracle"),
-    *("persistence", "trained", "fresh", "dense_router"),
+    *("persistence", "trained", "fresh", "dense_router", "dpot"),
 )
 
 
@@ -38,7 +38,7 @@ def _style(name: str, names: Sequence[str]) -> dict[str, Any]:
     """Colour and marker of a name among those of a figure."""
     others = [n for n in names if n not in KNOWN]
     number = KNOWN.index(name) if name in KNOWN else len(KNOWN) + others.index(name)
-    colour = colormaps["tab10"](number) if number < 10 else colormaps["Dark2"](number % 8)
+    colour = colormaps["tab10"](number) if number < 10 else colormaps["Dark2"]((number + 3) % 8)
     return {"color": colour, "marker": MARKERS[number % len(MARKERS)]}
 
 
