@@ -101,7 +101,7 @@ def records(section: Section) -> dict[str, list[dict[str, Any]]]:
 class Headline:
     """What a reader must see first: a verdict in a few words, the sentence and the numbers that decided it.
 
-    ``note`` is small print: thresholds, and where the numbers are from.
+    Each line of ``text`` is a paragraph; ``note`` is small print: thresholds, and where the numbers are from.
     """
 
     verdict: str
@@ -231,9 +231,10 @@ def _headline_html(headline: Headline) -> str:
         for name, value in headline.numbers.items()
     )
     note = f"<p class=note>{html.escape(headline.note)}</p>" if headline.note else ""
+    paragraphs = "".join(f"<p>{html.escape(line)}</p>" for line in headline.text.split("\n"))
     return (
         f'<div class=verdict style="--tone: var(--{headline.tone})"><strong>{html.escape(headline.verdict)}</strong>'
-        f"<p>{html.escape(headline.text)}</p><div class=numbers>{numbers}</div></div>{note}"
+        f"{paragraphs}<div class=numbers>{numbers}</div></div>{note}"
     )
 
 

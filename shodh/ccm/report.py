@@ -54,7 +54,7 @@ def write_ccm_report(study: CCMConfig, results: Results | None = None) -> str:
     }
     write_page(study.folder / "report", PAGE.format(study.name), headline, sections, data=data)
     shown = [s.tables["summary"] for s in sections if s.key == "summary"]
-    return "\n\n".join([f"{headline.verdict}. {headline.text}", *map(text_table, shown)]) + "\n"
+    return "\n\n".join([f"{headline.verdict}.\n{headline.text}", *map(text_table, shown)]) + "\n"
 
 
 def _headline(study: CCMConfig, results: Results) -> Headline:
@@ -70,7 +70,7 @@ def _headline(study: CCMConfig, results: Results) -> Headline:
     if study.published_improvement is not None:
         numbers["published, %"] = study.published_improvement
     said = (study.question, answer.text, does_it_beat_the_rivals(results), which_readout_is_enough(results))
-    text = " ".join([*filter(None, said), what_seeds_can_show(len(results))])
+    text = "\n".join([*filter(None, said), what_seeds_can_show(len(results))])
     return Headline(answer.verdict, text, answer.tone, numbers, note=RULE)
 
 

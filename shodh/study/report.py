@@ -49,10 +49,10 @@ def write_study_report(study: StudyConfig, cells: Sequence[Cell], results: Resul
         "env": describe_environment(),
         **summary,
     }
-    write_page(study.folder / "report", f"Study {study.name}", headline, sections, data=data)
+    write_page(study.folder / "report", f"Study of negative transfer: {study.name}", headline, sections, data=data)
     shown = [s for s in sections if s.key in ("errors", "transfer")]
     text = "\n\n".join(f"{s.title}\n{text_table(t)}" for s in shown for t in s.tables.values())
-    return f"{headline.verdict}. {headline.text}\n\n{text}\n"
+    return f"{headline.verdict}.\n{headline.text}\n\n{text}\n"
 
 
 def _headline(study: StudyConfig, results: Results, missing: dict[str, str]) -> Headline:
@@ -65,7 +65,7 @@ def _headline(study: StudyConfig, results: Results, missing: dict[str, str]) -> 
     told = [a.text for a in asked] if len(asked) == 1 else ["The reasons, mix by mix, stand below."]
     seeds = min(a.seeds for a in asked)
     shown = [what_seeds_can_show(seeds)] if seeds else []
-    text = " ".join([study.question, *told, *_causes(results), *shown, *_left_out(results, missing)])
+    text = "\n".join([study.question, *told, *_causes(results), *shown, *_left_out(results, missing)])
     verdict, tone = _joint(asked)
     return Headline(verdict, text, tone, numbers, note=RULE)
 
@@ -172,7 +172,7 @@ def _answers(results: Results) -> Section | None:
     rows: list[list[Any]] = []
     for mix in results.mixes:
         answer, (cause, reason) = does_routing_help(results, mix), what_lowers_the_error(results, mix)
-        rows.append([mix, answer.verdict, answer.text, cause, reason])
+        rows.append([mix, answer.verdict, answer.text.replace("\n", " "), cause, reason])
     table = Table(["mix", "does routing help", "why", "what lowers the error", "why so"], rows)
     brief = Table(["mix", "does routing help", "what lowers the error"], [[r[0], r[1], r[3]] for r in rows])
     section = Section("answers", "Answers by mix", RULE, tables={"answers": brief, "answers_with_reasons": table})

@@ -88,7 +88,7 @@ def does_routing_help(results: Results, mix: str) -> Answer:
         "equal": (f"No difference above {MARGIN:.0%} at equal active size", "fair"),
         "open": ("Undecided: no difference that these seeds can show", "fair"),
     }
-    return Answer(verdicts[against.verdict][0], " ".join(text), verdicts[against.verdict][1], against.seeds)
+    return Answer(verdicts[against.verdict][0], "\n".join(text), verdicts[against.verdict][1], against.seeds)
 
 
 def _other_readings(results: Results, mix: str, sparse: str, dense: str) -> list[str]:
