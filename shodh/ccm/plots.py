@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from shodh.analysis.figures import INK, MARKERS
 from shodh.ccm.results import Results, mean
@@ -64,10 +64,13 @@ def _bare(panel: Axes) -> None:
 
 
 def _parameter_axis(panel: Axes, results: Results) -> None:
-    """The parameter on the map that validation chose, both experts marked and the support shaded."""
+    """The parameter, logarithmic where its values span a decade; both experts marked and the support shaded."""
     values = [v for v, _ in results.values]
-    if results.map == "log" and min(values) > 0:
+    if min(values) > 0 and max(values) >= 8 * min(values):
         panel.set_xscale("log")
+        marked = sorted({min(values), *results.ends, max(values)})
+        panel.set_xticks(marked, [f"{v:g}" for v in marked])
+        panel.xaxis.set_minor_formatter(NullFormatter())
     inside = [v for v, role in results.values if role != "extrapolation"]
     panel.axvspan(min(inside), max(inside), color="#eef1f5", zorder=0)
     for name, end in zip(("low", "high"), results.ends, strict=True):
@@ -80,7 +83,7 @@ def _parameter_axis(panel: Axes, results: Results) -> None:
 def error_by_parameter(results: Results) -> Figure:
     """Error against the parameter, a line a method with its range over seeds; experts marked."""
     known = [m for m in (COMPOSITION, OTHERS, CONTROLS) if any(method in results.methods for method in m)]
-    figure = Figure(figsize=(4.6 * len(known), 4.4), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(known), 4.8), layout="constrained")
     panels = figure.subplots(1, len(known), squeeze=False, sharey=True).ravel()
     titles = {COMPOSITION: "composition", OTHERS: "anchor, experts, merges and tuning", CONTROLS: "controls"}
     for panel, methods in zip(panels, known, strict=True):
@@ -90,7 +93,7 @@ def error_by_parameter(results: Results) -> Figure:
         _parameter_axis(panel, results)
         panel.set_yscale("log")
         panel.set_title(titles[methods], fontsize=10, color=INK, pad=14)
-        panel.legend(fontsize=7, frameon=False)
+        panel.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4)
     panels[0].set_ylabel("relative L2 error after the prefix")
     return figure
 
