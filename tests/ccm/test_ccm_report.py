@@ -101,11 +101,13 @@ def test_distances_outside_the_range_are_on_the_chosen_map(tmp_path: Path) -> No
         assert by_value["0.008"] == pytest.approx(expected) and by_value["0.002"] == 0.0
 
 
-def test_the_figure_marks_the_experts_on_the_scale_that_validation_chose(tmp_path: Path) -> None:
+def test_the_figure_marks_the_experts_and_the_ends_of_the_parameter(tmp_path: Path) -> None:
+    """Its axis is logarithmic whatever map validation chose: the values span more than a decade."""
     for scale in ("log", "linear"):
         figure = plots.error_by_parameter(results_of(case_study(tmp_path), scale=scale))
         for panel in figure.axes:
-            assert panel.get_xscale() == scale and "anchor" in panel.get_legend_handles_labels()[1]
+            assert panel.get_xscale() == "log" and "anchor" in panel.get_legend_handles_labels()[1]
+            assert list(panel.get_xticks()) == [5e-4, LOW, HIGH, 8e-3]
             vertical = [line.get_xdata() for line in panel.lines if len(set(line.get_xdata())) == 1]
             assert [float(x[0]) for x in vertical] == [LOW, HIGH]
             assert {text.get_text() for text in panel.texts} == {"low", "high"}
