@@ -3,7 +3,7 @@
 The models live in one process and take turns, so that whatever else the machine does hits all alike. A step is
 forward, backward, clipping and AdamW. The sparse model has its balance terms, runs the expert-parallel layer on one
 rank, and updates all its experts; so does the model that evaluates every expert on every token, as MoE-POT's public
-code does. The dense one has as many feed-forward weights as a token meets in the sparse one.
+code does. The dense one has as many parameters as the sparse one has active, router and all.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from shodh.cli import run_main
 from shodh.config import RunConfig, config_from_dict, load_config, to_dict
+from shodh.config.reading import merge_trees
 from shodh.errors import ConfigError
 from shodh.files import write_atomically
 from shodh.models.factory import build_operator
@@ -36,8 +37,8 @@ from shodh.models.kernels import adamw
 from shodh.moe.balance import GlobalBalance
 from shodh.moe.groups import decay_groups
 from shodh.moe.step import router_arguments
-from shodh.study.cells import expert_changes
 from shodh.study.flops import sample_inputs
+from shodh.study.sizes import widened_dense
 from shodh.train.run_folder import describe_environment
 from shodh.train.runtime import start_distributed
 
@@ -90,10 +91,8 @@ class Bench:
         """The run, or that of the dense model."""
         if kind != "dense":
             return self.config
-        tree = to_dict(self.config)
-        experts = self.config.operator.experts
-        tree["operator"]["experts"].update(expert_changes("dense_active", {}, experts, len(self.config.data.regimes)))
-        return config_from_dict(tree, "the dense model")
+        changes = {"operator": widened_dense(self.config)}
+        return config_from_dict(merge_trees(to_dict(self.config), changes), "the dense model")
 
     def build(self, kind: str) -> nn.Module:
         from shodh.moe.layer import ExpertLayer, expert_layer_factory
