@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     from shodh.ccm import pipeline
     from shodh.train.ranks import Ranks
+    from shodh.train.workers import Progress
 
     ranks = Ranks()
     every = pipeline.stages(study)
@@ -77,18 +78,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         sys.stdout.write(pipeline.describe_study(study, chosen) if ranks.rank == 0 else "")
         return 0
-    stopped, failed = False, {}
+    progress = Progress()
     if not args.report_only:
         progress = pipeline.run_stages(study, chosen, args.jobs, ranks)
-        stopped, failed = progress.stopped, progress.failed
     if ranks.rank == 0:
         from shodh.ccm.report import write_ccm_report
 
         sys.stdout.write(write_ccm_report(study))
         sys.stdout.write(f"\nreport: {study.folder / 'report' / 'index.html'}\n")
-        sys.stderr.write("".join(f"failed: {name}: {line}\n" for name, line in failed.items()))
-        sys.stderr.write("stopped by a signal; the same command goes on\n" if stopped else "")
-    return 3 if stopped else 1 if failed else 0
+        sys.stderr.write(progress.complaints())
+    return progress.exit_code
 
 
 if __name__ == "__main__":

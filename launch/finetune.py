@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     from shodh.study.tuning.cells import describe_cells, expand_tuning
     from shodh.study.tuning.settings import Way, load_tuning
     from shodh.train.ranks import Ranks
+    from shodh.train.workers import Progress
 
     given = {name: getattr(args, name) for name in ("run", "checkpoint", "out", "trajectories", "train", "router")}
     given |= {"steps": args.steps, "seeds": args.seeds, "num_added": args.new_experts}
@@ -84,20 +85,18 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         sys.stdout.write(describe_cells(tuning, cells) if ranks.rank == 0 else "")
         return 0
-    stopped, failed = False, {}
+    progress = Progress()
     if not args.report_only:
         from shodh.study.runner import run_jobs
 
         progress = run_jobs(tuning.out, cells, lambda cell: cell.job(), args.jobs, ranks, tuning.name)
-        stopped, failed = progress.stopped, progress.failed
     if ranks.rank == 0:
         from shodh.study.tuning.report import write_tuning_report
 
         sys.stdout.write(write_tuning_report(tuning, cells))
         sys.stdout.write(f"\nreport: {tuning.out / 'report' / 'index.html'}\n")
-        sys.stderr.write("".join(f"failed: {name}: {line}\n" for name, line in failed.items()))
-        sys.stderr.write("stopped by a signal; the same command goes on\n" if stopped else "")
-    return 3 if stopped else 1 if failed else 0
+        sys.stderr.write(progress.complaints())
+    return progress.exit_code
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"--{name} {getattr(args, name)}: must be at least 1")
     study = load_study(args.config, args.scale, name=args.name, out=args.out, seeds=args.seeds, overrides=args.set)
     from shodh.train.ranks import Ranks
+    from shodh.train.workers import Progress
 
     ranks = Ranks()
     every = expand(study, ranks.world)
@@ -64,21 +65,18 @@ def main(argv: list[str] | None = None) -> int:
 
         sys.stdout.write(describe_costs(study, cells) if ranks.rank == 0 else "")
         return 0
-    stopped, failed = False, {}
+    progress = Progress()
     if not args.report_only:
         from shodh.study.runner import run_cells
 
         progress = run_cells(study, cells, args.jobs, ranks, args.keep_checkpoints)
-        stopped, failed = progress.stopped, progress.failed
     if ranks.rank == 0:
         from shodh.study.report import write_study_report
 
         sys.stdout.write(write_study_report(study, every))
         sys.stdout.write(f"\nreport: {study.folder / 'report' / 'index.html'}\n")
-    if ranks.rank == 0:
-        sys.stderr.write("".join(f"failed: {name}: {line}\n" for name, line in failed.items()))
-        sys.stderr.write("stopped by a signal; the same command goes on\n" if stopped else "")
-    return 3 if stopped else 1 if failed else 0
+        sys.stderr.write(progress.complaints())
+    return progress.exit_code
 
 
 if __name__ == "__main__":

@@ -47,6 +47,16 @@ class Progress:
     failed: dict[str, str] = field(default_factory=dict)
     stopped: bool = False
 
+    @property
+    def exit_code(self) -> int:
+        """0; 1 where jobs failed; `STOPPED` where a signal came."""
+        return STOPPED if self.stopped else 1 if self.failed else 0
+
+    def complaints(self) -> str:
+        """A line for every job that failed, and one if a signal came; for people."""
+        lines = [f"failed: {name}: {line}\n" for name, line in self.failed.items()]
+        return "".join([*lines, "stopped by a signal; the same command goes on\n" * self.stopped])
+
     def keep_failures(self, folder: Path) -> None:
         """Add those that failed to the file that `read_failures` reads."""
         failed = {**read_failures(folder), **self.failed}
