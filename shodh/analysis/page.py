@@ -111,6 +111,10 @@ class Headline:
     figures: dict[str, Figure] = field(default_factory=dict)
     note: str = ""
 
+    def record(self) -> dict[str, Any]:
+        """For the JSON file of a study: verdict, answer, the rule behind them, numbers."""
+        return {"verdict": self.verdict, "answer": self.text, "rule": self.note, "numbers": dict(self.numbers)}
+
 
 def write_page(
     out: Path,

@@ -42,12 +42,9 @@ def write_ccm_report(study: CCMConfig, results: Results | None = None) -> str:
     data = {
         "study": study.name,
         "question": study.question,
-        "verdict": headline.verdict,
-        "answer": headline.text,
-        "rule": RULE,
+        **headline.record(),
         "reasons": reasons(results) if len(results) else [],
         "published_improvement": study.published_improvement,
-        "numbers": dict(headline.numbers),
         "seeds": [seed.seed for seed in results.seeds],
         "env": describe_environment(),
         **{section.key: records(section) for section in sections},

@@ -41,10 +41,7 @@ def write_study_report(study: StudyConfig, cells: Sequence[Cell], results: Resul
     data = {
         "study": study.name,
         "question": study.question,
-        "verdict": headline.verdict,
-        "answer": headline.text,
-        "rule": RULE,
-        "numbers": dict(headline.numbers),
+        **headline.record(),
         "missing": missing,
         "env": describe_environment(),
         **summary,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from shodh.study.measure import RESULT
 from shodh.study.tuning.base import Base, check_regime, find_tokenizer
 from shodh.study.tuning.measure import count_trained
 from shodh.study.tuning.settings import TuningConfig
+from shodh.topology import fitting_ep_size
 from shodh.train.datasets import open_sources
 from shodh.train.jobs import plan_operator
 
@@ -154,10 +154,9 @@ def _configure(
 
 def _expert_ranks(tuning: TuningConfig, base: RunConfig, world_size: int) -> int:
     """The degree that ``set`` names, or the run's as far as it fits the ranks."""
-    num_experts = base.operator.experts.num_experts
     if any(setting.startswith("parallel.ep_size=") for setting in tuning.set):
         return base.parallel.ep_size
-    return math.gcd(world_size, base.parallel.ep_size, num_experts) if num_experts else 1
+    return fitting_ep_size(world_size, base.parallel.ep_size, base.operator.experts.num_experts)
 
 
 def _still_router(base: RunConfig) -> dict[str, Any]:
