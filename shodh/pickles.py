@@ -9,8 +9,10 @@ uses is let through: the rest cannot run code, but makes any amount of memory of
 from __future__ import annotations
 
 import itertools
+import os
 import pickletools
 import re
+import struct
 import zipfile
 from collections.abc import Sequence
 from enum import IntEnum
@@ -76,25 +78,69 @@ def _allowed() -> Any:
     return torch.serialization.safe_globals([*((kind, name) for name, kind in STAND_INS.items()), *functions])
 
 
-def _check_container(path: Path) -> None:
-    """A plain ``torch.save`` archive: its parts are stored, not compressed, and lie within the file."""
-    size = path.stat().st_size
+#: Ends of a zip archive: the end record, and before it, in large archives, the locator and the zip64 end record.
+_END, _LOCATOR, _END64 = (struct.Struct(f) for f in ("<4s4H2IH", "<4sIQI", "<4sQ2H2I4Q"))
+
+
+def _check_directory(path: Path) -> None:
+    """The one central directory stands directly before its end records, and these at the end of the file.
+
+    Readers search it by different rules (Python's takes the zip64 record before the locator, torch's the one that the
+    locator names), so that an archive of two directories shows one content to a guard and another to the loader.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        length = min(size, _END64.size + _LOCATOR.size + _END.size)
+        file.seek(size - length)
+        tail = file.read(length)
+    if len(tail) < _END.size or not tail[-_END.size :].startswith(b"PK\5\6"):
+        raise CheckpointError(f"{path} is truncated or no torch.save file: it does not end with a zip directory")
+    _, *_, length, start, comment = _END.unpack(tail[-_END.size :])
+    end = size - _END.size
+    whole = comment == 0
+    locator = tail[-_END.size - _LOCATOR.size : -_END.size]
+    if len(locator) == _LOCATOR.size and locator.startswith(b"PK\6\7"):
+        end -= _LOCATOR.size + _END64.size
+        whole = whole and end >= 0 and _LOCATOR.unpack(locator)[2] == end
+        if whole:
+            signature, record, *_, length, start = _END64.unpack(tail[: _END64.size])
+            whole = signature == b"PK\6\6" and record == _END64.size - 12
+    if not whole or start + length != end:
+        raise CheckpointError(f"{path} is refused: its zip directory does not stand directly before its end")
+
+
+def _program(path: Path) -> bytes:
+    """The pickle of a plain ``torch.save`` archive, as torch's own reader gives it to whoever loads the file.
+
+    The parts are stored, not compressed, lie within the file, and are the same for Python's reader and torch's.
+    """
+    _check_directory(path)
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise CheckpointError(f"{path} is truncated or no torch.save file: {error}") from error
-    if any(p.compress_type != zipfile.ZIP_STORED for p in parts) or sum(p.file_size for p in parts) > size:
+    if (
+        any(p.compress_type != zipfile.ZIP_STORED for p in parts)
+        or sum(p.file_size for p in parts) > path.stat().st_size
+    ):
         raise CheckpointError(f"{path} is no plain torch.save file: it is compressed, or its parts overlap")
+    programs = [part for part in parts if Path(part.filename).name.lower() == "data.pkl"]
+    if len(programs) != 1:
+        raise CheckpointError(f"{path} is refused: expected one data.pkl, got {len(programs)}")
+    reader = torch._C.PyTorchFileReader(str(path))
+    listed = sorted(
+        (n, reader.get_record_size(n), reader.get_record_header_offset(n)) for n in reader.get_all_records()
+    )
+    if listed != sorted((p.filename.partition("/")[2], p.file_size, p.header_offset) for p in parts):
+        raise CheckpointError(f"{path} is refused: two readers of zip archives find different parts in it")
+    program: bytes = reader.get_record("data.pkl")
+    return program
 
 
-def _called(path: Path) -> set[str]:
-    """Everything that the pickle of an archive names, whether torch allows it or not."""
-    with zipfile.ZipFile(path) as archive:
-        programs = [part for part in archive.infolist() if Path(part.filename).name.lower() == "data.pkl"]
-        if len(programs) != 1:
-            raise ValueError(f"expected one data.pkl, got {len(programs)}")
-        operations = [(code.name, argument) for code, argument, _ in pickletools.genops(archive.read(programs[0]))]
+def _named(program: bytes) -> set[str]:
+    """Everything that a pickle names, whether torch allows it or not."""
+    operations = [(code.name, argument) for code, argument, _ in pickletools.genops(program)]
     named = [(i, str(value).replace(" ", ".", 1)) for i, (code, value) in enumerate(operations) if code == "GLOBAL"]
     members = {i for i, name in named if name in _GETATTR and _is_member(operations, i)}
     return {name for i, name in named if i not in members}
@@ -126,11 +172,13 @@ def refuse_foreign_globals(path: Path) -> None:
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
-    _check_container(path)
     try:
+        program = _program(path)
         with _allowed():
             foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        foreign |= {name for name in _called(path) if name not in STAND_INS and not _PLAIN.fullmatch(name)}
+        foreign |= {name for name in _named(program) if name not in STAND_INS and not _PLAIN.fullmatch(name)}
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever a damaged or hand-made pickle leads to
         raise CheckpointError(f"{path} is refused: its pickle cannot be read safely ({_first_line(error)})") from error
     if foreign:

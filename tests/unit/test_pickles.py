@@ -128,3 +128,42 @@ def test_every_plain_kind_of_content_is_read(tmp_path: Path) -> None:
     found = read_pt(tmp_path / "plain.pt")
     assert all(torch.equal(a, b) for a, b in zip(found["t"], values, strict=True))
     assert found["s"] == content["s"] and found["d"] == content["d"] and found["set"] == {1}
+
+
+def two_directories(path: Path, shown: bytes, loaded: bytes) -> Path:
+    """An archive in which Python's reader finds the program ``shown``, and torch's reader ``loaded``."""
+    content, place = b"", 0
+    for program in (loaded, shown):
+        raw = archive(path, program).read_bytes()
+        start, stop = raw.index(b"PK\1\2"), raw.index(b"PK\5\6")
+        entries = [b"PK\1\2" + entry for entry in raw[start:stop].split(b"PK\1\2")[1:]]
+        moved = [e[:42] + struct.pack("<I", struct.unpack("<I", e[42:46])[0] + len(content)) + e[46:] for e in entries]
+        first = len(content) + start
+        content += raw[:start] + b"".join(moved)
+        record = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, 2, 2, stop - start, first)
+        place = place or len(content)
+        content += record
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, place, 1)
+    path.write_bytes(
+        content + locator + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, *[2**16 - 1] * 2, *[2**32 - 1] * 2, 0)
+    )
+    return path
+
+
+@pytest.mark.parametrize("read", [refuse_foreign_globals, read_pt])
+def test_archive_that_two_readers_read_differently_is_refused(read: Callable[[Path], Any], tmp_path: Path) -> None:
+    path = two_directories(tmp_path / "two.pt", START + b"N" + END, START + GETATTR + END)
+    with zipfile.ZipFile(path) as file:
+        assert file.read("archive/data.pkl") == START + b"N" + END
+    assert torch._C.PyTorchFileReader(str(path)).get_record("data.pkl") == START + GETATTR + END
+    with pytest.raises(CheckpointError, match="two.pt is refused: its zip directory"):
+        read(path)
+
+
+@pytest.mark.parametrize("tail", [b"x", b"PK", bytes(200), b"PK\5\6" + bytes(18)])
+def test_bytes_after_an_archive_are_refused(tail: bytes, tmp_path: Path) -> None:
+    path = archive(tmp_path / "tail.pt", START + b"N" + END)
+    refuse_foreign_globals(path)
+    path.write_bytes(path.read_bytes() + tail)
+    with pytest.raises(CheckpointError, match="tail.pt is"):
+        refuse_foreign_globals(path)
