@@ -27,9 +27,8 @@ def make(router: dict[str, Any], top_k: int = 2, seed: int = 0, **settings: Any)
 
 
 def route(router: SemanticRouter, x: Tensor, inputs: RouterInputs = NO_INPUTS) -> Routing:
-    router.prepare((x.shape[0], x.shape[1]), inputs)
-    router(x.reshape(-1, x.shape[-1]))
-    return router.take()
+    routing: Routing = router(x, inputs)
+    return routing
 
 
 def tokens(seed: int = 1, samples: int = SAMPLES) -> Tensor:
