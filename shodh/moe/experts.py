@@ -56,6 +56,8 @@ def inner_rows(hidden: int, activation: str) -> int:
 class FeedForward(nn.Module):
     """Two-layer feed-forward ``scale * w2(act(w1 x, w3 x))``: shared experts, or the dense baseline."""
 
+    output_parameters = ("w2.weight",)
+
     def __init__(self, dim: int, hidden: int, activation: str, scale: float = 1.0) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
@@ -72,6 +74,8 @@ class FeedForward(nn.Module):
 
 class LinearFeedForward(nn.Module):
     """``scale * sum_s gelu(W_s x + b_s)``: shared experts of form linear, or the dense baseline."""
+
+    output_parameters = ("w1.weight",)
 
     def __init__(self, dim: int, width: int, copies: int, scale: float = 1.0) -> None:
         super().__init__()
@@ -114,8 +118,7 @@ class ExpertStack(nn.Module):
         self.first_expert = first_expert
         linear = activation == "linear"
         self.activation = activation
-        self.biases = ("w2",) if linear else ()
-        #: What the size of the output follows from.
+        self.undecayed = ("w2",) if linear else ()  # A bias, stacked.
         self.output_parameters = ("w1", "w3") if linear else ("w2",)
         rows = inner_rows(hidden, activation)
         self.w1 = nn.Parameter(torch.empty(num_experts, rows, dim))
@@ -126,7 +129,7 @@ class ExpertStack(nn.Module):
     def seeded_reset(self, *key: Key) -> None:
         """Draw each expert from (key, its *global* id): no two are equal, whatever the expert-parallel degree."""
         for name, parameter in self.named_parameters():
-            if name in self.biases:
+            if name in self.undecayed:
                 parameter.zero_()
                 continue
             for local in range(parameter.shape[0]):

@@ -177,7 +177,7 @@ def local_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimiser groups: matrices with decay, the rest without, experts apart as DeepSpeed needs them.
+    """`decay_groups`, with experts apart as DeepSpeed needs them.
 
     Every trainable parameter is in exactly one group; group names are unique.
     """

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh.config import ExpertsConfig
-from shodh.moe.gates import Gate, freeze, make_gate
+from shodh.moe.gates import Gate, make_gate
 from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing, count_assignments
 from shodh.seeding import Key, generator
 
@@ -65,18 +65,17 @@ class SemanticRouter(nn.Module):
             self.hash_seed: Tensor
             self._table: tuple[tuple[int, ...], Tensor] | None = None
             return
-        self.expert_gate = make_gate(config.router, dim, config.num_experts)
+        of_group = config.num_experts // self.num_groups
+        self.expert_gate = make_gate(config.router, dim, config.num_experts, of_group)
         self.expert_gate.measures_similarity = config.balance.orthogonality > 0
         if self.kind == "two_level":
-            self.group_gate = make_gate(config.router, dim, self.num_groups)
+            self.group_gate = make_gate(config.router, dim, self.num_groups, self.num_groups)
         elif self.kind == "noisy_topk":
             self.noise_gate = Gate(dim, config.num_experts, "softmax", 0, 1.0)
             # All zeros at first, as published: no signal, and some noise.
             self.initial_gain = {"noise_gate.weight": 0.0}
             if isinstance(self.expert_gate, Gate):
                 self.initial_gain["expert_gate.weight"] = 0.0
-        elif self.kind == "frozen":
-            freeze(self.expert_gate)
 
     def seeded_reset(self, *key: Key) -> None:
         """Draw what no gate draws: the seed of the hash."""
