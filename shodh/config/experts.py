@@ -36,7 +36,9 @@ class RouterConfig(Section):
     )
     temperature_schedule: TemperatureSchedule | None = Field(None, description="null: logits are not divided")
     granularity: Literal["token", "sample"] = "token"
-    semantic_dim: PositiveInt = Field(16, description="width of the space in which tokens meet expert prototypes")
+    semantic_dim: int = Field(
+        16, ge=2, description="width of the space in which tokens meet expert prototypes; of one, a cosine is a sign"
+    )
     temperature: PositiveFloat = Field(8.0, description="initial inverse temperature of cosine scores, learned")
     context_weight: Weight = Field(4.0, description="kind context: weight of the sample mean beside the token")
     groups: PositiveInt = Field(
@@ -58,6 +60,11 @@ class RouterConfig(Section):
             )
         if self.kind == "hash" and self.granularity == "sample":
             raise ValueError("kind hash goes by the token's position, so it needs granularity token; use kind frozen")
+        if self.kind == "two_level" and self.groups > 1 and self.normalise == "after":
+            raise ValueError(
+                "kind two_level with normalise after never weights an expert by its group, and the gate of the groups "
+                "would get no gradient; use normalise before"
+            )
         return self
 
 
@@ -107,6 +114,14 @@ class ExpertsConfig(Section):
             return self
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}")
+        learns = self.router.kind == "noisy_topk" or (
+            self.num_experts > 1 and self.router.kind not in ("hash", "frozen")
+        )
+        if self.top_k == 1 and self.router.normalise == "after" and learns:
+            raise ValueError(
+                "top_k=1 with router.normalise after weights the one expert of a token with 1, and the router would get "
+                "no gradient; use router.normalise=before, or a larger top_k"
+            )
         if self.balance.load and self.router.kind != "noisy_topk":
             raise ValueError(f"balance.load is defined by the noise of router.kind noisy_topk, not {self.router.kind}")
         groups = self.router.groups

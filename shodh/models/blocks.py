@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shodh.models.init import residual_gain
 from shodh.models.kernels import Kernels, rms_norm
 from shodh.moe.experts import FeedForward, LinearFeedForward
 from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing
@@ -35,6 +36,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Attention(nn.Module):
     """Multi-head self-attention over all latent tokens, with optional rotary positions."""
+
+    output_parameters = ("out.weight",)
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -78,8 +81,7 @@ class Block(nn.Module):
         self.attention = Attention(dim, heads) if mixing is None else None
         self.norm2 = rms_norm(dim, kernels)
         self.feed_forward = make_feed_forward()
-        # Residual branches start small, so that depth does not change the size of the first outputs (GPT-2).
-        self.initial_gain = {"attention.out.weight": (2 * depth) ** -0.5} if mixing is None else {}
+        self.initial_gain = residual_gain(self, 2 * depth)
 
     def forward(
         self, x: Tensor, cos: Tensor | None, sin: Tensor | None, inputs: RouterInputs = NO_INPUTS

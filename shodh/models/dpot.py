@@ -57,6 +57,8 @@ class PatchEmbedding(nn.Module):
 class TemporalAggregation(nn.Module):
     """``sum_t W_t z_t cos(gamma t)``: ``[B, T, S, dim] -> [B, S, dim]``, times from 0 to 1."""
 
+    undecayed = ("gamma",)
+
     def __init__(self, steps: int, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(steps, dim, dim))

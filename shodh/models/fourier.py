@@ -70,6 +70,9 @@ class FourierMixing(nn.Module):
     the first axis; here both signs are kept. Where all are kept there is no difference.
     """
 
+    output_parameters = ("w2", "b2")
+    undecayed = ("b1", "b2")
+
     def __init__(self, dim: int, heads: int, grid: Sequence[int], modes: int | None) -> None:
         super().__init__()
         self.heads = heads

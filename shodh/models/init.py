@@ -25,7 +25,8 @@ def initialise(model: nn.Module, seed: int) -> None:
     """Draw every parameter of a model that is not on the meta device.
 
     Linear and convolution weights are LeCun normal, norms are one, biases zero; a module with a method
-    ``seeded_reset(*key)`` draws its own. A parameter named in a module's ``initial_gain`` is scaled by it.
+    ``seeded_reset(*key)`` draws its own. A parameter named in a module's ``initial_gain`` is scaled by it; see also
+    `residual_gain`.
     """
     for name, module in model.named_modules():
         if any(p.is_meta for p in module.parameters(recurse=False)):
@@ -39,3 +40,16 @@ def initialise(model: nn.Module, seed: int) -> None:
             parameter = module.get_parameter(path)
             if not parameter.is_meta:
                 parameter.mul_(gain)
+
+
+def residual_gain(block: nn.Module, branches: int) -> dict[str, float]:
+    """The ``initial_gain`` of a block whose residual branches start small (GPT-2).
+
+    Every part that ends a branch names in ``output_parameters`` what the size of its output follows from. Scaled by the
+    inverse square root of the number of branches of the whole model, they add the same variance whatever its depth.
+    """
+    return {
+        f"{path}.{name}": branches**-0.5
+        for path, part in block.named_modules()
+        for name in getattr(part, "output_parameters", ())
+    }

@@ -31,6 +31,8 @@ class OperatorOutput(NamedTuple):
 class PositionTable(nn.Module):
     """Learned positions ``[tokens, dim]``."""
 
+    undecayed = ("position",)
+
     def __init__(self, tokens: int, dim: int) -> None:
         super().__init__()
         self.position = nn.Parameter(torch.empty(tokens, dim))

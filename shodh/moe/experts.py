@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from shodh.config import ExpertsConfig
 from shodh.moe.gates import Gate
+from shodh.moe.grouped import ALIGNMENT, grouped_linear, mix_experts
 from shodh.moe.router import SemanticRouter
 from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing
 from shodh.seeding import Key, generator
@@ -49,11 +50,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"swiglu": swiglu, 
 
 def inner_rows(hidden: int, activation: str) -> int:
     """Rows of ``w1`` and of ``w3``: the hidden width, or half of it where they are halves of one matrix."""
-    return hidden // 2 if activation == "gelu" else hidden
+    return hidden // 2 if activation in ("gelu", "linear") else hidden
 
 
 class FeedForward(nn.Module):
     """Two-layer feed-forward ``scale * w2(act(w1 x, w3 x))``: shared experts, or the dense baseline."""
+
+    output_parameters = ("w2.weight",)
 
     def __init__(self, dim: int, hidden: int, activation: str, scale: float = 1.0) -> None:
         super().__init__()
@@ -71,6 +74,8 @@ class FeedForward(nn.Module):
 
 class LinearFeedForward(nn.Module):
     """``scale * sum_s gelu(W_s x + b_s)``: shared experts of form linear, or the dense baseline."""
+
+    output_parameters = ("w1.weight",)
 
     def __init__(self, dim: int, width: int, copies: int, scale: float = 1.0) -> None:
         super().__init__()
@@ -95,76 +100,88 @@ def build_dense(config: ExpertsConfig, dim: int, copies: int) -> FeedForward | L
     return FeedForward(dim, copies * config.hidden, config.activation, scale)
 
 
-@torch.no_grad()
-def reset_experts(experts: nn.Module, first_expert: int, *key: Key) -> None:
-    """Draw each local expert from (key, its *global* id): no two are equal, whatever the expert-parallel degree.
+class ExpertStack(nn.Module):
+    """Routed experts on this device, all of a layer or a rank's share, as three stacked matrices.
+
+    ``forward(rows [N, D] sorted by expert, counts [E]) -> [N, O]``
 
     Parameters
     ----------
-    experts : Module
-        With ``w1``, ``w2`` and ``w3 [E_local, ...]``; those named in its ``biases`` start as zeros.
+    activation : str
+        One of `ACTIVATIONS`, or "linear": one affine map and GELU, ``hidden`` wide.
     first_expert : int
-        Global id of local expert 0.
+        Global id of the first one.
     """
-    for name in ("w1", "w2", "w3"):
-        parameter = getattr(experts, name)
-        if name in getattr(experts, "biases", ()):
-            parameter.zero_()
-            continue
-        for local in range(parameter.shape[0]):
-            draw = torch.empty(parameter.shape[1:])
-            draw.normal_(0.0, parameter.shape[2] ** -0.5, generator=generator(*key, name, first_expert + local))
-            parameter[local].copy_(draw)
 
-
-class ExpertStack(nn.Module):
-    """All routed experts on one device, evaluated in a loop over experts."""
-
-    def __init__(self, num_experts: int, dim: int, hidden: int, activation: str) -> None:
+    def __init__(self, num_experts: int, dim: int, hidden: int, activation: str, first_expert: int = 0) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[activation]
+        self.first_expert = first_expert
+        linear = activation == "linear"
+        self.activation = activation
+        self.undecayed = ("w2",) if linear else ()  # A bias, stacked.
+        self.output_parameters = ("w1", "w3") if linear else ("w2",)
         rows = inner_rows(hidden, activation)
         self.w1 = nn.Parameter(torch.empty(num_experts, rows, dim))
-        self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.w2 = nn.Parameter(torch.empty(num_experts, hidden, 1) if linear else torch.empty(num_experts, dim, hidden))
         self.w3 = nn.Parameter(torch.empty(num_experts, rows, dim))
 
+    @torch.no_grad()
     def seeded_reset(self, *key: Key) -> None:
-        reset_experts(self, 0, *key)
+        """Draw each expert from (key, its *global* id): no two are equal, whatever the expert-parallel degree."""
+        for name, parameter in self.named_parameters():
+            if name in self.undecayed:
+                parameter.zero_()
+                continue
+            for local in range(parameter.shape[0]):
+                draw = torch.empty(parameter.shape[1:])
+                drawn_by = generator(*key, name, self.first_expert + local)
+                parameter[local].copy_(draw.normal_(0.0, parameter.shape[2] ** -0.5, generator=drawn_by))
 
-    def forward(self, x: Tensor, expert: int) -> Tensor:
-        """Expert ``expert`` on rows ``[N, D]``."""
-        gate, up = F.linear(x, self.w1[expert]), F.linear(x, self.w3[expert])
-        return F.linear(self.activation(gate, up), self.w2[expert])
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        return run_experts(rows, counts, self.w1, self.w2, self.w3, self.activation)
 
-
-class LinearExpertStack(nn.Module):
-    """All routed experts of form linear on one device."""
-
-    biases = ("w2",)
-
-    def __init__(self, num_experts: int, dim: int, width: int) -> None:
-        super().__init__()
-        self.w1 = nn.Parameter(torch.empty(num_experts, width // 2, dim))
-        self.w2 = nn.Parameter(torch.empty(num_experts, width, 1))
-        self.w3 = nn.Parameter(torch.empty(num_experts, width // 2, dim))
-
-    def seeded_reset(self, *key: Key) -> None:
-        reset_experts(self, 0, *key)
-
-    def forward(self, x: Tensor, expert: int) -> Tensor:
-        """Expert ``expert`` on rows ``[N, D]``: ``[N, O]``."""
-        weight = torch.cat((self.w1[expert], self.w3[expert]))
-        return F.gelu(F.linear(x, weight, self.w2[expert, :, 0]))
+    def one(self, rows: Tensor, expert: int) -> Tensor:
+        """Expert ``expert`` alone on rows ``[N, D]``."""
+        counts = torch.full((1,), len(rows), dtype=torch.int32, device=rows.device)
+        return run_experts(rows, counts, *(w[expert : expert + 1] for w in (self.w1, self.w2, self.w3)), self.activation)
 
 
-RoutedExperts = ExpertStack | LinearExpertStack
+def run_experts(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, activation: str) -> Tensor:
+    """Each row through its expert: ``[N, D] -> [N, O]``; see the table above.
+
+    The halves of a matrix are multiplied apart, so that no weight is copied, which would cost the more the more experts
+    there are. A bias is a grouped product with rows of a one, so that its gradient is a sum in there: deterministic,
+    unlike a scattered one.
+
+    Parameters
+    ----------
+    rows, counts
+        Sorted by expert, and rows of each expert.
+    """
+    first, second = (grouped_linear(rows, w, counts) for w in (w1, w3))
+    if activation != "linear":
+        return grouped_linear(ACTIVATIONS[activation](first, second), w2, counts)
+    padding = (0, ALIGNMENT - 1)
+    bias = grouped_linear(F.pad(rows.new_ones(len(rows), 1), padding), F.pad(w2, padding), counts)
+    return F.gelu(torch.cat((first, second), 1) + bias)
 
 
-def build_stack(config: ExpertsConfig, dim: int) -> RoutedExperts:
-    """All routed experts of a layer, on one device."""
-    if config.form == "linear":
-        return LinearExpertStack(config.num_experts, dim, config.hidden)
-    return ExpertStack(config.num_experts, dim, config.hidden, config.activation)
+def run_experts_reference(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, activation: str) -> Tensor:
+    """`run_experts` row by row, as the table above says it."""
+    outputs = []
+    for row, expert in zip(rows, torch.arange(len(counts)).repeat_interleave(counts.cpu()), strict=True):
+        first, second = w1[expert] @ row, w3[expert] @ row
+        if activation == "linear":
+            outputs.append(F.gelu(torch.cat((first, second)) + w2[expert, :, 0]))
+        else:
+            outputs.append(w2[expert] @ ACTIVATIONS[activation](first, second))
+    return torch.stack(outputs)
+
+
+def build_stack(config: ExpertsConfig, dim: int, num_experts: int, first_expert: int = 0) -> ExpertStack:
+    """``num_experts`` of the experts that a configuration describes."""
+    activation = "linear" if config.form == "linear" else config.activation
+    return ExpertStack(num_experts, dim, config.hidden, activation, first_expert)
 
 
 class AddedExperts(nn.Module):
@@ -182,20 +199,16 @@ class AddedExperts(nn.Module):
         self.width = output_width(config, dim)
         self.of_sample = config.router.granularity == "sample"
         self.gate = Gate(dim, config.num_added, "softmax", 0, 1.0)
-        self.stack = build_stack(config.model_copy(update={"num_experts": config.num_added}), dim)
-        # The last map of gated experts; form linear has one map, in halves.
-        zeroed = ("w1", "w3") if config.form == "linear" else ("w2",)
-        self.initial_gain = {f"stack.{name}": 0.0 for name in zeroed}
+        self.stack = build_stack(config, dim, config.num_added)
+        self.initial_gain = {f"stack.{name}": 0.0 for name in self.stack.output_parameters}
 
     def forward(self, x: Tensor) -> Tensor:
         logits, _ = self.gate(x.float().mean(1, keepdim=True) if self.of_sample else x)
-        weights = torch.sigmoid(logits)
+        weights = torch.sigmoid(logits).unsqueeze(-1)
         rows = x.reshape(-1, x.shape[-1])
-        out = torch.zeros((*x.shape[:-1], self.width), dtype=weights.dtype, device=x.device)
-        for expert in range(self.num_added):
-            values = self.stack(rows, expert).view(out.shape).to(out.dtype)
-            out = out + weights[..., expert : expert + 1] * values
-        return out.to(x.dtype)
+        counts = torch.full((self.num_added,), len(rows), dtype=torch.int32, device=x.device)
+        every = self.stack(rows.repeat(self.num_added, 1), counts).view(self.num_added, *x.shape[:-1], self.width)
+        return (every.movedim(0, 2).to(weights.dtype) * weights).sum(2).to(x.dtype)
 
 
 def build_added(config: ExpertsConfig, dim: int) -> AddedExperts | None:
@@ -216,27 +229,17 @@ class ExpertLayerReference(nn.Module):
 
     def __init__(self, config: ExpertsConfig, dim: int) -> None:
         super().__init__()
-        self.num_experts = config.num_experts
         self.width = output_width(config, dim)
         self.router = SemanticRouter(config, dim)
-        self.experts = build_stack(config, dim)
+        self.experts = build_stack(config, dim, config.num_experts)
         self.shared_experts = build_dense(config, dim, config.num_shared) if config.num_shared else None
         self.added_experts = build_added(config, dim)
 
     def forward(self, x: Tensor, inputs: RouterInputs = NO_INPUTS) -> tuple[Tensor, Routing]:
-        batch, tokens, dim = x.shape
-        rows = x.reshape(-1, dim)
-        self.router.prepare((batch, tokens), inputs)
-        scores, selected, _ = self.router(rows)
-        out = rows.new_zeros((*selected.shape, self.width), dtype=torch.promote_types(rows.dtype, torch.float32))
-        for expert in range(self.num_experts):
-            token, slot = (selected == expert).nonzero(as_tuple=True)
-            routed = self.experts(rows[token], expert).to(out.dtype) * scores[token, slot].unsqueeze(-1)
-            out[token, slot] = routed.to(out.dtype)
-        # Summed slot by slot, as the expert-parallel layer does it: the same bits.
-        combined = out.sum(1).to(x.dtype).view(batch, tokens, self.width)
+        routing: Routing = self.router(x, inputs)
+        out = mix_experts(x.reshape(-1, x.shape[-1]), routing, self.experts).view(*x.shape[:-1], self.width)
         if self.shared_experts is not None:
-            combined = combined + self.shared_experts(x)
+            out = out + self.shared_experts(x)
         if self.added_experts is not None:
-            combined = combined + self.added_experts(x)
-        return combined, self.router.take()
+            out = out + self.added_experts(x)
+        return out, routing

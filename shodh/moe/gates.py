@@ -35,6 +35,8 @@ class Gate(nn.Module):
         ``tau * cos(W x, p)`` with a learned inverse temperature, or a linear map.
     """
 
+    undecayed = ("prototypes", "log_temperature")
+
     def __init__(self, dim: int, choices: int, score: str, semantic_dim: int, temperature: float) -> None:
         super().__init__()
         self.score = score
@@ -120,11 +122,19 @@ class ConvGate(nn.Module):
         return F.linear(narrow, rows, self.bias.float()), similarity
 
 
-def make_gate(config: RouterConfig, dim: int, choices: int) -> Gate | ConvGate:
-    """The gate that a configuration asks for."""
+def make_gate(config: RouterConfig, dim: int, choices: int, alternatives: int) -> Gate | ConvGate:
+    """The gate that a configuration asks for, with a logit for each of ``choices``.
+
+    Frozen where it chooses among one alternative alone: its softmax is one whatever it learns.
+    """
+    gate: Gate | ConvGate
     if config.gate == "conv":
-        return ConvGate(dim, choices)
-    return Gate(dim, choices, config.score, config.semantic_dim, config.temperature)
+        gate = ConvGate(dim, choices)
+    else:
+        gate = Gate(dim, choices, config.score, config.semantic_dim, config.temperature)
+    if alternatives == 1 or config.kind == "frozen":
+        freeze(gate)
+    return gate
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -40,15 +40,23 @@ def freeze_others(model: nn.Module, config: FinetuneConfig) -> None:
             parameter.requires_grad_(False)
 
 
+def is_decayed(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay is meant for a parameter of a module: for the matrices of maps alone.
+
+    Biases, norms and whatever else has one dimension are not decayed, nor what the module names in ``undecayed``:
+    biases that are stacked, and points in a space, such as positions and expert prototypes.
+    """
+    return parameter.ndim > 1 and name not in getattr(module, "undecayed", ())
+
+
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two optimiser groups: matrices with weight decay; vectors, prototypes and positions without."""
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            plain = parameter.ndim < 2 or name.endswith(("prototypes", "position"))
-            (no_decay if plain else decay).append(parameter)
+    """Two optimiser groups of the trainable parameters: with weight decay, and without; see `is_decayed`."""
+    groups: dict[bool, dict[int, nn.Parameter]] = {True: {}, False: {}}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                groups[is_decayed(module, name, parameter)][id(parameter)] = parameter
     return [
-        {"params": decay, "name": "decay", "weight_decay": weight_decay},
-        {"params": no_decay, "name": "no_decay", "weight_decay": 0.0},
+        {"params": list(groups[True].values()), "name": "decay", "weight_decay": weight_decay},
+        {"params": list(groups[False].values()), "name": "no_decay", "weight_decay": 0.0},
     ]

@@ -21,14 +21,12 @@ precision.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh.config import ExpertsConfig
-from shodh.moe.gates import Gate, freeze, make_gate
+from shodh.moe.gates import Gate, make_gate
 from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing, count_assignments
 from shodh.seeding import Key, generator
 
@@ -36,15 +34,13 @@ from shodh.seeding import Key, generator
 class SemanticRouter(nn.Module):
     """Hard top-k dispatch with soft scores.
 
-    Called by the expert layer as ``router(x, expert_bias)`` with ``x [T, D]``, after `prepare` has told it the shape of
-    the batch; returns ``(weights [T, K], selected [T, K], counts [E])``, which is DeepSpeed's contract, and keeps the
-    whole decision for `take`.
+    ``forward(x [B, S, D], inputs) -> Routing`` of ``T = B * S`` tokens. Nothing of a call is kept: what activation
+    checkpointing computes again and drops, nobody holds.
     """
 
     def __init__(self, config: ExpertsConfig, dim: int) -> None:
         super().__init__()
         router = config.router
-        self.dim = dim
         self.kind = router.kind
         self.granularity = router.granularity
         self.normalise = router.normalise
@@ -53,9 +49,6 @@ class SemanticRouter(nn.Module):
         self.grouped = router.grouped
         self.num_groups = router.groups if router.grouped else 1
         self.top_k = config.top_k
-        self.batch_shape: tuple[int, int] | None = None
-        self.inputs = NO_INPUTS
-        self._routing: Routing | None = None
         self._build_gates(config, dim)
         # Loss-free balance (arXiv 2408.15664): added for the selection only, never to the weight of an expert.
         self.register_buffer("selection_bias", torch.zeros(config.num_experts, dtype=torch.float32))
@@ -72,43 +65,35 @@ class SemanticRouter(nn.Module):
             self.hash_seed: Tensor
             self._table: tuple[tuple[int, ...], Tensor] | None = None
             return
-        self.expert_gate = make_gate(config.router, dim, config.num_experts)
+        of_group = config.num_experts // self.num_groups
+        self.expert_gate = make_gate(config.router, dim, config.num_experts, of_group)
         self.expert_gate.measures_similarity = config.balance.orthogonality > 0
         if self.kind == "two_level":
-            self.group_gate = make_gate(config.router, dim, self.num_groups)
+            self.group_gate = make_gate(config.router, dim, self.num_groups, self.num_groups)
         elif self.kind == "noisy_topk":
             self.noise_gate = Gate(dim, config.num_experts, "softmax", 0, 1.0)
             # All zeros at first, as published: no signal, and some noise.
             self.initial_gain = {"noise_gate.weight": 0.0}
             if isinstance(self.expert_gate, Gate):
                 self.initial_gain["expert_gate.weight"] = 0.0
-        elif self.kind == "frozen":
-            freeze(self.expert_gate)
 
     def seeded_reset(self, *key: Key) -> None:
         """Draw what no gate draws: the seed of the hash."""
         if self.kind == "hash":
             self.hash_seed.copy_(torch.randint(256, (4,), generator=generator(*key, "hash")))
 
-    def prepare(self, batch_shape: tuple[int, int], inputs: RouterInputs = NO_INPUTS) -> None:
-        """Say that the next rows are those of ``(samples, tokens)``, and what is given beside them.
-
-        Raises
-        ------
-        ValueError
-            A regime label or noise is missing, or given to a router that does not use it.
-        """
+    def _check(self, samples: int, inputs: RouterInputs) -> None:
+        """Refuse a regime label or noise that is missing, or that this router does not use."""
         told, noisy = self.kind == "oracle", self.kind == "noisy_topk" and self.training
         if (inputs.regime is not None) != told:
             problem = "needs the regime of each sample" if told else "takes no regime label; only an oracle does"
             raise ValueError(f"router kind {self.kind} {problem}")
         if inputs.regime is not None and not bool(((inputs.regime >= 0) & (inputs.regime < self.num_groups)).all()):
             raise ValueError(f"regime labels {inputs.regime.tolist()} do not fit router.groups={self.num_groups}")
-        if noisy and (inputs.noise is None or len(inputs.noise) != batch_shape[0]):
-            raise ValueError(f"router kind {self.kind} needs noise in training: {batch_shape[0]} seeds, one a sample")
+        if noisy and (inputs.noise is None or len(inputs.noise) != samples):
+            raise ValueError(f"router kind {self.kind} needs noise in training: {samples} seeds, one a sample")
         if inputs.noise is not None and self.kind != "noisy_topk":
             raise ValueError(f"router kind {self.kind} is not noisy; only noisy_topk takes seeds of noise")
-        self.batch_shape, self.inputs = batch_shape, inputs
 
     def finish_step(self) -> None:
         """Lower the temperature by one optimiser step of its schedule."""
@@ -116,9 +101,8 @@ class SemanticRouter(nn.Module):
             self.temperature.mul_(self.schedule.decay).clamp_(min=self.schedule.end)
 
     def _query(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the expert gate sees, ``[samples, tokens or 1, D]``, and the sample means ``[samples, 1, D]``."""
-        assert self.batch_shape is not None and x.shape[0] == math.prod(self.batch_shape)
-        query = x.float().view(*self.batch_shape, -1)
+        """What the expert gate sees, ``[B, S or 1, D]``, and the sample means ``[B, 1, D]``."""
+        query = x.float()
         mean = query.mean(1, keepdim=True)
         if self.granularity == "sample":
             query = mean
@@ -126,18 +110,12 @@ class SemanticRouter(nn.Module):
             query = query + self.context_weight * mean
         return query, mean
 
-    def _to_tokens(self, values: Tensor) -> Tensor:
-        """``[samples, tokens or 1, C] -> [T, C]``."""
-        assert self.batch_shape is not None
-        return values.expand(*self.batch_shape, -1).flatten(0, 1)
-
-    def _group_probs(self, mean: Tensor) -> Tensor:
-        """Probabilities of the groups ``[T, G]``: of the sample mean, or all on the one of the regime."""
+    def _group_probs(self, mean: Tensor, inputs: RouterInputs) -> Tensor:
+        """Probabilities of the groups ``[B, 1, G]``: of the sample mean, or all on the one of the regime."""
         if self.kind == "two_level":
-            return self._to_tokens(self.group_gate(mean)[0].softmax(-1))
-        regime = self.inputs.regime
-        assert regime is not None
-        return self._to_tokens(F.one_hot(regime, self.num_groups).float().unsqueeze(1))
+            return self.group_gate(mean)[0].softmax(-1)
+        assert inputs.regime is not None
+        return F.one_hot(inputs.regime, self.num_groups).float().unsqueeze(1)
 
     def _select(self, probs: Tensor, group_probs: Tensor) -> Tensor:
         bias = self.selection_bias.float()
@@ -149,41 +127,49 @@ class SemanticRouter(nn.Module):
             score = score.masked_fill(group_of_expert != group, float("-inf"))
         return score.topk(self.top_k, dim=-1).indices
 
-    def forward(self, x: Tensor, expert_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        x = x[:, : self.dim]  # The expert layer pads rows where experts change their width.
-        self._routing = self._by_position(x) if self.kind == "hash" else self._by_score(x)
-        return self._routing.weights, self._routing.selected, self._routing.counts
+    def forward(self, x: Tensor, inputs: RouterInputs = NO_INPUTS) -> Routing:
+        """Choose experts.
 
-    def _by_score(self, x: Tensor) -> Routing:
+        Raises
+        ------
+        ValueError
+            A regime label or noise is missing, or given to a router that does not use it.
+        """
+        self._check(len(x), inputs)
+        return self._by_position(x) if self.kind == "hash" else self._by_score(x, inputs)
+
+    def _by_score(self, x: Tensor, inputs: RouterInputs) -> Routing:
         query, mean = self._query(x)
         logits, similarity = self.expert_gate(query)
         load_probs = None
         if self.kind == "noisy_topk" and self.training:
-            logits, load_probs = self._add_noise(query, logits)
+            logits, load_probs = self._add_noise(query, logits, inputs)
         if self.schedule is not None:
             logits = logits / self.temperature.float()
-        logits = self._to_tokens(logits)
+        logits = _to_tokens(logits, x)
         if self.grouped:
-            group_probs = self._group_probs(mean)
+            group_probs = _to_tokens(self._group_probs(mean, inputs), x)
             within = logits.view(-1, self.num_groups, self.num_experts // self.num_groups).softmax(-1)
             probs = (group_probs.unsqueeze(-1) * within).flatten(1)
         else:
-            probs, group_probs = logits.softmax(-1), logits.new_empty(x.shape[0], 0)
+            probs, group_probs = logits.softmax(-1), logits.new_empty(len(logits), 0)
         selected = self._select(probs.detach(), group_probs.detach())
         chosen = probs if self.normalise == "before" else logits
         weights = chosen.gather(-1, selected)
         if self.normalise == "after":
             weights = weights.softmax(-1)
         counts = count_assignments(selected, self.num_experts)
+        if load_probs is not None:
+            load_probs = _to_tokens(load_probs, x)
         return Routing(probs, logits, selected, counts, group_probs, weights, load_probs, similarity)
 
-    def _add_noise(self, query: Tensor, clean: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``H = x W_g + N(0, 1) softplus(x W_noise)``, and P(x, i) of Shazeer's load, ``[T, E]``.
+    def _add_noise(self, query: Tensor, clean: Tensor, inputs: RouterInputs) -> tuple[Tensor, Tensor | None]:
+        """``H = x W_g + N(0, 1) softplus(x W_noise)``, and P(x, i) of Shazeer's load, ``[B, S or 1, E]``.
 
         The noise is drawn by the seeds of the samples: the same on any number of ranks, and in a resumed run.
         """
-        assert self.inputs.noise is not None
-        drawn = [torch.randn(clean.shape[1:], generator=generator(seed)) for seed in self.inputs.noise]
+        assert inputs.noise is not None
+        drawn = [torch.randn(clean.shape[1:], generator=generator(seed)) for seed in inputs.noise]
         std = F.softplus(self.noise_gate(query)[0])
         noisy = clean + torch.stack(drawn).to(clean) * std
         if self.top_k == self.num_experts:
@@ -191,13 +177,10 @@ class SemanticRouter(nn.Module):
         best = noisy.topk(self.top_k + 1, dim=-1).values
         last, next_best = best[..., -2:-1], best[..., -1:]
         threshold = torch.where(noisy >= last, next_best, last)  # The K-th best of the *other* experts.
-        load_probs = torch.special.ndtr((clean - threshold) / std.clamp(min=1e-6))
-        return noisy, self._to_tokens(load_probs)
+        return noisy, torch.special.ndtr((clean - threshold) / std.clamp(min=1e-6))
 
     def _by_position(self, x: Tensor) -> Routing:
-        assert self.batch_shape is not None
-        table = self._positions(self.batch_shape[1]).to(x.device)
-        selected = self._to_tokens(table.unsqueeze(0))
+        selected = _to_tokens(self._positions(x.shape[1]).to(x.device).unsqueeze(0), x)
         weights = torch.full(selected.shape, 1.0 / self.top_k, device=x.device)
         logits = weights.new_zeros(len(selected), self.num_experts)
         counts = count_assignments(selected, self.num_experts)
@@ -213,12 +196,7 @@ class SemanticRouter(nn.Module):
             self._table = (key, choices)
         return self._table[1]
 
-    def take(self) -> Routing:
-        """The decision of the last call; it is handed over, so that no graph is kept alive here."""
-        routing, self._routing = self._routing, None
-        assert routing is not None, "take() before forward()"
-        return routing
 
-    def put(self, routing: Routing) -> None:
-        """Set the decision that the next `take` hands over: for hooks that change what the router chose."""
-        self._routing = routing
+def _to_tokens(values: Tensor, x: Tensor) -> Tensor:
+    """``[B or 1, S or 1, C] -> [T, C]``, for the tokens of ``x [B, S, D]``."""
+    return values.expand(*x.shape[:2], -1).flatten(0, 1)

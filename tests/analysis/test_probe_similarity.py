@@ -15,7 +15,7 @@ from shodh.analysis.probe.similarity import (
     linear_cka,
     tensor_similarity,
 )
-from shodh.moe.experts import ExpertStack, LinearExpertStack
+from shodh.moe.experts import ExpertStack
 from shodh.seeding import generator
 
 EXPERTS, DIM, HIDDEN = 3, 6, 8
@@ -87,7 +87,7 @@ def test_outputs_are_those_of_every_expert() -> None:
     experts, x = stack(activation="swiglu"), normal("x", 11, DIM)
     outputs = expert_outputs(experts, x)
     assert outputs.shape == (EXPERTS, 11, DIM)
-    torch.testing.assert_close(outputs[1], experts(x, 1).detach())
+    torch.testing.assert_close(outputs[1], experts.one(x, 1).detach())
     np.testing.assert_allclose(np.diag(cka_matrix(outputs, outputs)), 1, atol=1e-12)
 
 
@@ -121,7 +121,7 @@ def test_tensor_similarity_is_one_under_permutation_and_reciprocal_rescaling(sel
         same.w3.copy_(experts.w1[:, order] * scale[1])
         same.w2.copy_(experts.w2[:, :, order] / (scale[0] * scale[1]).T)
     x = normal("x", 5, DIM)
-    torch.testing.assert_close(same(x, 0), experts(x, 0))
+    torch.testing.assert_close(same.one(x, 0), experts.one(x, 0))
     similarity = tensor_similarity(experts, same, self_contraction=self_contraction)
     np.testing.assert_allclose(np.diag(similarity), 1, atol=1e-12)
     assert np.abs(similarity[~np.eye(EXPERTS, dtype=bool)]).max() < 0.9, "different experts are told apart"
@@ -133,7 +133,7 @@ def test_with_self_contraction_the_pairing_is_the_gaussian_expectation_and_witho
         b.w3.copy_(0.5 * b.w3 + b.w1)
         a.w3.copy_(0.5 * a.w3 + a.w1)
     x = normal("gaussian", 200_000, DIM)
-    first, second = a(x, 0).detach(), b(x, 1).detach()
+    first, second = a.one(x, 0).detach(), b.one(x, 1).detach()
     pairing = bilinear_pairing(a, b)
     tensor, contraction = pairing.tensor[0, 1], pairing.contraction[0, 1]
 
@@ -158,11 +158,11 @@ def test_experts_that_are_not_bilinear_are_refused() -> None:
 
 
 def test_linear_experts_are_compared_by_their_outputs_alone() -> None:
-    stack = LinearExpertStack(3, 6, 16)
+    stack = ExpertStack(3, 6, 16, "linear")
     stack.seeded_reset(0, "stack")
     rows = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     outputs = expert_outputs(stack, rows)
-    assert outputs.shape == (3, 40, 16) and torch.equal(outputs[1], stack(rows, 1).detach())
+    assert outputs.shape == (3, 40, 16) and torch.equal(outputs[1], stack.one(rows, 1).detach())
     assert not is_bilinear(stack)
     with pytest.raises(ValueError, match="bilinear experts alone"):
         tensor_similarity(stack, stack)

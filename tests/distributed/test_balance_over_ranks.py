@@ -56,9 +56,7 @@ def evaluate(routers: list[SemanticRouter], x: Tensor, balance: GlobalBalance) -
     routings = []
     for router in routers:
         seeds = tuple(int(1e6 * sample.abs().sum()) for sample in x) if router.kind == "noisy_topk" else None
-        router.prepare((x.shape[0], x.shape[1]), RouterInputs(noise=seeds))
-        router(x.reshape(-1, DIM))
-        routings.append(router.take())
+        routings.append(router(x, RouterInputs(noise=seeds)))
     return balance(routings)
 
 

@@ -19,7 +19,7 @@ from shodh.moe.router import SemanticRouter
 deepspeed = pytest.importorskip("deepspeed")
 
 from deepspeed.module_inject import auto_ep_config, auto_ep_layer  # noqa: E402
-from deepspeed.moe import ep_experts, utils  # noqa: E402
+from deepspeed.moe import utils  # noqa: E402
 
 from shodh.moe.layer import ExpertLayer, optimizer_groups  # noqa: E402
 
@@ -45,10 +45,12 @@ def test_version_is_one_that_was_read() -> None:
     ("function", "expected"),
     [
         (auto_ep_layer.AutoEPMoELayer.__init__, ["self", "spec", "source_module", "ep_size", "ep_rank", "config"]),
-        (auto_ep_layer.AutoEPMoELayer.forward, ["self", "hidden_states"]),
-        (auto_ep_layer.AutoEPMoELayer._finalize_output, ["self", "output", "x", "hidden_states", "hdim"]),
+        (auto_ep_layer._AllToAllV.forward, ["ctx", "group", "x", "input_splits", "output_splits"]),
+        (
+            auto_ep_layer._split_plan_from_expert_counts,
+            ["num_tokens_per_expert", "ep_size", "num_local_experts", "ep_group"],
+        ),
         (auto_ep_layer.AutoEPMoELayer.set_deepspeed_parallelism, ["self"]),
-        (ep_experts.register_expert_activation, ["name", "fn"]),
         (utils.split_params_into_different_moe_groups_for_optimizer, ["param_groups"]),
         (deepspeed.DeepSpeedEngine.save_checkpoint, ["self", "save_dir", "tag", "client_state", "save_latest"]),
         (deepspeed.DeepSpeedEngine.load_checkpoint, ["self", "load_dir", "tag"]),
@@ -68,16 +70,11 @@ def test_signatures(function: Any, expected: list[str]) -> None:
 
 def test_specification_needs_no_more_than_we_give(layer: ExpertLayer) -> None:
     assert auto_ep_layer.MoELayerSpec is auto_ep_config.MoELayerSpec
-    assert layer.score_apply == "post" and layer.combine_impl == "weighted_sum" and layer.comm_backend == "comm"
     assert layer.load_balance_coeff is None and layer.expert_bias is None, "DeepSpeed would balance on its own"
-    assert not layer.return_router_logits and layer.moe_output_shape != "flat"
 
 
-def test_router_is_called_with_rows_and_must_return_weights_choice_and_counts(layer: ExpertLayer) -> None:
-    source = inspect.getsource(auto_ep_layer.AutoEPMoELayer._forward)
-    assert "RouterOutput(*self.router(x, self.expert_bias))" in source
-    assert auto_ep_layer.RouterOutput._fields == ("top_scores", "selected_experts", "num_tokens_per_expert")
-    assert isinstance(layer.router, SemanticRouter)
+def test_split_plan_says_what_is_sent_and_what_comes() -> None:
+    assert auto_ep_layer.SplitPlan._fields == ("input_splits", "output_splits", "local_counts_by_source")
 
 
 def test_parameters_are_those_of_the_exchange_format(layer: ExpertLayer) -> None:
@@ -115,11 +112,6 @@ def test_optimiser_groups_keep_experts_apart_under_unique_names(layer: ExpertLay
     assert {id(p) for p in experts["params"]} == {id(p) for p in layer.experts.parameters()}
     assert experts["weight_decay"] == 0.1 and experts["name"] == "ep_size_2"
     assert sum(len(group["params"]) for group in groups) == len(list(layer.parameters()))
-
-
-def test_bilinear_activation_is_registered_and_computes_a_product() -> None:
-    gate, up = torch.randn(2, 3, 5)
-    assert torch.equal(ep_experts.apply_expert_activation(gate, up, "bilinear"), gate * up)
 
 
 def test_grouped_gemm_runs_here_and_keeps_its_limits() -> None:

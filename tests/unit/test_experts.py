@@ -14,9 +14,7 @@ from shodh.moe.experts import (
     ExpertLayerReference,
     ExpertStack,
     FeedForward,
-    LinearExpertStack,
     build_dense,
-    reset_experts,
 )
 from shodh.moe.routing import Routing
 
@@ -71,10 +69,10 @@ def test_gradient_is_that_of_finite_differences() -> None:
 
 def test_experts_start_different_and_independent_of_how_they_are_dealt_out() -> None:
     whole = ExpertStack(4, DIM, HIDDEN, "swiglu")
-    reset_experts(whole, 0, 7, "layer")
+    whole.seeded_reset(7, "layer")
     for first in (0, 2):
-        part = ExpertStack(2, DIM, HIDDEN, "swiglu")
-        reset_experts(part, first, 7, "layer")
+        part = ExpertStack(2, DIM, HIDDEN, "swiglu", first)
+        part.seeded_reset(7, "layer")
         for name, parameter in part.named_parameters():
             assert torch.equal(parameter, whole.get_parameter(name)[first : first + 2])
     for _, parameter in whole.named_parameters():
@@ -87,7 +85,7 @@ def test_layers_and_seeds_draw_other_experts() -> None:
     states = []
     for key in ((7, "a"), (7, "b"), (8, "a")):
         stack = ExpertStack(2, DIM, HIDDEN, "swiglu")
-        reset_experts(stack, 0, *key)
+        stack.seeded_reset(*key)
         states.append(stack.w1.clone())
     assert not any(torch.equal(states[i], states[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
@@ -140,10 +138,10 @@ def test_halves_cost_no_parameters() -> None:
 
 
 def test_linear_experts_start_different_with_zero_biases() -> None:
-    whole = LinearExpertStack(4, DIM, 32)
-    reset_experts(whole, 0, 7, "layer")
-    part = LinearExpertStack(2, DIM, 32)
-    reset_experts(part, 2, 7, "layer")
+    whole = ExpertStack(4, DIM, 32, "linear")
+    whole.seeded_reset(7, "layer")
+    part = ExpertStack(2, DIM, 32, "linear", 2)
+    part.seeded_reset(7, "layer")
     assert (whole.w2 == 0).all()
     for name in ("w1", "w3"):
         drawn = whole.get_parameter(name)

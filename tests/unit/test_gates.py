@@ -49,7 +49,7 @@ def test_convolutional_gate_is_the_chain_of_its_maps() -> None:
 
 @pytest.mark.parametrize("config", [{}, {"score": "softmax"}, {"score": "softmax", "gate": "conv"}])
 def test_rows_of_a_batch_do_not_see_each_other(config: dict[str, str]) -> None:
-    gate, x = drawn(make_gate(RouterConfig(**config), DIM, EXPERTS)), rows()
+    gate, x = drawn(make_gate(RouterConfig(**config), DIM, EXPERTS, EXPERTS)), rows()
     together = gate(x)[0]
     assert together.shape == (5, EXPERTS) and together.dtype == torch.float32
     for row in range(5):
@@ -86,7 +86,7 @@ def test_gradient_of_the_similarity_spreads_the_rows(gate: nn.Module) -> None:
 
 @pytest.mark.parametrize("config", [{}, {"score": "softmax", "gate": "conv"}])
 def test_frozen_gate_has_no_parameters_and_the_same_values(config: dict[str, str]) -> None:
-    free, frozen = (make_gate(RouterConfig(**config), DIM, EXPERTS) for _ in range(2))
+    free, frozen = (make_gate(RouterConfig(**config), DIM, EXPERTS, EXPERTS) for _ in range(2))
     freeze(frozen)
     drawn(free), drawn(frozen)
     assert not list(frozen.parameters())

@@ -45,8 +45,7 @@ def test_temperatures_fall_by_their_factor_once_a_step_to_their_end() -> None:
     seen = [layer.router.temperature.item()]
     for _ in range(20):
         with torch.no_grad():
-            layer.router.prepare((1, 2))
-            layer.router(torch.zeros(2, 16))  # A forward pass moves nothing.
+            layer.router(torch.zeros(1, 2, 16))  # A forward pass moves nothing.
         finish_step(layer, experts, counts=lambda: pytest.fail("no counts are needed"))
         seen.append(layer.router.temperature.item())
     assert seen == pytest.approx([max(0.5, 2.0 * 0.9**n) for n in range(21)], rel=1e-5)

@@ -27,9 +27,8 @@ def make(router: dict[str, Any], top_k: int = 2, seed: int = 0, **settings: Any)
 
 
 def route(router: SemanticRouter, x: Tensor, inputs: RouterInputs = NO_INPUTS) -> Routing:
-    router.prepare((x.shape[0], x.shape[1]), inputs)
-    router(x.reshape(-1, x.shape[-1]))
-    return router.take()
+    routing: Routing = router(x, inputs)
+    return routing
 
 
 def tokens(seed: int = 1, samples: int = SAMPLES) -> Tensor:
@@ -44,9 +43,10 @@ def trained(router: SemanticRouter) -> SemanticRouter:
     return router
 
 
-@pytest.mark.parametrize("kind", ["token", "context", "two_level", "frozen"])
+@pytest.mark.parametrize("kind", ["token", "context", "frozen", "oracle"])
 def test_weights_after_the_top_k_are_the_softmax_of_the_chosen_logits(kind: str) -> None:
-    routing = route(make({"kind": kind, "groups": 2, **AFTER}, top_k=3), tokens())
+    told = RouterInputs(regime=torch.tensor([1, 0, 1])) if kind == "oracle" else NO_INPUTS
+    routing = route(make({"kind": kind, "groups": 2, **AFTER}, top_k=3), tokens(), told)
     torch.testing.assert_close(routing.weights, routing.logits.gather(1, routing.selected).softmax(-1))
     chosen = routing.probs.gather(1, routing.selected)
     torch.testing.assert_close(routing.weights, chosen / chosen.sum(-1, keepdim=True))
@@ -175,6 +175,10 @@ def test_router_refuses_what_it_does_not_use_and_asks_for_what_it_does(
         ({"router": {"kind": "hash", "granularity": "sample"}}, "use kind frozen"),
         ({"router": {"temperature_schedule": {"start": 0.1}}}, "the temperature falls"),
         ({"router": {"kind": "oracle", "groups": 4}, "num_experts": 6}, "not divisible by router.groups=4"),
+        ({"router": AFTER}, "use router.normalise=before, or a larger top_k"),
+        ({"router": NOISY, "num_experts": 1}, "or a larger top_k"),
+        ({"router": {"kind": "two_level", **AFTER}, "top_k": 2}, "gate of the groups would get no gradient"),
+        ({"router": {"semantic_dim": 1}}, "greater than or equal to 2"),
         ({"balance": {"load": 0.1}}, "balance.load is defined by the noise"),
         ({"form": "linear", "hidden": 24}, "multiple of 16"),
     ],

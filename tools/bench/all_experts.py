@@ -13,12 +13,11 @@ class AllExperts(ExpertLayerReference):
     """Every expert on every token, weighted by zero where it was not chosen."""
 
     def forward(self, x: Tensor, inputs: RouterInputs = NO_INPUTS) -> tuple[Tensor, Routing]:
-        self.router.prepare((x.shape[0], x.shape[1]), inputs)
+        routing: Routing = self.router(x, inputs)
         rows = x.flatten(0, 1)
-        weights, selected, _ = self.router(rows)
-        spread = torch.zeros(len(rows), self.num_experts, device=x.device).scatter(1, selected, weights).to(x.dtype)
+        spread = torch.zeros_like(routing.probs).scatter(1, routing.selected, routing.weights).to(x.dtype)
         out = rows.new_zeros(len(rows), self.width)
-        for expert in range(self.num_experts):
-            out = out + self.experts(rows, expert) * spread[:, expert : expert + 1]
+        for expert in range(routing.num_experts):
+            out = out + self.experts.one(rows, expert) * spread[:, expert : expert + 1]
         out = out.view(*x.shape[:2], -1)
-        return out if self.shared_experts is None else out + self.shared_experts(x), self.router.take()
+        return out if self.shared_experts is None else out + self.shared_experts(x), routing

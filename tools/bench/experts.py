@@ -81,7 +81,7 @@ class Bench:
         self.x = torch.randn(1, args.tokens, args.dim, generator=draw).to(self.device, dtype).requires_grad_()
 
     def config(self, experts: int, top_k: int) -> ExpertsConfig:
-        router = {"score": "softmax", "normalise": "after"}
+        router = {"score": "softmax", "normalise": "after" if top_k > 1 else "before"}
         form, hidden = self.args.form, self.args.dim
         return ExpertsConfig(
             num_experts=experts,

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shodh.moe.experts import ExpertLayerReference
-from shodh.moe.router import SemanticRouter
-from shodh.moe.routing import count_assignments
+from shodh.moe.routing import Routing, count_assignments
 from shodh.seeding import Key, generator
 
 
@@ -53,15 +52,13 @@ def override_routing(model: nn.Module, override: Override) -> Iterator[None]:
         yield
 
 
-def _hook(layer: int, override: Override) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    def change(router: nn.Module, _: object, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        assert isinstance(router, SemanticRouter) and router.batch_shape is not None
-        shape, routing = router.batch_shape, router.take()
-        whole = Decision(*(x.unflatten(0, shape) for x in (output[0], output[1], routing.probs)))
+def _hook(layer: int, override: Override) -> Callable[..., Routing]:
+    def change(_: nn.Module, arguments: tuple[Tensor, ...], routing: Routing) -> Routing:
+        shape = arguments[0].shape[:2]
+        whole = Decision(*(x.unflatten(0, shape) for x in (routing.weights, routing.selected, routing.probs)))
         weights, selected = (x.flatten(0, 1) for x in override(layer, whole))
         counts = count_assignments(selected, routing.num_experts)
-        router.put(routing._replace(selected=selected, counts=counts, weights=weights))
-        return weights, selected, counts
+        return routing._replace(selected=selected, counts=counts, weights=weights)
 
     return change
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.moe.experts import ExpertStack, RoutedExperts, bilinear
+from shodh.moe.experts import ExpertStack
 
 
 def linear_cka(x: Tensor, y: Tensor, *, debiased: bool = True) -> float:
@@ -46,11 +46,11 @@ def _hsic(x: Tensor, y: Tensor, debiased: bool) -> float:
     return product - n / (n - 2) * float(rows_x @ rows_y) + float(rows_x.sum() * rows_y.sum()) / ((n - 1) * (n - 2))
 
 
-def expert_outputs(experts: RoutedExperts, inputs: Tensor) -> Tensor:
+def expert_outputs(experts: ExpertStack, inputs: Tensor) -> Tensor:
     """Output of *every* expert on the same rows, whoever they were routed to: ``[E, N, D]``, on the CPU."""
     rows = inputs.to(experts.w1)
     with torch.no_grad():
-        return torch.stack([experts(rows, e).cpu() for e in range(len(experts.w1))])
+        return torch.stack([experts.one(rows, e).cpu() for e in range(len(experts.w1))])
 
 
 def cka_matrix(first: Tensor, second: Tensor, *, debiased: bool = True) -> np.ndarray:
@@ -65,7 +65,7 @@ class Pairing(NamedTuple):
     contraction: np.ndarray
 
 
-def bilinear_pairing(first: RoutedExperts, second: RoutedExperts) -> Pairing:
+def bilinear_pairing(first: ExpertStack, second: ExpertStack) -> Pairing:
     """Exact inner products of the quadratic forms that bilinear experts are (2605.15183).
 
     Expert ``y = D ((L x) * (R x))`` is one symmetric form an output, ``y_o = x^T B_o x`` with
@@ -90,7 +90,7 @@ def _tensor_product(l1: Tensor, r1: Tensor, d1: Tensor, l2: Tensor, r2: Tensor, 
     return float((hidden * (d1.T @ d2)).sum())
 
 
-def tensor_similarity(first: RoutedExperts, second: RoutedExperts, *, self_contraction: bool = False) -> np.ndarray:
+def tensor_similarity(first: ExpertStack, second: ExpertStack, *, self_contraction: bool = False) -> np.ndarray:
     """Cosine of bilinear experts as quadratic forms, ``[E1, E2]``, exact: no inputs are drawn.
 
     Parameters
@@ -105,7 +105,7 @@ def tensor_similarity(first: RoutedExperts, second: RoutedExperts, *, self_contr
         The experts are not bilinear.
     """
 
-    def product(a: RoutedExperts, b: RoutedExperts) -> np.ndarray:
+    def product(a: ExpertStack, b: ExpertStack) -> np.ndarray:
         pairing = bilinear_pairing(a, b)
         return 2 * pairing.tensor + pairing.contraction if self_contraction else pairing.tensor
 
@@ -116,6 +116,6 @@ def tensor_similarity(first: RoutedExperts, second: RoutedExperts, *, self_contr
     return product(first, second) / norms
 
 
-def is_bilinear(experts: RoutedExperts) -> bool:
+def is_bilinear(experts: ExpertStack) -> bool:
     """Whether an expert is a quadratic form of its input."""
-    return isinstance(experts, ExpertStack) and experts.activation is bilinear
+    return experts.activation == "bilinear"
