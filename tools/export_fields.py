@@ -42,6 +42,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def from_file(args: argparse.Namespace) -> Iterator[Part]:
     from shodh.data.formats import open_file
     from shodh.data.formats.probe import probe
+    from shodh.devices import pick_device
     from shodh.errors import ConfigError
 
     probe(args.source)
@@ -68,7 +69,7 @@ def from_run(args: argparse.Namespace) -> Iterator[Part]:
     from shodh.errors import ConfigError
     from shodh.train.evaluation import evaluate, open_run
 
-    evaluator = open_run(args.source, None, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    evaluator = open_run(args.source, None, torch.device(pick_device("auto")))
     regimes = evaluator.regimes
     unknown = set(args.fields or ()) - {f.name for f in regimes.dynamic}
     if unknown:
