@@ -42,7 +42,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def from_file(args: argparse.Namespace) -> Iterator[Part]:
     from shodh.data.formats import open_file
     from shodh.data.formats.probe import probe
-    from shodh.devices import pick_device
     from shodh.errors import ConfigError
 
     probe(args.source)
@@ -66,6 +65,7 @@ def from_file(args: argparse.Namespace) -> Iterator[Part]:
 def from_run(args: argparse.Namespace) -> Iterator[Part]:
     import torch
 
+    from shodh.devices import pick_device
     from shodh.errors import ConfigError
     from shodh.train.evaluation import evaluate, open_run
 
