@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-RANKS  := 2
 DEMO   := launch/configs/demo.yaml
+# Two expert-parallel ranks, or one on a machine with one GPU.
+RANKS  := $$(python -m shodh.devices --ranks 2)
 
 .PHONY: demo test lint types install clean
 
@@ -19,8 +20,9 @@ $(STAMP): requirements.lock setup.py pyproject.toml $(wildcard shodh/ops/csrc/*)
 
 demo: $(STAMP)
 	$(BIN)/python tools/generate_data.py --regime open_channel porous_media --grid 32 --trajectories 16 --frames 16 --out data/demo
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS) launch/train_tokenizer.py --config $(DEMO) --resume auto
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS) launch/pretrain.py --config $(DEMO) --resume auto
+	export PATH="$(CURDIR)/$(BIN):$$PATH" && ranks=$(RANKS) && \
+	deepspeed --num_gpus $$ranks launch/train_tokenizer.py --config $(DEMO) --resume auto && \
+	deepspeed --num_gpus $$ranks launch/pretrain.py --config $(DEMO) --set parallel.ep_size=$$ranks --resume auto
 	$(BIN)/python launch/evaluate.py --run runs/demo
 
 test: $(STAMP)

@@ -12,7 +12,7 @@ import torch
 
 from shodh.analysis.report import write_report
 from shodh.cli import run_main
-from shodh.generation import pick_device
+from shodh.devices import pick_device
 from shodh.train.evaluation import evaluate, open_run
 from shodh.train.runtime import quiet_logs
 

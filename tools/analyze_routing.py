@@ -19,8 +19,8 @@ from shodh.analysis.page import Section, text_table, write_page
 from shodh.analysis.probe.sections import SECTIONS, probe_sections
 from shodh.analysis.routing import analyse, find_traces, read_traces
 from shodh.cli import field_maps, named_paths, run_main
+from shodh.devices import pick_device
 from shodh.errors import ConfigError
-from shodh.generation import pick_device
 from shodh.train.run_folder import RunFolder
 from shodh.train.runtime import quiet_logs
 

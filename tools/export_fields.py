@@ -65,10 +65,11 @@ def from_file(args: argparse.Namespace) -> Iterator[Part]:
 def from_run(args: argparse.Namespace) -> Iterator[Part]:
     import torch
 
+    from shodh.devices import pick_device
     from shodh.errors import ConfigError
     from shodh.train.evaluation import evaluate, open_run
 
-    evaluator = open_run(args.source, None, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    evaluator = open_run(args.source, None, torch.device(pick_device("auto")))
     regimes = evaluator.regimes
     unknown = set(args.fields or ()) - {f.name for f in regimes.dynamic}
     if unknown:

@@ -11,13 +11,13 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shodh.cli import run_main
+from shodh.devices import pick_device
 from shodh.errors import ConfigError
 from shodh.generation import (
     Interval,
     Request,
     expand_regimes,
     generate,
-    pick_device,
 )
 from shodh.physics import REGIMES, parse_parameter
 

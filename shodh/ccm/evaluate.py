@@ -20,11 +20,13 @@ from shodh.ccm.settings import CCMConfig
 from shodh.config import to_dict
 from shodh.files import write_atomically
 from shodh.merge.readout import BANK
+from shodh.precision import ieee_float32
 from shodh.train.run_folder import describe_environment
 
 VERSION = 1
 
 
+@ieee_float32()
 def evaluate_seed(study: CCMConfig, seed: int, device: torch.device) -> None:
     """Measure every method on every value of the family and write ``results/seedN.json``, whole or not at all.
 

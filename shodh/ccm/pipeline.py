@@ -15,8 +15,8 @@ from shodh.ccm.data import make_data, missing_files
 from shodh.ccm.evaluate import measured_settings
 from shodh.ccm.settings import MEMBERS, CCMConfig, Member
 from shodh.config import RunConfig, to_dict
+from shodh.devices import pick_device
 from shodh.errors import ConfigError, DataError, ShodhError
-from shodh.generation import pick_device
 from shodh.models.description import is_pretrained
 from shodh.train.plan import ASSUMED_UTILISATION, PEAK_FLOPS, make_plan
 from shodh.train.ranks import Ranks

@@ -11,8 +11,8 @@ import torch
 from shodh.ccm.evaluate import evaluate_seed
 from shodh.ccm.settings import CCMConfig, Member
 from shodh.config.reading import section_from_dict
+from shodh.devices import pick_device
 from shodh.exchange.convert import convert
-from shodh.generation import pick_device
 from shodh.models.description import is_pretrained
 from shodh.train.jobs import pretrain
 from shodh.train.runtime import quiet_logs, rank, run_ranks, world_size

@@ -5,7 +5,7 @@ Joins the solvers (`shodh.physics`) and the files (`shodh.data`), which do not k
 
 from shodh.generation.generate import generate
 from shodh.generation.plan import Job, Part, Request, check_space, expand_regimes, pending_parts, plan
-from shodh.generation.solve import pick_device, pick_workers, solve_all, write_missing_statistics
+from shodh.generation.solve import pick_workers, solve_all, write_missing_statistics
 from shodh.generation.variation import Interval
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "expand_regimes",
     "generate",
     "pending_parts",
-    "pick_device",
     "pick_workers",
     "plan",
     "solve_all",

@@ -144,13 +144,6 @@ def write_missing_statistics(jobs: Sequence[Job]) -> None:
             write_stats(job.folder / "stats.yaml", compute_statistics(train, job.regime.schema))
 
 
-def pick_device(name: str) -> str:
-    """``"cpu"`` or ``"cuda"`` for ``"auto"``, ``"cpu"`` or ``"cuda"``."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: no CUDA device was found; use --device cpu")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
-
-
 def cpu_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

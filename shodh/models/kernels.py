@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from shodh.devices import uses_cuda
 from shodh.errors import ExtensionError
 
 Kernels = Literal["auto", "torch", "apex"]
@@ -34,7 +35,7 @@ def _use_apex(kernels: Kernels, found: Any | None, what: str) -> bool:
             f"kernels: apex, but NVIDIA's apex with {what} is not installed; build it from NVIDIA's source "
             "(not PyPI's package of that name), or set kernels: auto"
         )
-    return found is not None and (kernels == "apex" or (kernels == "auto" and torch.cuda.is_available()))
+    return found is not None and (kernels == "apex" or (kernels == "auto" and uses_cuda()))
 
 
 def rms_norm(dim: int, kernels: Kernels = "torch") -> nn.Module:

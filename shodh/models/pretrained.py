@@ -17,6 +17,7 @@ from shodh.models.pretrained_base import PretrainedModel, local_folder
 from shodh.models.registry import FieldOperator
 from shodh.models.tokenizer import Tokenizer
 from shodh.moe.step import regime_arguments
+from shodh.precision import ieee_float32
 
 
 class ShodhModel(PretrainedModel):
@@ -57,6 +58,7 @@ class ShodhModel(PretrainedModel):
         return add_walls(self._normalize_static(static, regime), self.domain(regime))
 
     @torch.no_grad()
+    @ieee_float32()
     def encode(self, fields: Tensor, static: Tensor, regime: str) -> Tensor:
         """Physical fields ``[B, T, C, X, Y, Z]``, static ones ``[B, S, X, Y, Z]`` -> latents ``[B, T, L, x, y, z]``.
 
@@ -74,6 +76,7 @@ class ShodhModel(PretrainedModel):
         return torch.stack(frames, 1)
 
     @torch.no_grad()
+    @ieee_float32()
     def decode(self, latents: Tensor, static: Tensor, regime: str, *, exact: bool = False) -> Tensor:
         """Latents ``[B, T, L, x, y, z]`` -> physical fields ``[B, T, C, X, Y, Z]``.
 
@@ -90,6 +93,7 @@ class ShodhModel(PretrainedModel):
         return self.normalizer.denormalize(torch.stack(frames, 1), regime)
 
     @torch.no_grad()
+    @ieee_float32()
     def rollout(self, fields: Tensor, static: Tensor, regime: str, steps: int, *, exact: bool = False) -> Tensor:
         """The ``steps`` frames that follow, each predicted from the last ones in latent space: ``[B, steps, C, ...]``.
 
@@ -130,6 +134,7 @@ class FieldModel(PretrainedModel):
         fields = [f for f in (f.build() for f in self.config.data.fields) if f.static == static]
         return channel_mask(fields, self.domain(regime), len(self.grid)).to(like.device).expand(len(like), -1)
 
+    @ieee_float32()
     def step(self, window: Tensor, static: Tensor, regime: str) -> OperatorOutput:
         """The next frame of *normalised* fields, and how it was routed; differentiable, in weights and inputs.
 
@@ -146,6 +151,7 @@ class FieldModel(PretrainedModel):
         return output
 
     @torch.no_grad()
+    @ieee_float32()
     def rollout(self, fields: Tensor, static: Tensor, regime: str, steps: int, *, exact: bool = False) -> Tensor:
         """The ``steps`` frames that follow, each predicted from the last ones: ``[B, steps, C, *grid]``.
 

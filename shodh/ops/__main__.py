@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,8 @@ EXAMPLES = """examples:
   python -m shodh.ops --build               build for this machine, in place
   python -m shodh.ops --build cpu           the CPU kernels alone
   python -m shodh.ops --compile-cuda-check  compile the CUDA sources for sm_90a; needs nvcc, no device
+  python -m shodh.ops --compile-check --torch-include DIR
+                                            compile all sources against the headers of another torch
 """
 
 
@@ -47,25 +50,30 @@ def build_in_place(backends: list[str]) -> int:
     return 0
 
 
-def compile_cuda_check(arch: str) -> int:
-    """Compile the CUDA sources and print registers and spills; nothing to do without nvcc."""
-    try:
-        build.find_nvcc()
-    except build.BuildError as error:
-        print(f"skipped: {error}")
-        return 0
-    try:
-        said = build.check_cuda_sources(arch)
-    except build.BuildError as error:
-        print(error, file=sys.stderr)
-        return 1
-    registers = [int(count) for count in re.findall(r"Used (\d+) registers", said)]
-    spills = [int(count) for count in re.findall(r"(\d+) bytes spill stores", said)]
-    files = ", ".join(path.name for path in build.sources("cuda"))
-    print(
-        f"sm_{arch}: {len(registers)} kernels from {files}; at most {max(registers)} registers; "
-        f"{sum(1 for s in spills if s)} spill, at most {max(spills)} bytes"
-    )
+def compile_check(backends: list[str], arch: str, include: Path | None) -> int:
+    """Compile the sources, print registers and spills of the CUDA ones; a back end without a compiler is skipped."""
+    for backend in backends:
+        files = ", ".join(path.name for path in build.sources(backend))
+        try:
+            if backend == "cuda":
+                build.find_nvcc()
+        except build.BuildError as error:
+            print(f"{backend}: skipped: {error}")
+            continue
+        try:
+            said = build.check_sources(backend, arch, include)
+        except build.BuildError as error:
+            print(f"{backend}: {error}", file=sys.stderr)
+            return 1
+        if backend == "cpu":
+            print(f"cpu: {files} compile")
+            continue
+        registers = [int(count) for count in re.findall(r"Used (\d+) registers", said)]
+        spills = [int(count) for count in re.findall(r"(\d+) bytes spill stores", said)]
+        print(
+            f"sm_{arch}: {len(registers)} kernels from {files}; at most {max(registers)} registers; "
+            f"{sum(1 for s in spills if s)} spill, at most {max(spills)} bytes"
+        )
     return 0
 
 
@@ -81,13 +89,24 @@ def main(arguments: list[str] | None = None) -> int:
     chosen.add_argument(
         "--build", nargs="?", const="all", choices=["all", *build.BACKENDS], help="build in place for this machine"
     )
-    chosen.add_argument("--compile-cuda-check", action="store_true", help="compile the CUDA sources, link nothing")
+    chosen.add_argument(
+        "--compile-check", nargs="?", const="all", choices=["all", *build.BACKENDS], help="compile, and link nothing"
+    )
+    chosen.add_argument(
+        "--compile-cuda-check", action="store_const", dest="compile_check", const="cuda", help="--compile-check cuda"
+    )
+    parser.add_argument(
+        "--torch-include", type=Path, metavar="DIR", help="check against the headers in DIR, torch/include of any torch"
+    )
     parser.add_argument("--arch", default="90a", help="compute capability of the check (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.build:
         return build_in_place(build.wanted_backends() if options.build == "all" else [options.build])
-    if options.compile_cuda_check:
-        return compile_cuda_check(options.arch)
+    if options.compile_check:
+        backends = list(build.BACKENDS) if options.compile_check == "all" else [options.compile_check]
+        return compile_check(backends, options.arch, options.torch_include)
+    if options.torch_include is not None:
+        parser.error("--torch-include is for --compile-check; a library is built for the installed torch")
     report()
     return 0
 

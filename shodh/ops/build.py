@@ -81,10 +81,18 @@ def find_nvcc() -> str:
     return find_compiler("NVCC", "nvcc", *(f"{home}/bin/nvcc" for home in [*homes, "/usr/local/cuda"] if home))
 
 
-def include_flags(torch: Path) -> list[str]:
-    """Preprocessor flags common to both compilers."""
+def find_include(folder: Path | None = None) -> Path:
+    """torch's headers: those of the installed torch, or a given include folder; raises `BuildError` if it has none."""
+    include = find_torch() / "include" if folder is None else folder
+    if not (include / "torch" / "csrc" / "stable" / "library.h").exists():
+        raise BuildError(f"{include} holds no torch/csrc/stable/library.h; give the folder torch/include of a torch")
+    return include
+
+
+def include_flags(include: Path) -> list[str]:
+    """Preprocessor flags common to both compilers, for an include folder of torch."""
     version = f"0x{TORCH_FLOOR[0]:02x}{TORCH_FLOOR[1]:02x}{0:012x}"
-    return ["-std=c++20", f"-DTORCH_TARGET_VERSION={version}", f"-I{torch / 'include'}"]
+    return ["-std=c++20", f"-DTORCH_TARGET_VERSION={version}", f"-I{include}"]
 
 
 def cuda_archs() -> list[str]:
@@ -120,7 +128,7 @@ def compile_command(backend: str, output: Path) -> list[str]:
         return [
             find_compiler("CXX", "g++", "clang++", "c++"),
             *flags,
-            *include_flags(torch),
+            *include_flags(find_include()),
             *files,
             *link,
             "-o",
@@ -133,7 +141,7 @@ def compile_command(backend: str, output: Path) -> list[str]:
         find_nvcc(),
         *flags,
         *cuda_arch_flags(),
-        *include_flags(torch),
+        *include_flags(find_include()),
         *files,
         *link,
         "-ltorch_cuda",
@@ -182,20 +190,31 @@ def wanted_backends() -> list[str]:
     return ["cpu", "cuda"]
 
 
-def check_cuda_sources(arch: str = "90a") -> str:
-    """Compile every CUDA source for one architecture, link nothing, and return ptxas' report.
+def check_sources(backend: str, arch: str = "90a", include: Path | None = None) -> str:
+    """Compile every source of a back end, link nothing, and return what the compiler said (ptxas' report for CUDA).
 
-    Needs nvcc and torch's headers, no device and no CUDA build of torch.
+    Needs a compiler and torch's headers, no device and no CUDA build of torch.
+
+    Parameters
+    ----------
+    arch : str
+        Compute capability, for CUDA.
+    include : Path, optional
+        Folder ``torch/include`` of another torch than the installed one.
 
     Raises
     ------
     BuildError
-        No nvcc, or a source does not compile.
+        No compiler or no headers, or a source does not compile.
     """
-    command = [find_nvcc(), *CUDA_FLAGS, "-c", "-Xptxas=-v", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
-    command += [*include_flags(find_torch()), "-o", os.devnull]
+    if backend == "cpu":
+        command = [find_compiler("CXX", "g++", "clang++", "c++"), *CPU_FLAGS, "-fsyntax-only"]
+    else:
+        command = [find_nvcc(), *CUDA_FLAGS, "-c", "-Xptxas=-v", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+        command += ["-o", os.devnull]
+    command += include_flags(find_include(include))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return "\n".join(pool.map(lambda path: run([*command, str(path)]), sources("cuda")))
+        return "\n".join(pool.map(lambda path: run([*command, str(path)]), sources(backend)))
 
 
 def extension_modules() -> tuple[list[Any], dict[str, Any]]:

@@ -18,6 +18,7 @@ from shodh.errors import CheckpointError
 from shodh.files import write_atomically
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
+from shodh.precision import ieee_float32
 from shodh.study.flops import step_flops
 from shodh.study.probe import Probe, gradient_cosines, learning_curve, plasticity
 from shodh.study.settings import PlasticityConfig
@@ -30,6 +31,7 @@ from shodh.train.run_folder import RunFolder, describe_environment
 RESULT = "result.json"
 
 
+@ieee_float32()
 def measure_cell(
     cell: dict[str, Any],
     config: RunConfig,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from shodh.config import RegimeConfig, RunConfig, config_from_dict
+from shodh.devices import pick_device
 from shodh.study.measure import measure_cell
 from shodh.study.settings import PlasticityConfig
 from shodh.study.tuning.cells import ZERO_SHOT
@@ -32,7 +33,7 @@ def train_cell(job: dict[str, Any], config: RunConfig) -> bool:
     if first:
         fresh = job["fresh"]
         told = None if fresh is None else (PlasticityConfig(**fresh["probe"]), RegimeConfig(**fresh["regime"]))
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(pick_device("auto"))
         keep = job["keep_checkpoints"]
         measure_cell(job["cell"], config, job["gradient_samples"], told, device, keep)
     return True
@@ -47,7 +48,7 @@ def tune_cell(job: dict[str, Any], config: RunConfig) -> bool:
     first = rank() == 0
     leave_ranks()
     if first:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(pick_device("auto"))
         measure_tuning(job["cell"], config, start if untrained else None, device)
     return True
 

@@ -15,6 +15,7 @@ from shodh.data import FieldNormalizer, MixtureLoader, MixtureSampler, RegimeSou
 from shodh.data.formats import FileHints
 from shodh.data.loader import SampleDataset
 from shodh.data.mixture import temperature_shares
+from shodh.devices import uses_cuda
 from shodh.errors import DataError
 from shodh.fields import Boundary, Field
 from shodh.models.domain import Domain
@@ -175,5 +176,5 @@ def mixture_loader(
         world=topology.world_size,
         num_micro=topology.accumulation,
         num_workers=config.data.workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=uses_cuda(),
     )

@@ -21,6 +21,7 @@ from shodh.data import FieldNormalizer, Split
 from shodh.errors import CheckpointError
 from shodh.models.factory import build_operator
 from shodh.moe.routing import regime_information
+from shodh.precision import float32_products, ieee_float32
 from shodh.train.checkpoint import WEIGHTS, load_into, load_weights, read_initial_weights, read_manifest
 from shodh.train.field_evaluation import FieldEvaluation
 from shodh.train.field_task import open_fields, read_normalizer
@@ -89,6 +90,7 @@ def _measures(evaluator: Evaluator, split: Split) -> Callable[[int], RegimeEvalu
 
 
 @torch.no_grad()
+@ieee_float32()
 def evaluate(evaluator: Evaluator, split: Split) -> Evaluation:
     """Evaluate a run on a split, regime by regime."""
     names, size = evaluator.regimes.names, evaluator.config.evaluation.batch
@@ -116,6 +118,7 @@ def evaluate(evaluator: Evaluator, split: Split) -> Evaluation:
         "checkpoint": evaluator.checkpoint,
         "split": split,
         "windows": windows,
+        "float32_products": float32_products(),
         "regimes": by_regime,
         "routing": routing_summary(table, names),
     }

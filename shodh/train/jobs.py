@@ -25,6 +25,7 @@ from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
 from shodh.models.tokenizer import Tokenizer
 from shodh.moe.groups import added_weights, freeze_others
+from shodh.precision import ieee_float32, keep_ieee
 from shodh.topology import Topology, plan_topology
 from shodh.train.checkpoint import (
     WEIGHTS,
@@ -112,6 +113,7 @@ def _run(
 
     count = sum(p.numel() for p in model.parameters())
     engine = build_engine(model, optimizer_groups(model, train.weight_decay), train, deepspeed, config.kernels)
+    keep_ieee()  # DeepSpeed or apex may have thought otherwise.
     if weights is not None:
         set_masters(engine, weights)
     trainer = Trainer(task, engine, train, topology, folder, config.seed)
@@ -132,6 +134,7 @@ def _run(
     return trainer.step >= train.steps or trainer.fit()
 
 
+@ieee_float32()
 def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
     """Train the autoencoder; its run folder then holds weights, normalisation and latent statistics.
 
@@ -256,6 +259,7 @@ def plan_operator(config: RunConfig, world_size: int) -> tuple[Topology, dict[st
     return topology, deepspeed
 
 
+@ieee_float32()
 def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | None = None) -> bool:
     """Train the operator, on cached latents or on fields; returns False if a signal stopped it early.
 

@@ -20,6 +20,7 @@ from shodh.errors import CheckpointError, DataError
 from shodh.models.domain import Domain, add_walls, static_features
 from shodh.models.factory import build_tokenizer
 from shodh.models.tokenizer import Tokenizer
+from shodh.precision import ieee_float32
 from shodh.train.checkpoint import checksum, load_into, load_weights
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.run_folder import RunFolder
@@ -114,6 +115,7 @@ def encode_frames(
     return tokenizer.encode(fields.to(device), geometry), static_features(geometry)
 
 
+@ieee_float32()
 def prepare_latents(config: RunConfig, regimes: Regimes, trained: TrainedTokenizer, device: torch.device) -> Path:
     """Write the latent cache of all regimes and splits, each file once; returns its folder. Collective.
 

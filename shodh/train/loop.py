@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shodh.config import TrainConfig
+from shodh.devices import uses_cuda
 from shodh.errors import ShodhError
 from shodh.topology import Topology
 from shodh.train.checkpoint import load_checkpoint, save_checkpoint
@@ -166,7 +167,7 @@ class Trainer:
 
     def _log(self, metrics: Metrics, clock: _Clock, writer: MetricWriter | None, bar: tqdm[Any]) -> None:
         metrics = {**metrics, **self.task.report(self.step - 1, writer), **clock.read(self.topology.global_batch)}
-        if torch.cuda.is_available():
+        if uses_cuda():
             metrics["mem/peak_gib"] = (torch.cuda.max_memory_allocated() / 2**30, "max")
         values = reduce_metrics(metrics, self.engine.device)
         values["train/grad_norm"] = float(self.engine.get_global_grad_norm() or 0.0)

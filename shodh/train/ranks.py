@@ -10,6 +10,8 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
+from shodh.devices import local_world_size
+
 WAIT = timedelta(days=30)  # a job may take as long as it takes
 
 
@@ -19,7 +21,7 @@ class Ranks:
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        self.world_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        self.world_here = local_world_size() or self.world
         self._store: TCPStore | None = None
         if self.world > 1:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -35,8 +37,6 @@ class Ranks:
 
     def environment(self, job: str) -> dict[str, str]:
         """What the processes of a job need to find each other: a port of their own."""
-        if self._store is None:
-            return {}
         return {"MASTER_PORT": str(self.agree(f"{job}/port", _free_port()))}
 
     def failed(self, job: str) -> bool:

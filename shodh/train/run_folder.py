@@ -15,8 +15,10 @@ import torch
 
 from shodh import __version__
 from shodh.config import RunConfig, dump_config, load_config
+from shodh.devices import uses_cuda
 from shodh.errors import ConfigError
 from shodh.files import write_atomically
+from shodh.precision import float32_products
 from shodh.weights import read_json
 
 START = "init_from.json"
@@ -50,7 +52,8 @@ def describe_environment() -> dict[str, Any]:
         "packages": versions,
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name() if uses_cuda() else platform.processor() or "cpu",
+        "float32_products": float32_products(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }
 

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from shodh.cli import EXIT_USAGE, error_line
+from shodh.devices import CardsError, check_ranks, count_cards, local_rank, local_world_size, uses_cuda
 from shodh.errors import ShodhError
 
 log = logging.getLogger("shodh")
@@ -52,25 +54,35 @@ def _skip_cpu_op_build() -> None:
 
 
 def start_distributed() -> torch.device:
-    """Join the process group (gloo on a CPU, NCCL on GPUs), also without a launcher; returns this rank's device."""
+    """Join the process group (gloo on a CPU, NCCL on cards), also without a launcher; returns this rank's device.
+
+    Raises
+    ------
+    CardsError
+        This machine has fewer cards than ranks.
+    """
+    check_ranks()
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = _free_port()
     import deepspeed
+    from deepspeed.constants import default_pg_timeout
 
     _skip_cpu_op_build()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        device = torch.device("cuda", torch.cuda.current_device())
+    if uses_cuda():
+        device = torch.device("cuda", local_rank())
+        torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:
-            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // (local_world_size() or world_size())))
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+        if device.type == "cuda":
+            # DeepSpeed joins what is there; alone it names no device for a single rank, and NCCL warns of its guess.
+            dist.init_process_group("nccl", timeout=default_pg_timeout, device_id=device)
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
     return device
 
 
@@ -109,8 +121,8 @@ def run_ranks(main: Callable[[], int]) -> None:
     """`shodh.cli.run_main` for a program that may run on many ranks.
 
     Bad input ends every rank with exit code 2, and one rank prints the line. Before the ranks are connected they all
-    meet the same error, and rank 0 speaks; afterwards a `SharedError` is spoken by rank 0, and an error of one rank
-    alone by that rank. The launcher ends the other ranks.
+    meet the same error, and rank 0 speaks (of too few cards, the first rank of a machine that has none); afterwards a
+    `SharedError` is spoken by rank 0, and an error of one rank alone by that rank. The launcher ends the other ranks.
     """
     code = 1
     try:
@@ -120,20 +132,25 @@ def run_ranks(main: Callable[[], int]) -> None:
     except Exception as error:
         line = error_line(error)
         if line is None:
-            raise
-        common = isinstance(error, SharedError) or not dist.is_initialized()
-        if rank() == 0 or not common:
-            where = f"[rank {rank()}] " if world_size() > 1 and not common else ""
-            sys.stderr.write(f"{where}error: {line}\n")
-            sys.stderr.flush()
+            traceback.print_exc()
         else:
-            time.sleep(2.0)  # The launcher ends all ranks at the first that fails: let rank 0 speak first.
-        code = EXIT_USAGE
-    finally:
-        if dist.is_initialized() and code == 0:
-            dist.destroy_process_group()
+            _speak(line, error)
+            code = EXIT_USAGE
     sys.stdout.flush()
     sys.stderr.flush()
-    if code != 0 and dist.is_initialized():
-        os._exit(code)  # A pending collective of another rank must not keep this one alive.
+    if dist.is_initialized():
+        if code != 0:
+            os._exit(code)  # A pending collective of another rank must not keep this one alive.
+        dist.destroy_process_group()
     sys.exit(code)
+
+
+def _speak(line: str, error: Exception) -> None:
+    """Print the error line on the rank whose business it is."""
+    common = isinstance(error, SharedError) or not dist.is_initialized()
+    first = local_rank() == count_cards() if isinstance(error, CardsError) else rank() == 0
+    if first or not common:
+        where = f"[rank {rank()}] " if world_size() > 1 and not common else ""
+        sys.stderr.write(f"{where}error: {line}\n")
+    else:
+        time.sleep(2.0)  # The launcher ends all ranks at the first that fails: let the one that speaks be first.

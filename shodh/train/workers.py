@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 import shodh
+from shodh.devices import card_environment, check_ranks
 from shodh.errors import ConfigError
 from shodh.files import write_atomically
 from shodh.train.ranks import Ranks
@@ -80,19 +82,25 @@ class Workers:
     module : str
         Its process ends with 0, or `STOPPED`, or with an error line and any other code.
     jobs : int
-        Side by side, each on one rank.
+        Side by side, each on one rank and, where there are cards, on one card: cards in turn.
 
     Raises
     ------
     ConfigError
         Side by side and on several ranks at once.
+    CardsError
+        This machine has fewer cards than ranks.
     """
 
     def __init__(self, module: str, folder: Path, jobs: int, ranks: Ranks) -> None:
         if jobs > 1 and ranks.world > 1:
             raise ConfigError(f"--jobs {jobs} is for jobs on one rank each; on {ranks.world} ranks they run one by one")
+        check_ranks()
         self.module, self.folder, self.jobs, self.ranks = module, folder, jobs, ranks
         self.stopped = threading.Event()
+        self._places = queue.SimpleQueue[int]()
+        for place in range(jobs):
+            self._places.put(place)
         self._children: set[subprocess.Popen[str]] = set()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._stop)
@@ -135,21 +143,26 @@ class Workers:
             write_atomically(path, json.dumps(content, indent=1) + "\n")
         log = path.with_suffix(f".rank{self.ranks.rank}.log" if self.ranks.world > 1 else ".log")
         log.parent.mkdir(parents=True, exist_ok=True)
+        place = self._places.get()
         with log.open("w") as stderr:
             command = [sys.executable, "-m", self.module, str(path)]
-            child = subprocess.Popen(command, env=self._environment(name), stdout=stderr, stderr=stderr, text=True)
+            environment = self._environment(name, place)
+            child = subprocess.Popen(command, env=environment, stdout=stderr, stderr=stderr, text=True)
             self._children.add(child)
             if self.stopped.is_set():  # The signal came while it was started.
                 child.terminate()
             code = _wait(child, lambda: self.ranks.failed(name))
             self._children.discard(child)
+        self._places.put(place)
         if code == STOPPED:
             self.stopped.set()
         line = None if code == 0 else f"{what_ended(code, log)}; see {log}"
         return self.ranks.finish(name, line)
 
-    def _environment(self, name: str) -> dict[str, str]:
+    def _environment(self, name: str, place: int) -> dict[str, str]:
         environment = {**os.environ, **self.ranks.environment(name)}
+        if self.ranks.world == 1:
+            environment |= card_environment(place)
         threads = max(1, (os.cpu_count() or 1) // (self.jobs * self.ranks.world_here))
         environment.setdefault("OMP_NUM_THREADS", str(threads))
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
@@ -165,7 +178,7 @@ def leave_ranks() -> None:
     """From here on, this process is alone: what follows must not wait for, or share work with, other ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    os.environ.update({"RANK": "0", "WORLD_SIZE": "1"})
+    os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"})
 
 
 def _wait(child: subprocess.Popen[str], failed_elsewhere: Callable[[], bool], patience: float = 5.0) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helper import ROOT, Finished, free_port, run_script
+from helper import ON_CPU, ROOT, Finished, free_port, run_script
 
 from shodh.cli import run_main
 from shodh.config import dump_config, load_config
@@ -206,10 +206,10 @@ def test_help_has_examples(script: str) -> None:
     assert finished.code == 0 and "examples:" in finished.stdout and f"{script} --config" in finished.stdout
 
 
-def launch(*arguments: Any, timeout: float = 90.0) -> Finished:
-    """``deepspeed --num_gpus 2 <arguments>``, as a user types it."""
+def launch(*arguments: Any, timeout: float = 90.0, **changes: str) -> Finished:
+    """``deepspeed --num_gpus 2 <arguments>``, as a user types it on a machine without cards."""
     command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", free_port(), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **ON_CPU, **changes}
     finished = subprocess.run(
         [str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
     )
@@ -235,6 +235,31 @@ def test_launcher_ends_both_ranks_for_a_typo(config: Path) -> None:
 def test_launcher_ends_both_ranks_for_missing_data_after_they_are_connected(config: Path, tmp_path: Path) -> None:
     finished = launch(TOKENIZER, "--config", config, "--set", f"data.regimes.0.path={tmp_path / 'nowhere'}")
     assert_one_line_under_the_launcher(finished, str(tmp_path / "nowhere"))
+
+
+ONE_CARD = {"SHODH_CARDS": "1", "DS_ACCELERATOR": "cuda"}
+
+
+@pytest.mark.parametrize("local_size", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_more_ranks_than_cards(config: Path, out: Path, local_size: str) -> None:
+    """The first rank without a card speaks; the others end with it."""
+    for rank in (0, 1, 2):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3", local_size: "3"}
+        settings = ["operator.train.global_batch=6", "operator.train.valid_batches=1"]
+        arguments = ("--config", config, "--set", *settings)
+        finished = run_script(PRETRAIN, *arguments, environment={**ranks, **ONE_CARD})
+        if rank == 1:
+            assert_one_line(finished, "3 ranks", "1 CUDA device,", "--num_gpus 1")
+        assert finished.code == 2 and (rank == 1 or finished.stderr == "")
+    assert not out.exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_launcher_refuses_more_ranks_than_cards(config: Path, out: Path) -> None:
+    finished = launch(PRETRAIN, "--config", config, **ONE_CARD)
+    assert_one_line_under_the_launcher(finished, "2 ranks", "1 CUDA device,")
+    assert not out.exists()
 
 
 def test_reader_of_the_output_that_leaves_is_no_error() -> None:

@@ -17,9 +17,11 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 PRELOAD = [
@@ -31,8 +33,21 @@ PRELOAD = [
     "torch.utils.tensorboard",
 ]
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(PRELOAD)
+#: Tests compare ranks, resumed runs and devices to the last bit, and start more ranks than a machine may have cards:
+#: their processes compute on the CPU, whatever the machine has.
+ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+
+def _fork_server() -> Any:
+    """The context of processes that know of no card; only the server's environment is changed, not that of pytest."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with mock.patch.dict(os.environ, ON_CPU):
+        forkserver.ensure_running()
+    return context
+
+
+_context = _fork_server()
 
 
 class RankError(AssertionError):

@@ -173,3 +173,51 @@ def start_from(config_path: Path, overrides: list[str], weights: Path) -> dict[s
     Trainer.fit = look  # type: ignore[method-assign]
     jobs.pretrain(config, None, weights)
     return seen
+
+
+def products_of_every_entry(config_path: Path, overrides: list[str], folder: Path) -> dict[str, Any]:
+    """Float32 products as the networks meet them and as they are left behind, by entry; the user has allowed TF32."""
+    import shodh
+    from shodh.config import load_config
+    from shodh.exchange.convert import convert
+    from shodh.models.tokenizer import Tokenizer
+    from shodh.moe import router
+    from shodh.precision import float32_products
+    from shodh.train import jobs
+    from shodh.train.evaluation import evaluate, open_run
+
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    config, seen = load_config(config_path, overrides), {"user": [float32_products()]}
+
+    def note(cls: type, name: str) -> None:
+        original = getattr(cls, name)
+
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            seen[entry].append(float32_products())
+            return original(*args, **kwargs)
+
+        setattr(cls, name, noting)
+
+    note(Tokenizer, "emit")
+    note(Tokenizer, "encode")
+    note(router.SemanticRouter, "forward")
+
+    def predict() -> None:
+        model = shodh.from_pretrained(folder)
+        fields = torch.zeros(1, model.history, model.num_channels, *model.grid)
+        model.predict(fields, torch.zeros(1, model.num_static, *model.grid), model.regimes[0])
+
+    entries = {
+        "train_tokenizer": lambda: jobs.train_tokenizer(config),
+        "pretrain": lambda: jobs.pretrain(config),
+        "evaluate": lambda: evaluate(open_run(config.run_dir, None, torch.device("cpu")), "test").metrics,
+        "convert": lambda: convert(config.run_dir, folder) and None,
+        "from_pretrained": predict,
+    }
+    metrics: dict[str, Any] = {}
+    for entry, call in entries.items():
+        seen[entry] = []
+        result = call()
+        metrics = result if isinstance(result, dict) else metrics
+        seen[f"after {entry}"] = [float32_products()]
+    return {"seen": seen, "metrics": metrics}

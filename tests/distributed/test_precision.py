@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import rank_jobs
@@ -10,6 +12,7 @@ import torch
 from helper import run_ranks
 from laboratory import Laboratory
 
+from shodh.precision import OPERATIONS
 from shodh.train.checkpoint import load_weights
 from shodh.train.metrics import read_metrics
 
@@ -65,3 +68,17 @@ def test_tokenizer_trains_alike_on_one_rank_and_two_and_in_bf16(laboratory: Labo
         assert all(math.isfinite(value) for value in losses[name])
     assert losses["two"] == pytest.approx(losses["one"], abs=1e-5)
     assert losses["bf16"] == pytest.approx(losses["one"], rel=0.02)
+
+
+def test_no_entry_lets_tf32_into_float32_or_keeps_the_user_from_it(laboratory: Laboratory, tmp_path: Path) -> None:
+    steps = [f"{stage}.train.steps=1" for stage in ("tokenizer", "operator")]
+    overrides = [*laboratory.overrides("products", 1, 1, *steps), f"tokenizer.run={tmp_path / 'tokenizer'}"]
+    (found,) = run_ranks(1, rank_jobs.products_of_every_entry, laboratory.config, overrides, tmp_path / "converted")
+    exact, user = dict.fromkeys(OPERATIONS, "ieee"), found["seen"].pop("user")[0]
+    assert user["cuda.matmul"] == user["cudnn.conv"] == "tf32"
+    for entry in ("train_tokenizer", "pretrain", "evaluate", "from_pretrained"):
+        assert found["seen"][entry] and all(met == exact for met in found["seen"][entry]), entry
+        assert found["seen"][f"after {entry}"] == [user], entry
+    assert found["metrics"]["float32_products"] == exact
+    for folder in (laboratory.load(overrides).run_dir, tmp_path / "tokenizer"):
+        assert json.loads((folder / "env.json").read_text())["float32_products"] == exact

@@ -27,7 +27,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory):
     flags = ["-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fvisibility=hidden", f"-I{HERE / 'emulated_cuda'}"]
     files = ["-x", "c++", *map(str, build.sources("cuda"))]
     link = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(output)]
-    build.run([compiler, *flags, *build.include_flags(torch_folder), *files, *link])
+    build.run([compiler, *flags, *build.include_flags(build.find_include()), *files, *link])
     library = torch.library.Library("shodh_emulated", "DEF")
     for name in ("decode", "decode_exact", "decode_adjoint"):
         schema = str(getattr(torch.ops.shodh, name).default._schema)
@@ -103,3 +103,19 @@ def test_build_that_cannot_be_done_says_why(
     monkeypatch.delenv("CXX", raising=False)
     assert main(["--build", "cpu"]) == 1
     assert "no compiler found" in capsys.readouterr().err
+
+
+def test_sources_are_checked_against_the_headers_that_are_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """CI gives those of the oldest torch; here they say at once that they were read."""
+    assert main(["--compile-check", "cpu", "--torch-include", str(tmp_path)]) == 1
+    assert "torch/include" in capsys.readouterr().err
+    library = tmp_path / "torch" / "csrc" / "stable" / "library.h"
+    library.parent.mkdir(parents=True)
+    library.write_text('#error "the oldest torch"\n')
+    assert main(["--compile-check", "cpu", "--torch-include", str(tmp_path)]) == 1
+    assert "the oldest torch" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        main(["--build", "cpu", "--torch-include", str(tmp_path)])
+    assert caught.value.code == 2

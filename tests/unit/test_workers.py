@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from shodh.devices import CardsError
 from shodh.errors import ConfigError
 from shodh.train.ranks import Ranks
 from shodh.train.workers import Job, Progress, Workers, read_failures, what_ended
@@ -22,6 +23,16 @@ if job["name"] == "bad":
     sys.exit(2)
 if job["name"] == "stops":
     sys.exit(3)
+"""
+
+
+WAITING = """
+import json, os, pathlib, sys, time
+job = json.load(open(sys.argv[1]))
+folder = pathlib.Path(job["folder"])
+(folder / job["name"]).write_text(os.environ["CUDA_VISIBLE_DEVICES"] + " " + os.environ["MASTER_PORT"])
+while not all((folder / name).exists() for name in "ab"):
+    time.sleep(0.05)
 """
 
 
@@ -71,11 +82,32 @@ def test_failures_are_kept_until_they_fail_otherwise(tmp_path: Path) -> None:
     assert read_failures(tmp_path) == {"a": "three", "b": "two"}
 
 
+def test_jobs_side_by_side_have_a_card_and_a_port_each(
+    workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes on one port would meet, also where a launcher gave it to the study itself."""
+    for name, value in {"SHODH_CARDS": "2", "MASTER_PORT": "29500", "CUDA_VISIBLE_DEVICES": "6,7"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    (tmp_path / "waiting_worker.py").write_text(WAITING)
+    both = Workers("waiting_worker", tmp_path, 2, Ranks())
+    assert dict(both.run_all({n: Job({"name": n, "folder": str(tmp_path)}) for n in "ab"})) == dict.fromkeys("ab")
+    cards, ports = zip(*((tmp_path / n).read_text().split() for n in "ab"), strict=True)
+    assert sorted(cards) == ["6", "7"] and len({*ports, "29500"}) == 3
+
+
 def test_side_by_side_and_on_several_ranks_is_refused(tmp_path: Path) -> None:
     ranks = Ranks()
     ranks.world = 2
     with pytest.raises(ConfigError, match="--jobs 2 is for jobs on one rank each; on 2 ranks"):
         Workers("m", tmp_path, 2, ranks)
+
+
+def test_study_on_more_ranks_than_cards_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SHODH_CARDS": "1", "LOCAL_SIZE": "2", "DS_ACCELERATOR": "cuda"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(CardsError, match="^2 ranks .* 1 CUDA device,"):
+        Workers("m", tmp_path, 1, Ranks())
 
 
 @pytest.mark.parametrize(

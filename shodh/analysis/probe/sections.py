@@ -19,6 +19,7 @@ from shodh.analysis.probe.record import Recording, record
 from shodh.analysis.probe.windows import ProbeRegime, held_out_splits, left_out_regimes, trained_regimes
 from shodh.data import Split
 from shodh.errors import ConfigError
+from shodh.precision import ieee_float32
 from shodh.train.evaluation import Evaluator, open_run
 
 #: What a probe makes of one run; with another run, experts are matched too.
@@ -61,6 +62,7 @@ def probe_sections(
     )
 
 
+@ieee_float32()
 def probe_model(
     evaluator: Evaluator,
     other: Evaluator | None = None,

@@ -8,6 +8,8 @@
 #include "grid.h"
 
 #include <cuda_runtime.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #ifndef SHODH_LAUNCH  // the tests run the kernels on the CPU by defining it
 #define SHODH_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
@@ -202,7 +204,7 @@ inline int processor_count(int device) {
 
 inline cudaStream_t current_stream(int device) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

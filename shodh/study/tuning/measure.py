@@ -14,11 +14,13 @@ from shodh.config import RunConfig, dump_config
 from shodh.files import write_atomically
 from shodh.models.factory import build_operator
 from shodh.moe.groups import is_trained
+from shodh.precision import ieee_float32
 from shodh.study.measure import RESULT, seconds_per_step
 from shodh.train.evaluation import evaluate, open_given, open_run
 from shodh.train.run_folder import RunFolder, describe_environment
 
 
+@ieee_float32()
 def measure_tuning(cell: dict[str, Any], config: RunConfig, weights: Path | None, device: torch.device) -> None:
     """Evaluate a finished run, or given ``weights`` as they are, and write its report and its ``result.json``.
 
