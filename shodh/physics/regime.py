@@ -126,6 +126,14 @@ def check_finite(name: str, seeds: Sequence[int], fields: Tensor, advice: str) -
         raise NonFiniteError(f"{name}: the trajectory of seed {seed} blew up (NaN or infinity); {advice}")
 
 
+def check_healthy(name: str, seeds: Sequence[int], healthy: Tensor, advice: str) -> None:
+    """Refuse to go on when a trajectory is not ``healthy`` (bool ``[B]``); errors as `check_finite`."""
+    good = [bool(flag) for flag in healthy]
+    if not all(good):
+        seed = seeds[good.index(False)]
+        raise NonFiniteError(f"{name}: the trajectory of seed {seed} blew up (its steps became too many or not finite, or left its limit of stability); {advice}")
+
+
 def smooth_noise(
     seed: int, purpose: str, shape: Sequence[int], lengths: Sequence[float], scales: Sequence[float]
 ) -> Tensor:

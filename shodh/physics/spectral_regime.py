@@ -18,6 +18,7 @@ from shodh.physics.frames import FrameStore
 from shodh.physics.operators import divergence
 from shodh.physics.regime import Progress, SolvedRegime, check_positive
 from shodh.physics.spectral import COURANT_LIMIT, BlowUp, Equations, SpectralGrid, advance
+from shodh.physics.stability import Clock
 
 VELOCITY = Field("velocity", kind="vector", placement="face", solenoidal=True)
 PRESSURE = Field("pressure")
@@ -124,7 +125,7 @@ class _Run:
         remedy = f"use a finer grid, a higher viscosity, or a lower {regime.name}.courant (now {regime.courant})"
         self.frame_store = FrameStore(regime.schema, seeds, grid, frames, remedy)
         self.history: dict[str, list[Tensor]] = {}
-        self.steps = torch.zeros(len(seeds), dtype=torch.int64)
+        self.clock = Clock(len(seeds))
 
     def _on_device(self, spectrum: Tensor) -> Tensor:
         spectrum = spectrum.to(self.space.device, self.space.dtype.to_complex())
@@ -153,10 +154,9 @@ class _Run:
         """Advance all trajectories; a blow-up is reported with its seed."""
         regime = self.regime
         try:
-            self.state, steps = advance(self.equations, self.state, interval, regime.courant)
+            self.state = advance(self.equations, self.state, interval, regime.courant, self.clock)
         except BlowUp as error:
             self.frame_store.check(torch.arange(len(self.seeds)) != error.index)
-        self.steps += steps
 
     def store(self, index: int) -> None:
         """Store frame ``index`` and take its diagnostics."""
@@ -183,5 +183,5 @@ class _Run:
             time=np.arange(self.frames) * regime.frame_interval,
             values=self.frame_store.values,
             parameters=regime.constants,
-            diagnostics={**diagnostics, "steps": self.steps.double().numpy()},
+            diagnostics={**diagnostics, **self.clock.diagnostics()},
         )

@@ -229,7 +229,7 @@ class Compressible2d(SolvedRegime):
             diagnostics={
                 "mass_drift": drift[0].cpu().numpy(),
                 "energy_drift": drift[3].cpu().numpy(),
-                "steps": solver.steps.double().numpy(),
+                **solver.clock.diagnostics(),
             },
         )
 

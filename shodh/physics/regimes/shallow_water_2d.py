@@ -141,7 +141,12 @@ class ShallowWater2d(SolvedRegime):
         def advance() -> None:
             store.check(solver.advance(self.frame_interval))
 
+        energy: list[Tensor] = []
+
         def put(index: int) -> None:
+            state = solver.primitive.double()
+            kinetic = 0.5 * state[0] * state[1:].square().sum(0)
+            energy.append((kinetic + 0.5 * self.gravity * state[0].square()).sum((0, 1)).cpu())
             store.put(index, height=solver.conserved[0], discharge=solver.conserved[1:])
 
         run_frames(frames, put, advance, progress)
@@ -156,5 +161,5 @@ class ShallowWater2d(SolvedRegime):
                 "depth_outside": self.depth_outside,
                 "radius": np.array(radii),
             },
-            diagnostics={"steps": solver.steps.double().numpy()},
+            diagnostics={**solver.clock.diagnostics(), "energy_growth": (torch.stack(energy) / energy[0] - 1.0).amax(0).numpy()},
         )
