@@ -250,7 +250,9 @@ class FiniteVolume:
             wanted = torch.where(self._split, torch.maximum(waves, fewest), waves + viscous / VISCOUS_SAFETY)
             return self.courant * waves + torch.where(self._split, 0.0, viscous), wanted
 
-        return self.clock.march(interval, rates, lambda dt: self.step(dt.to(viscous), viscous), most=1.0 / SMALLEST_STEP)
+        return self.clock.march(
+            interval, rates, lambda dt: self.step(dt.to(viscous), viscous), most=1.0 / SMALLEST_STEP
+        )
 
     def step(self, dt: Tensor, viscous_rate: Tensor) -> None:
         """One step of ``dt [B]``; a trajectory whose ``dt`` is zero keeps its state. ``viscous_rate``: see `rates`."""

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from shodh.physics.bounds import Range
 from shodh.physics.operators import fill_periodic, inner, padded_like
 from shodh.physics.stability import REAL_RK3, diffusion_rate, upwind_rate
 
@@ -23,6 +24,8 @@ from shodh.physics.stability import REAL_RK3, diffusion_rate, upwind_rate
 # c <- w c0 + (1 - w) (c + dt L(c)), with c0 the state at the start of the step.
 SSP_RK2 = (0.0, 0.5)
 SSP_RK3 = (0.0, 0.75, 1.0 / 3.0)
+# A tracer that starts between 0 and 1: by how much a limited scheme may leave that in three dimensions.
+TRACER_RANGE = Range("tracer", -0.02, 1.02)
 
 
 class Transported(Protocol):

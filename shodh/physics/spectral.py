@@ -230,7 +230,7 @@ def step(equations: Equations, state: Tensor, dt: Tensor, slope: Tensor | None =
 
 
 def advance(equations: Equations, state: Tensor, interval: float, courant: float, clock: Clock | None = None) -> Tensor:
-    """State after ``interval``, each trajectory with steps of its own, which ``clock`` counts: ``dt * rate <= courant``.
+    """State after ``interval``, each trajectory with steps of its own: ``dt * rate <= courant``; ``clock`` counts them.
 
     The modes ``|k_i h_i| <= 2 pi / 3`` that are kept have eigenvalues ``-i k . u`` of modulus ``2 pi / 3 * rate`` at
     most; diffusion is in the integrating factor and does not limit. So the limit of stability is `COURANT_LIMIT`.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shodh.errors import ConfigError
 from shodh.fields import Boundary, Field, RegimeSchema, Trajectories
+from shodh.physics.bounds import Energy, Range
 from shodh.physics.frames import FrameStore
 from shodh.physics.operators import divergence
 from shodh.physics.regime import Progress, SolvedRegime, check_positive
@@ -23,6 +24,11 @@ from shodh.physics.stability import Clock
 VELOCITY = Field("velocity", kind="vector", placement="face", solenoidal=True)
 PRESSURE = Field("pressure")
 TRACER = Field("tracer")
+# A tracer that starts between 0 and 1. Spectral schemes are not limited: at marginal resolution they overshoot.
+# Advection of the truncated field conserves its variance, so that diffusion can only lower it.
+TRACER_RANGE = Range("tracer", -0.5, 1.5)
+TRACER_ENERGY = Energy("tracer", ("tracer",))
+KINETIC_ENERGY = Energy("kinetic", ("velocity",))
 
 # How the values of a diagnostic at the frames become one number: the last word of its name says it.
 _REDUCTIONS: dict[str, Callable[..., Tensor]] = {"max": Tensor.amax, "min": Tensor.amin, "mean": Tensor.mean}

@@ -139,6 +139,11 @@ class Clock:
             taken += active
             remaining = torch.where(count <= 1.0, 0.0, remaining - dt)
 
+    def record_equal(self, steps: int, dt: float, rate: float) -> None:
+        """Count ``steps`` steps of ``dt``, the same for the whole batch."""
+        self.record(torch.full_like(self.steps, dt), torch.full_like(self.steps, rate))
+        self.steps += steps - 1
+
     def diagnostics(self) -> dict[str, np.ndarray]:
         """``steps``, ``step_max`` and ``limit_share``, ``[B]`` each."""
         return {"steps": self.steps.numpy(), "step_max": self.longest.numpy(), "limit_share": self.share.numpy()}

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from shodh.errors import ConfigError
 from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.physics.bounds import Bounds, Limit, Range
 from shodh.physics.frames import FrameStore, run_frames
 from shodh.physics.regime import Progress, SolvedRegime, check_positive
 from shodh.physics.through_flow import ThroughFlow
@@ -33,6 +34,8 @@ KINDS = ("cylinder", "rectangle")
 ATTEMPTS = 1000
 # A Courant number that no flow past obstacles explains: it has blown up.
 BLOWN_UP = 3.0
+# Speed over the mean inflow that no gap between obstacles and walls explains.
+FASTEST = 12.0
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,11 @@ class ObstacleFlow2d(SolvedRegime):
             raise ConfigError(f"{self.name}.size={self.size} must not exceed 0.4: the channel would be blocked")
         if self.courant > 1.5:
             raise ConfigError(f"{self.name}.courant={self.courant} must not exceed 1.5, the limit of stability")
+
+    @property
+    def bounds(self) -> Bounds:
+        """Mass goes through: the bulk speed is 1, that of a gap a few times more; no cell has a source."""
+        return Bounds((Range("flow_velocity", -FASTEST, FASTEST),), limits=(Limit("divergence_max", 1e-2),))
 
     @property
     def schema(self) -> RegimeSchema:

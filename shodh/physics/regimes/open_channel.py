@@ -28,6 +28,7 @@ from torch import Tensor
 
 from shodh.errors import ConfigError
 from shodh.fields import RegimeSchema, Trajectories
+from shodh.physics.bounds import Bounds, Energy
 from shodh.physics.mac import ADVECTION_LIMIT, ChannelFlow
 from shodh.physics.regime import (
     Progress,
@@ -38,7 +39,7 @@ from shodh.physics.regime import (
     smooth_noise,
     tracer_blobs,
 )
-from shodh.physics.scalar import ScalarTransport
+from shodh.physics.scalar import TRACER_RANGE, ScalarTransport
 
 # A Courant number that no turbulent fluctuation explains: the flow has blown up.
 BLOWN_UP = 3.0
@@ -116,6 +117,11 @@ class OpenChannel(SolvedRegime):
             raise ConfigError(
                 f"{self.name}.courant={self.courant} must be below {ADVECTION_LIMIT}, the limit of stability"
             )
+
+    @property
+    def bounds(self) -> Bounds:
+        """The tracer keeps its initial range; the force, 1 everywhere, is the only source of energy."""
+        return Bounds((TRACER_RANGE,), (Energy("kinetic", ("velocity",), growth=1.0),))
 
     @property
     def schema(self) -> RegimeSchema:

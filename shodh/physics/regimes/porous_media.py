@@ -30,11 +30,12 @@ from torch import Tensor
 
 from shodh.errors import ConfigError, DataError
 from shodh.fields import RegimeSchema, Trajectories
+from shodh.physics.bounds import Bounds
 from shodh.physics.geometry import GENERATORS, Solid, crop_image, load_image, pore_space
 from shodh.physics.operators import divergence, fill_periodic, inner, padded_like
 from shodh.physics.poisson import closed_faces
 from shodh.physics.regime import Progress, SolvedRegime, check_positive, flow_schema, tracer_blobs
-from shodh.physics.scalar import SSP_RK2, ScalarTransport
+from shodh.physics.scalar import SSP_RK2, TRACER_RANGE, ScalarTransport
 from shodh.physics.stability import REAL_RK2, Clock, advection_rate
 from shodh.physics.stokes import StokesSolver
 from shodh.seeding import generator, stable_seed
@@ -128,6 +129,11 @@ class PorousMedia(SolvedRegime):
         )
         if self.courant > 1.0:
             raise ConfigError(f"{self.name}.courant={self.courant} must not exceed 1: the tracer would overshoot")
+
+    @property
+    def bounds(self) -> Bounds:
+        """The tracer keeps its initial range."""
+        return Bounds((TRACER_RANGE,))
 
     @property
     def schema(self) -> RegimeSchema:

@@ -26,6 +26,7 @@ import torch
 
 from shodh.errors import ConfigError
 from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.physics.bounds import Bounds, Energy, Range
 from shodh.physics.convection import Convection
 from shodh.physics.mac import ADVECTION_LIMIT
 from shodh.physics.regime import FIELDS, Progress, SolvedRegime, check_healthy, check_positive, smooth_noise
@@ -35,6 +36,18 @@ BLOWN_UP = 3.0
 # Standard deviation of the Gaussian that smooths the initial disturbance.
 NOISE_SCALE = 0.15
 VELOCITY = FIELDS[0]
+# How far the temperature leaves its physical range where fronts are a cell thick, and standard deviations that the
+# initial noise may reach.
+OVERSHOOT = 0.25
+NOISE_REACH = 5.0
+
+
+def initial_excess(amplitude: float) -> float:
+    """Largest ``a sin(pi z) - z`` between the plates: how far conduction with a disturbance ``a`` leaves [0, 1]."""
+    if amplitude * math.pi <= 1.0:
+        return 0.0
+    place = math.acos(1.0 / (amplitude * math.pi)) / math.pi
+    return amplitude * math.sin(math.pi * place) - place
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,16 @@ class RayleighBenard(SolvedRegime):
             raise ConfigError(
                 f"{self.name}.courant={self.courant} must be below {ADVECTION_LIMIT}, the limit of stability"
             )
+
+    @property
+    def bounds(self) -> Bounds:
+        """The temperature stays between those of the plates and of the start; buoyancy is the only source of energy.
+
+        The central scheme is not limited: `OVERSHOOT` is what coarse grids add.
+        """
+        beyond = initial_excess(NOISE_REACH * self.disturbance) + OVERSHOOT
+        buoyancy = Energy("kinetic", ("velocity",), growth=1.0 + beyond)
+        return Bounds((Range("temperature", -beyond, 1.0 + beyond),), (buoyancy,))
 
     @property
     def schema(self) -> RegimeSchema:
