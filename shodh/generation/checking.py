@@ -30,7 +30,7 @@ def check(regime: Regime, trajectories: Trajectories, numbers: Sequence[int]) ->
     -------
     list of dict
         For each trajectory ``ranges`` ``{field: [minima, maxima]}`` (one a component), ``energy`` ``{name: [first,
-        last]}``, ``divergence`` ``{field: largest, over sum_i max|u_i| / h_i}`` and ``solver`` ``{diagnostic: value}``.
+        last]}``, ``divergence`` ``{field: largest, over sum_i max(|u_i|, unit) / h_i}`` and ``solver`` ``{diagnostic: value}``.
 
     Raises
     ------
@@ -96,8 +96,8 @@ class _Trajectory:
         for axis, h in enumerate(self.all.spacing):
             component = values[..., axis].astype(np.float64)
             total += (component - np.roll(component, 1, axis)) / h
-            scale += float(np.abs(component).max()) / h
-        share = float(np.abs(total).max()) / max(scale, 1e-300)
+            scale += max(float(np.abs(component).max()), self.bounds.speed) / h
+        share = float(np.abs(total).max()) / scale
         most = self.bounds.divergence * float(np.finfo(np.float32).eps)
         if not share <= most:
             raise self.error(f"divergence of {field.name}", share, time, f"above {most:.1e} of its gradient")

@@ -20,8 +20,6 @@ from shodh.physics import REGIMES, get_regime
 
 # Root attribute of every file that holds the settings it was made with.
 SETTINGS = "generation_settings"
-# Root attribute that says what its trajectories span: JSON, a list of `shodh.generation.checking.check`.
-DIAGNOSTICS = "solution_diagnostics"
 # Names that stand for every regime of a dimension.
 GROUPS = {"all2d": 2, "all3d": 3}
 

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from shodh.data import compute_statistics, write_stats, write_trajectories
+from shodh.data.formats.inspection import DIAGNOSTICS
 from shodh.errors import ConfigError, DataError
 from shodh.fields import Trajectories
 from shodh.generation.checking import Report, check
-from shodh.generation.plan import DIAGNOSTICS, SETTINGS, Job, Part
+from shodh.generation.plan import SETTINGS, Job, Part
 from shodh.generation.variation import join
 from shodh.seeding import stable_seed
 

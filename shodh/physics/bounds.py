@@ -59,13 +59,17 @@ class Bounds:
     ----------
     ranges, energies, limits : tuples
     divergence : float
-        Largest ``|div u|`` of a solenoidal field, in units of ``eps * sum_i max|u_i| / h_i`` with the ``eps`` of fp32.
+        Largest ``|div u|`` of a solenoidal field, in units of ``eps * sum_i max(|u_i|, speed) / h_i`` with the ``eps``
+        of fp32.
+    speed : float
+        The unit of velocity: a flow at rest has rounding of the forces that drive it, not of its own.
     """
 
     ranges: tuple[Range, ...] = ()
     energies: tuple[Energy, ...] = ()
     limits: tuple[Limit, ...] = ()
     divergence: float = 16.0
+    speed: float = 1.0
 
 
 #: No step exceeds its limit of stability; holds for all regimes that have steps.

@@ -149,7 +149,7 @@ class Heat(SolvedRegime):
 
     @property
     def bounds(self) -> Bounds:
-        """The initial noise and, by the maximum principle, ``PEAK / k`` of each steady source of one sign at one place."""
+        """The initial noise and, by the maximum principle, ``PEAK / k`` of each steady source of one sign."""
         edge = self.contrast**0.5
         most = INITIAL_REACH + 0.5 * self.sources * PEAK * edge
         slack = 1.0 + 1e-5
