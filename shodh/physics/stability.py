@@ -19,7 +19,8 @@ sum ``C`` beside it; with diffusion the eigenvalues lie in the discs of radius `
 The worst is ``-(2 C + d)``, a mode of alternating signs, and the regions of the second- and third-order schemes hold
 all of these discs once they hold that point: ``2 C + d <= 2`` and ``<= 2.513``. Up to 2 a step is a convex combination
 of old values, which gives a maximum principle. The rate is `upwind_rate`. Where the limiter is on, a smooth solution
-sees Fromm's scheme, whose spectrum has the same leftmost point.
+sees Fromm's scheme, whose spectrum has the same leftmost point; with three stages it is stable up to ``2 C = 2.35``
+without diffusion, which is more than the `SAFETY` share of 2.513.
 """
 
 from __future__ import annotations
