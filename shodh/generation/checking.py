@@ -30,7 +30,8 @@ def check(regime: Regime, trajectories: Trajectories, numbers: Sequence[int]) ->
     -------
     list of dict
         For each trajectory ``ranges`` ``{field: [minima, maxima]}`` (one a component), ``energy`` ``{name: [first,
-        last]}``, ``divergence`` ``{field: largest, over sum_i max(|u_i|, unit) / h_i}`` and ``solver`` ``{diagnostic: value}``.
+        last]}``, ``divergence`` ``{field: largest, over sum_i max(|u_i|, speed) / h_i}``, ``solver`` ``{diagnostic:
+        value}``.
 
     Raises
     ------
