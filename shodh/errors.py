@@ -27,3 +27,7 @@ class ExtensionError(ShodhError):
 
 class NonFiniteError(ShodhError):
     """A field that must be finite holds NaN or infinity, or overflows its dtype."""
+
+
+class UnstableError(ShodhError):
+    """A solution left the bounds that theory gives it."""

@@ -58,6 +58,16 @@ def field_line(f: dict[str, Any]) -> str:
     return line
 
 
+def solved_lines(solved: dict[str, Any]) -> list[str]:
+    """What the generator measured over all frames and trajectories."""
+    lines = ["as solved, every frame\n"]
+    lines += [f"  {n:<16} from {numbers(low)} to {numbers(high)}\n" for n, (low, high) in solved["ranges"].items()]
+    for name, e in solved["energy"].items():
+        lines.append(f"  {name} energy: first {numbers(e['first'])}; last {numbers(e['last'])}\n")
+    lines += [f"  {n:<16} divergence / gradient at most {v:.1e}\n" for n, v in solved["divergence"].items()]
+    return [*lines, *(f"  {n:<16} {numbers(sorted(set(v)))}\n" for n, v in solved["solver"].items())]
+
+
 def file_text(r: dict[str, Any]) -> str:
     step = f"step {r['time_step']:.4g}" if r["time_step"] else "no single step"
     lines = [
@@ -68,6 +78,8 @@ def file_text(r: dict[str, Any]) -> str:
         f"fields ({r['frames_read']} frames read)\n",
         *map(field_line, r["fields"]),
     ]
+    if r["solved"]:
+        lines += solved_lines(r["solved"])
     if r["parameters"]:
         lines.append(f"parameters: {', '.join(r['parameters'])}\n")
     for title, entries in (("assumed", r["assumed"]), ("problems", r["problems"])):

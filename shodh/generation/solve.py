@@ -19,33 +19,40 @@ from typing import Any
 import torch
 
 from shodh.data import compute_statistics, write_stats, write_trajectories
+from shodh.data.formats.inspection import DIAGNOSTICS
 from shodh.errors import ConfigError, DataError
 from shodh.fields import Trajectories
+from shodh.generation.checking import Report, check
 from shodh.generation.plan import SETTINGS, Job, Part
 from shodh.generation.variation import join
 from shodh.seeding import stable_seed
 
-Report = Callable[[str, float], None]
+Progress = Callable[[str, float], None]
 
 
 def solve(job: Job, part: Part, device: str, progress: Callable[[float], None]) -> None:
     """Solve the trajectories of one file and write it."""
     indices = range(part.first, part.first + part.count)
-    seeds = [stable_seed(job.settings["seed"], job.regime.name, index) for index in indices]
+    trajectories, reports = simulate(job, indices, device, progress)
     write_trajectories(
         part.path,
-        simulate(job, seeds, device, progress),
-        attributes={SETTINGS: json.dumps(job.settings)},
+        trajectories,
+        attributes={SETTINGS: json.dumps(job.settings), DIAGNOSTICS: json.dumps(reports)},
     )
 
 
-def simulate(job: Job, seeds: Sequence[int], device: str, progress: Callable[[float], None]) -> Trajectories:
-    """Trajectories of these seeds: one batch, or one by one where parameters vary."""
+def simulate(
+    job: Job, indices: Sequence[int], device: str, progress: Callable[[float], None]
+) -> tuple[Trajectories, list[Report]]:
+    """These trajectories, one batch or one by one where parameters vary, and what they span; see `check`."""
+    seeds = [stable_seed(job.settings["seed"], job.regime.name, index) for index in indices]
     grid, frames = tuple(job.settings["grid"]), job.settings["frames"]
     if not job.vary:
-        return job.regime.simulate(seeds, grid, frames, device=device, progress=progress)
+        trajectories = job.regime.simulate(seeds, grid, frames, device=device, progress=progress)
+        return trajectories, check(job.regime, trajectories, indices)
     varied = {key: [interval.draw(seed, key) for seed in seeds] for key, interval in job.vary.items()}
-    solved = []
+    solved: list[Trajectories] = []
+    reports: list[Report] = []
     for index, seed in enumerate(seeds):
         regime = replace(job.regime, **{key: values[index] for key, values in varied.items()})
 
@@ -53,7 +60,8 @@ def simulate(job: Job, seeds: Sequence[int], device: str, progress: Callable[[fl
             progress((done + fraction) / len(seeds))
 
         solved.append(regime.simulate([seed], grid, frames, device=device, progress=report))
-    return join(solved, varied)
+        reports += check(regime, solved[-1], [indices[index]])
+    return join(solved, varied), reports
 
 
 class Stopped(Exception):
@@ -103,7 +111,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def solve_all(tasks: Sequence[tuple[Job, Part]], device: str, workers: int, report: Report) -> None:
+def solve_all(tasks: Sequence[tuple[Job, Part]], device: str, workers: int, report: Progress) -> None:
     """Solve all files, several at once on the CPU; ``report(path, fraction)`` is told of the progress of each."""
     for job, _ in tasks:
         (job.folder / "stats.yaml").unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from shodh.physics.mac import ChannelFlow
 from shodh.physics.operators import fill_periodic, inner, padded_like, shifted
+from shodh.physics.stability import central_rate, diffusion_rate
 
 BOTTOM, TOP = 1.0, 0.0
 
@@ -58,6 +59,10 @@ class PlateTemperature:
         self.values.add_(self.tendency(velocity).mul_(dt))
         if weight:
             self.values.lerp_(self._start, weight)
+
+    def stability_rate(self, advection: Tensor) -> Tensor:
+        """Steps per time that central fluxes of heat ask for, ``[B]``."""
+        return central_rate(advection, diffusion_rate(self.diffusivity, self.spacing))
 
     def fill(self) -> None:
         """Copy the values into `padded` and apply plates and periodicity."""
@@ -132,8 +137,20 @@ class Convection(ChannelFlow):
         out[0, :-1].add_(deviation[:-1], alpha=0.5).add_(deviation[1:], alpha=0.5)
         return out
 
+    def stability_rate(self) -> Tensor:
+        """Steps per time that flow and temperature ask for together, ``[B]``.
+
+        Buoyancy couples them: an eigenvalue of the flow alone moves by the frequency ``N`` of internal waves along the
+        imaginary axis, ``N^2 = max |dT/dz|``, and fluid at rest crosses a cell within ``sqrt(2 h / |T'|)``. Both are
+        bounded by the rate ``sqrt(2 max |T'| / h)``, with ``T'`` the deviation from conduction.
+        """
+        deviation = (self.temperature.values - self.conduction).abs().flatten(0, 2).amax(0)
+        waves = torch.sqrt(2.0 * deviation / self.spacing[0])
+        diffusion = diffusion_rate(max(self.viscosity, self.temperature.diffusivity), self.spacing)
+        return central_rate(self.courant(1.0) + waves, diffusion)
+
     def run(self, interval: float, courant: float) -> Tensor:
-        """Advance by ``interval``; returns the largest Courant numbers ``[B]``."""
+        """Advance by ``interval``; see `ChannelFlow.advance`."""
         return self.advance(interval, courant, self.temperature)
 
     def heat_flux(self) -> tuple[Tensor, Tensor, Tensor]:

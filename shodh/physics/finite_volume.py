@@ -8,6 +8,11 @@ two-stage strong-stability-preserving Runge-Kutta of Shu & Osher. Second order w
 shocks; every conserved quantity that no boundary lets out is conserved to rounding. The limited values at a face lie
 between those of the cells beside it, so densities and pressures there stay positive.
 
+Stability. Where the limiters are off the scheme is first-order upwind with waves of rate ``C = max sum_i (|u_i| + c) /
+h_i``, and two stages are stable for ``2 C + d <= 2``, with ``d = 4 nu sum_i h_i^-2`` for viscous terms of the stages
+(:mod:`shodh.physics.stability`). Steps obey ``C / courant + d / (2 * 0.8) <= 1``, which holds both the limit and the
+convex combinations that keep averages positive (``courant <= 1/2``).
+
 Viscous terms that would dictate the step are integrated by the stabilised scheme of
 :mod:`shodh.physics.stabilized` in a Strang splitting; mild ones are part of the stages. Which of the two is decided for
 each trajectory by its initial state.
@@ -18,6 +23,7 @@ own, so it does not depend on its neighbours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -25,6 +31,7 @@ import torch
 from torch import Tensor
 
 from shodh.fields import Boundary
+from shodh.physics.stability import Clock
 from shodh.physics.stabilized import MOST_STAGES, legendre_stages, legendre_step, stability_limit
 
 # Viscous terms are split off where the step for them would be this many times shorter than that for the waves.
@@ -146,6 +153,8 @@ class FiniteVolume:
     Attributes
     ----------
     conserved : Tensor [variables, *space, B]
+    clock : Clock
+        The steps taken.
     """
 
     def __init__(
@@ -162,14 +171,17 @@ class FiniteVolume:
         self.viscosity, self.courant = viscosity, courant
         self.ndim = len(self.boundary)
         self.conserved = to_conserved(fluid, primitive, self.ndim)
-        self.steps = torch.zeros(primitive.shape[-1], dtype=torch.int64)
+        self.clock = Clock(primitive.shape[-1])
         waves, viscous = self.rates()
         self._split = viscous > SPLIT_FROM * VISCOUS_SAFETY * waves
 
     @property
     def primitive(self) -> Tensor:
         """``(rho, u[, p])``, a new tensor."""
-        return to_primitive(self.fluid, self.conserved, self.ndim)
+        return self._primitive_of(self.conserved)
+
+    def _primitive_of(self, conserved: Tensor) -> Tensor:
+        return to_primitive(self.fluid, conserved, self.ndim)
 
     def pad(self, primitive: Tensor, axis: int, width: int) -> Tensor:
         """Primitive variables with ``width`` layers beyond both ends of ``axis``."""
@@ -215,7 +227,11 @@ class FiniteVolume:
         steps = waves.flatten(0, -2).amax(0).double() / self.courant
         if self.viscosity is None:
             return steps, torch.zeros_like(steps)
-        return steps, 2.0 * sum(h**-2 for h in self.spacing) * self.viscosity.diffusivity(primitive).double()
+        return steps, self._viscous_rate(primitive)
+
+    def _viscous_rate(self, primitive: Tensor) -> Tensor:
+        assert self.viscosity is not None
+        return 2.0 * sum(h**-2 for h in self.spacing) * self.viscosity.diffusivity(primitive).double()
 
     def advance(self, interval: float) -> Tensor:
         """Advance by ``interval``, each trajectory in steps of its own that land on the end.
@@ -225,24 +241,18 @@ class FiniteVolume:
         Tensor [B]
             bool; False where the solution blew up (no longer finite, or its steps became absurdly small).
         """
-        batch = self.conserved.shape[-1]
-        remaining = torch.full((batch,), interval, dtype=torch.float64, device=self.conserved.device)
-        healthy = torch.ones(batch, dtype=torch.bool, device=self.conserved.device)
-        while True:
+        viscous = torch.zeros(self.conserved.shape[-1], dtype=torch.float64)
+
+        def rates() -> tuple[Tensor, Tensor]:
+            nonlocal viscous
             waves, viscous = self.rates()
             fewest = viscous * DENSITY_CHANGE / stability_limit(MOST_STAGES)
-            rate = torch.where(self._split, torch.maximum(waves, fewest), waves + viscous / VISCOUS_SAFETY)
-            healthy &= torch.isfinite(rate) & (rate * interval * SMALLEST_STEP < 1.0)
-            remaining = torch.where(healthy, remaining, 0.0)
-            active = remaining > 0
-            if not bool(active.any()):
-                return healthy
-            # Equal steps to the end, so that no sliver of a step is left over.
-            count = torch.ceil(remaining * rate * (1.0 - 1e-12)).clamp(min=1.0)
-            dt = torch.where(active, remaining / count, 0.0)
-            self.step(dt, viscous)
-            remaining = torch.where(count <= 1.0, 0.0, remaining - dt)
-            self.steps += active.cpu()
+            wanted = torch.where(self._split, torch.maximum(waves, fewest), waves + viscous / VISCOUS_SAFETY)
+            return self.courant * waves + torch.where(self._split, 0.0, viscous), wanted
+
+        return self.clock.march(
+            interval, rates, lambda dt: self.step(dt.to(viscous), viscous), most=1.0 / SMALLEST_STEP
+        )
 
     def step(self, dt: Tensor, viscous_rate: Tensor) -> None:
         """One step of ``dt [B]``; a trajectory whose ``dt`` is zero keeps its state. ``viscous_rate``: see `rates`."""
@@ -250,14 +260,18 @@ class FiniteVolume:
         before = self._diffuse(start, 0.5 * dt, viscous_rate)
         first = before + interval * self.tendency(before)
         after = 0.5 * (before + first + interval * self.tendency(first))
-        self.conserved = torch.where(dt > 0, self._diffuse(after, 0.5 * dt, DENSITY_CHANGE * viscous_rate), start)
+        if bool(self._split.any()):
+            # The waves have moved the density: the stages must suffice for the state that is there now.
+            viscous_rate = torch.maximum(DENSITY_CHANGE * viscous_rate, self._viscous_rate(self._primitive_of(after)))
+        self.conserved = torch.where(dt > 0, self._diffuse(after, 0.5 * dt, viscous_rate), start)
 
     def _diffuse(self, conserved: Tensor, dt: Tensor, rate: Tensor) -> Tensor:
         """Split viscous terms for ``dt [B]``, with as many stages as each trajectory needs."""
         if self.viscosity is None or not bool(self._split.any()):
             return conserved
         viscosity, fluid, ndim = self.viscosity, self.fluid, self.ndim
-        stages = [legendre_stages(2.0 * need) for need in (rate * dt).tolist()]
+        # Where the solution has blown up (no rate, or a negative one) any number of stages does.
+        stages = [legendre_stages(max(0.0, 2.0 * need) if need < math.inf else 0.0) for need in (rate * dt).tolist()]
         result = conserved.clone()
         for count in sorted(set(stages)):
             members = [b for b, needed in enumerate(stages) if needed == count and self._split[b] and dt[b] > 0]

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.errors import NonFiniteError
 from shodh.fields import RegimeSchema
-from shodh.physics.regime import Progress, check_finite
+from shodh.physics.regime import Progress, check_finite, check_healthy
 
 
 class FrameStore:
@@ -62,10 +61,7 @@ class FrameStore:
 
     def check(self, healthy: Tensor) -> None:
         """Refuse to go on when a trajectory is not ``healthy`` (bool ``[B]``)."""
-        good = [bool(flag) for flag in healthy]
-        if not all(good):
-            seed = self.seeds[good.index(False)]
-            raise NonFiniteError(f"{self.schema.name}: the solution of seed {seed} blew up; {self.remedy}")
+        check_healthy(self.schema.name, self.seeds, healthy, self.remedy)
 
 
 def run_frames(

@@ -10,7 +10,8 @@ no-slip or free-slip. Layout and placement: :mod:`shodh.physics.operators`.
 Scheme. Harlow & Welch (1965) placement; momentum fluxes from two-point averages in divergence form, which on a uniform
 grid is skew-symmetric for a discretely divergence-free velocity: advection neither makes nor destroys kinetic energy.
 Time: the three-stage strong-stability-preserving Runge-Kutta of Shu & Osher (1988), third order, with an exact
-projection after every stage. Viscous terms are explicit.
+projection after every stage. Viscous terms are explicit. Every step obeys the joint limit of advection and diffusion
+of the flow and of the scalar that it carries (:mod:`shodh.physics.stability`).
 
 Convecting frame. The solver may work in a frame that moves with ``frame_velocity`` along axis 1: it advances
 ``u - frame_velocity``, the bed moves backwards, and the largest advective speed falls by about half, which allows a
@@ -24,14 +25,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shodh.physics.operators import divergence_padded, fill_periodic, inner, padded_like, shifted, subtract_gradient
+from shodh.physics.operators import divergence_padded, fill_periodic, inner, padded_like, subtract_gradient
 from shodh.physics.poisson import ChannelPoisson
 from shodh.physics.scalar import SSP_RK3, Transported
+from shodh.physics.stability import IMAGINARY_RK3, Clock, advection_rate, central_rate, diffusion_rate
 
-# Limits of stability on the imaginary axis (advection) and on the negative real axis (diffusion) of a three-stage
-# third-order Runge-Kutta scheme.
-ADVECTION_LIMIT = 1.73
-DIFFUSION_LIMIT = 2.51
+# A Courant number beyond this cannot be asked for: the limit of stability of central fluxes without diffusion.
+ADVECTION_LIMIT = IMAGINARY_RK3
 
 
 class ChannelFlow:
@@ -58,6 +58,8 @@ class ChannelFlow:
     ----------
     velocity : Tensor [3, n0+2, n1+2, n2+2, B]
         Padded face velocity in the moving frame; component order is the internal axis order.
+    clock : Clock
+        The steps taken.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class ChannelFlow:
         self._rhs = torch.empty(batch, *space, dtype=dtype, device=device)
         self._pressure = padded_like(space, batch, like=like)
         self._poisson = ChannelPoisson(space, self.spacing, dtype, device)
+        self.clock = Clock(batch)
 
     @property
     def interior(self) -> Tensor:
@@ -103,6 +106,8 @@ class ChannelFlow:
         """Take a velocity ``[3, n0, n1, n2, B]`` of the frame at rest, make it solenoidal and impermeable."""
         self.interior.copy_(velocity)
         self.interior[1] -= self.frame_velocity
+        # A large potential leaves its rounding, times 4 / h^2, as divergence; the second time it is small.
+        self.project()
         self.project()
 
     def get_velocity(self) -> Tensor:
@@ -161,30 +166,35 @@ class ChannelFlow:
             self.fill_halos()
 
     def advance(self, interval: float, courant: float, scalar: Transported | None = None) -> Tensor:
-        """Advance all flows by ``interval``, each with equal steps of its own.
+        """Advance all flows by ``interval``, each in steps of its own.
 
-        The steps of a flow follow from its velocity at the start of the interval, so they do not depend on the other
-        flows of the batch; those that need fewer steps wait.
+        A step follows from the velocity at its start, and does not depend on the other flows of the batch; those that
+        need fewer steps wait.
 
         Parameters
         ----------
         interval : float
         courant : float
-            Target of ``dt sum_i |u_i| / h_i``.
+            Upper bound of ``dt sum_i |u_i| / h_i`` for accuracy; the limits of stability of the flow and of ``scalar``
+            hold besides.
 
         Returns
         -------
         Tensor [B]
-            The largest Courant number at the start and the end of the interval.
+            bool; False where a flow blew up (no longer finite, or its steps became absurdly small).
         """
-        diffusivity = max(self.viscosity, float(scalar.diffusivity) if scalar is not None else 0.0)
-        diffusion = 4.0 * diffusivity * sum(h**-2 for h in self.spacing) / (0.8 * DIFFUSION_LIMIT)
-        rate = self.courant(1.0)
-        count = torch.ceil(interval * (rate / courant).clamp(min=diffusion)).clamp(min=1.0)
-        dt = interval / count
-        for index in range(int(count.max())):
-            self.step(torch.where(index < count, dt, 0.0), scalar)
-        return torch.maximum(rate, self.courant(1.0)) * dt
+
+        def rates() -> tuple[Tensor, Tensor]:
+            speed, stability = self.courant(1.0), self.stability_rate()
+            if scalar is not None:
+                stability = torch.maximum(stability, scalar.stability_rate(speed))
+            return stability, speed
+
+        return self.clock.march(interval, rates, lambda dt: self.step(dt, scalar), courant)
+
+    def stability_rate(self) -> Tensor:
+        """Steps per time that the momentum equation asks for, ``[B]``."""
+        return central_rate(self.courant(1.0), diffusion_rate(self.viscosity, self.spacing))
 
     def tendency(self) -> Tensor:
         """Right-hand side ``[3, n0, n1, n2, B]`` without the pressure; the buffer is reused by the next call."""
@@ -240,10 +250,8 @@ class ChannelFlow:
         return self._scratch[index, : shape.numel()].view(shape)
 
     def courant(self, dt: float) -> Tensor:
-        """Largest ``dt sum_i |u_i| / h_i`` of each flow, ``[B]``, in the moving frame."""
-        speed = sum(shifted(self.velocity[a], a, 0).abs() / self.spacing[a] for a in range(3))
-        assert isinstance(speed, Tensor)
-        return dt * speed.flatten(0, 2).amax(0)
+        """Largest ``dt sum_i |u_i| / h_i`` of each flow, ``[B]``, in the moving frame (mean of a cell's two faces)."""
+        return dt * advection_rate(self.velocity, self.spacing)
 
     def divergence(self) -> Tensor:
         """Discrete divergence ``[n0, n1, n2, B]``."""

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from shodh.physics.stabilized import legendre_step, legendre_steps
+from shodh.physics.stability import Clock, diffusion_rate
+from shodh.physics.stabilized import legendre_step, legendre_steps, stability_limit
 
 Reaction = Callable[[Tensor], Tensor]
 
@@ -63,7 +64,7 @@ class ReactionDiffusion:
     ) -> None:
         self.reaction, self.diffusivity = reaction, tuple(diffusivity)
         self.spacing, self.periodic = tuple(spacing), tuple(periodic)
-        self._radius = 4.0 * max(diffusivity) * sum(h**-2 for h in spacing) + reaction_radius
+        self._radius = float(diffusion_rate(max(diffusivity), spacing)) + reaction_radius
 
     def tendency(self, values: Tensor) -> Tensor:
         """``du/dt [species, B, *space]``."""
@@ -72,9 +73,15 @@ class ReactionDiffusion:
             rate.add_(laplacian(species, self.spacing, self.periodic), alpha=diffusivity)
         return rates
 
-    def advance(self, values: Tensor, interval: float, max_step: float) -> Tensor:
-        """State ``[species, B, *space]`` after ``interval``, in equal steps of at most ``max_step``."""
+    def advance(self, values: Tensor, interval: float, max_step: float, clock: Clock | None = None) -> Tensor:
+        """State ``[species, B, *space]`` after ``interval``, in equal steps of at most ``max_step``.
+
+        Diffusion and reaction limit the step together: by Gershgorin's circles the spectral radius is at most the sum
+        of the fastest decay by diffusion and of ``reaction_radius``, which the stages are chosen for.
+        """
         steps, stages = legendre_steps(interval, self._radius, max_step)
+        if clock is not None:
+            clock.record_equal(steps, interval / steps, self._radius / stability_limit(stages))
         for _ in range(steps):
             values = legendre_step(lambda state, _: self.tendency(state), values, 0.0, interval / steps, stages)
         return values

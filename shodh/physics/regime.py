@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shodh.errors import ConfigError, NonFiniteError
 from shodh.fields import Boundary, Field, RegimeSchema, Trajectories
+from shodh.physics.bounds import Bounds
 from shodh.seeding import generator
 
 Progress = Callable[[float], None]
@@ -40,6 +41,10 @@ class Regime(Protocol):
     def schema(self) -> RegimeSchema:
         """Fields and boundaries of the trajectories."""
 
+    @property
+    def bounds(self) -> Bounds:
+        """What no solution does; see `shodh.physics.bounds`."""
+
     def simulate(
         self,
         seeds: Sequence[int],
@@ -63,6 +68,11 @@ class SolvedRegime(ABC):
     @abstractmethod
     def schema(self) -> RegimeSchema:
         """Fields and boundaries of the trajectories."""
+
+    @property
+    @abstractmethod
+    def bounds(self) -> Bounds:
+        """What no solution does; see `shodh.physics.bounds`."""
 
     def simulate(
         self,
@@ -124,6 +134,14 @@ def check_finite(name: str, seeds: Sequence[int], fields: Tensor, advice: str) -
     if bad.any():
         seed = seeds[int(bad.nonzero()[0])]
         raise NonFiniteError(f"{name}: the trajectory of seed {seed} blew up (NaN or infinity); {advice}")
+
+
+def check_healthy(name: str, seeds: Sequence[int], healthy: Tensor, advice: str) -> None:
+    """Refuse to go on when a trajectory is not ``healthy`` (bool ``[B]``); errors as `check_finite`."""
+    good = [bool(flag) for flag in healthy]
+    if not all(good):
+        seed = seeds[good.index(False)]
+        raise NonFiniteError(f"{name}: the trajectory of seed {seed} blew up (no finite or sensible step); {advice}")
 
 
 def smooth_noise(

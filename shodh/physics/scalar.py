@@ -16,26 +16,29 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from shodh.physics.bounds import Range
 from shodh.physics.operators import fill_periodic, inner, padded_like
+from shodh.physics.stability import REAL_RK3, diffusion_rate, upwind_rate
 
 # Weights w of the strong-stability-preserving Runge-Kutta schemes of Shu & Osher (1988), one a stage:
 # c <- w c0 + (1 - w) (c + dt L(c)), with c0 the state at the start of the step.
 SSP_RK2 = (0.0, 0.5)
 SSP_RK3 = (0.0, 0.75, 1.0 / 3.0)
+# A tracer that starts between 0 and 1: by how much a limited scheme may leave that in three dimensions.
+TRACER_RANGE = Range("tracer", -0.02, 1.02)
 
 
 class Transported(Protocol):
     """A scalar that a flow can take along, stage by stage of its Runge-Kutta steps."""
-
-    @property
-    def diffusivity(self) -> float | Tensor:
-        """Bounds the step."""
 
     def begin_step(self) -> None:
         """Remember the state at the start of a step."""
 
     def stage(self, velocity: Tensor, weight: float, dt: float | Tensor) -> None:
         """One Shu-Osher stage in the flow's padded velocity at the start of the stage."""
+
+    def stability_rate(self, advection: Tensor) -> Tensor:
+        """Steps per time that the scalar asks for in a flow of that rate of advection; both ``[B]``."""
 
 
 class ScalarTransport:
@@ -89,6 +92,13 @@ class ScalarTransport:
         self.values.add_(self.tendency(self.values, velocity).mul_(dt))
         if weight:
             self.values.lerp_(self._start, weight)
+
+    def stability_rate(self, advection: Tensor, real: float = REAL_RK3) -> Tensor:
+        """Steps per time that first-order upwind, the scheme where the limiter is off, asks for; ``[B]``.
+
+        ``real`` is the end of the region of stability of the Runge-Kutta scheme. Closed faces only take from the rates.
+        """
+        return upwind_rate(advection, diffusion_rate(self.diffusivity, self.spacing), real)
 
     def _with_lower_face(self, faces: Tensor, axis: int) -> Tensor:
         """Put the lower face of the first cell before the ``n`` upper faces."""

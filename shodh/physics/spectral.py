@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from shodh.physics.stability import Clock
 from shodh.seeding import generator
 
 #: Fourth-order Runge-Kutta is stable up to ``2 sqrt(2)`` on the imaginary axis; truncation leaves ``k h <= 2 pi / 3``.
@@ -201,7 +202,10 @@ class Equations(Protocol):
     decay: Tensor
 
     def tendency(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """What is integrated explicitly ``[B, C, *modes]``, and the rate ``sum_i max |speed_i| / h_i`` ``[B]``."""
+        """What is integrated explicitly ``[B, C, *modes]``, and the rate ``max sum_i |speed_i| / h_i`` ``[B]``.
+
+        A source counts in the rate too, as the inverse of the time in which it changes the state by itself.
+        """
 
 
 def step(equations: Equations, state: Tensor, dt: Tensor, slope: Tensor | None = None) -> Tensor:
@@ -225,14 +229,11 @@ def step(equations: Equations, state: Tensor, dt: Tensor, slope: Tensor | None =
     return half * (drifted + (size / 6.0) * middle) + (size / 6.0) * fourth
 
 
-def advance(equations: Equations, state: Tensor, interval: float, courant: float) -> tuple[Tensor, Tensor]:
-    """Advance by ``interval``, each trajectory with steps of its own: ``dt * rate <= courant``.
+def advance(equations: Equations, state: Tensor, interval: float, courant: float, clock: Clock | None = None) -> Tensor:
+    """State after ``interval``, each trajectory with steps of its own: ``dt * rate <= courant``; ``clock`` counts them.
 
-    Returns
-    -------
-    state : Tensor
-    steps : Tensor [B]
-        Steps taken (int64).
+    The modes ``|k_i h_i| <= 2 pi / 3`` that are kept have eigenvalues ``-i k . u`` of modulus ``2 pi / 3 * rate`` at
+    most; diffusion is in the integrating factor and does not limit. So the limit of stability is `COURANT_LIMIT`.
 
     Raises
     ------
@@ -249,10 +250,12 @@ def advance(equations: Equations, state: Tensor, interval: float, courant: float
             raise BlowUp(int(runaway.nonzero()[0]))
         # A trajectory that has arrived takes steps of length zero, which leave it as it is.
         dt = remaining / count
+        if clock is not None:
+            clock.record(dt, rate.double().cpu() / COURANT_LIMIT)
         state = step(equations, state, dt, slope)
         steps += remaining > 0
         remaining = torch.where(count > 1, remaining - dt, 0.0)
-    return state, steps
+    return state
 
 
 def courant_rate(values: Tensor, spacing: Sequence[float]) -> Tensor:

@@ -55,14 +55,17 @@ class IncompressibleFlow:
         velocity = space.inverse(spectrum)
         vorticity = space.inverse(space.curl(spectrum))
         result = space.project(space.forward(torch.linalg.cross(velocity, vorticity, dim=1)))
+        rate = courant_rate(velocity, space.spacing)
         if self.injection:
             driven = spectrum * self._band
             square = space.mean_product(driven, driven).sum(1).clamp(min=1e-30)
-            result += driven * (self.injection / square).to(space.dtype).view(-1, 1, 1, 1, 1)
+            growth = (self.injection / square).to(space.dtype)
+            result += driven * growth.view(-1, 1, 1, 1, 1)
+            rate = rate + growth
         if state.shape[1] > 3:
             fluxes = velocity[:, None] * space.inverse(state[:, 3:])[:, :, None]
             result = torch.cat((result, -space.divergence(space.forward(fluxes))), dim=1)
-        return result, courant_rate(velocity, space.spacing)
+        return result, rate
 
     def pressure(self, state: Tensor) -> Tensor:
         """Pressure per density with zero mean, ``[B, *modes]``; truncated like everything else."""

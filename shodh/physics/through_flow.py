@@ -21,9 +21,7 @@ from torch import Tensor
 
 from shodh.physics.poisson import neumann_modes
 from shodh.physics.scalar import SSP_RK3
-
-# Limit of stability of a three-stage third-order Runge-Kutta scheme on the negative real axis, with a margin.
-DIFFUSION_LIMIT = 2.0
+from shodh.physics.stability import Clock, central_rate, diffusion_rate
 
 
 class ThroughFlow:
@@ -49,6 +47,8 @@ class ThroughFlow:
         Over density, zero mean.
     force : Tensor [2, B]
         Force of the fluid on the solids in the last step, per density and depth.
+    clock : Clock
+        The steps taken.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class ThroughFlow:
         symbol = symbol_x[:, None] + symbol_y
         self._inverse = torch.where(symbol > 0, -1.0 / symbol.clamp(min=1e-300), 0.0).to(dtype)
         self._modes = modes_x.to(dtype), modes_y.to(dtype)
+        self.clock = Clock(batch)
         self._enforce()
         self._project()
 
@@ -88,20 +89,29 @@ class ThroughFlow:
         return torch.maximum(along.flatten(0, 1).amax(0), across.flatten(0, 1).amax(0))
 
     def rate(self) -> Tensor:
-        """Largest ``sum_i |u_i| / h_i`` of each flow, ``[B]``."""
-        hx, hy = self.spacing
-        cells = self.along[1:].abs() / hx + torch.maximum(self.across[:, 1:].abs(), self.across[:, :-1].abs()) / hy
-        return cells.flatten(0, 1).amax(0)
+        """Largest ``sum_i |u_i| / h_i`` of each flow, ``[B]``: of a cell, the mean of its two faces.
+
+        The outlet, upwind with the bulk speed, counts as a cell that moves with it.
+        """
+        (hx, hy), along, across = self.spacing, self.along.abs(), self.across.abs()
+        cells = 0.5 * ((along[1:] + along[:-1]) / hx + (across[:, 1:] + across[:, :-1]) / hy)
+        return cells.flatten(0, 1).amax(0).clamp(min=abs(self.bulk) / hx)
+
+    def stability_rate(self) -> Tensor:
+        """Steps per time that the momentum equation asks for, ``[B]``."""
+        return central_rate(self.rate(), diffusion_rate(self.viscosity, self.spacing))
 
     def advance(self, interval: float, courant: float) -> Tensor:
-        """Advance all flows by ``interval``, each with equal steps of its own; the largest Courant number ``[B]``."""
-        diffusion = 4.0 * self.viscosity * sum(h**-2 for h in self.spacing) / DIFFUSION_LIMIT
-        rate = self.rate()
-        count = torch.ceil(interval * (rate / courant).clamp(min=diffusion)).clamp(min=1.0)
-        dt = interval / count
-        for index in range(int(count.max())):
-            self.step(torch.where(index < count, dt, 0.0))
-        return torch.maximum(rate, self.rate()) * dt
+        """Advance all flows by ``interval``, each in steps of its own.
+
+        Returns
+        -------
+        Tensor [B]
+            bool; False where a flow blew up (no longer finite, or its steps became absurdly small).
+        """
+        return self.clock.march(
+            interval, lambda: (self.stability_rate(), self.rate()), lambda dt: self.step(dt.to(self.along)), courant
+        )
 
     def step(self, dt: Tensor) -> None:
         """One step of ``dt [B]``; a flow whose ``dt`` is zero is left as it is."""

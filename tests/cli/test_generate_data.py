@@ -6,6 +6,7 @@ import errno
 import functools
 import importlib.util
 import io
+import json
 import multiprocessing
 import os
 import random
@@ -22,14 +23,21 @@ import h5py
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from shodh.cli import run_main
 from shodh.data import RegimeSource, WellFile, read_stats
+from shodh.data.formats.inspection import DIAGNOSTICS, inspect_file
+from shodh.fields import Trajectories
 from shodh.generation import Interval
 from shodh.physics import REGIMES, get_regime
+from shodh.physics.mac import ChannelFlow
+from shodh.physics.regimes.open_channel import OpenChannel
+from shodh.physics.scalar import ScalarTransport
 from shodh.seeding import stable_seed
 
-TOOL = Path(__file__).parents[2] / "tools" / "generate_data.py"
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "generate_data.py"
 SMALL = ["--grid", "8", "10", "9", "--trajectories", "5", "--frames", "2", "--workers", "1"]
 QUICK = ["--set", "open_channel.spin_up=0", "open_channel.frame_interval=0.02"]
 
@@ -171,6 +179,73 @@ def test_full_disk_is_reported_and_leaves_no_half_file(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert "GB are free" in fail(tool, capsys, *arguments)
+
+
+def test_unstable_solution_is_refused_and_nothing_else_is_lost(
+    tool: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last trajectory takes steps far beyond its limit: one line, no file of it; mended, the run goes on."""
+    arguments = ["--regime", "open_channel", "--out", str(tmp_path / "out"), *SMALL, *QUICK]
+    arguments += ["--trajectories-per-file", "1", "--set", "open_channel.re_tau=5", "open_channel.frame_interval=0.2"]
+    advance, last = ChannelFlow.advance, stable_seed(0, "open_channel", 4)
+    solve = OpenChannel._solve
+
+    def too_long(
+        flow: ChannelFlow, interval: float, courant: float, scalar: ScalarTransport | None = None
+    ) -> torch.Tensor:
+        flow.step(interval, scalar)
+        return torch.ones(1, dtype=torch.bool)
+
+    def unstable(regime: OpenChannel, seeds: list[int], *rest: object) -> Trajectories:
+        with monkeypatch.context() as patch:
+            patch.setattr(ChannelFlow, "advance", too_long if last in seeds else advance)
+            return solve(regime, seeds, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(OpenChannel, "_solve", unstable)
+    line = fail(tool, capsys, *arguments)
+    assert all(word in line for word in ("open_channel", "trajectory 4", "time 0.2", "not stored"))
+    before = snapshot(tmp_path / "out")
+    assert len(before) == 4 and not any("00004" in name for name in before)
+    monkeypatch.undo()
+    assert tool.main(arguments) == 0
+    after = snapshot(tmp_path / "out")
+    assert all(after[name] == content for name, content in before.items()) and len(after) == 6
+
+
+@pytest.mark.parametrize("vary", [(), ("--vary", "open_channel.schmidt=1:2")])
+def test_files_say_what_their_solutions_span(generate: Callable[..., Path], vary: tuple[str, ...]) -> None:
+    """Of every trajectory, in a root attribute that other readers need not know; inspection shows it."""
+    out = generate(*vary) / "open_channel/data/train/open_channel_00000.hdf5"
+    with h5py.File(out) as file:
+        stored = json.loads(file.attrs[DIAGNOSTICS])
+        tracer, velocity = file["t0_fields/tracer"][:], file["t1_fields/velocity"][:]
+    assert len(stored) == len(tracer) == 3
+    for report, dye, flow in zip(stored, tracer, velocity):
+        assert report["ranges"]["tracer"] == [[pytest.approx(dye.min())], [pytest.approx(dye.max())]]
+        energy = 0.5 * np.square(flow, dtype=np.float64).sum((1, 2, 3, 4)) / dye[0].size
+        assert report["energy"]["kinetic"] == pytest.approx([energy[0], energy[-1]], rel=1e-5)
+        assert 0 < report["divergence"]["velocity"] < 1e-6 and 0 < report["solver"]["limit_share"] <= 1
+    solved = inspect_file(out).solved
+    assert solved is not None
+    assert solved["ranges"]["tracer"] == [[pytest.approx(tracer.min())], [pytest.approx(tracer.max())]]
+    assert len(solved["energy"]["kinetic"]["first"]) == 3
+    done = subprocess.run([sys.executable, "tools/inspect_data.py", str(out)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "limit_share" in done.stdout and "kinetic energy" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '[{"ranges": {"tracer": [[0], [NaN]]}}]', "[]"])
+def test_files_without_a_sound_attribute_are_inspected_all_the_same(generate: Callable[..., Path], text: str) -> None:
+    path = generate() / "open_channel/data/test/open_channel_00004.hdf5"
+    whole = inspect_file(path)
+    with h5py.File(path, "r+") as file:
+        file.attrs[DIAGNOSTICS] = text
+    spoilt = inspect_file(path)
+    with h5py.File(path, "r+") as file:
+        del file.attrs[DIAGNOSTICS]
+    foreign = inspect_file(path)
+    assert whole.solved and spoilt.solved is None and foreign.solved is None
+    assert len(spoilt.problems) == len(whole.problems) + (text != "[]") and foreign.problems == whole.problems
+    assert foreign.fields == spoilt.fields == whole.fields
 
 
 def command(out: Path, *options: str) -> list[str]:

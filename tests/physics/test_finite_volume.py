@@ -155,7 +155,7 @@ def test_flux_of_equal_states_is_the_physical_one_and_mirrors(fluid: ShallowFlui
 def test_mass_and_energy_are_conserved_to_rounding(fluid: ShallowFluid | IdealGas, boundary: tuple[str, str]) -> None:
     solver = FiniteVolume(fluid, boundary, (0.1, 0.2), random_state(fluid, (12, 9, 2)))  # type: ignore[arg-type]
     before = solver.conserved.sum((1, 2))
-    assert bool(solver.advance(0.3).all()) and int(solver.steps.min()) > 5
+    assert bool(solver.advance(0.3).all()) and int(solver.clock.steps.min()) > 5
     drift = (solver.conserved.sum((1, 2)) - before).abs()
     kept = [0, -1] if fluid.has_energy else [0]
     kept += [1, 2] if boundary[0] == "periodic" else []
@@ -246,7 +246,7 @@ def test_steps_of_a_trajectory_do_not_depend_on_its_neighbours() -> None:
     for index in (0, 1):
         alone = solve(states[..., index : index + 1])
         torch.testing.assert_close(alone.conserved[..., 0], both.conserved[..., index], rtol=1e-12, atol=1e-12)
-        assert int(alone.steps[0]) == int(both.steps[index])
+        assert int(alone.clock.steps[0]) == int(both.clock.steps[index])
 
 
 def test_a_blown_up_trajectory_is_reported() -> None:

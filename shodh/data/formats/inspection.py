@@ -10,6 +10,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from pydantic import BaseModel, FiniteFloat, TypeAdapter
 
 from shodh.data import hdf5
 from shodh.data.formats import SUFFIXES, FileHints, TrajectoryFile, open_file
@@ -26,7 +27,29 @@ from shodh.fields import Boundary
 SOLENOIDAL = 1e-3
 FRAMES_EACH = 8
 
+# Root attribute of files of `shodh.generation`: JSON, for each trajectory what `Solved` says.
+DIAGNOSTICS = "solution_diagnostics"
+
 Progress = Callable[[float], None]
+
+
+class Solved(BaseModel):
+    """What the generator measured of one trajectory, all frames, before it stored it.
+
+    Attributes
+    ----------
+    ranges : {field: (minima, maxima)}
+        One a component.
+    energy : {name: (first, last)}
+    divergence : {field: largest divergence over gradient}
+    solver : {name: value}
+        Diagnostics of the solver.
+    """
+
+    ranges: dict[str, tuple[list[FiniteFloat], list[FiniteFloat]]]
+    energy: dict[str, tuple[FiniteFloat, FiniteFloat]]
+    divergence: dict[str, FiniteFloat]
+    solver: dict[str, FiniteFloat]
 
 
 @dataclass
@@ -71,6 +94,7 @@ class FileReport:
     assumed: list[str]
     problems: list[str]
     frames_read: int
+    solved: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -148,6 +172,7 @@ def inspect_file(
         report.fields.append(
             _inspect_field(file, name, sampled, report.problems, lambda f, n=number: progress((n + f) / len(names)))  # type: ignore[misc]
         )
+    report.solved = _solved(file, report.problems)
     _advise(file, report)
     file.close()
     return report
@@ -290,6 +315,30 @@ class _Divergence:
 def _solenoidal(divergence: dict[str, float]) -> str:
     best = min(divergence, key=lambda name: divergence[name])
     return best if divergence[best] < SOLENOIDAL else "no"
+
+
+def _solved(file: TrajectoryFile, problems: list[str]) -> dict[str, Any] | None:
+    """What the generator measured, over all trajectories: `Solved` with least and largest values; None if unsaid."""
+    if not isinstance(file, WellFile):
+        return None
+    try:
+        with hdf5.open_hdf5(file.path) as opened:
+            stored = hdf5.text(hdf5.attribute(opened, DIAGNOSTICS, str(file.path), ""))
+        found = TypeAdapter(list[Solved]).validate_json(stored) if stored else []
+        if not found:
+            return None
+        ranges = {name: np.array([one.ranges[name] for one in found]) for name in found[0].ranges}
+        energies = {name: np.array([one.energy[name] for one in found]) for name in found[0].energy}
+        solver = {name: [one.solver[name] for one in found] for name in found[0].solver}
+        return {
+            "ranges": {n: [v[:, 0].min(0).tolist(), v[:, 1].max(0).tolist()] for n, v in ranges.items()},
+            "energy": {n: {"first": v[:, 0].tolist(), "last": v[:, 1].tolist()} for n, v in energies.items()},
+            "divergence": {n: max(one.divergence[n] for one in found) for n in found[0].divergence},
+            "solver": {n: [min(v), max(v)] for n, v in solver.items()},
+        }
+    except (DataError, KeyError, ValueError):
+        problems.append(f"the attribute {DIAGNOSTICS!r} is damaged; what the solver measured is not shown")
+        return None
 
 
 def _storage(file: TrajectoryFile, name: str) -> tuple[str, list[int] | None, str | None]:

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from shodh.errors import ConfigError
 from shodh.fields import Field, RegimeSchema, Trajectories
-from shodh.physics.acoustics import SoundField, stable_steps
+from shodh.physics.acoustics import SoundField, stable_steps, wave_rate
+from shodh.physics.bounds import Bounds, Limit, Range
 from shodh.physics.regime import Progress, SolvedRegime, check_finite, check_positive, smooth_noise
+from shodh.physics.stability import Clock
 
 # The sound speed is positive.
 FIELDS = (
@@ -76,8 +78,15 @@ class Acoustics(SolvedRegime):
         check_positive(self.name, **{key: getattr(self, key) for key in positive})
         if not 1.0 <= self.contrast < np.inf:
             raise ConfigError(f"{self.name}.contrast={self.contrast} must be a number >= 1")
-        if self.courant > 1.0:
-            raise ConfigError(f"{self.name}.courant={self.courant} must not exceed 1, the limit of stability")
+        if self.courant >= 1.0:
+            raise ConfigError(f"{self.name}.courant={self.courant} must be below 1, the limit of stability")
+
+    @property
+    def bounds(self) -> Bounds:
+        """The scheme conserves its energy; the speed of sound is between 1 and ``contrast``."""
+        return Bounds(
+            (Range("sound_speed", 1.0 - 1e-5, self.contrast * (1.0 + 1e-5)),), limits=(Limit("energy_drift", 1e-3),)
+        )
 
     @property
     def schema(self) -> RegimeSchema:
@@ -111,6 +120,9 @@ class Acoustics(SolvedRegime):
         # From the bound of the speed, not from the speed: a trajectory has the same steps in every batch.
         steps = stable_steps(self.frame_interval, self.contrast, sound.spacing, self.courant)
         dt = self.frame_interval / steps
+        clock = Clock(len(seeds))
+        if frames > 1:
+            clock.record_equal(steps * (frames - 1), dt, wave_rate(self.contrast, sound.spacing))
         before = sound.energy(dt)
         pressure = np.empty((len(seeds), frames, *grid), dtype=np.float32)
         velocity = np.empty((len(seeds), frames, *grid, 3), dtype=np.float32)
@@ -134,6 +146,7 @@ class Acoustics(SolvedRegime):
             parameters={"contrast": self.contrast, "wave_scale": self.wave_scale},
             diagnostics={
                 "energy": before.double().cpu().numpy(),
+                **clock.diagnostics(),
                 "energy_drift": (sound.energy(dt) / before - 1.0).double().cpu().numpy(),
             },
         )

@@ -22,12 +22,15 @@ from torch import Tensor
 
 from shodh.errors import ConfigError
 from shodh.fields import Field
+from shodh.physics.bounds import Bounds, Range
 from shodh.physics.regime import check_positive
 from shodh.physics.spectral import SpectralGrid, courant_rate, random_vector
 from shodh.physics.spectral_flow import kinetic_energy
 from shodh.physics.spectral_regime import SpectralRegime
 
 BURGERS_VELOCITY = Field("burgers_velocity", kind="vector")
+# Standard deviations that the initial velocity may reach, with what unresolved shocks overshoot.
+FASTEST = 10.0
 
 
 class BurgersFlow:
@@ -77,6 +80,11 @@ class Burgers(SpectralRegime):
         check_positive(self.name, viscosity=self.viscosity, peak_wavenumber=self.peak_wavenumber)
         if not 0 <= self.rotational <= 1:
             raise ConfigError(f"{self.name}.rotational={self.rotational} must be between 0 and 1")
+
+    @property
+    def bounds(self) -> Bounds:
+        """Each component is carried and diffused: none leaves the range of the start, Gaussian with unit variance."""
+        return Bounds((Range("burgers_velocity", -FASTEST, FASTEST),))
 
     @property
     def constants(self) -> dict[str, float]:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from shodh.errors import ConfigError
 from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.physics.bounds import Bounds, Limit, Range
 from shodh.physics.finite_volume import FiniteVolume
 from shodh.physics.frames import FrameStore, run_frames
 from shodh.physics.regime import Progress, SolvedRegime, check_positive
@@ -37,6 +38,7 @@ DENSITY = TEMPERATURE = (0.1, 10.0)
 AMPLITUDE = (0.01, 0.2)
 WINDOW_WIDTH = 0.01
 FLOOR = 0.05
+TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,12 @@ class Compressible2d(SolvedRegime):
             )
 
     @property
+    def bounds(self) -> Bounds:
+        """Density and pressure are positive; mass and energy are conserved."""
+        positive = (Range("density", TINY), Range("pressure", TINY))
+        return Bounds(positive, limits=(Limit("mass_drift", 1e-3), Limit("energy_drift", 1e-3)))
+
+    @property
     def schema(self) -> RegimeSchema:
         """Density, velocity and pressure in a periodic box."""
         fields = (Field("density"), Field("compressible_velocity", kind="vector"), Field("pressure"))
@@ -229,7 +237,7 @@ class Compressible2d(SolvedRegime):
             diagnostics={
                 "mass_drift": drift[0].cpu().numpy(),
                 "energy_drift": drift[3].cpu().numpy(),
-                "steps": solver.steps.double().numpy(),
+                **solver.clock.diagnostics(),
             },
         )
 

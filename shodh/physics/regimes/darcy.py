@@ -26,6 +26,7 @@ from torch import Tensor
 
 from shodh.errors import ConfigError, NonFiniteError
 from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.physics.bounds import Bounds, Limit, Range
 from shodh.physics.conduction import HeterogeneousDiffusion
 from shodh.physics.operators import divergence
 from shodh.physics.regime import Progress, SolvedRegime, check_positive, smooth_noise
@@ -99,6 +100,11 @@ class Darcy(SolvedRegime):
         check_positive(self.name, **{key: getattr(self, key) for key in positive})
         if self.wells < 2:
             raise ConfigError(f"{self.name}.wells={self.wells} must be at least 2: what one injects another takes out")
+
+    @property
+    def bounds(self) -> Bounds:
+        """What flows out of a cell is what wells inject there; the permeability is positive."""
+        return Bounds((Range("permeability", 0.0),), limits=(Limit("mass_imbalance", 100.0 * self.tolerance),))
 
     @property
     def schema(self) -> RegimeSchema:

@@ -20,14 +20,16 @@ from torch import Tensor
 
 from shodh.errors import ConfigError
 from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.physics.bounds import Bounds, Range
 from shodh.physics.frames import FrameStore, run_frames
 from shodh.physics.reaction_diffusion import Reaction, ReactionDiffusion
 from shodh.physics.regime import Progress, SolvedRegime, check_positive
+from shodh.physics.stability import Clock
 from shodh.seeding import generator
 
 EDGE = 2.0
-# A bound of the Jacobian's eigenvalues: the noise reaches |u| of about 5, where d(u - u^3)/du = -74.
-REACTION_RADIUS = 80.0
+# Standard deviations that the initial noise may reach in a cell: one in 5e6 cells goes beyond.
+NOISE_REACH = 5.1
 
 
 def fitzhugh_nagumo(k: float) -> Reaction:
@@ -86,9 +88,23 @@ class DiffusionReaction2d(SolvedRegime):
             raise ConfigError(f"{self.name}.noise={self.noise} must be between 0 and 1")
 
     @property
+    def bounds(self) -> Bounds:
+        """An invariant square of the reaction; a tail of the initial noise may lie beyond `largest`."""
+        most = 1.3 * self.largest
+        return Bounds((Range("activator", -most, most), Range("inhibitor", -most, most)))
+
+    @property
     def schema(self) -> RegimeSchema:
         """Two scalars in a closed box."""
         return RegimeSchema(self.name, (Field("activator"), Field("inhibitor")), ("wall", "wall"))
+
+    @property
+    def largest(self) -> float:
+        """A bound of both fields: what the noise reaches, or an invariant square of the reaction.
+
+        On the edge ``|u| = M`` the reaction points inwards where ``M^3 >= 2 M + |k|``, which ``2 + |k|^(1/3)`` obeys.
+        """
+        return max(NOISE_REACH * self.noise, 2.0 + abs(self.k) ** (1.0 / 3.0))
 
     def system(self, grid: Sequence[int]) -> ReactionDiffusion:
         """Right-hand side and time steps on ``grid``."""
@@ -97,7 +113,8 @@ class DiffusionReaction2d(SolvedRegime):
             (self.diffusivity_u, self.diffusivity_v),
             [EDGE / n for n in grid],
             periodic=(False, False),
-            reaction_radius=REACTION_RADIUS,
+            # The largest entry of the Jacobian is 1 - 3 u^2, and the other entries are 1.
+            reaction_radius=2.0 + 3.0 * self.largest**2,
         )
 
     def _solve(
@@ -109,9 +126,11 @@ class DiffusionReaction2d(SolvedRegime):
         state = (self.noise * torch.stack(draws, dim=1)).to(device, dtype)
         store = FrameStore(self.schema, seeds, grid, frames, f"lower {self.name}.time_step (now {self.time_step})")
 
+        clock = Clock(len(seeds))
+
         def advance() -> None:
             nonlocal state
-            state = system.advance(state, self.frame_interval, self.time_step)
+            state = system.advance(state, self.frame_interval, self.time_step, clock)
 
         def put(index: int) -> None:
             activator, inhibitor = torch.movedim(state, 1, -1)
@@ -124,5 +143,8 @@ class DiffusionReaction2d(SolvedRegime):
             time=np.arange(frames) * self.frame_interval,
             values=store.values,
             parameters={"diffusivity_u": self.diffusivity_u, "diffusivity_v": self.diffusivity_v, "k": self.k},
-            diagnostics={"activator_std": store.values["activator"][:, -1].std((1, 2), dtype=np.float64)},
+            diagnostics={
+                "activator_std": store.values["activator"][:, -1].std((1, 2), dtype=np.float64),
+                **clock.diagnostics(),
+            },
         )

@@ -22,12 +22,15 @@ from torch import Tensor
 
 from shodh.errors import ConfigError
 from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.physics.bounds import Bounds, Range
 from shodh.physics.reaction_diffusion import Reaction, ReactionDiffusion
 from shodh.physics.regime import Progress, SolvedRegime, check_finite, check_positive, smooth_noise
+from shodh.physics.stability import Clock
 
 # Both concentrations are positive.
 FIELDS = (Field("substrate"), Field("autocatalyst"))
-# A bound of the modulus of the Jacobian's eigenvalues: its largest entries are v^2 and 2 u v, and v stays below 1.
+# A bound of the modulus of the Jacobian's eigenvalues without feed and kill: its entries v^2 and 2 u v sum to less than
+# (u + v)^2, and u + v stays near or below 1.
 REACTION_RADIUS = 2.0
 # Noise above this many standard deviations is inside a patch; the rest of the box starts in the trivial state.
 PATCH_LEVEL = 1.0
@@ -102,6 +105,11 @@ class GrayScott(SolvedRegime):
             raise ConfigError(f"{self.name}.spin_up={self.spin_up} must be a number >= 0")
 
     @property
+    def bounds(self) -> Bounds:
+        """Concentrations are not negative, and the substrate is fed up to 1; about 1 is there of both together."""
+        return Bounds((Range("substrate", -0.01, 1.01), Range("autocatalyst", -0.01, 1.1)))
+
+    @property
     def schema(self) -> RegimeSchema:
         """Fields and boundaries: periodic along all axes."""
         return RegimeSchema(self.name, FIELDS, ("periodic", "periodic", "periodic"))
@@ -116,15 +124,16 @@ class GrayScott(SolvedRegime):
             (self.diffusivity_u, self.diffusivity_v),
             spacing,
             periodic=(True,) * ndim,
-            reaction_radius=REACTION_RADIUS,
+            reaction_radius=REACTION_RADIUS + self.feed + self.kill,
         )
         start = [random_patches(seed, grid, self.length, self.patch_size) for seed in seeds]
         state = torch.stack(start, dim=1).to(device, torch.float64 if self.double else torch.float32)
-        state = system.advance(state, self.spin_up, self.time_step) if self.spin_up else state
+        clock = Clock(len(seeds))
+        state = system.advance(state, self.spin_up, self.time_step, clock) if self.spin_up else state
         stored = np.empty((2, len(seeds), frames, *grid), dtype=np.float32)
         for index in range(frames):
             if index:
-                state = system.advance(state, self.frame_interval, self.time_step)
+                state = system.advance(state, self.frame_interval, self.time_step, clock)
             check_finite(self.name, seeds, state.transpose(0, 1), f"lower {self.name}.time_step={self.time_step:g}")
             stored[:, :, index] = state.float().cpu().numpy()
             if progress is not None:
@@ -145,5 +154,6 @@ class GrayScott(SolvedRegime):
                 "substrate_min": stored[0].min(sampled).astype(np.float64),
                 "autocatalyst_min": stored[1].min(sampled).astype(np.float64),
                 "autocatalyst_std": stored[1].std(sampled, dtype=np.float64),
+                **clock.diagnostics(),
             },
         )

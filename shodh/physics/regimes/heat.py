@@ -27,9 +27,11 @@ from torch import Tensor
 
 from shodh.errors import ConfigError
 from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.physics.bounds import Bounds, Range
 from shodh.physics.conduction import HeterogeneousDiffusion
 from shodh.physics.regime import Progress, SolvedRegime, check_finite, check_positive, smooth_noise
-from shodh.physics.stabilized import legendre_step, legendre_steps
+from shodh.physics.stability import Clock, diffusion_rate
+from shodh.physics.stabilized import legendre_step, legendre_steps, stability_limit
 from shodh.seeding import generator
 
 # The conductivity is positive; the temperature has both signs.
@@ -38,6 +40,8 @@ FIELDS = (Field("temperature"), Field("conductivity", static=True))
 SHARPNESS = 2.0
 # Peak heating of a source, times its width squared.
 PEAK = 4.0
+# Standard deviations that the initial noise may reach.
+INITIAL_REACH = 6.5
 # Longest step: in times of diffusion over a source's width (error of a frame 2e-4), and in movements by that width.
 MOST_DIFFUSION = 0.15
 MOST_MOVEMENT = 0.25
@@ -144,6 +148,14 @@ class Heat(SolvedRegime):
             raise ConfigError(f"{self.name}.sources={self.sources} must be even: as many sinks as sources")
 
     @property
+    def bounds(self) -> Bounds:
+        """The initial noise and, by the maximum principle, ``PEAK / k`` of each steady source of one sign."""
+        edge = self.contrast**0.5
+        most = INITIAL_REACH + 0.5 * self.sources * PEAK * edge
+        slack = 1.0 + 1e-5
+        return Bounds((Range("temperature", -most, most), Range("conductivity", 1.0 / (edge * slack), edge * slack)))
+
+    @property
     def schema(self) -> RegimeSchema:
         """Fields and boundaries: periodic along all axes."""
         return RegimeSchema(self.name, FIELDS, ("periodic", "periodic", "periodic"))
@@ -165,13 +177,15 @@ class Heat(SolvedRegime):
             return rate.add_(heating(time, rate)) if self.sources else rate
 
         # The bound holds for every seed, so that a trajectory has the same steps in every batch.
-        radius = 4.0 * self.contrast**0.5 * sum(h**-2 for h in spacing)
+        radius = float(diffusion_rate(self.contrast**0.5, spacing))
+        clock = Clock(len(seeds))
         most = MOST_DIFFUSION * self.source_width**2
         if self.source_speed:
             most = min(most, MOST_MOVEMENT * self.source_width / self.source_speed)
 
         def advance(state: Tensor, time: float, interval: float) -> Tensor:
             steps, stages = legendre_steps(interval, radius, most)
+            clock.record_equal(steps, interval / steps, radius / stability_limit(stages))
             for step in range(steps):
                 state = legendre_step(tendency, state, time + step * interval / steps, interval / steps, stages)
             return state
@@ -196,5 +210,6 @@ class Heat(SolvedRegime):
                 "temperature_mean": temperature.double().mean((1, 2, 3)).cpu().numpy(),
                 "temperature_std": stored.std((1, 2, 3, 4), dtype=np.float64),
                 "conductivity_mean": conductivity.double().mean((1, 2, 3)).cpu().numpy(),
+                **clock.diagnostics(),
             },
         )

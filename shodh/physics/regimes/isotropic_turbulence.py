@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -22,10 +22,19 @@ from torch import Tensor
 
 from shodh.errors import ConfigError
 from shodh.fields import Field
+from shodh.physics.bounds import Bounds
 from shodh.physics.regime import check_positive
 from shodh.physics.spectral import SpectralGrid, random_scalar, random_vector
 from shodh.physics.spectral_flow import IncompressibleFlow, derivative_skewness, flow_statistics, overshoot
-from shodh.physics.spectral_regime import PRESSURE, TRACER, VELOCITY, SpectralRegime
+from shodh.physics.spectral_regime import (
+    KINETIC_ENERGY,
+    PRESSURE,
+    TRACER,
+    TRACER_ENERGY,
+    TRACER_RANGE,
+    VELOCITY,
+    SpectralRegime,
+)
 
 
 def random_velocity(space: SpectralGrid, seed: int, peak: float, purpose: str = "initial velocity") -> Tensor:
@@ -64,6 +73,11 @@ class _IsotropicTurbulence(SpectralRegime):
     @abstractmethod
     def initial_speed(self) -> float:
         """Root-mean-square velocity component before the spin-up."""
+
+    @property
+    def bounds(self) -> Bounds:
+        """Range and variance of the tracer, and the energy, which only a force raises."""
+        return Bounds((TRACER_RANGE,), (TRACER_ENERGY, KINETIC_ENERGY))
 
     @property
     def constants(self) -> dict[str, float]:
@@ -139,6 +153,10 @@ class ForcedTurbulence(_IsotropicTurbulence):
     def initial_speed(self) -> float:
         """The rms component that a dissipation of ``injection`` goes with, if the large eddies have size 1."""
         return float(self.injection ** (1.0 / 3.0))
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds((TRACER_RANGE,), (TRACER_ENERGY, replace(KINETIC_ENERGY, power=self.injection)))
 
     @property
     def constants(self) -> dict[str, float]:

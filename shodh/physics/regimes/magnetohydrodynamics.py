@@ -24,6 +24,7 @@ from torch import Tensor
 
 from shodh.errors import ConfigError
 from shodh.fields import Field
+from shodh.physics.bounds import Bounds, Energy
 from shodh.physics.regime import check_positive
 from shodh.physics.regimes.isotropic_turbulence import random_velocity
 from shodh.physics.spectral import SpectralGrid, courant_rate
@@ -109,6 +110,11 @@ class Magnetohydrodynamics(SpectralRegime):
     @property
     def resistivity(self) -> float:
         return self.viscosity / self.magnetic_prandtl
+
+    @property
+    def bounds(self) -> Bounds:
+        """Kinetic and magnetic energy together only fall."""
+        return Bounds(energies=(Energy("total", ("velocity", "magnetic_field")),))
 
     @property
     def constants(self) -> dict[str, float]:

@@ -30,15 +30,21 @@ from torch import Tensor
 
 from shodh.errors import ConfigError, DataError
 from shodh.fields import RegimeSchema, Trajectories
+from shodh.physics.bounds import Bounds
 from shodh.physics.geometry import GENERATORS, Solid, crop_image, load_image, pore_space
 from shodh.physics.operators import divergence, fill_periodic, inner, padded_like
 from shodh.physics.poisson import closed_faces
 from shodh.physics.regime import Progress, SolvedRegime, check_positive, flow_schema, tracer_blobs
-from shodh.physics.scalar import SSP_RK2, ScalarTransport
+from shodh.physics.scalar import SSP_RK2, TRACER_RANGE, ScalarTransport
+from shodh.physics.stability import REAL_RK2, Clock, advection_rate
 from shodh.physics.stokes import StokesSolver
 from shodh.seeding import generator, stable_seed
 
 ATTEMPTS = 50
+# The step is chosen anew after at most this angle of the force's turn, at whose ends and middle the velocity is known,
+# and from a velocity this much larger than it is there.
+MOST_TURN = 0.3
+MARGIN = 1.1
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,11 @@ class PorousMedia(SolvedRegime):
         )
         if self.courant > 1.0:
             raise ConfigError(f"{self.name}.courant={self.courant} must not exceed 1: the tracer would overshoot")
+
+    @property
+    def bounds(self) -> Bounds:
+        """The tracer keeps its initial range."""
+        return Bounds((TRACER_RANGE,))
 
     @property
     def schema(self) -> RegimeSchema:
@@ -250,26 +261,41 @@ class _Run:
             dye = tracer_blobs(seed, self.grid, lengths, [regime.tracer_scale] * 3)
             self.tracer.values[..., b] = (dye.to(self.device) * ~self.solid[b]).to(self.dtype)
         self._padded = padded_like(self.grid, batch, components=3, like=self.tracer.values)
+        self.clock = Clock(batch)
 
     def advance_frame(self) -> None:
-        """Carry the tracer to the next frame time, each trajectory with steps of its own."""
-        regime, interval = self.regime, self.regime.frame_interval
+        """Carry the tracer to the next frame time."""
+        interval = self.regime.frame_interval
+        parts = math.ceil(interval * self.regime.drive_rate / MOST_TURN - 1e-9)
+        for _ in range(parts):
+            self._advance(interval / parts)
+
+    def _advance(self, interval: float) -> None:
+        """Carry the tracer on by ``interval``, each trajectory with equal steps of its own."""
         start = torch.full((len(self.seeds),), self.time, dtype=torch.float64)
-        ends = [self.velocity(start + part * interval) for part in (0.0, 0.5, 1.0)]
-        rate = torch.stack([u.abs().sum(0).flatten(0, 2).amax(0) for u in ends]).amax(0).cpu() / self.spacing[0]
-        # Diffusion alone is stable up to 2.5, but bounded only up to about 1.
-        diffusion = 6.0 * regime.grain / regime.peclet / self.spacing[0] ** 2
-        count = torch.ceil(interval * (1.1 * rate / regime.courant + diffusion))
+        rates = []
+        for part in (0.0, 0.5, 1.0):
+            self._fill(start + part * interval)
+            rates.append(advection_rate(self._padded, self.spacing))
+        rate = MARGIN * torch.stack(rates).amax(0)
+        # Two stages have the maximum principle of the first-order scheme up to their limit of stability, 2 C + d = 2.
+        stability = self.tracer.stability_rate(rate, REAL_RK2)
+        wanted = self.tracer.stability_rate(rate / self.regime.courant, REAL_RK2)
+        count = torch.ceil(interval * wanted.double().cpu()).clamp(min=1.0)
         for index in range(int(count.max())):
             dt = torch.where(index < count, interval / count, 0.0)
-            middle = start + torch.clamp(count - 0.5, max=index + 0.5) * (interval / count)
-            inner(self._padded, first=1).copy_(self.velocity(middle))
-            for axis in range(3):
-                fill_periodic(self._padded, axis + 1)
+            self.clock.record(dt, stability.double().cpu())
+            self._fill(start + torch.clamp(count - 0.5, max=index + 0.5) * (interval / count))
             self.tracer.begin_step()
             for weight in SSP_RK2:
                 self.tracer.stage(self._padded, weight, dt.to(self.device, self.dtype))
         self.time += interval
+
+    def _fill(self, time: Tensor) -> None:
+        """Put the velocity at ``time [B]`` into the padded array."""
+        inner(self._padded, first=1).copy_(self.velocity(time))
+        for axis in range(3):
+            fill_periodic(self._padded, axis + 1)
 
     def store(self, index: int, frames: int) -> None:
         """Copy frame ``index`` to ``[B, T, X, Y, Z(, 3)]`` arrays."""
@@ -308,5 +334,6 @@ class _Run:
                 "velocity_unit": self.scale.cpu().numpy(),
                 "stokes_residual": self.residual.cpu().numpy(),
                 "divergence_max": self.divergence.numpy(),
+                **self.clock.diagnostics(),
             },
         )

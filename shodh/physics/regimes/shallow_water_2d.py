@@ -21,6 +21,7 @@ from torch import Tensor
 
 from shodh.errors import ConfigError
 from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.physics.bounds import Bounds, Limit, Range
 from shodh.physics.finite_volume import FiniteVolume
 from shodh.physics.frames import FrameStore, run_frames
 from shodh.physics.regime import Progress, SolvedRegime, check_positive
@@ -28,6 +29,7 @@ from shodh.seeding import generator
 
 # Points along each edge of a cell that give the mean depth of cells on the rim.
 SUBCELLS = 8
+TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,11 @@ class ShallowWater2d(SolvedRegime):
             raise ConfigError(f"{self.name}.courant={self.courant} must not exceed 0.5: the height could turn negative")
 
     @property
+    def bounds(self) -> Bounds:
+        """The height is positive; energy only leaves, through the ends and in shocks."""
+        return Bounds((Range("height", TINY),), limits=(Limit("energy_growth", 1e-3),))
+
+    @property
     def schema(self) -> RegimeSchema:
         """Height and discharge in an open box."""
         fields = (Field("height"), Field("discharge", kind="vector"))
@@ -141,7 +148,12 @@ class ShallowWater2d(SolvedRegime):
         def advance() -> None:
             store.check(solver.advance(self.frame_interval))
 
+        energy: list[Tensor] = []
+
         def put(index: int) -> None:
+            state = solver.primitive.double()
+            kinetic = 0.5 * state[0] * state[1:].square().sum(0)
+            energy.append((kinetic + 0.5 * self.gravity * state[0].square()).sum((0, 1)).cpu())
             store.put(index, height=solver.conserved[0], discharge=solver.conserved[1:])
 
         run_frames(frames, put, advance, progress)
@@ -156,5 +168,8 @@ class ShallowWater2d(SolvedRegime):
                 "depth_outside": self.depth_outside,
                 "radius": np.array(radii),
             },
-            diagnostics={"steps": solver.steps.double().numpy()},
+            diagnostics={
+                **solver.clock.diagnostics(),
+                "energy_growth": (torch.stack(energy) / energy[0] - 1.0).amax(0).numpy(),
+            },
         )

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from shodh.errors import ConfigError
 from shodh.fields import Field
+from shodh.physics.bounds import Bounds
 from shodh.physics.regime import check_positive
 from shodh.physics.spectral import SpectralGrid, random_vector
 from shodh.physics.spectral_flow import IncompressibleFlow, flow_statistics, overshoot
-from shodh.physics.spectral_regime import TRACER, VELOCITY, SpectralRegime
+from shodh.physics.spectral_regime import KINETIC_ENERGY, TRACER, TRACER_ENERGY, TRACER_RANGE, VELOCITY, SpectralRegime
 from shodh.seeding import generator
 
 #: The most amplified wavenumber of the tanh layer (Michalke 1964).
@@ -96,6 +97,11 @@ class ShearLayer(SpectralRegime):
     @property
     def lengths(self) -> tuple[float, float, float]:
         return (self.length_x, self.length_y, self.length_z)
+
+    @property
+    def bounds(self) -> Bounds:
+        """Range and variance of the tracer, and the energy; nothing drives the layers."""
+        return Bounds((TRACER_RANGE,), (TRACER_ENERGY, KINETIC_ENERGY))
 
     @property
     def constants(self) -> dict[str, float]:

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from shodh.fields import Field
+from shodh.physics.bounds import Bounds
 from shodh.physics.regime import check_positive
 from shodh.physics.spectral import SpectralGrid
 from shodh.physics.spectral_flow import IncompressibleFlow, enstrophy, flow_statistics
-from shodh.physics.spectral_regime import PRESSURE, VELOCITY, SpectralRegime
+from shodh.physics.spectral_regime import KINETIC_ENERGY, PRESSURE, VELOCITY, SpectralRegime
 from shodh.seeding import generator
 
 
@@ -58,6 +59,11 @@ class TaylorGreen(SpectralRegime):
     @property
     def viscosity(self) -> float:
         return 1.0 / self.reynolds
+
+    @property
+    def bounds(self) -> Bounds:
+        """The energy only falls."""
+        return Bounds(energies=(KINETIC_ENERGY,))
 
     @property
     def constants(self) -> dict[str, float]:

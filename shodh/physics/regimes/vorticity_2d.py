@@ -25,6 +25,7 @@ from torch import Tensor
 
 from shodh.errors import ConfigError
 from shodh.fields import Field
+from shodh.physics.bounds import Bounds, Energy
 from shodh.physics.regime import check_positive
 from shodh.physics.spectral import NOISE_POINTS, SpectralGrid, courant_rate
 from shodh.physics.spectral_regime import SpectralRegime
@@ -92,6 +93,11 @@ class Vorticity2d(SpectralRegime):
     def lengths(self) -> tuple[float, ...]:
         """The unit torus."""
         return (1.0, 1.0)
+
+    @property
+    def bounds(self) -> Bounds:
+        """Advection conserves enstrophy; the root mean square of the forcing is its amplitude."""
+        return Bounds(energies=(Energy("enstrophy", ("vorticity",), growth=self.forcing),))
 
     @property
     def constants(self) -> dict[str, float]:
