@@ -168,7 +168,7 @@ class _FrameReader:
             fields = torch.empty(len(frames), source.num_channels, *source.grid)
             source.read(self.split, trajectory, frames, fields.numpy())
             if self.normalizer is not None:
-                self.normalizer.normalize_(fields, source.name)
+                self.normalizer.normalize_(fields, source.name, static)
             yield fields, static.expand(len(frames), *static.shape)
 
 

@@ -13,11 +13,11 @@ from shodh.data import FieldNormalizer, Split, WindowDataset
 from shodh.errors import CheckpointError, DataError
 from shodh.files import write_atomically
 from shodh.models.description import METADATA_KEY, is_pretrained, read_description
-from shodh.models.field_space import channel_mask, pad_absent
+from shodh.models.field_space import channel_mask, existing_cells, pad_absent
 from shodh.topology import Topology
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.loop import Batch
-from shodh.train.losses import relative_l2_by_channel
+from shodh.train.losses import mean_over, relative_l2_by_channel
 from shodh.train.operator_task import OpenSplit, OperatorTask
 from shodh.train.run_folder import RunFolder
 from shodh.weights import read_json, read_metadata
@@ -105,7 +105,7 @@ def inherited_normalizer(config: RunConfig, init_from: Path) -> FieldNormalizer:
 
 
 class Presence:
-    """Which channels exist in the regimes of a batch, and ones where they do not."""
+    """Which channels exist in the regimes of a batch, ones where they do not, and zeros in the cells of masks."""
 
     def __init__(self, regimes: Regimes) -> None:
         def table(static: bool) -> Tensor:
@@ -113,13 +113,20 @@ class Presence:
             return torch.stack([channel_mask(fields, domain, regimes.ndim) for domain in regimes.domains]).bool()
 
         self._dynamic, self._static = table(False), table(True)
+        self._masked = regimes.normalizer.masked
 
     def dynamic(self, regime: Tensor) -> Tensor:
         """``[B] -> [B, C]``, bool."""
         return self._dynamic.to(regime.device)[regime]
 
+    def cells(self, static: Tensor, regime: Tensor) -> Tensor | None:
+        """In which cells each channel exists: ``[B, S, *grid] -> [B, C, *grid]``, bool; None: in all."""
+        return existing_cells(static, self._static.to(regime.device)[regime], self._masked, self._dynamic.shape[1])
+
     def pad(self, frames: Tensor, static: Tensor, regime: Tensor) -> tuple[Tensor, Tensor]:
         """Frames ``[B, T, C, *grid]`` and static fields ``[B, S, *grid]`` as operators are given them."""
+        cells = self.cells(static, regime)
+        frames = frames if cells is None else torch.where(cells.unsqueeze(1), frames, 0.0)
         exists = self.dynamic(regime).repeat_interleave(frames.shape[1], 0)
         padded = pad_absent(frames.flatten(0, 1), exists).unflatten(0, frames.shape[:2])
         return padded, pad_absent(static, self._static.to(regime.device)[regime])
@@ -146,12 +153,12 @@ class FieldTask(OperatorTask):
     def _windows(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self._presence.pad(batch["fields"], batch["static"], batch["regime"])
 
-    def _errors(self, prediction: Tensor, target: Tensor, regime: Tensor) -> Tensor:
-        exists = self._presence.dynamic(regime)
+    def _errors(self, prediction: Tensor, target: Tensor, regime: Tensor, static: Tensor) -> Tensor:
+        exists, cells = self._presence.dynamic(regime), self._presence.cells(static, regime)
         if self.measure == "l2re":
-            by_channel = relative_l2_by_channel(prediction, target)
+            by_channel = relative_l2_by_channel(prediction, target, exists=cells)
         else:
-            by_channel = (prediction - target).square().flatten(2).mean(2)
+            by_channel = mean_over((prediction - target).square(), cells, 2)
         return torch.where(exists, by_channel, 0.0).sum(1) / exists.sum(1)
 
     def _noise_scale(self, history: Tensor) -> Tensor:

@@ -98,8 +98,8 @@ class OperatorTask:
         """Frames ``[B, T + 1, C, ...]``, the last one to be predicted, and static inputs of a batch."""
         return batch["latents"], batch["static"]
 
-    def _errors(self, prediction: Tensor, target: Tensor, regime: Tensor) -> Tensor:
-        """Error of each sample, ``[B]``."""
+    def _errors(self, prediction: Tensor, target: Tensor, regime: Tensor, static: Tensor) -> Tensor:
+        """Error of each sample, ``[B]``; ``static`` as the model is given it."""
         return (prediction - target).square().flatten(1).mean(1)
 
     def _noise_scale(self, history: Tensor) -> Tensor | float:
@@ -137,7 +137,7 @@ class OperatorTask:
         frames, static = self._windows(batch)
         history, target = frames[:, : self.history], frames[:, self.history]
         output = model(history, static, **router_arguments(self.operator.experts, batch["regime"]))
-        errors = (self._errors(frame, target, batch["regime"]) for frame in (output.latent, history[:, -1]))
+        errors = (self._errors(frame, target, batch["regime"], static) for frame in (output.latent, history[:, -1]))
         return output, *errors
 
     def start_step(self, step: int) -> None:
@@ -150,8 +150,8 @@ class OperatorTask:
         history, target = latents[:, : self.history], latents[:, self.history]
         told = router_arguments(self.operator.experts, regime, sample_names(batch), self.config.seed, step)
         output = engine(self._noise(history, batch, step), static, **told)
-        error = self._errors(output.latent, target, regime)
-        persistence = self._errors(history[:, -1], target, regime)
+        error = self._errors(output.latent, target, regime, static)
+        persistence = self._errors(history[:, -1], target, regime, static)
         mean = error.mean()
         metrics: Metrics = {
             f"train/{self.space}_{self.measure}": (mean.detach(), "mean"),
