@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -24,6 +23,7 @@ from shodh.fields import Trajectories
 from shodh.generation.plan import SETTINGS, Job, Part
 from shodh.generation.variation import join
 from shodh.seeding import stable_seed
+from shodh.strict_json import dumps
 
 Report = Callable[[str, float], None]
 
@@ -35,7 +35,7 @@ def solve(job: Job, part: Part, device: str, progress: Callable[[float], None]) 
     write_trajectories(
         part.path,
         simulate(job, seeds, device, progress),
-        attributes={SETTINGS: json.dumps(job.settings)},
+        attributes={SETTINGS: dumps(job.settings)},
     )
 
 

@@ -21,6 +21,7 @@ from shodh.models.card import model_card
 from shodh.models.domain import Domain
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.moe.groups import is_routed_expert
+from shodh.strict_json import dumps
 from shodh.weights import (
     MAX_SHARD_SIZE,
     LazyWeights,
@@ -209,8 +210,8 @@ def write_pretrained(
         An evaluation's ``metrics.json``, for the card.
     """
     content = description.model_dump(mode="json")
-    metadata = {METADATA_KEY: json.dumps(content, separators=(",", ":"))}
+    metadata = {METADATA_KEY: dumps(content, separators=(",", ":"))}
     files = write_weights(folder, tensors, dtypes, max_shard_size, metadata, progress)
-    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+    (folder / CONFIG).write_text(dumps(content, indent=2) + "\n")
     (folder / CARD).write_text(model_card(content, numbers))
     return files

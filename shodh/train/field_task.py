@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor
 from shodh.config import RunConfig
 from shodh.data import FieldNormalizer, Split, WindowDataset
 from shodh.errors import CheckpointError, DataError
-from shodh.files import write_atomically
 from shodh.models.description import METADATA_KEY, is_pretrained, read_description
 from shodh.models.field_space import channel_mask, existing_cells, pad_absent
+from shodh.strict_json import write_json
 from shodh.topology import Topology
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.loop import Batch
@@ -52,7 +51,7 @@ def write_space(folder: RunFolder, regimes: Regimes) -> None:
         "regimes": regimes.names,
         "domains": {name: d.to_dict() for name, d in zip(regimes.names, regimes.domains, strict=True)},
     }
-    write_atomically(folder.path / SPACE_FILE, json.dumps(content, indent=1) + "\n")
+    write_json(folder.path / SPACE_FILE, content)
 
 
 def read_normalizer(folder: Path) -> FieldNormalizer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -18,13 +17,14 @@ from torch import Tensor, nn
 from shodh.config import RunConfig, TrainConfig, to_dict
 from shodh.data import WindowDataset
 from shodh.errors import CheckpointError, ConfigError
-from shodh.files import atomic_path, write_atomically
+from shodh.files import atomic_path
 from shodh.models.basis import PATCH, PatchBasis
 from shodh.models.domain import add_walls
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
 from shodh.models.tokenizer import Tokenizer
 from shodh.moe.groups import added_weights, freeze_others
+from shodh.strict_json import write_json
 from shodh.topology import Topology, plan_topology
 from shodh.train.checkpoint import (
     WEIGHTS,
@@ -230,7 +230,7 @@ def publish_tokenizer(config: RunConfig, regimes: Regimes, folder: RunFolder, de
         "regimes": regimes.names,
         "domains": {name: d.to_dict() for name, d in zip(regimes.names, regimes.domains, strict=True)},
     }
-    write_atomically(folder.path / TOKENIZER_FILE, json.dumps(content, indent=1) + "\n")
+    write_json(folder.path / TOKENIZER_FILE, content)
     log.info("tokenizer written to %s", final)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
+from shodh.strict_json import dumps
+
 WAIT = timedelta(days=30)  # a job may take as long as it takes
 
 
@@ -30,7 +32,7 @@ class Ranks:
         if self._store is None:
             return value
         if self.rank == 0:
-            self._store.set(key, json.dumps(value))
+            self._store.set(key, dumps(value))
         return json.loads(self._store.get(key))
 
     def environment(self, job: str) -> dict[str, str]:
