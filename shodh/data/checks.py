@@ -29,8 +29,9 @@ def mask_problem(values: np.ndarray) -> str | None:
     found = np.unique(values)
     other = found[(found != 0) & (found != 1)]
     if other.size:
-        shown = ", ".join(f"{v:g}" for v in found[:3]) + (", ..." if len(found) > 3 else "")
-        cure = f"divide it by {other[0]:g}" if set(found.tolist()) <= {0.0, float(other[0])} else "correct it"
+        shown = ", ".join(f"{v + 0.0:g}" for v in found[:3]) + (", ..." if len(found) > 3 else "")
+        counts = set(found.tolist()) <= {0.0, float(other[0])} and abs(other[0]) >= 1
+        cure = f"divide it by {other[0]:g}" if counts else "correct it"
         return f"holds {shown}; a mask is 0 where fields exist and 1 in solids: {cure}, or do not use it as a mask"
     if found.size and found[0] == 1:
         return "is 1 in every cell, so nothing exists; a mask is 1 in solids: write 1 - mask if it marks the fluid"

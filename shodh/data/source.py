@@ -310,7 +310,8 @@ class RegimeSource:
             raise DataError(f"{error}{hint}") from error
         for what, have, want in (("kind", stored.kind, wanted.kind), ("static", stored.static, wanted.static)):
             if have != want:
-                raise DataError(f"{file.path}: field {stored_name!r} has {what}={have}, wanted is {what}={want}")
+                hint = "; a static field, like a mask, is the same at all times" if what == "static" and want else ""
+                raise DataError(f"{file.path}: field {stored_name!r} has {what}={have}, wanted is {what}={want}{hint}")
         placement = self._placement(file, wanted)
         if placement == "face" and wanted.placement == "center":
             raise DataError(

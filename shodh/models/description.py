@@ -88,7 +88,9 @@ class ModelDescription(Section):
         return config_from_dict(self.run, f"'run' of {CONFIG}")
 
     def build_normalizer(self) -> FieldNormalizer:
-        return FieldNormalizer.from_dict(self.normalizer)
+        read = FieldNormalizer.from_dict(self.normalizer)
+        # Constants of a former version do not say which fields are masked.
+        return FieldNormalizer([f.build() for f in self.config.data.fields], read.ndim, read.constants)
 
     def build_domains(self) -> dict[str, Domain]:
         """The domain of each regime."""

@@ -107,6 +107,8 @@ def open_regimes(config: DataConfig, normalizer: FieldNormalizer | None = None, 
         check_masks(source)
     if normalizer is None:
         normalizer = FieldNormalizer.from_sources(sources)
+    # Constants of a former version do not say which fields are masked.
+    normalizer = FieldNormalizer(sources[0].fields, len(sources[0].grid), normalizer.constants)
     for source in sources:
         _check_constants(source, normalizer)
     return Regimes(sources, normalizer, [domain_of(source, normalizer) for source in sources])

@@ -54,17 +54,17 @@ def write_space(folder: RunFolder, regimes: Regimes) -> None:
     write_json(folder.path / SPACE_FILE, content)
 
 
-def read_normalizer(folder: Path) -> FieldNormalizer:
-    """The normalisation that a run on fields was trained with.
+def read_normalizer(folder: Path, name: str = SPACE_FILE) -> FieldNormalizer:
+    """The normalisation that a run on fields, or a tokenizer, was trained with.
 
     Raises
     ------
     CheckpointError
         The file is missing or damaged.
     """
-    path = folder / SPACE_FILE
+    path = folder / name
     if not path.is_file():
-        raise CheckpointError(f"{folder} is no run of an operator on fields: it has no {SPACE_FILE}")
+        raise CheckpointError(f"{folder} is no run of an operator on fields: it has no {name}")
     try:
         return FieldNormalizer.from_dict(read_json(path)["normalizer"])
     except (KeyError, TypeError, DataError) as error:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shodh.config import RunConfig, TrainConfig, to_dict
-from shodh.data import WindowDataset
+from shodh.data import FieldNormalizer, WindowDataset
 from shodh.errors import CheckpointError, ConfigError
 from shodh.files import atomic_path
 from shodh.models.basis import PATCH, PatchBasis
@@ -146,10 +146,11 @@ def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
         _check_same_run(config, folder)
     device = start_distributed()
     with together():
-        regimes = open_regimes(config.data)
+        regimes = open_regimes(config.data, _normalizer_of_start(config, folder) if start is not None else None)
         task = TokenizerTask(config, regimes, topology)
         if rank() == 0:
             folder.create(config, deepspeed)
+            write_space(folder, regimes)
     model = build_tokenizer(config)
     initialise(model, config.seed)
     with together():
@@ -160,6 +161,25 @@ def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
         if rank() == 0:
             publish_tokenizer(config, regimes, folder, device)
     return True
+
+
+def _normalizer_of_start(config: RunConfig, folder: RunFolder) -> FieldNormalizer | None:
+    """The normalisation that the training of a tokenizer began with; None if it is still made the same way.
+
+    Raises
+    ------
+    CheckpointError
+        A version that normalised masked fields otherwise began it, and did not keep how.
+    """
+    for name in (SPACE_FILE, TOKENIZER_FILE):
+        if (folder.path / name).exists():
+            return read_normalizer(folder.path, name)
+    if masked := [f.name for f in config.data.fields if f.masked_by is not None]:
+        raise CheckpointError(
+            f"{folder.path} was begun by a version that normalised {', '.join(masked)} otherwise; train the tokenizer "
+            "anew under another --set name=..., or finish it with that version"
+        )
+    return None
 
 
 def training_frames(regimes: Regimes, count: int) -> Iterator[tuple[int, dict[str, Tensor]]]:

@@ -68,6 +68,15 @@ def test_existing_cells_get_unit_variance_and_come_back(
     assert float(error) <= 2 * EPS * float(stored.double().abs().max())
 
 
+def test_what_files_hold_where_a_field_does_not_exist_changes_nothing(tmp_path: Path, make_trajectories: Make) -> None:
+    items = []
+    for outside in (0.0, -1e30):
+        source = RegimeSource("r", write(tmp_path / str(outside), make_trajectories, lambda z: 300 + z, outside), FIELDS)
+        data = WindowDataset(source, "test", history=2, horizon=1, normalizer=FieldNormalizer.from_sources([source]))
+        items.append(torch.stack([data[i]["fields"] for i in range(len(data))]))
+    assert torch.equal(*items)
+
+
 def without_solid(trajectories: Trajectories) -> Trajectories:
     trajectories.values["solid"][...] = False
     return trajectories
@@ -148,6 +157,7 @@ def test_constants_of_a_former_version_keep_their_meaning() -> None:
         ([0, 255], "divide it by 255"),
         ([0, -1], "divide it by -1"),
         ([0, 0.25, 1], "0, 0.25, 1"),
+        ([0, 0.37], "correct it"),
         ([1, 2], "1, 2"),
         ([1, 1], "every cell"),
         ([0, 1], None),
