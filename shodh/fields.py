@@ -9,7 +9,7 @@ face below the first cell and the upper face of the last cell carry zero normal 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,6 +23,7 @@ Placement = Literal["center", "face"]
 StaticScale = Literal["none", "zscore", "log"]
 
 AXES = ("x", "y", "z")
+OUTSIDE = 0.0  # what a masked scalar is given as, in physical units, where it does not exist
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class Field:
     static : bool
         Constant in time (a solid mask, a permeability): an input, never a target.
     masked_by : str, optional
-        Name of a static field that is 1 where this scalar does not exist, and is stored as zero (a tracer in solids).
+        Name of a static field, a *mask*: 1 where this scalar does not exist (a tracer in solids), 0 where it does. What
+        files hold in the cells of a mask is never looked at; there it is 0 in model units, and `OUTSIDE` in physical
+        ones.
     positive : bool
         A scalar that is never negative (a concentration, a density); decoding keeps it so.
     static_scale : {"none", "zscore", "log"}
@@ -79,6 +82,15 @@ class Field:
     def num_components(self, ndim: int) -> int:
         """Channels this field takes in ``ndim`` space dimensions."""
         return ndim if self.kind == "vector" else 1
+
+
+def mask_names(fields: Iterable[Field]) -> set[str]:
+    """Names of the static fields that must be 0 or 1: those that mask others, and the one called ``solid``."""
+    fields = list(fields)
+    masking = {f.masked_by for f in fields}
+    return {
+        f.name for f in fields if f.static and (f.name in masking or (f.name == "solid" and f.static_scale == "none"))
+    }
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from shodh.errors import CheckpointError
 from shodh.files import sync_to_disk
+from shodh.strict_json import dumps
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -263,7 +264,7 @@ def write_file(
         start, end = end, end + tensors[name].numel * dtypes[name].itemsize
         described = {"dtype": _SAFETENSORS_NAMES[dtypes[name]], "shape": list(tensors[name].shape)}
         header[name] = {**described, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -295,7 +296,7 @@ def write_weights(
         weight_map.update(dict.fromkeys(names, path.name))
         paths.append(path)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+    (folder / INDEX).write_text(dumps(index, indent=1, sort_keys=True) + "\n")
     sync_to_disk(folder / INDEX)
     return paths
 

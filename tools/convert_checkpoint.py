@@ -11,14 +11,13 @@ selection biases) stay float32.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shodh.cli import run_main
-from shodh.files import write_atomically
+from shodh.strict_json import write_json
 
 EXAMPLES = """examples:
   python tools/convert_checkpoint.py runs/demo converted/demo --verify
@@ -62,7 +61,7 @@ def main() -> int:
         overwrite=args.overwrite,
     )
     if args.json is not None:
-        write_atomically(args.json, json.dumps(done.to_dict(), indent=1) + "\n")
+        write_json(args.json, done.to_dict())
     masters = ", from the float32 master weights" if done.masters else ""
     checked = ", verified bit by bit" if done.verified else ""
     print(f"{done.out}: {done.tensors} tensors, {done.bytes / 1e6:,.1f} MB in {done.dtype}{masters}{checked}")

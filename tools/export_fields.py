@@ -80,7 +80,10 @@ def from_run(args: argparse.Namespace) -> Iterator[Part]:
         # An example has the channels that exist; the normalisation knows those of the whole vocabulary.
         whole = pair.new_zeros(2, regimes.sources[number].num_channels, *pair.shape[2:])
         whole[:, regimes.channel_numbers(number)] = pair
-        truth, prediction = regimes.normalizer.denormalize(whole, example.regime).numpy()[:, None]
+        physical = regimes.normalizer.denormalize(
+            whole, example.regime, example.static.expand(2, *example.static.shape)
+        )
+        truth, prediction = physical.numpy()[:, None]
         fields = {}
         for name, channels in regimes.channels(number).items():
             if args.fields is None or name in args.fields:

@@ -24,8 +24,9 @@ import numpy as np
 
 from shodh.cli import run_main
 from shodh.errors import ConfigError, DataError
-from shodh.files import atomic_path, write_atomically
+from shodh.files import atomic_path
 from shodh.physics.rock import JOINS, rock_cubes
+from shodh.strict_json import write_json
 
 PACKAGE, VERSION = "porespy", "3.2.0"
 MOST_BYTES = 64 << 20
@@ -170,7 +171,7 @@ def main() -> int:
                 "porosity": round(cube.porosity, 4),
                 "values": {"pore": 0, "solid": 1},
             }
-            write_atomically(listing, json.dumps(description, indent=1) + "\n")
+            write_json(listing, description)
             sys.stdout.write(f"{path}: corner {cube.corner}, connected porosity {cube.porosity:.3f}\n")
         if not made:
             raise DataError(f"{name}: no cut of size {args.size} percolates; ask for a larger --size")

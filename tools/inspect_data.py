@@ -7,7 +7,6 @@ Knows The Well, PDEBench, DPOT / MoE-POT, FNO's MATLAB files, JHTDB cutouts and 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shodh.cli import run_main
+from shodh.strict_json import dumps
 
 EPILOG = """examples:
   python tools/inspect_data.py data/demo/open_channel
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = examine(
             args.path, args.format, hints, every_frame=args.all, progress=lambda f: bar.update(f - bar.n) and None
         ).to_dict()
-    sys.stdout.write(json.dumps(report, indent=2) + "\n" if args.json else text(report))
+    sys.stdout.write(dumps(report, indent=2) + "\n" if args.json else text(report))
     return 0
 
 

@@ -9,7 +9,6 @@ whatever the model's size.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shodh.cli import run_main
 from shodh.errors import ConfigError
-from shodh.files import write_atomically
+from shodh.strict_json import write_json
 
 EXAMPLES = """examples:
   python tools/merge_experts.py --anchor conv/anchor --low conv/low --high conv/high --alpha 0.3 --out conv/merged
@@ -137,10 +136,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"load it: shodh.from_pretrained({merged.out!r})")
     if args.report is not None:
         report = diagnose_experts(anchor, experts[0], experts[-1])
-        write_atomically(args.report, json.dumps(report, indent=1) + "\n")
+        write_json(args.report, report)
         show(report)
     if args.json is not None:
-        write_atomically(args.json, json.dumps(done, indent=1) + "\n")
+        write_json(args.json, done)
     return 0
 
 

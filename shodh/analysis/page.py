@@ -6,7 +6,6 @@ import base64
 import csv
 import html
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from shodh.files import atomic_path, write_atomically
+from shodh.strict_json import write_json
 
 SHOWN_ROWS = 24  # longer tables are files only
 DPI = 110
@@ -146,7 +146,7 @@ def write_page(
     if data is None:
         first = {} if headline is None else {"verdict": headline.verdict, "numbers": dict(headline.numbers)}
         data = {"title": title, **first, **{section.key: section.summary for section in sections}}
-    write_atomically(out / data_name, json.dumps(to_json(data), indent=1) + "\n")
+    write_json(out / data_name, data)
     images: dict[str, bytes] = {}
     for part in (headline, *sections):
         if part is not None:
@@ -214,19 +214,6 @@ def to_png(figure: Figure) -> bytes:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=DPI)
     return data.getvalue()
-
-
-def to_json(value: Any) -> Any:
-    """Plain values that strict JSON can hold: numpy becomes Python, NaN and infinity become null."""
-    if isinstance(value, Mapping):
-        return {str(k): to_json(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(v) for v in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return to_json(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _headline_html(headline: Headline) -> str:

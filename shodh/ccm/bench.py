@@ -17,7 +17,7 @@ from shodh.ccm.members import Case, Family
 from shodh.errors import DataError
 from shodh.merge import Slider, check_prefix
 from shodh.models.pretrained import FieldModel
-from shodh.train.losses import relative_l2
+from shodh.train.losses import physical_relative_l2
 from shodh.weights import LazyWeights
 
 #: ``(window [B, history, C, *grid], static [B, S, *grid]) -> next frame [B, C, *grid]``, normalised.
@@ -77,12 +77,24 @@ class Bench:
         """What the family's network does with these weights, until it is given others."""
         return self.model_step(self.family.put(weights))
 
-    def l2re(self, prediction: Tensor, truth: Tensor) -> Tensor:
-        """Relative L2 error in physical units, the mean over fields: ``[N, T, C, *grid] -> [N, T]``."""
-        u, v = (self.family.model.normalizer.denormalize(x, self.family.regime) for x in (prediction, truth))
+    def l2re(self, prediction: Tensor, truth: Tensor, static: Tensor) -> Tensor:
+        """Relative L2 error in physical units over the cells that exist, the mean over fields.
+
+        ``[N, T, C, *grid]`` with ``static [N, S, *grid] -> [N, T]``. It is what is published; of a field with an offset
+        it is small whatever is predicted.
+        """
+        cells = self.family.model.cells(static, self.family.regime)
+        if cells is not None:
+            cells = cells.unsqueeze(1).expand_as(truth).flatten(0, 1)
+        constants = self.family.model.normalizer.constants[self.family.regime]
         errors = [
-            relative_l2(u[:, :, channels].flatten(0, 1), v[:, :, channels].flatten(0, 1))
-            for channels in self.family.channels.values()
+            physical_relative_l2(
+                prediction[:, :, channels].flatten(0, 1),
+                truth[:, :, channels].flatten(0, 1),
+                constants[name],
+                exists=None if cells is None else cells[:, channels],
+            )
+            for name, channels in self.family.channels.items()
         ]
         return torch.stack(errors).mean(0).view(truth.shape[:2])
 
@@ -108,7 +120,7 @@ class Bench:
     def _errors(self, step: Step, case: Case, start: int, steps: int) -> Tensor:
         first = start + self.history
         predicted = unroll(step, case.frames[:, start:first], case.static, steps)
-        return self.l2re(predicted, case.frames[:, first : first + steps])
+        return self.l2re(predicted, case.frames[:, first : first + steps], case.static)
 
     def loss_and_gradient(self, slider: Slider, case: Case) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
         """``alpha [d] -> (mean loss on the observed steps, its gradient [d])``, in batches."""

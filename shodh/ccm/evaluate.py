@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from shodh.analysis.page import to_json
 from shodh.ccm.bench import Bench
 from shodh.ccm.calibrate import Chosen, TaskVectors, choose
 from shodh.ccm.diagnose import diagnose_family
@@ -18,9 +16,9 @@ from shodh.ccm.members import open_members, read_case
 from shodh.ccm.methods import Trial, possible
 from shodh.ccm.settings import CCMConfig
 from shodh.config import to_dict
-from shodh.files import write_atomically
 from shodh.merge.readout import BANK
 from shodh.precision import ieee_float32
+from shodh.strict_json import write_json
 from shodh.train.run_folder import describe_environment
 
 VERSION = 1
@@ -61,7 +59,7 @@ def evaluate_seed(study: CCMConfig, seed: int, device: torch.device) -> None:
         "seconds": time.perf_counter() - started,
         "env": describe_environment(),
     }
-    write_atomically(study.results_file(seed), json.dumps(to_json(result), indent=1) + "\n")
+    write_json(study.results_file(seed), result)
 
 
 def measured_settings(study: CCMConfig) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from shodh.config import RunConfig, to_dict
 from shodh.devices import pick_device
 from shodh.errors import ConfigError, DataError, ShodhError
 from shodh.models.description import is_pretrained
+from shodh.strict_json import to_json
 from shodh.train.plan import ASSUMED_UTILISATION, PEAK_FLOPS, make_plan
 from shodh.train.ranks import Ranks
 from shodh.train.run_folder import RunFolder
@@ -61,7 +61,7 @@ class Stage:
 def is_evaluated(study: CCMConfig, seed: int) -> bool:
     """Whether a seed has results of this study's settings."""
     path = study.results_file(seed)
-    return path.exists() and read_json(path).get("settings") == json.loads(json.dumps(measured_settings(study)))
+    return path.exists() and read_json(path).get("settings") == to_json(measured_settings(study))
 
 
 def stages(study: CCMConfig) -> list[Stage]:

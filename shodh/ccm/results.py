@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from shodh.ccm.evaluate import measured_settings
 from shodh.ccm.settings import METHODS, ROLES, CCMConfig, Role
 from shodh.errors import ConfigError
 from shodh.merge.coordinates import ParameterMap, extrapolation
+from shodh.strict_json import to_json
 from shodh.weights import read_json
 
 #: The better of both experts at each value and seed, in hindsight.
@@ -172,7 +172,7 @@ def read_results(study: CCMConfig) -> Results:
     ConfigError
         A result is of other settings than the study's: it could not be compared with the others.
     """
-    wanted = json.loads(json.dumps(measured_settings(study)))
+    wanted = to_json(measured_settings(study))
     found = []
     for seed in range(study.seeds):
         path = study.results_file(seed)

@@ -20,7 +20,7 @@ class FieldConfig(Section):
     kind: Literal["scalar", "vector"] = "scalar"
     solenoidal: bool = False
     static: bool = False
-    masked_by: str | None = Field(None, description="static field that is 1 where this scalar does not exist (is zero)")
+    masked_by: str | None = Field(None, description="static field that is 1 where this scalar does not exist, else 0")
     positive: bool = Field(False, description="a scalar that is never negative; decoding keeps it so")
     static_scale: StaticScale = Field("none", description="how a static scalar reaches the models; log: over decades")
     optional: bool = Field(False, description="some regimes do not have it; the models see which")
@@ -118,10 +118,13 @@ class DataConfig(Section):
                 raise ValueError(f"regime {regime.name!r} lacks {lacking}; mark them 'optional: true' in data.fields")
             if all(f.static for f in self.fields if f.name in self.present(regime)):
                 raise ValueError(f"regime {regime.name!r} needs at least one field that changes in time")
-        static = [f.name for f in self.fields if f.static and f.kind == "scalar"]
+        masks = [f.name for f in self.fields if f.static and f.kind == "scalar" and f.static_scale == "none"]
         for f in self.fields:
-            if f.masked_by is not None and f.masked_by not in static:
-                raise ValueError(f"field {f.name!r} is masked_by {f.masked_by!r}, not a static scalar field {static}")
+            if f.masked_by is not None and f.masked_by not in masks:
+                raise ValueError(
+                    f"field {f.name!r} is masked_by {f.masked_by!r}, not one of the static scalars without a "
+                    f"static_scale {masks}"
+                )
         if all(f.static for f in self.fields):
             raise ValueError("data.fields needs at least one field that changes in time")
         for f in self.fields:

@@ -29,6 +29,7 @@ from shodh.data.normalize import FieldNormalizer
 from shodh.data.source import SPLITS, RegimeSource, Split
 from shodh.errors import DataError
 from shodh.files import atomic_path
+from shodh.strict_json import dumps
 
 Encode = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 FORMAT_VERSION = 1
@@ -63,7 +64,7 @@ def latent_key(
         Plain values, for example ``FieldNormalizer.to_dict()``.
     """
     parts = [FORMAT_VERSION, tokenizer_checksum, data_identity(sources), dict(settings or {})]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def split_folder(root: str | os.PathLike[str], key: str, regime: str, split: Split) -> Path:
@@ -168,7 +169,7 @@ class _FrameReader:
             fields = torch.empty(len(frames), source.num_channels, *source.grid)
             source.read(self.split, trajectory, frames, fields.numpy())
             if self.normalizer is not None:
-                self.normalizer.normalize_(fields, source.name)
+                self.normalizer.normalize_(fields, source.name, static)
             yield fields, static.expand(len(frames), *static.shape)
 
 
@@ -189,7 +190,7 @@ def _encode_file(folder: Path, file: TrajectoryFile, first: int, frames: _FrameR
             sizes = (latent_stream.tell(), static_stream.tell())
             shapes = LatentShapes(latents.close(), static.close(), *sizes)
     with atomic_path(manifest_path(folder, stem)) as temporary:
-        temporary.write_text(json.dumps({"version": FORMAT_VERSION, **asdict(shapes)}))
+        temporary.write_text(dumps({"version": FORMAT_VERSION, **asdict(shapes)}))
 
 
 class _ArrayWriter:

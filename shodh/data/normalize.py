@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -10,25 +11,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shodh.data.checks import channel_ranges
 from shodh.data.source import RegimeSource
 from shodh.data.stats import Moments, Statistics
 from shodh.errors import DataError
-from shodh.fields import Field
+from shodh.fields import OUTSIDE, Field
 
-# A field that varies less than this part of its mean is constant as far as float32 can tell.
-_RELATIVE_ZERO = 1e-6
+log = logging.getLogger(__name__)
+
+# A field whose standard deviation is at most this part of its mean, two to four steps of float32, is constant.
+_RELATIVE_ZERO = 2.0**-22
+# Of `FieldNormalizer.to_dict`. Without one (1): masked scalars were not shifted and constants had the scale 1, which
+# the same formula reads as it was meant.
+_VERSION = 2
 
 
 class FieldNormalizer:
     """Shift and scale of each dynamic field, by regime.
 
-    A scalar becomes ``(x - mean) / std``; one that is masked (`Field.masked_by`) is not shifted, so that zero, which it
-    is where it does not exist, stays zero. A vector has no shift and one scale for all its components: the root mean
-    square of its values, **rounded to a power of two**. Dividing float32 by a power of two changes the exponent
-    alone, so the normalised field is exactly proportional to the physical one: a field whose discrete divergence is
-    zero keeps it exactly, and ``denormalize(normalize(x)) == x`` bitwise (barring underflow). A field without
-    variance has the scale 1. A field that a regime does not have has no constants, and its channels are left as they
-    are. A static scalar with a `Field.static_scale` becomes ``(x - mean) / std``, or the same of ``log x``.
+    A scalar becomes ``(x - mean) / std``. Of one that is masked (`Field.masked_by`) both are of the cells where it
+    exists; elsewhere it is 0, whatever it was, and `OUTSIDE` on the way back. A vector has no shift and one scale for
+    all its components: the root mean square of its values, **rounded to a power of two**. Dividing float32 by a power
+    of two changes the exponent alone, so the normalised field is exactly proportional to the physical one: a field
+    whose discrete divergence is zero keeps it exactly, and ``denormalize(normalize(x)) == x`` bitwise (barring
+    underflow). A scalar that is constant, to the rounding of float32, has the scale 0: it becomes 0, and whatever is
+    predicted for it becomes its value. A field that a regime does not have has no constants, and its channels are left
+    as they are. A static scalar with a `Field.static_scale` becomes ``(x - mean) / std``, or the same of ``log x``.
+
+    Where some field is masked, values come with the static fields of their samples, ``[..., S, *grid]`` as
+    `RegimeSource.read_static` gives them (zeros where a regime has no such field), with the leading axes of the values
+    or the first ones of them.
 
     Parameters
     ----------
@@ -58,6 +70,10 @@ class FieldNormalizer:
         ]
         table = torch.tensor(pairs, dtype=torch.float32)  # [R, C, (mean, scale)]
         self._tables = {table.device: table}
+        self._some_constant = bool((table[..., 1] == 0).any())
+        ranges, static = channel_ranges(self.fields, ndim), channel_ranges(self.static, ndim)
+        #: (channel of a masked scalar, static channel of its mask)
+        self.masked = [(ranges[f.name].start, static[f.masked_by].start) for f in self.fields if f.masked_by in static]
 
     @classmethod
     def from_statistics(
@@ -99,7 +115,7 @@ class FieldNormalizer:
         ).constants
         return cls(fields, ndim, {s.name: {**dynamic[s.name], **_static_constants(s)} for s in sources})
 
-    def normalize(self, values: Tensor, regime: int | str | Tensor) -> Tensor:
+    def normalize(self, values: Tensor, regime: int | str | Tensor, static: Tensor | None = None) -> Tensor:
         """Normalise ``values [..., C, *grid]``.
 
         Parameters
@@ -107,27 +123,47 @@ class FieldNormalizer:
         values : Tensor
         regime : int, str or Tensor
             Number or name of one regime, or an integer tensor ``[B]`` for ``values [B, ..., C, *grid]``.
+        static : Tensor, optional
+            Needed where some field is masked; see the class.
 
         Returns
         -------
         Tensor
             Of the shape, dtype and device of ``values``.
         """
-        mean, scale = self._constants_like(values, regime)
-        return (values - mean).div_(scale)
+        return self.normalize_(values.clone(), regime, static)
 
-    def normalize_(self, values: Tensor, regime: int | str | Tensor) -> Tensor:
+    def normalize_(self, values: Tensor, regime: int | str | Tensor, static: Tensor | None = None) -> Tensor:
         """`normalize` in place."""
         mean, scale = self._constants_like(values, regime)
         if (isinstance(regime, Tensor) and regime.ndim == 1) or not values.is_contiguous():
-            return values.sub_(mean).div_(scale)
+            values.sub_(mean).div_(scale)
+            if self._some_constant:
+                values.masked_fill_(scale == 0, 0.0)
+            return self.mask_(values, static)
         # A snapshot at a time stays in the cache; most vectors need no shift, and some fields no scale.
-        for snapshot in values.reshape(-1, *values.shape[-1 - self.ndim :]):
+        for snapshot in values.view(-1, *values.shape[-1 - self.ndim :]):
             for channel, shift, factor in zip(snapshot, mean.flatten().tolist(), scale.flatten().tolist()):
+                if factor == 0.0:
+                    channel.zero_()
+                    continue
                 if shift != 0.0:
                     channel.sub_(shift)
                 if factor != 1.0:
                     channel.div_(factor)
+        return self.mask_(values, static)
+
+    def mask_(self, values: Tensor, static: Tensor | None, fill: float = 0.0) -> Tensor:
+        """Fill masked scalars, in place, where they do not exist."""
+        if not self.masked:
+            return values
+        if static is None:
+            raise ValueError("fields that are masked are normalised with the static fields of their samples")
+        axis = -1 - self.ndim
+        for channel, number in self.masked:
+            target, solid = values.select(axis, channel), static.select(axis, number) != 0
+            solid = solid.reshape(*solid.shape[: -self.ndim], *(1,) * (target.ndim - solid.ndim), *target.shape[axis + 1 :])
+            target.masked_fill_(solid, fill)
         return values
 
     def normalize_static_(self, values: Tensor, regime: str) -> Tensor:
@@ -141,30 +177,38 @@ class FieldNormalizer:
                 if f.static_scale == "log":
                     _require_positive(bool((channels > 0).all()), regime, f)
                     channels.log_()
-                channels.sub_(mean).div_(scale)
+                channels.sub_(mean).div_(scale) if scale else channels.zero_()
             start = stop
         return values
 
-    def denormalize(self, values: Tensor, regime: int | str | Tensor) -> Tensor:
-        """Undo `normalize`."""
+    def denormalize(self, values: Tensor, regime: int | str | Tensor, static: Tensor | None = None) -> Tensor:
+        """Undo `normalize`; where a field does not exist it is `OUTSIDE`."""
         mean, scale = self._constants_like(values, regime)
-        return values * scale + mean
+        return self.mask_(values * scale + mean, static, OUTSIDE)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings for JSON, to go into checkpoints."""
-        fields = [{"name": f.name, "kind": f.kind} for f in self.fields]
+        fields = [{"name": f.name, "kind": f.kind, "masked_by": f.masked_by} for f in self.fields]
         static = [{"name": f.name, "kind": f.kind, "static_scale": f.static_scale} for f in self.static]
         constants = {
             regime: {name: {"mean": mean, "scale": scale} for name, (mean, scale) in by_field.items()}
             for regime, by_field in self.constants.items()
         }
-        return {"ndim": self.ndim, "fields": fields, "static": static, "regimes": constants}
+        return {"version": _VERSION, "ndim": self.ndim, "fields": fields, "static": static, "regimes": constants}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> FieldNormalizer:
-        """Undo `to_dict`; DataError if ``content`` has another form."""
+        """Undo `to_dict`; what was written before it had a version keeps its meaning.
+
+        Raises
+        ------
+        DataError
+            ``content`` has another form, or is of a later version.
+        """
         try:
-            fields = [Field(f["name"], f["kind"]) for f in content["fields"]]
+            if (version := content.get("version", 1)) not in range(1, _VERSION + 1):
+                raise DataError(f"normalisation of version {version!r}; this one reads up to {_VERSION}: update Shodh")
+            fields = [Field(f["name"], f["kind"], masked_by=f.get("masked_by")) for f in content["fields"]]
             fields += [
                 Field(f["name"], f["kind"], static=True, static_scale=f["static_scale"])
                 for f in content.get("static", [])
@@ -206,8 +250,8 @@ def power_of_two(value: float) -> float:
 
 def _constant(regime: str, name: str, constant: tuple[float, float]) -> tuple[float, float]:
     mean, scale = constant
-    if not (math.isfinite(mean) and math.isfinite(scale) and scale > 0):
-        raise DataError(f"regime {regime!r}: field {name!r} has mean={mean}, scale={scale}; must be finite, > 0")
+    if not (math.isfinite(mean) and math.isfinite(scale) and scale >= 0):
+        raise DataError(f"regime {regime!r}: field {name!r} has mean={mean}, scale={scale}; must be finite, not below 0")
     return float(mean), float(scale)
 
 
@@ -225,12 +269,12 @@ def _static_constants(source: RegimeSource) -> dict[str, tuple[float, float]]:
     if not scaled:
         return {}
     channels = np.empty((source.num_static_channels, *source.grid), dtype=np.float32)
-    starts = np.cumsum([0] + [f.num_components(len(source.grid)) for f in source.static])
+    ranges = channel_ranges(source.static, len(source.grid))
     moments = {name: Moments(1) for name in scaled}
     for trajectory in range(source.num_trajectories("train")):
         source.read_static("train", trajectory, channels)
         for name, number in scaled.items():
-            values = channels[starts[number], None].astype(np.float64)
+            values = channels[ranges[name]].astype(np.float64)
             if source.static[number].static_scale == "log":
                 _require_positive(bool((values > 0).all()), source.name, source.static[number])
                 values = np.log(values)
@@ -239,7 +283,7 @@ def _static_constants(source: RegimeSource) -> dict[str, tuple[float, float]]:
     # A relative change of the values is an absolute one of their logarithm.
     unit = {f.name: 1.0 if f.static_scale == "log" else 0.0 for f in source.static}
     return {
-        name: (mean, 1.0 if std <= _RELATIVE_ZERO * max(abs(mean), unit[name]) else std)
+        name: (mean, 0.0 if std <= _RELATIVE_ZERO * max(abs(mean), unit[name]) else std)
         for name, mean, std in ((name, float(m.mean[0]), float(m.std[0])) for name, m in moments.items())
     }
 
@@ -254,6 +298,7 @@ def _mean_and_scale(regime: str, field: Field, ndim: int, mean: Any, std: Any) -
     if field.kind == "vector":
         rms = math.sqrt(sum(m * m + s * s for m, s in zip(means, stds)) / components)
         return 0.0, power_of_two(rms) if rms > 0 else 1.0
-    constant = stds[0] <= _RELATIVE_ZERO * abs(means[0])
-    shift = 0.0 if field.masked_by is not None else means[0]
-    return shift, 1.0 if constant else stds[0]
+    if stds[0] <= _RELATIVE_ZERO * abs(means[0]):
+        log.warning("regime %s: field %s is constant (%g) in the training data; nothing is learned of it", regime, field.name, means[0])
+        return means[0], 0.0
+    return means[0], stds[0]

@@ -18,9 +18,10 @@ from shodh.data.formats import FileHints, TrajectoryFile
 from shodh.data.formats.base import rescale_
 from shodh.data.formats.splits import SPLITS as SPLITS
 from shodh.data.formats.splits import FileView, Split, open_splits
-from shodh.data.stats import KEYS, Statistics, compute_statistics, read_stats
+from shodh.data.checks import channel_ranges, require_constant, require_mask
+from shodh.data.stats import KEYS, WHERE, Statistics, compute_statistics, read_stats
 from shodh.errors import ConfigError, DataError
-from shodh.fields import Boundary, Field, Placement, RegimeSchema
+from shodh.fields import Boundary, Field, Placement, RegimeSchema, mask_names
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ class RegimeSource:
         self._stored_name = self._resolve_names()
         self._check_placement()
         self._open: OrderedDict[Path, TrajectoryFile] = OrderedDict()
+        self._checked_masks: set[tuple[Split, int]] = set()
         self.opening = (format, hints, tuple(split))
         self.files = open_splits(self.path, format=format, hints=hints, shares=split)
         if not self.files["train"]:
@@ -213,32 +215,52 @@ class RegimeSource:
         self._read_channels(self.dynamic, file, local, frames, out, constants or {})
 
     def read_static(self, split: Split, trajectory: int, out: np.ndarray) -> None:
-        """Read the static fields of a trajectory into ``out`` [S, *grid], float32."""
+        """Read the static fields of a trajectory into ``out`` [S, *grid], float32; DataError for a mask that is none."""
         file, local = self.locate(split, trajectory)
         self._read_channels(self.static, file, local, range(1), out[None], {})
+        if (split, trajectory) not in self._checked_masks:
+            ranges = channel_ranges(self.static, len(self.grid))
+            for name in sorted(mask_names(self.fields) & {f.name for f in self.present}):
+                require_mask(out[ranges[name]], name, f"{file.path}: trajectory {local}")
+            self._checked_masks.add((split, trajectory))
 
     def statistics(self) -> Statistics:
         """Statistics of the training split, by our field names.
 
         Taken from ``stats.yaml`` beside the data; computed from the training files, and logged, where that is missing
-        or lacks a field. Of chosen trajectories it is always computed, from these alone. A vector that is averaged onto faces on reading has the statistics of the stored one.
+        or lacks a field. Of chosen trajectories it is always computed, from these alone. A vector that is averaged onto
+        faces on reading has the statistics of the stored one. Mean and std of a masked scalar are those of the cells
+        where it exists.
+
+        Raises
+        ------
+        DataError
+            A masked scalar exists nowhere.
         """
         wanted = {f.name: stored for f in self.present if (stored := self._stored_name[f.name]) is not None}
-        if self.trajectories is not None:
-            return self._by_our_names(compute_statistics(self.files["train"], list(wanted.values())), wanted)
+        masks = {f.name: wanted[f.masked_by] for f in self.present if f.masked_by in wanted}
         path = self.path / "stats.yaml"
-        statistics = read_stats(path) if path.is_file() else {key: {} for key in KEYS}
+        statistics: Statistics = {key: {} for key in (*KEYS, WHERE)}
+        if self.trajectories is None and path.is_file():
+            statistics = read_stats(path)
         if any(stored not in statistics[key] for stored in wanted.values() for key in ("mean", "std")):
-            log.warning("%s: no statistics of %s; computing them from the training files", path, sorted(wanted))
+            if self.trajectories is None:
+                log.warning("%s: no statistics of %s; computing them from the training files", path, sorted(wanted))
             statistics = compute_statistics(self.files["train"], list(wanted.values()))
-        return self._by_our_names(statistics, wanted)
-
-    @staticmethod
-    def _by_our_names(statistics: Statistics, wanted: Mapping[str, str]) -> Statistics:
-        return {
-            key: {ours: values[stored] for ours, stored in wanted.items() if stored in values}
-            for key, values in statistics.items()
+        where = statistics[WHERE]
+        if any(wanted[name] not in where.get(mask, {}).get("std", {}) for name, mask in masks.items()):
+            log.warning("%s: no statistics of where %s exist; computing them from the training files", path, sorted(masks))
+            where = compute_statistics(self.files["train"], [*(wanted[n] for n in masks), *set(masks.values())])[WHERE]
+        found = {
+            key: {ours: statistics[key][stored] for ours, stored in wanted.items() if stored in statistics[key]}
+            for key in KEYS
         }
+        for name, mask in masks.items():
+            if wanted[name] not in where.get(mask, {}).get("std", {}):
+                raise DataError(f"regime {self.name!r}: {name!r} exists in no cell of the training files; see {mask!r}")
+            for key in ("mean", "std"):
+                found[key][name] = where[mask][key][wanted[name]]
+        return found
 
     def close(self) -> None:
         """Close all files of this process."""
@@ -288,7 +310,8 @@ class RegimeSource:
             raise DataError(f"{error}{hint}") from error
         for what, have, want in (("kind", stored.kind, wanted.kind), ("static", stored.static, wanted.static)):
             if have != want:
-                raise DataError(f"{file.path}: field {stored_name!r} has {what}={have}, wanted is {what}={want}")
+                hint = "; a static field, like a mask, is the same at all times" if what == "static" and want else ""
+                raise DataError(f"{file.path}: field {stored_name!r} has {what}={have}, wanted is {what}={want}{hint}")
         placement = self._placement(file, wanted)
         if placement == "face" and wanted.placement == "center":
             raise DataError(
@@ -316,6 +339,8 @@ class RegimeSource:
             stop = start + field.num_components(len(self.grid))
             channels = out[:, start:stop]
             scaling = constants.get(field.name, (0.0, 1.0))
+            constant, value = scaling[1] == 0.0, scaling[0]
+            scaling = (0.0, 1.0) if constant else scaling
             stored = self._stored_name[field.name] if field in self.present else None
             if stored is None:
                 channels[...] = 0.0
@@ -323,6 +348,9 @@ class RegimeSource:
                 self._read_flat(field, file, trajectory, frames, channels, scaling)
             else:
                 self._read_field(field, file, trajectory, frames, channels, scaling)
+            if constant:
+                require_constant(channels, field, value, f"{file.path}: trajectory {trajectory}")
+                channels[...] = 0.0
             start = stop
 
     def _read_field(

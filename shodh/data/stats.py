@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from shodh.files import atomic_path
 
 Statistics = dict[str, dict[str, Any]]
 KEYS = ("mean", "std", "mean_delta", "std_delta")
+WHERE = "where_not"  # of stats.yaml: {mask: {"mean", "std"}} over the cells where the mask is 0; readers may pass it over
 
 
 class Moments:
@@ -31,6 +32,8 @@ class Moments:
     def add(self, values: np.ndarray) -> None:
         """Add a block ``[C, ...]``."""
         block = values.reshape(len(values), -1)
+        if not block.shape[1]:
+            return
         count = block.shape[1]
         mean = block.mean(axis=1, dtype=np.float64)
         squares = np.square(block - mean[:, None]).sum(axis=1)
@@ -54,7 +57,9 @@ def compute_statistics(
 ) -> Statistics:
     """Mean and standard deviation of fields and of their change from frame to frame.
 
-    One snapshot is in memory at a time; sums are float64.
+    Over all cells, as The Well has them; and of scalars that change in time also over the cells where a mask is 0, for
+    every static scalar among the fields that is 0 or 1 everywhere. One snapshot is in memory at a time; sums are
+    float64.
 
     Parameters
     ----------
@@ -69,7 +74,7 @@ def compute_statistics(
     -------
     dict
         ``{"mean", "std", "mean_delta", "std_delta"} -> {field: number}``, a list with one number per component for a
-        vector. Static fields have no delta.
+        vector; static fields have no delta. ``"where_not" -> {mask: {"mean", "std"}}`` of the same form.
 
     Raises
     ------
@@ -81,13 +86,16 @@ def compute_statistics(
         raise DataError("statistics need at least one file")
     names = [f.name for f in fields.fields] if isinstance(fields, RegimeSchema) else list(fields or opened[0].fields)
     statistics: Statistics = {key: {} for key in KEYS}
+    masks = [name for name in names if all(_is_mask(file, name) for file in opened)]
+    statistics[WHERE] = {mask: {"mean": {}, "std": {}} for mask in masks}
     steps = len(names) * len(opened)
     for number, name in enumerate(names):
         field = opened[0].field(name)
         components = field.num_components(len(opened[0].grid))
         values, deltas = Moments(components), Moments(components)
+        existing = {mask: Moments(1) for mask in masks if field.kind == "scalar" and not field.static}
         for position, file in enumerate(opened):
-            _add_file(file, name, components, values, deltas)
+            _add_file(file, name, components, values, deltas, existing)
             file.close()
             if progress is not None:
                 progress((number * len(opened) + position + 1) / steps)
@@ -96,6 +104,10 @@ def compute_statistics(
         if not field.static:
             statistics["mean_delta"][name] = _plain(field, deltas.mean)
             statistics["std_delta"][name] = _plain(field, deltas.std)
+        for mask, moments in existing.items():
+            if moments.count:
+                statistics[WHERE][mask]["mean"][name] = _plain(field, moments.mean)
+                statistics[WHERE][mask]["std"][name] = _plain(field, moments.std)
     return statistics
 
 
@@ -121,22 +133,51 @@ def read_stats(path: str | os.PathLike[str]) -> Statistics:
         raise DataError(f"{path}: is no YAML file: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("mean", "std")):
         raise DataError(f"{path}: expected the mappings 'mean' and 'std' from field names to numbers")
-    statistics: Statistics = {key: content.get(key) or {} for key in KEYS}
-    for key, by_field in statistics.items():
+    statistics: Statistics = {key: content.get(key) or {} for key in (*KEYS, WHERE)}
+    tables = [(key, statistics[key]) for key in KEYS]
+    for mask, parts in statistics[WHERE].items() if isinstance(statistics[WHERE], dict) else [("", None)]:
+        if not isinstance(parts, dict) or not all(isinstance(parts.get(key), dict) for key in ("mean", "std")):
+            raise DataError(f"{path}: {WHERE} must map masks to the mappings 'mean' and 'std'")
+        tables += [(f"{WHERE} {mask} {key}", parts[key]) for key in ("mean", "std")]
+    for key, by_field in tables:
         for name, value in by_field.items():
             if not all(_is_number(v) for v in (value if isinstance(value, list) else [value])):
                 raise DataError(f"{path}: {key} of {name!r} is {value!r}; expected a finite number or a list of them")
     return statistics
 
 
-def _add_file(file: TrajectoryFile, name: str, components: int, values: Moments, deltas: Moments) -> None:
+def _is_mask(file: TrajectoryFile, name: str) -> bool:
+    """Whether a field is a static scalar of zeros and ones."""
+    if not file.field(name).static or file.field(name).kind != "scalar":
+        return False
+    return all(bool(((m == 0) | (m == 1)).all()) for m in (_mask(file, name, n) for n in range(file.num_trajectories)))
+
+
+def _mask(file: TrajectoryFile, name: str, trajectory: int) -> np.ndarray:
+    values = np.empty((1, *file.grid), dtype=np.float32)
+    file.read(name, trajectory, range(1), values)
+    return values[0]
+
+
+def _add_file(
+    file: TrajectoryFile,
+    name: str,
+    components: int,
+    values: Moments,
+    deltas: Moments,
+    existing: Mapping[str, Moments],
+) -> None:
+    """Add the values of a field, its changes, and its values where each of the masks of ``existing`` is 0."""
     static = file.field(name).static
     current = np.empty((components, *file.grid), dtype=np.float32)
     previous = np.empty_like(current)
     for trajectory in range(file.num_trajectories):
+        exists = {mask: _mask(file, mask, trajectory) == 0 for mask in existing}
         for frame in range(1 if static else file.num_frames):
             file.read(name, trajectory, range(frame, frame + 1), current if static else current[None])
             values.add(current)
+            for mask, moments in existing.items():
+                moments.add(current[:, exists[mask]])
             if frame > 0:
                 deltas.add(current.astype(np.float64) - previous)
             current, previous = previous, current

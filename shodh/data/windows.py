@@ -118,6 +118,7 @@ class WindowDataset(Dataset[dict[str, Any]]):
         self.source.read(self.split, trajectory, frames, fields.numpy(), constants)
         self.source.read_static(self.split, trajectory, static.numpy())
         if self.normalizer is not None:
+            self.normalizer.mask_(fields, static)
             self.normalizer.normalize_static_(static, self.source.name)
         return {
             "fields": fields,

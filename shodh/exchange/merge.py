@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from shodh.merge import baselines
 from shodh.merge.diagnostics import diagnose
 from shodh.merge.span import compose, curve, decompose, plane
 from shodh.models.description import ModelDescription, Source, write_pretrained, written_dtypes
+from shodh.strict_json import dumps
 from shodh.weights import DTYPES, MAX_SHARD_SIZE, LazyWeights
 
 
@@ -130,7 +130,7 @@ def _describe(anchor: Expert, experts: Sequence[Expert], recipe: Recipe, out: Pa
         "experts": [origin(e) for e in experts],
         "shodh": __version__,
     }
-    digest = hashlib.sha256(json.dumps(merge, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(dumps(merge, sort_keys=True).encode()).hexdigest()
     source = Source(name=out.name, sha256=digest, init_from=anchor.description.source.sha256)
     return anchor.description.model_copy(update={"source": source, "merge": merge})
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from shodh.models.description import (
     is_pretrained,
     read_pretrained,
 )
+from shodh.strict_json import dumps
 from shodh.train.checkpoint import MANIFEST, checksum, verify_checkpoint
 from shodh.train.field_task import SPACE_FILE
 from shodh.train.latents import TOKENIZER_FILE
@@ -184,7 +184,7 @@ def _digest(folder: Path) -> str:
         if file.suffix == ".pt":
             with zipfile.ZipFile(file) as archive:
                 parts.append([(part.filename, part.file_size, part.CRC) for part in archive.infolist()])
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return hashlib.sha256(dumps(parts).encode()).hexdigest()
 
 
 def _tokenizer_folder(config: RunConfig, run: Path | None, given: Path | None) -> Path:

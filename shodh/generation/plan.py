@@ -17,6 +17,7 @@ from shodh.data import SPLITS, Split, WellFile, remove_partial_files
 from shodh.errors import ConfigError, DataError
 from shodh.generation.variation import Interval
 from shodh.physics import REGIMES, get_regime
+from shodh.strict_json import to_json
 
 # Root attribute of every file that holds the settings it was made with.
 SETTINGS = "generation_settings"
@@ -145,7 +146,7 @@ def plan(request: Request) -> list[Job]:
             "split": list(sizes.values()),
             "trajectories_per_file": request.per_file,
             "seed": request.seed,
-            "parameters": json.loads(json.dumps({k: v for k, v in vars(regime).items() if not k.startswith("_")})),
+            "parameters": to_json({k: v for k, v in vars(regime).items() if not k.startswith("_")}),
         }
         if vary:
             settings["vary"] = {key: [interval.low, interval.high] for key, interval in vary.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -26,6 +25,7 @@ from shodh.generation.checking import Report, check
 from shodh.generation.plan import SETTINGS, Job, Part
 from shodh.generation.variation import join
 from shodh.seeding import stable_seed
+from shodh.strict_json import dumps
 
 Progress = Callable[[str, float], None]
 
@@ -37,7 +37,7 @@ def solve(job: Job, part: Part, device: str, progress: Callable[[float], None]) 
     write_trajectories(
         part.path,
         trajectories,
-        attributes={SETTINGS: json.dumps(job.settings), DIAGNOSTICS: json.dumps(reports)},
+        attributes={SETTINGS: dumps(job.settings), DIAGNOSTICS: dumps(reports)},
     )
 
 

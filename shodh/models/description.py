@@ -21,6 +21,7 @@ from shodh.models.card import model_card
 from shodh.models.domain import Domain
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.moe.groups import is_routed_expert
+from shodh.strict_json import dumps
 from shodh.weights import (
     MAX_SHARD_SIZE,
     LazyWeights,
@@ -87,7 +88,9 @@ class ModelDescription(Section):
         return config_from_dict(self.run, f"'run' of {CONFIG}")
 
     def build_normalizer(self) -> FieldNormalizer:
-        return FieldNormalizer.from_dict(self.normalizer)
+        read = FieldNormalizer.from_dict(self.normalizer)
+        # Constants of a former version do not say which fields are masked.
+        return FieldNormalizer([f.build() for f in self.config.data.fields], read.ndim, read.constants)
 
     def build_domains(self) -> dict[str, Domain]:
         """The domain of each regime."""
@@ -209,8 +212,8 @@ def write_pretrained(
         An evaluation's ``metrics.json``, for the card.
     """
     content = description.model_dump(mode="json")
-    metadata = {METADATA_KEY: json.dumps(content, separators=(",", ":"))}
+    metadata = {METADATA_KEY: dumps(content, separators=(",", ":"))}
     files = write_weights(folder, tensors, dtypes, max_shard_size, metadata, progress)
-    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+    (folder / CONFIG).write_text(dumps(content, indent=2) + "\n")
     (folder / CARD).write_text(model_card(content, numbers))
     return files

@@ -53,6 +53,27 @@ def channel_mask(fields: Sequence[Field], domain: Domain, ndim: int) -> Tensor:
     return torch.tensor(exists, dtype=torch.bool)  # also of no fields at all
 
 
+def existing_cells(static: Tensor, exists: Tensor, masked: Sequence[tuple[int, int]], channels: int) -> Tensor | None:
+    """In which cells each channel exists, ``[B, channels, *grid]``, bool; None where nothing is masked.
+
+    Parameters
+    ----------
+    static : Tensor [B, S, *grid]
+        With the masks as they are stored.
+    exists : Tensor [B, S], bool
+        Which static channels a sample's regime has: a mask that it lacks masks nothing.
+    masked : sequence of (int, int)
+        `FieldNormalizer.masked`.
+    """
+    if not masked:
+        return None
+    cells = torch.ones(len(static), channels, *static.shape[2:], dtype=torch.bool, device=static.device)
+    for channel, mask in masked:
+        there = exists[:, mask].view(-1, *(1,) * (static.ndim - 2))
+        cells[:, channel] = (static[:, mask] == 0) | ~there
+    return cells
+
+
 def pad_absent(values: Tensor, exists: Tensor) -> Tensor:
     """Channels that a sample's regime lacks become ones, as DPOT and MoE-POT are given them.
 

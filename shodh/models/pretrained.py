@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.errors import CheckpointError
+from shodh.errors import CheckpointError, DataError
+from shodh.models.arrays import Array, like
 from shodh.models.description import ModelDescription, build_parts, read_description
 from shodh.models.domain import add_walls, static_features
-from shodh.models.field_space import channel_mask, pad_absent
+from shodh.models.field_space import channel_mask, existing_cells, pad_absent
 from shodh.models.operator import LatentTransformer, OperatorOutput
 from shodh.models.pretrained_base import PretrainedModel, local_folder
 from shodh.models.registry import FieldOperator
@@ -23,9 +25,8 @@ from shodh.precision import ieee_float32
 class ShodhModel(PretrainedModel):
     """Tokenizer and operator of a run, from physical fields to physical fields.
 
-    Fields are float32 in the units of the training data, channels in the order of the fields of ``description``, a
-    vector taking one channel an axis; scalars live at cell centres, component i of a vector on the upper face of its
-    cell along axis i. All methods run without gradients.
+    As `PretrainedModel`; scalars live at cell centres, component i of a vector on the upper face of its cell along axis
+    i.
 
     Examples
     --------
@@ -58,26 +59,22 @@ class ShodhModel(PretrainedModel):
         return add_walls(self._normalize_static(static, regime), self.domain(regime))
 
     @torch.no_grad()
-    @ieee_float32()
-    def encode(self, fields: Tensor, static: Tensor, regime: str) -> Tensor:
+    def encode(self, fields: Array, static: Tensor | np.ndarray, regime: str) -> Array:
         """Physical fields ``[B, T, C, X, Y, Z]``, static ones ``[B, S, X, Y, Z]`` -> latents ``[B, T, L, x, y, z]``.
 
-        Raises
-        ------
-        DataError
-            The regime is unknown, or a shape is not the model's.
+        Errors as `rollout`.
         """
-        self._check(fields, "fields", ("batch", "time"), self.num_channels)
-        geometry = self._geometry(static, regime)
-        frames = [
-            self.tokenizer.encode(self.normalizer.normalize(fields[:, t].float(), regime), geometry)
-            for t in range(fields.shape[1])
-        ]
-        return torch.stack(frames, 1)
+        with self._computing():
+            masks = self._take_static(static, regime)
+            return like(
+                self._encode(self._take_fields(fields, masks, regime, 1), self._geometry(masks, regime)), fields
+            )
+
+    def _encode(self, normal: Tensor, geometry: Tensor) -> Tensor:
+        return torch.stack([self.tokenizer.encode(frame, geometry) for frame in normal.unbind(1)], 1)
 
     @torch.no_grad()
-    @ieee_float32()
-    def decode(self, latents: Tensor, static: Tensor, regime: str, *, exact: bool = False) -> Tensor:
+    def decode(self, latents: Array, static: Tensor | np.ndarray, regime: str, *, exact: bool = False) -> Array:
         """Latents ``[B, T, L, x, y, z]`` -> physical fields ``[B, T, C, X, Y, Z]``.
 
         Parameters
@@ -85,32 +82,32 @@ class ShodhModel(PretrainedModel):
         exact : bool
             Round potentials to a lattice, so that the stored divergence of solenoidal fields is bitwise zero.
         """
-        geometry, domain = self._geometry(static, regime), self.domain(regime)
-        frames = [
-            self.tokenizer.assemble(self.tokenizer.emit(latents[:, t], geometry), domain, exact=exact)
-            for t in range(latents.shape[1])
-        ]
-        return self.normalizer.denormalize(torch.stack(frames, 1), regime)
+        sizes = (self.config.tokenizer.latent_channels, *self.config.latent_grid)
+        with self._computing():
+            masks = self._take_static(static, regime)
+            given = self._take(latents, "latents", ("batch", "time"), sizes, False)
+            if len(given) != len(masks):
+                raise DataError(f"latents are {len(given)} samples, and static {len(masks)}; give both the same number")
+            normal = self._decode(given, self._geometry(masks, regime), regime, exact)
+            return like(self.normalizer.denormalize(normal, regime, masks), latents)
 
-    @torch.no_grad()
-    @ieee_float32()
-    def rollout(self, fields: Tensor, static: Tensor, regime: str, steps: int, *, exact: bool = False) -> Tensor:
-        """The ``steps`` frames that follow, each predicted from the last ones in latent space: ``[B, steps, C, ...]``.
+    def _decode(self, latents: Tensor, geometry: Tensor, regime: str, exact: bool) -> Tensor:
+        """Normalised fields."""
+        emitted = (self.tokenizer.emit(latent, geometry) for latent in latents.unbind(1))
+        return torch.stack([self.tokenizer.assemble(e, self.domain(regime), exact=exact) for e in emitted], 1)
 
-        Arguments as `PretrainedModel.rollout`, ``exact`` as `decode`.
-        """
+    def _rollout(self, window: Tensor, static: Tensor, regime: str, steps: int, exact: bool) -> Tensor:
         if self.operator is None:
             raise CheckpointError("this folder holds a tokenizer alone; convert a run of launch/pretrain.py")
-        self._check_history(fields)
-        window = self.encode(fields[:, -self.history :], static, regime)
-        features = static_features(self._geometry(static, regime))
+        geometry = self._geometry(static, regime)
+        window, features = self._encode(window, geometry), static_features(geometry)
         told = regime_arguments(self.config.operator.experts, self.regimes.index(regime), window)
         frames = []
         for _ in range(steps):
             following = self.operator(window, features, **told).latent
             frames.append(following)
             window = torch.cat((window[:, 1:], following.unsqueeze(1)), 1)
-        return self.decode(torch.stack(frames, 1), static, regime, exact=exact)
+        return self._decode(torch.stack(frames, 1), geometry, regime, exact)
 
 
 class FieldModel(PretrainedModel):
@@ -129,50 +126,46 @@ class FieldModel(PretrainedModel):
         """Cells of each axis."""
         return self.config.data.grid
 
-    def _exists(self, regime: str, like: Tensor, *, static: bool) -> Tensor:
-        """Which channels exist, for as many samples as ``like`` has: ``[B, C]``."""
-        fields = [f for f in (f.build() for f in self.config.data.fields) if f.static == static]
-        return channel_mask(fields, self.domain(regime), len(self.grid)).to(like.device).expand(len(like), -1)
+    def _exists(self, regime: str, values: Tensor, *, static: bool) -> Tensor:
+        """Which channels exist, for as many samples as ``values`` has: ``[B, C]``."""
+        mask = channel_mask(self._fields(static=static), self.domain(regime), len(self.grid))
+        return mask.to(values.device).expand(len(values), -1)
+
+    def cells(self, static: Tensor, regime: str) -> Tensor | None:
+        """In which cells each channel exists, ``[B, S, *grid] -> [B, C, *grid]``; None: in all."""
+        exists = self._exists(regime, static, static=True)
+        return existing_cells(static, exists, self.normalizer.masked, self.num_channels)
 
     @ieee_float32()
     def step(self, window: Tensor, static: Tensor, regime: str) -> OperatorOutput:
         """The next frame of *normalised* fields, and how it was routed; differentiable, in weights and inputs.
+
+        What it says of cells where a field does not exist means nothing, and is not read from the window.
 
         Parameters
         ----------
         window : Tensor [B, history, C, *grid]
         static : Tensor [B, S, *grid]
         """
-        exists = self._exists(regime, window, static=False)
+        exists, cells = self._exists(regime, window, static=False), self.cells(static, regime)
+        if cells is not None:
+            window = torch.where(cells.unsqueeze(1), window, 0.0)
         padded = torch.stack([pad_absent(frame, exists) for frame in window.unbind(1)], 1)
         given = pad_absent(static, self._exists(regime, static, static=True))
         told = regime_arguments(self.config.operator.experts, self.regimes.index(regime), window)
         output: OperatorOutput = self.operator(padded, given, **told)
         return output
 
-    @torch.no_grad()
-    @ieee_float32()
-    def rollout(self, fields: Tensor, static: Tensor, regime: str, steps: int, *, exact: bool = False) -> Tensor:
-        """The ``steps`` frames that follow, each predicted from the last ones: ``[B, steps, C, *grid]``.
-
-        Arguments as `PretrainedModel.rollout`.
-
-        Raises
-        ------
-        CheckpointError
-            ``exact`` is asked for: nothing here is decoded from a potential.
-        """
+    def _rollout(self, window: Tensor, static: Tensor, regime: str, steps: int, exact: bool) -> Tensor:
+        """As `PretrainedModel.rollout`; CheckpointError if ``exact``: nothing here is decoded from a potential."""
         if exact:
             raise CheckpointError("exact is of velocities that are decoded from a potential; this operator has none")
-        self._check(fields, "fields", ("batch", "time"), self.num_channels)
-        self._check_history(fields)
-        window = self.normalizer.normalize(fields[:, -self.history :].float(), regime)
         given = self._normalize_static(static, regime)
         frames = []
         for _ in range(steps):
             frames.append(self.step(window, given, regime).latent)
             window = torch.cat((window[:, 1:], frames[-1].unsqueeze(1)), 1)
-        return self.normalizer.denormalize(torch.stack(frames, 1), regime)
+        return torch.stack(frames, 1)
 
 
 def from_pretrained(

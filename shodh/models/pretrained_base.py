@@ -5,24 +5,37 @@ Needs neither DeepSpeed nor the compiled extension. Only safetensors and JSON ar
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
+from shodh.data.checks import channel_ranges, require_mask
 from shodh.errors import CheckpointError, DataError
+from shodh.fields import Field, mask_names
+from shodh.models.arrays import Array, like, to_float32
 from shodh.models.description import ModelDescription, read_pretrained, write_pretrained
 from shodh.models.domain import Domain
+from shodh.models.field_space import channel_mask
+from shodh.precision import ieee_float32
 from shodh.weights import DTYPES, StoredTensor, load_into, persistent_buffers, target_dtypes
 
 
 class PretrainedModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignore[misc]
     """A model of a run, from physical fields to physical fields; subclasses hold the networks.
 
-    Fields are float32 in the units of the training data, channels in the order of the fields of ``description``, a
-    vector taking one channel an axis. All methods run without gradients.
+    Fields are in the units of the training data, channels in the order of the fields of ``description``, a vector
+    taking one channel an axis. All methods run without gradients.
+
+    Arrays are NumPy or torch, of any floating type, strides and device; masks may be integers or booleans too. What
+    comes back is of the kind, and on the device, of the fields: float64 if they are, else float32, which is what is
+    computed in, also under autocast. Channels of fields that the regime lacks are not read, nor are masked scalars
+    where they do not exist; they come back as `shodh.fields.OUTSIDE` there.
     """
 
     def __init__(self, description: ModelDescription) -> None:
@@ -57,9 +70,11 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: 
         """Channels of the static fields."""
         return self._count(static=True)
 
+    def _fields(self, *, static: bool) -> list[Field]:
+        return [f for f in (f.build() for f in self.config.data.fields) if f.static == static]
+
     def _count(self, static: bool) -> int:
-        fields = (f.build() for f in self.config.data.fields)
-        return sum(f.num_components(len(self.grid)) for f in fields if f.static == static)
+        return sum(f.num_components(len(self.grid)) for f in self._fields(static=static))
 
     def domain(self, regime: str) -> Domain:
         """Boundary and lengths of a regime's box."""
@@ -67,37 +82,101 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: 
             raise DataError(f"no regime {regime!r}; this model knows {list(self.regimes)}")
         return self.domains[regime]
 
-    def _check(self, values: Tensor, what: str, leading: tuple[str, ...], channels: int) -> None:
-        """Shape ``[*leading, channels, *grid]``."""
-        expected = (channels, *self.grid)
-        if values.ndim != len(leading) + len(expected) or tuple(values.shape[len(leading) :]) != expected:
-            text = ", ".join([*leading, *map(str, expected)])
-            raise DataError(f"{what} must be [{text}], got {list(values.shape)}")
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
 
-    def _check_history(self, fields: Tensor) -> None:
-        if fields.ndim != 3 + len(self.grid) or fields.shape[1] < self.history:
-            raise DataError(f"fields must hold {self.history} frames, oldest first, got {list(fields.shape)}")
+    def _take(
+        self, values: Tensor | np.ndarray, what: str, leading: tuple[str, ...], sizes: tuple[int, ...], integers: bool
+    ) -> Tensor:
+        """What a user gives, of the shape ``[*leading, *sizes]``, as float32 on the model's device."""
+        shape = tuple(getattr(values, "shape", ()))
+        if len(shape) != len(leading) + len(sizes) or shape[len(leading) :] != sizes or 0 in shape[: len(leading)]:
+            got = list(shape) if shape or hasattr(values, "shape") else type(values).__name__
+            raise DataError(f"{what} must be [{', '.join([*leading, *map(str, sizes)])}], got {got}")
+        return to_float32(values, what, self.device, integers=integers)
+
+    def _take_fields(self, fields: Tensor | np.ndarray, static: Tensor, regime: str, frames: int) -> Tensor:
+        """Normalised fields ``[B, T, C, *grid]`` of at least ``frames`` frames; channels of absent fields are zero."""
+        given = self._take(fields, "fields", ("batch", "time"), (self.num_channels, *self.grid), False)
+        if given.shape[1] < frames:
+            raise DataError(f"fields must hold {frames} frames, oldest first, got {list(given.shape)}")
+        if len(given) != len(static):
+            raise DataError(f"fields are {len(given)} samples, and static {len(static)}; give both the same number")
+        given = torch.where(self._existing(regime, given, static=False), given, 0.0)
+        normal = self.normalizer.normalize(given, regime, static)
+        if not bool(normal.isfinite().all()):
+            raise DataError("fields hold NaN or infinity, or numbers that float32 cannot hold")
+        return normal
+
+    def _take_static(self, static: Tensor | np.ndarray, regime: str) -> Tensor:
+        """Static fields ``[B, S, *grid]`` as stored; channels of absent fields are zero.
+
+        Raises
+        ------
+        DataError
+            The regime is unknown, the shape is not the model's, values are not finite, or a mask is not 0 or 1.
+        """
+        self.domain(regime)
+        given = self._take(static, "static", ("batch",), (self.num_static, *self.grid), True)
+        given = torch.where(self._existing(regime, given, static=True), given, 0.0)
+        if not bool(given.isfinite().all()):
+            raise DataError("static holds NaN or infinity")
+        for name, channels in channel_ranges(self._fields(static=True), len(self.grid)).items():
+            if name in mask_names(f.build() for f in self.config.data.fields):
+                for sample in given[:, channels]:
+                    require_mask(sample.cpu().numpy(), name, "static")
+        return given
 
     def _normalize_static(self, static: Tensor, regime: str) -> Tensor:
-        """Static fields ``[B, S, *grid]`` as the networks are given them."""
-        self._check(static, "static", ("batch",), self.num_static)
-        return torch.stack([self.normalizer.normalize_static_(s.clone(), regime) for s in static.float()])
+        """Static fields of `_take_static` as the networks are given them."""
+        return torch.stack([self.normalizer.normalize_static_(s.clone(), regime) for s in static])
 
-    def rollout(self, fields: Tensor, static: Tensor, regime: str, steps: int, *, exact: bool = False) -> Tensor:
+    def _existing(self, regime: str, values: Tensor, *, static: bool) -> Tensor:
+        """Which channels of ``values [..., C, *grid]`` the regime has, in a shape that broadcasts with them."""
+        there = channel_mask(self._fields(static=static), self.domain(regime), len(self.grid))
+        return there.to(values.device).view(-1, *(1,) * len(self.grid))
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Computation in the precision of the weights, whatever surrounds it."""
+        with torch.autocast(self.device.type, enabled=False), ieee_float32():
+            yield
+
+    @torch.no_grad()
+    def rollout(
+        self, fields: Array, static: Tensor | np.ndarray, regime: str, steps: int, *, exact: bool = False
+    ) -> Array:
         """The ``steps`` frames that follow, each predicted from the last ones: ``[B, steps, C, *grid]``.
 
         Parameters
         ----------
-        fields : Tensor [B, T, C, *grid]
+        fields : Tensor or ndarray [B, T, C, *grid]
             At least `history` frames, oldest first; the last ones are used.
-        static : Tensor [B, S, *grid]
+        static : Tensor or ndarray [B, S, *grid]
         regime : str
             Whose normalisation and domain are meant; no network sees the name, but an oracle router its number.
+
+        Raises
+        ------
+        DataError
+            The regime is unknown, or an array is not of the model's shape, not finite, or of a type that is not taken.
         """
+        if steps < 1:
+            raise DataError(f"steps={steps}; must be at least 1")
+        with self._computing():
+            masks = self._take_static(static, regime)
+            window = self._take_fields(fields, masks, regime, self.history)[:, -self.history :]
+            normal = self._rollout(window, masks, regime, steps, exact)
+            return like(self.normalizer.denormalize(normal, regime, masks), fields)
+
+    def _rollout(self, window: Tensor, static: Tensor, regime: str, steps: int, exact: bool) -> Tensor:
+        """`rollout` of normalised fields ``[B, history, C, *grid]`` with static ones as stored."""
         raise NotImplementedError
 
-    def predict(self, fields: Tensor, static: Tensor, regime: str, *, exact: bool = False) -> Tensor:
-        """The frame that follows ``fields [B, T, C, *grid]`` (oldest first): ``[B, C, *grid]``."""
+    def predict(self, fields: Array, static: Tensor | np.ndarray, regime: str, *, exact: bool = False) -> Array:
+        """The frame that follows ``fields [B, T, C, *grid]`` (oldest first): ``[B, C, *grid]``. As `rollout`."""
         return self.rollout(fields, static, regime, steps=1, exact=exact)[:, 0]
 
     forward = predict

@@ -330,13 +330,13 @@ def keep_above(values: Tensor, floor: float, width: float = 0.01) -> Tensor:
     with its first derivative, increasing, positive for every ``z``; its inverse is ``z = 2 w - w^2 / p`` below ``w``.
     Data farther than ``w`` (a hundredth of a standard deviation) from zero pass unchanged, data between zero and ``w``
     are raised by at most ``w / 2``; so it is applied to what is decoded alone, and the truth is never transformed. A
-    value of exactly zero in a field with the floor zero does not exist (`Field.masked_by`), and stays.
+    value of exactly zero stays: it does not exist (`Field.masked_by`), or is the mean.
     """
     # A little above, or the rounding of float32 on the way back to physical units could reach zero and beyond.
     floor += 4 * torch.finfo(values.dtype).eps * abs(floor)
     z = values - floor
     kept = torch.where(z >= width, values, floor + width**2 / (2 * width - z.clamp(max=width)))
-    return torch.where(values == 0, values, kept) if floor == 0 else kept
+    return torch.where(values == 0, values, kept)
 
 
 def relative_spacing(domain: Domain, grid: Sequence[int]) -> tuple[float, float, float]:

@@ -27,6 +27,7 @@ from shodh.moe.groups import decay_groups
 from shodh.moe.router import SemanticRouter
 from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing
 
+
 def _spec(config: ExpertsConfig, dim: int) -> MoELayerSpec:
     return MoELayerSpec(
         moe_module_name="",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from shodh.analysis.page import Table, text_table
 from shodh.config import to_dict
+from shodh.strict_json import dumps
 from shodh.study.cells import Cell
 from shodh.study.flops import step_flops
 from shodh.study.measure import RESULT
@@ -46,4 +46,4 @@ def _model_key(cell: Cell) -> str:
     """What the size and the work of a step depend on."""
     operator = to_dict(cell.config.operator)
     operator["train"] = operator["train"]["global_batch"]
-    return json.dumps([operator, to_dict(cell.config.data)["grid"], len(cell.config.data.fields)])
+    return dumps([operator, to_dict(cell.config.data)["grid"], len(cell.config.data.fields)])

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from shodh.analysis.page import to_json
 from shodh.analysis.report import write_report
 from shodh.config import RegimeConfig, RunConfig
 from shodh.errors import CheckpointError
-from shodh.files import write_atomically
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
 from shodh.precision import ieee_float32
+from shodh.strict_json import write_json
 from shodh.study.flops import step_flops
 from shodh.study.probe import Probe, gradient_cosines, learning_curve, plasticity
 from shodh.study.settings import PlasticityConfig
@@ -77,7 +76,7 @@ def measure_cell(
         "evaluation": evaluation.metrics,
         "env": describe_environment(),
     }
-    write_atomically(folder.path / RESULT, json.dumps(to_json(result), indent=1) + "\n")
+    write_json(folder.path / RESULT, result)
     if not keep_checkpoints:
         prune_checkpoints(folder)
 

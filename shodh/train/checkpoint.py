@@ -24,6 +24,7 @@ from shodh.errors import CheckpointError
 from shodh.files import sync_to_disk, write_atomically
 from shodh.models.description import METADATA_KEY, is_pretrained, read_description
 from shodh.pickles import refuse_foreign_globals
+from shodh.strict_json import write_json
 from shodh.train.run_folder import RunFolder, describe_environment
 from shodh.train.runtime import together
 from shodh.weights import INDEX, WEIGHTS, open_weights, persistent_buffers, read_metadata
@@ -193,7 +194,7 @@ def save_checkpoint(
     with together():
         if rank == 0:
             manifest = {"tag": tag, "state": state, "topology": topology, "env": describe_environment(), "files": files}
-            write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            write_json(partial / MANIFEST, manifest, sort_keys=True)
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shodh.config import DataConfig, RegimeConfig, RunConfig
 from shodh.data import FieldNormalizer, MixtureLoader, MixtureSampler, RegimeSource, Split
+from shodh.data.checks import check_masks
 from shodh.data.formats import FileHints
 from shodh.data.loader import SampleDataset
 from shodh.data.mixture import temperature_shares
@@ -64,6 +65,17 @@ class Regimes:
         slices = field_slices(source.static, self.ndim)
         return slices["solid"].start if "solid" in {f.name for f in source.schema.static} else None
 
+    def masks(self, number: int) -> dict[str, int]:
+        """Static channel of the mask of each masked field that exists in one regime."""
+        source = self.sources[number]
+        there = {f.name for f in source.present}
+        slices = field_slices(source.static, self.ndim)
+        return {f.name: slices[f.masked_by].start for f in source.schema.dynamic if f.masked_by in there}
+
+    def constants(self, number: int) -> dict[str, tuple[float, float]]:
+        """Mean and scale of the fields of one regime."""
+        return self.normalizer.constants[self.names[number]]
+
     def presence(self, index: Tensor) -> Tensor:
         """1 where a dynamic field exists in the regime of a sample: ``[B] -> [B, F]``."""
         table = [[float(f.name not in domain.absent) for f in self.dynamic] for domain in self.domains]
@@ -92,8 +104,12 @@ def open_regimes(config: DataConfig, normalizer: FieldNormalizer | None = None, 
         Data is missing, damaged, or of another grid or other fields; names the file or folder.
     """
     sources = open_sources(config, extrude=extrude)
+    for source in sources:
+        check_masks(source)
     if normalizer is None:
         normalizer = FieldNormalizer.from_sources(sources)
+    # Constants of a former version do not say which fields are masked.
+    normalizer = FieldNormalizer(sources[0].fields, len(sources[0].grid), normalizer.constants)
     for source in sources:
         _check_constants(source, normalizer)
     return Regimes(sources, normalizer, [domain_of(source, normalizer) for source in sources])
@@ -135,7 +151,12 @@ def domain_of(source: RegimeSource, normalizer: FieldNormalizer) -> Domain:
     present = {f.name for f in source.present}
     optional = sorted((f for f in source.fields if f.optional), key=lambda f: f.static)
     constants = normalizer.constants[source.name]
-    floors = [(f.name, -constants[f.name][0] / constants[f.name][1]) for f in source.schema.dynamic if f.positive]
+    scaled = {name: (mean, scale) for name, (mean, scale) in constants.items() if scale > 0}
+    floors = [
+        (f.name, -scaled[f.name][0] / scaled[f.name][1])
+        for f in source.schema.dynamic
+        if f.positive and f.name in scaled
+    ]
     return Domain((bx, by, bz), (x, y, z), tuple((f.name, f.name in present) for f in optional), tuple(floors), flat)
 
 

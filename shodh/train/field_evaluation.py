@@ -10,12 +10,13 @@ from torch import Tensor
 
 from shodh.data import Split, WindowDataset
 from shodh.train.field_task import Presence, open_windows
-from shodh.train.losses import relative_l2
 from shodh.train.regime_evaluation import Evaluator, RegimeEvaluation, Windows, chunks
 
 
 class FieldEvaluation(RegimeEvaluation):
     """Errors and routing of one regime: of normalised fields, and L2RE in physical units, as it is published."""
+
+    physical = True
 
     def __init__(self, evaluator: Evaluator, number: int, split: Split) -> None:
         super().__init__(evaluator, number, split)
@@ -42,7 +43,7 @@ class FieldEvaluation(RegimeEvaluation):
             yield from self._batches(data, [i for i in range(len(data)) if data.index[i][1] == 0])
 
     def _batches(self, data: WindowDataset, rows: Sequence[int]) -> Iterator[Windows]:
-        """Frames ``[B, T, C, *grid]`` and static fields ``[B, S, *grid]``, padded."""
+        """Frames ``[B, T, C, *grid]`` and static fields ``[B, S, *grid]``, padded; masks that exist are as stored."""
         for chosen in chunks(rows, self.e.config.evaluation.batch):
             items = [data[i] for i in chosen]
             frames, static = (torch.stack([item[name] for item in items]) for name in ("fields", "static"))
@@ -57,15 +58,9 @@ class FieldEvaluation(RegimeEvaluation):
         past, truth = frames[:, :history], frames[:, history]
         output = self.predict(past, static)
         for kind, prediction in (("model", output.latent), ("persistence", past[:, -1])):
-            self._add_errors(kind, prediction, truth)
-            self._add_physical(kind, prediction, truth)
+            self._add_errors(kind, prediction, truth, static)
         self._add_routing(output)
         self._keep_example(truth, output.latent, static)
-
-    def _add_physical(self, kind: str, prediction: Tensor, truth: Tensor) -> None:
-        u, v = (self.e.regimes.normalizer.denormalize(x, self.name) for x in (prediction, truth))
-        for name, channels in self.slices.items():
-            self.means.add(f"l2re_physical/{name}/{kind}", relative_l2(u[:, channels], v[:, channels]))
 
     def rollout(self, *batch: Tensor) -> None:
         frames, static = batch
@@ -74,7 +69,7 @@ class FieldEvaluation(RegimeEvaluation):
         for step in range(frames.shape[1] - history):
             truth = frames[:, history + step]
             predicted = self.predict(window, static).latent
-            self._add_rollout(step + 1, "model", predicted, truth)
-            self._add_rollout(step + 1, "persistence", frames[:, history - 1], truth)
+            self._add_rollout(step + 1, "model", predicted, truth, static)
+            self._add_rollout(step + 1, "persistence", frames[:, history - 1], truth, static)
             following = self._presence.pad(predicted.unsqueeze(1), static, self._label(len(frames)))[0]
             window = torch.cat((window[:, 1:], following), 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,13 +10,13 @@ from torch import Tensor
 from shodh.config import RunConfig
 from shodh.data import FieldNormalizer, Split, WindowDataset
 from shodh.errors import CheckpointError, DataError
-from shodh.files import write_atomically
 from shodh.models.description import METADATA_KEY, is_pretrained, read_description
-from shodh.models.field_space import channel_mask, pad_absent
+from shodh.models.field_space import channel_mask, existing_cells, pad_absent
+from shodh.strict_json import write_json
 from shodh.topology import Topology
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.loop import Batch
-from shodh.train.losses import relative_l2_by_channel
+from shodh.train.losses import mean_over, relative_l2_by_channel
 from shodh.train.operator_task import OpenSplit, OperatorTask
 from shodh.train.run_folder import RunFolder
 from shodh.weights import read_json, read_metadata
@@ -52,20 +51,20 @@ def write_space(folder: RunFolder, regimes: Regimes) -> None:
         "regimes": regimes.names,
         "domains": {name: d.to_dict() for name, d in zip(regimes.names, regimes.domains, strict=True)},
     }
-    write_atomically(folder.path / SPACE_FILE, json.dumps(content, indent=1) + "\n")
+    write_json(folder.path / SPACE_FILE, content)
 
 
-def read_normalizer(folder: Path) -> FieldNormalizer:
-    """The normalisation that a run on fields was trained with.
+def read_normalizer(folder: Path, name: str = SPACE_FILE) -> FieldNormalizer:
+    """The normalisation that a run on fields, or a tokenizer, was trained with.
 
     Raises
     ------
     CheckpointError
         The file is missing or damaged.
     """
-    path = folder / SPACE_FILE
+    path = folder / name
     if not path.is_file():
-        raise CheckpointError(f"{folder} is no run of an operator on fields: it has no {SPACE_FILE}")
+        raise CheckpointError(f"{folder} is no run of an operator on fields: it has no {name}")
     try:
         return FieldNormalizer.from_dict(read_json(path)["normalizer"])
     except (KeyError, TypeError, DataError) as error:
@@ -105,7 +104,7 @@ def inherited_normalizer(config: RunConfig, init_from: Path) -> FieldNormalizer:
 
 
 class Presence:
-    """Which channels exist in the regimes of a batch, and ones where they do not."""
+    """Which channels exist in the regimes of a batch, ones where they do not, and zeros in the cells of masks."""
 
     def __init__(self, regimes: Regimes) -> None:
         def table(static: bool) -> Tensor:
@@ -113,13 +112,20 @@ class Presence:
             return torch.stack([channel_mask(fields, domain, regimes.ndim) for domain in regimes.domains]).bool()
 
         self._dynamic, self._static = table(False), table(True)
+        self._masked = regimes.normalizer.masked
 
     def dynamic(self, regime: Tensor) -> Tensor:
         """``[B] -> [B, C]``, bool."""
         return self._dynamic.to(regime.device)[regime]
 
+    def cells(self, static: Tensor, regime: Tensor) -> Tensor | None:
+        """In which cells each channel exists: ``[B, S, *grid] -> [B, C, *grid]``, bool; None: in all."""
+        return existing_cells(static, self._static.to(regime.device)[regime], self._masked, self._dynamic.shape[1])
+
     def pad(self, frames: Tensor, static: Tensor, regime: Tensor) -> tuple[Tensor, Tensor]:
         """Frames ``[B, T, C, *grid]`` and static fields ``[B, S, *grid]`` as operators are given them."""
+        cells = self.cells(static, regime)
+        frames = frames if cells is None else torch.where(cells.unsqueeze(1), frames, 0.0)
         exists = self.dynamic(regime).repeat_interleave(frames.shape[1], 0)
         padded = pad_absent(frames.flatten(0, 1), exists).unflatten(0, frames.shape[:2])
         return padded, pad_absent(static, self._static.to(regime.device)[regime])
@@ -146,12 +152,12 @@ class FieldTask(OperatorTask):
     def _windows(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self._presence.pad(batch["fields"], batch["static"], batch["regime"])
 
-    def _errors(self, prediction: Tensor, target: Tensor, regime: Tensor) -> Tensor:
-        exists = self._presence.dynamic(regime)
+    def _errors(self, prediction: Tensor, target: Tensor, regime: Tensor, static: Tensor) -> Tensor:
+        exists, cells = self._presence.dynamic(regime), self._presence.cells(static, regime)
         if self.measure == "l2re":
-            by_channel = relative_l2_by_channel(prediction, target)
+            by_channel = relative_l2_by_channel(prediction, target, exists=cells)
         else:
-            by_channel = (prediction - target).square().flatten(2).mean(2)
+            by_channel = mean_over((prediction - target).square(), cells, 2)
         return torch.where(exists, by_channel, 0.0).sum(1) / exists.sum(1)
 
     def _noise_scale(self, history: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -16,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shodh.config import RunConfig, TrainConfig, to_dict
-from shodh.data import WindowDataset
+from shodh.data import FieldNormalizer, WindowDataset
 from shodh.errors import CheckpointError, ConfigError
-from shodh.files import atomic_path, write_atomically
+from shodh.files import atomic_path
 from shodh.models.basis import PATCH, PatchBasis
 from shodh.models.domain import add_walls
 from shodh.models.factory import build_operator, build_tokenizer
@@ -26,6 +25,7 @@ from shodh.models.init import initialise
 from shodh.models.tokenizer import Tokenizer
 from shodh.moe.groups import added_weights, freeze_others
 from shodh.precision import ieee_float32, keep_ieee
+from shodh.strict_json import write_json
 from shodh.topology import Topology, plan_topology
 from shodh.train.checkpoint import (
     WEIGHTS,
@@ -149,10 +149,11 @@ def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
         _check_same_run(config, folder)
     device = start_distributed()
     with together():
-        regimes = open_regimes(config.data)
+        regimes = open_regimes(config.data, _normalizer_of_start(config, folder) if start is not None else None)
         task = TokenizerTask(config, regimes, topology)
         if rank() == 0:
             folder.create(config, deepspeed)
+            write_space(folder, regimes)
     model = build_tokenizer(config)
     initialise(model, config.seed)
     with together():
@@ -163,6 +164,25 @@ def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
         if rank() == 0:
             publish_tokenizer(config, regimes, folder, device)
     return True
+
+
+def _normalizer_of_start(config: RunConfig, folder: RunFolder) -> FieldNormalizer | None:
+    """The normalisation that the training of a tokenizer began with; None if it is still made the same way.
+
+    Raises
+    ------
+    CheckpointError
+        A version that normalised masked fields otherwise began it, and did not keep how.
+    """
+    for name in (SPACE_FILE, TOKENIZER_FILE):
+        if (folder.path / name).exists():
+            return read_normalizer(folder.path, name)
+    if masked := [f.name for f in config.data.fields if f.masked_by is not None]:
+        raise CheckpointError(
+            f"{folder.path} was begun by a version that normalised {', '.join(masked)} otherwise; train the tokenizer "
+            "anew under another --set name=..., or finish it with that version"
+        )
+    return None
 
 
 def training_frames(regimes: Regimes, count: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -233,7 +253,7 @@ def publish_tokenizer(config: RunConfig, regimes: Regimes, folder: RunFolder, de
         "regimes": regimes.names,
         "domains": {name: d.to_dict() for name, d in zip(regimes.names, regimes.domains, strict=True)},
     }
-    write_atomically(folder.path / TOKENIZER_FILE, json.dumps(content, indent=1) + "\n")
+    write_json(folder.path / TOKENIZER_FILE, content)
     log.info("tokenizer written to %s", final)
 
 

@@ -87,9 +87,9 @@ class LatentEvaluation(RegimeEvaluation):
         geometry = add_walls(static, self.domain)
         prediction, emitted = self._decode(output.latent, geometry)
         truth = fields[:, history]
-        self._add_errors("model", prediction, truth)
-        self._add_errors("persistence", fields[:, history - 1], truth)
-        self._add_errors("tokenizer", self._decode(target, geometry)[0], truth)
+        self._add_errors("model", prediction, truth, static)
+        self._add_errors("persistence", fields[:, history - 1], truth, static)
+        self._add_errors("tokenizer", self._decode(target, geometry)[0], truth, static)
         self.divergence.add(self.e.tokenizer.potentials(emitted, self.domain))
         if self.solid is not None:
             self._add_solid_speed(prediction, static[:, self.solid])
@@ -113,8 +113,8 @@ class LatentEvaluation(RegimeEvaluation):
         for step in range(fields.shape[1] - history):
             predicted = self.predict(window, features).latent
             truth = fields[:, history + step]
-            self._add_rollout(step + 1, "model", self._decode(predicted, geometry)[0], truth)
-            self._add_rollout(step + 1, "persistence", fields[:, history - 1], truth)
+            self._add_rollout(step + 1, "model", self._decode(predicted, geometry)[0], truth, static)
+            self._add_rollout(step + 1, "persistence", fields[:, history - 1], truth, static)
             window = torch.cat((window[:, 1:], predicted.unsqueeze(1)), 1)
 
     def result(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, Literal, TextIO
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from shodh.strict_json import dumps
 
 Reduction = Literal["mean", "sum", "max"]
 Metrics = dict[str, tuple[Tensor | float, Reduction]]
@@ -82,13 +85,13 @@ class MetricWriter:
         kept = [line for line in read_metrics(self._path) if line["step"] < resume_step] if resume_step else []
         self._file: TextIO = self._path.open("w")
         for line in kept:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(dumps(line) + "\n")
         self._file.flush()
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line of JSON and one scalar a name."""
-        self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        self._file.write(dumps({"step": step, "time": time.time(), **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
@@ -103,13 +106,13 @@ class MetricWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Lines of a ``metrics.jsonl``; a last line that was cut off by a crash is left out."""
+    """Lines of a ``metrics.jsonl``, NaN where a number was not finite; a last line that a crash cut off is left out."""
     if not path.exists():
         return []
     lines = []
     for text in path.read_text().splitlines():
         try:
-            lines.append(json.loads(text))
+            lines.append({name: math.nan if value is None else value for name, value in json.loads(text).items()})
         except json.JSONDecodeError:
             break
     return lines

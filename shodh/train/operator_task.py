@@ -14,6 +14,7 @@ from torch import Tensor
 from shodh.config import RunConfig
 from shodh.data import Split
 from shodh.data.loader import SampleDataset
+from shodh.errors import DataError
 from shodh.models.operator import OperatorOutput
 from shodh.moe.balance import GlobalBalance, entropy
 from shodh.moe.routing import Routing, count_by_regime, regime_information
@@ -28,6 +29,7 @@ from shodh.train.pictures import share_picture
 from shodh.train.runtime import rank
 
 SAMPLE_KEY = ("regime", "trajectory", "frame")
+_STILL = 1e-13  # mean square of changes over that of values that float32 makes of equal frames
 
 
 def sample_names(batch: Batch) -> Iterator[tuple[int, ...]]:
@@ -70,13 +72,18 @@ class OperatorTask:
         self._loaders = {
             split: mixture_loader(open_split(split), config, topology, seed) for split, seed in training_splits(config)
         }
-        self._change = mean_changes(open_split("train")) if relative else None
+        self._change = mean_changes(open_split("train"), self._labels()) if relative else None
         self._balance = GlobalBalance()
         path = traces / f"rank{rank()}.jsonl"
         limit = config.routing_trace if self.sparse else 0
         self._trace = TraceWriter(path, rank(), regimes.names, limit, resume_step)
         self._trace_every, self._trace_valid_every = self._thinning(limit)
         self._table: Tensor | None = None
+
+    def _labels(self) -> list[str]:
+        """Each regime with its fields, for messages."""
+        fields = (", ".join(f.name for f in self.regimes.fields_of(n)) for n in range(len(self.regimes.names)))
+        return [f"regime {name!r} (fields {of})" for name, of in zip(self.regimes.names, fields, strict=True)]
 
     def _thinning(self, limit: int) -> tuple[int, int]:
         """Steps and validations between traced ones: training may fill a third of the trace, validation the rest."""
@@ -98,8 +105,8 @@ class OperatorTask:
         """Frames ``[B, T + 1, C, ...]``, the last one to be predicted, and static inputs of a batch."""
         return batch["latents"], batch["static"]
 
-    def _errors(self, prediction: Tensor, target: Tensor, regime: Tensor) -> Tensor:
-        """Error of each sample, ``[B]``."""
+    def _errors(self, prediction: Tensor, target: Tensor, regime: Tensor, static: Tensor) -> Tensor:
+        """Error of each sample, ``[B]``; ``static`` as the model is given it."""
         return (prediction - target).square().flatten(1).mean(1)
 
     def _noise_scale(self, history: Tensor) -> Tensor | float:
@@ -137,7 +144,7 @@ class OperatorTask:
         frames, static = self._windows(batch)
         history, target = frames[:, : self.history], frames[:, self.history]
         output = model(history, static, **router_arguments(self.operator.experts, batch["regime"]))
-        errors = (self._errors(frame, target, batch["regime"]) for frame in (output.latent, history[:, -1]))
+        errors = (self._errors(frame, target, batch["regime"], static) for frame in (output.latent, history[:, -1]))
         return output, *errors
 
     def start_step(self, step: int) -> None:
@@ -150,8 +157,8 @@ class OperatorTask:
         history, target = latents[:, : self.history], latents[:, self.history]
         told = router_arguments(self.operator.experts, regime, sample_names(batch), self.config.seed, step)
         output = engine(self._noise(history, batch, step), static, **told)
-        error = self._errors(output.latent, target, regime)
-        persistence = self._errors(history[:, -1], target, regime)
+        error = self._errors(output.latent, target, regime, static)
+        persistence = self._errors(history[:, -1], target, regime, static)
         mean = error.mean()
         metrics: Metrics = {
             f"train/{self.space}_{self.measure}": (mean.detach(), "mean"),
@@ -240,17 +247,28 @@ class OperatorTask:
             source.close()
 
 
-def mean_changes(datasets: Sequence[SampleDataset], windows: int = 64) -> Tensor:
+def mean_changes(datasets: Sequence[SampleDataset], labels: Sequence[str], windows: int = 64) -> Tensor:
     """Mean square of the last change in windows of each dataset, ``[R]``: what persistence would lose.
 
     From at most ``windows`` windows of each, spread evenly; at least a hundredth of the largest, so that a regime that
     hardly moves does not decide alone.
+
+    Raises
+    ------
+    DataError
+        A dataset does not change at all, to rounding; ``labels`` name them.
     """
     changes = []
-    for data in datasets:
+    for data, label in zip(datasets, labels, strict=True):
         rows = torch.linspace(0, len(data) - 1, min(windows, len(data))).long().tolist()
-        latents = (data[row]["latents"] for row in rows)
+        latents = [data[row]["latents"][-2:] for row in rows]
         changes.append(torch.stack([(z[-1] - z[-2]).square().mean() for z in latents]).mean())
+        if changes[-1] <= _STILL * torch.stack(latents).square().mean():
+            raise DataError(
+                f"{label}: nothing changes from one frame to the next in the training data, so persistence makes no "
+                "error and operator.loss=over_persistence has nothing to divide by; use operator.loss=mse, a larger "
+                "data.stride, or leave it out"
+            )
     change = torch.stack(changes)
     return change.clamp(min=0.01 * float(change.max()))
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch.distributed import TCPStore
 
 from shodh.devices import local_world_size
+from shodh.strict_json import dumps
 
 WAIT = timedelta(days=30)  # a job may take as long as it takes
 
@@ -32,7 +33,7 @@ class Ranks:
         if self._store is None:
             return value
         if self.rank == 0:
-            self._store.set(key, json.dumps(value))
+            self._store.set(key, dumps(value))
         return json.loads(self._store.get(key))
 
     def environment(self, job: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from shodh.config import RunConfig
 from shodh.data import Split
 from shodh.fields import AXES
 from shodh.models.domain import Domain
+from shodh.models.field_space import channel_mask
 from shodh.models.operator import LatentTransformer, OperatorOutput
 from shodh.models.registry import FieldOperator
 from shodh.models.tokenizer import Tokenizer
@@ -20,7 +21,7 @@ from shodh.moe.routing import count_by_regime
 from shodh.moe.step import regime_arguments
 from shodh.train.datasets import Regimes
 from shodh.train.latents import TrainedTokenizer
-from shodh.train.losses import relative_l2, vrmse
+from shodh.train.losses import mean_square, physical_relative_l2, relative_l2, vrmse
 from shodh.train.run_folder import RunFolder
 
 
@@ -42,12 +43,13 @@ class Means:
 
 @dataclass
 class Example:
-    """One window for the figures: normalised fields ``[C, *grid]``, those that exist, and the solid mask."""
+    """One window for the figures: normalised fields ``[C, *grid]``, those that exist, and the static ones."""
 
     regime: str
     labels: list[str]
     truth: Tensor
     prediction: Tensor
+    static: Tensor
     solid: Tensor | None
 
 
@@ -84,6 +86,8 @@ Windows = tuple[Tensor, ...]
 class RegimeEvaluation:
     """One-step and rollout errors and routing of one regime; subclasses say what is predicted and decoded."""
 
+    physical = False  # whether L2RE in physical units is reported too, as it is published
+
     def __init__(self, evaluator: Evaluator, number: int, split: Split) -> None:
         self.e = evaluator
         self.number = number
@@ -93,6 +97,7 @@ class RegimeEvaluation:
         self.slices = evaluator.regimes.channels(number)
         self.channels = evaluator.regimes.channel_numbers(number)
         self.solid = evaluator.regimes.solid_channel(number)
+        self.masks, self.constants = evaluator.regimes.masks(number), evaluator.regimes.constants(number)
         self.means = Means()
         self.table: Tensor | None = None
         self.example: Example | None = None
@@ -130,20 +135,36 @@ class RegimeEvaluation:
         output: OperatorOutput = self.e.operator(past, static, **told)
         return output
 
-    def _add_errors(self, kind: str, prediction: Tensor, target: Tensor) -> None:
-        error = (prediction - target)[:, self.channels]
-        self.means.add(f"decoded_mse/{kind}", error.square().flatten(1).mean(1))
-        for name, channels in self.slices.items():
-            u, v = prediction[:, channels], target[:, channels]
-            self.means.add(f"l2re/{name}/{kind}", relative_l2(u, v))
-            self.means.add(f"vrmse/{name}/{kind}", vrmse(u, v))
+    def _pairs(
+        self, prediction: Tensor, target: Tensor, static: Tensor
+    ) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
+        """Name, prediction, truth of each field that exists, and in which cells it does (None: all).
 
-    def _add_rollout(self, step: int, kind: str, prediction: Tensor, target: Tensor) -> None:
-        """Errors of one autoregressive step, counted from 1."""
+        A field that is constant in the training data is decoded as its value, whatever is predicted for it.
+        """
         for name, channels in self.slices.items():
             u, v = prediction[:, channels], target[:, channels]
-            self.means.add(f"rollout/{name}/{kind}/{step}", vrmse(u, v))
-            self.means.add(f"rollout_l2re/{name}/{kind}/{step}", relative_l2(u, v))
+            exists = static[:, self.masks[name], None] == 0 if name in self.masks else None
+            yield name, torch.zeros_like(u) if self.constants[name][1] == 0 else u, v, exists
+
+    def _add_errors(self, kind: str, prediction: Tensor, target: Tensor, static: Tensor) -> None:
+        """Errors of one step over the cells where fields exist; ``static [B, S, *grid]`` holds their masks."""
+        squares, cells = torch.zeros(len(target), device=target.device), torch.zeros(len(target), device=target.device)
+        for name, u, v, exists in self._pairs(prediction, target, static):
+            count = v[0].numel() if exists is None else exists.flatten(1).sum(1)
+            squares, cells = squares + mean_square(u - v, exists) * count, cells + count
+            self.means.add(f"l2re/{name}/{kind}", relative_l2(u, v, exists=exists))
+            self.means.add(f"vrmse/{name}/{kind}", vrmse(u, v, exists=exists))
+            if self.physical:
+                published = physical_relative_l2(u, v, self.constants[name], exists=exists)
+                self.means.add(f"l2re_physical/{name}/{kind}", published)
+        self.means.add(f"decoded_mse/{kind}", squares / cells)
+
+    def _add_rollout(self, step: int, kind: str, prediction: Tensor, target: Tensor, static: Tensor) -> None:
+        """Errors of one autoregressive step, counted from 1."""
+        for name, u, v, exists in self._pairs(prediction, target, static):
+            self.means.add(f"rollout/{name}/{kind}/{step}", vrmse(u, v, exists=exists))
+            self.means.add(f"rollout_l2re/{name}/{kind}/{step}", relative_l2(u, v, exists=exists))
 
     def _add_routing(self, output: OperatorOutput) -> None:
         if not output.routing:
@@ -159,7 +180,12 @@ class RegimeEvaluation:
         if self.example is None:
             solid = None if self.solid is None else static[0, self.solid].cpu()
             shown = [values[0, self.channels].cpu() for values in (truth, prediction)]
-            self.example = Example(self.name, self._labels(), shown[0], shown[1], solid)
+            self.example = Example(self.name, self._labels(), shown[0], shown[1], self._stored(static[0]).cpu(), solid)
+
+    def _stored(self, static: Tensor) -> Tensor:
+        """Static fields ``[S, *grid]`` with zeros where the regime lacks one."""
+        there = channel_mask(self.e.regimes.sources[self.number].static, self.domain, self.e.regimes.ndim)
+        return torch.where(there.to(static.device).view(-1, *(1,) * self.e.regimes.ndim), static, 0.0)
 
     def _labels(self) -> list[str]:
         """A name for each existing channel."""

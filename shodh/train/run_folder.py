@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -19,6 +18,7 @@ from shodh.devices import uses_cuda
 from shodh.errors import ConfigError
 from shodh.files import write_atomically
 from shodh.precision import float32_products
+from shodh.strict_json import dumps, write_json
 from shodh.weights import read_json
 
 START = "init_from.json"
@@ -71,8 +71,8 @@ class RunFolder:
         """Make the folder and write ``config.yaml``, ``ds_config.json`` and ``env.json`` (rank 0)."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / "config.yaml", dump_config(config))
-        write_atomically(self.path / "ds_config.json", json.dumps(deepspeed, indent=2) + "\n")
-        write_atomically(self.path / "env.json", json.dumps(describe_environment(), indent=2) + "\n")
+        write_json(self.path / "ds_config.json", deepspeed, indent=2)
+        write_json(self.path / "env.json", describe_environment(), indent=2)
 
     def record_start(self, checksum: str | None) -> None:
         """Keep the checksum of the weights that a new run starts from (`source_checksum`); None: freshly drawn."""
@@ -80,7 +80,7 @@ class RunFolder:
         if checksum is None:
             path.unlink(missing_ok=True)
         else:
-            write_atomically(path, json.dumps({"init_from": checksum}) + "\n")
+            write_atomically(path, dumps({"init_from": checksum}) + "\n")
 
     def started_from(self) -> str | None:
         """What `record_start` kept; None for freshly drawn weights, or a run of an older version."""

@@ -24,7 +24,7 @@ import torch.distributed as dist
 import shodh
 from shodh.devices import card_environment, check_ranks
 from shodh.errors import ConfigError
-from shodh.files import write_atomically
+from shodh.strict_json import write_json
 from shodh.train.ranks import Ranks
 
 ROOT = Path(shodh.__file__).resolve().parents[1]
@@ -62,7 +62,7 @@ class Progress:
     def keep_failures(self, folder: Path) -> None:
         """Add those that failed to the file that `read_failures` reads."""
         failed = {**read_failures(folder), **self.failed}
-        write_atomically(folder / FAILURES, json.dumps(failed, indent=1) + "\n")
+        write_json(folder / FAILURES, failed)
 
 
 def read_failures(folder: Path) -> dict[str, str]:
@@ -140,7 +140,7 @@ class Workers:
             return "not started"
         path = self.folder / "jobs" / f"{name}.json"
         if self.ranks.rank == 0:
-            write_atomically(path, json.dumps(content, indent=1) + "\n")
+            write_json(path, content)
         log = path.with_suffix(f".rank{self.ranks.rank}.log" if self.ranks.world > 1 else ".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         place = self._places.get()

@@ -138,7 +138,7 @@ def test_normalised_velocity_is_exactly_divergence_free_if_the_stored_one_is(fie
 def test_scales(fields):
     normalizer = normalizer_for(fields, 3.0)  # rms of all components: 3.0
     assert normalizer.constants["channel"] == {"velocity": (0.0, 4.0), "tracer": (5.0, 0.3)}
-    assert normalizer.constants["calm"] == {"velocity": (0.0, 1.0), "tracer": (7.0, 1.0)}
+    assert normalizer.constants["calm"] == {"velocity": (0.0, 1.0), "tracer": (7.0, 0.0)}
     assert [power_of_two(v) for v in (1.0, 1.41, 1.42, 0.24, 3e-3)] == [1.0, 1.0, 2.0, 0.25, 2.0**-8]
 
 
@@ -160,7 +160,9 @@ def test_each_sample_of_a_batch_gets_the_constants_of_its_regime(fields):
     for sample, regime in enumerate(("calm", "channel", "calm")):
         torch.testing.assert_close(batched[sample], normalizer.normalize(values[sample], regime))
         torch.testing.assert_close(batched[sample], normalizer.normalize(values[sample], int(regimes[sample])))
-    torch.testing.assert_close(normalizer.denormalize(batched, regimes), values)
+    back = normalizer.denormalize(batched, regimes)
+    torch.testing.assert_close(back[1], values[1])
+    assert bool((back[::2, :, 3] == 7).all())  # A constant comes back as its value.
 
 
 def test_normalizer_survives_json(fields):
@@ -171,11 +173,13 @@ def test_normalizer_survives_json(fields):
     assert torch.equal(again.normalize(values, 0), normalizer.normalize(values, 0))
 
 
-@pytest.mark.parametrize("damage", ["regimes", "fields", "scale"])
+@pytest.mark.parametrize("damage", ["regimes", "fields", "scale", "version"])
 def test_malformed_constants_are_refused(fields, damage):
     content = normalizer_for(fields, 0.1).to_dict()
     if damage == "scale":
-        content["regimes"]["calm"]["tracer"]["scale"] = 0.0
+        content["regimes"]["calm"]["tracer"]["scale"] = -1.0
+    elif damage == "version":
+        content["version"] = 99
     else:
         del content[damage]
     with pytest.raises(DataError):

@@ -196,7 +196,7 @@ def test_absent_fields_are_given_as_ones_and_cost_nothing(opened: Evaluator, mea
         assert torch.equal(padded[sample, :, exists[sample]], frames[sample, :, exists[sample]])
     assert torch.equal(given[0], static[0]) and bool((given[1] == 1).all())
     prediction, target = frames[:, 0], frames[:, 1]
-    errors = task._errors(prediction, target, regime)
+    errors = task._errors(prediction, target, regime, given)
     ratio = (prediction - target).flatten(2).norm(dim=2) / target.flatten(2).norm(dim=2)
     by_channel = ratio if measure == "l2re" else (prediction - target).square().mean((2, 3))
     torch.testing.assert_close(errors, torch.stack((by_channel[0, :3].mean(), by_channel[1, 3])))

@@ -227,14 +227,14 @@ def test_rollout_of_physical_fields_is_what_the_evaluation_computes(
         draw = torch.Generator().manual_seed(number)
         fields = torch.randn(1, model.history, model.num_channels, *model.grid, generator=draw)
         static = (torch.rand(1, model.num_static, *model.grid, generator=draw) < 0.3).float()
-        normal = evaluator.regimes.normalizer.normalize(fields, regime)
+        normal = evaluator.regimes.normalizer.normalize(fields, regime, static)
         domain = evaluator.regimes.domains[number]
         geometry = add_walls(static, domain)
         with torch.no_grad():
             latents = torch.stack([evaluator.tokenizer.encode(normal[:, t], geometry) for t in range(model.history)], 1)
             following = evaluator.operator(latents, static_features(geometry)).latent
             decoded = evaluator.tokenizer.assemble(evaluator.tokenizer.emit(following, geometry), domain)
-        expected = evaluator.regimes.normalizer.denormalize(decoded, regime)
+        expected = evaluator.regimes.normalizer.denormalize(decoded, regime, static)
         assert torch.equal(model.predict(fields, static, regime), expected)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shodh.config import TokenizerConfig, TokenizerLoss, config_from_dict
-from shodh.errors import ConfigError
+from shodh.errors import ConfigError, DataError
 from shodh.fields import Field, RegimeSchema
 from shodh.models.basis import PATCH, PatchBasis, SchemaBasis
 from shodh.models.domain import Domain, add_walls, num_static_features, static_features
@@ -321,6 +321,8 @@ def test_mean_changes_are_what_persistence_loses_and_have_a_floor() -> None:
     expected = [
         torch.stack([(w["latents"][2] - w["latents"][1]).square().mean() for w in d]).mean() for d in (fast, slow)
     ]
-    found = mean_changes([fast, slow, still])
+    found = mean_changes([fast, slow, still], ["fast", "slow", "still"])
     torch.testing.assert_close(found[:2], torch.stack(expected))
     assert float(found[2]) == pytest.approx(0.01 * float(found[0]))
+    with pytest.raises(DataError, match="frozen: nothing changes"):
+        mean_changes([fast, windows(0.0)], ["fast", "frozen"])

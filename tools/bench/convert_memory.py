@@ -31,6 +31,7 @@ from shodh.config import RunConfig, config_from_dict, dump_config
 from shodh.data import FieldNormalizer
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
+from shodh.strict_json import dumps
 from shodh.weights import expected_shapes, persistent_buffers
 
 EXAMPLES = """examples:
@@ -69,7 +70,7 @@ def write_tokenizer(config: RunConfig) -> None:
         "normalizer": FieldNormalizer(fields, 3, constants).to_dict(),
         "domains": {r.name: domain for r in config.data.regimes},
     }
-    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer.json").write_text(dumps(content))
 
 
 def write_deepspeed(config: RunConfig, folder: Path, stage: int) -> int:
@@ -173,7 +174,7 @@ def forget_pages(folder: Path) -> None:
 
 
 def run_child(cgroup: Path | None, *arguments: Any) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--measure", json.dumps([str(a) for a in arguments])]
+    command = [sys.executable, __file__, "--measure", dumps([str(a) for a in arguments])]
     if cgroup is not None:
         forget_pages(Path(arguments[0]))
         # The shell enters the group and then becomes the conversion.
@@ -204,7 +205,7 @@ def write_report(path: Path, rows: list[dict[str, Any]], cgroup: Path | None) ->
         "units": "bytes; RssAnon: allocated, RssFile: pages of mapped files, which the kernel may take back",
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**head, "cases": rows}, indent=1) + "\n")
+    path.write_text(dumps({**head, "cases": rows}, indent=1) + "\n")
 
 
 def main() -> int:
@@ -224,7 +225,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.measure:
         source, out, dtype, limit, verify = json.loads(options.measure)
-        print(json.dumps(measure(Path(source), Path(out), dtype, int(limit), verify == "True")))
+        print(dumps(measure(Path(source), Path(out), dtype, int(limit), verify == "True")))
         return 0
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)

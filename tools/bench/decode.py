@@ -8,7 +8,6 @@ call and bandwidth is given against a measured copy.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from shodh.ops import decode_velocity, divergence
 from shodh.ops.extension import choose_implementation, unavailable_reason
+from shodh.strict_json import dumps
 
 EXAMPLES = """examples:
   python tools/bench/decode.py                                  128^3, batch 2, CPU
@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"max |divergence| of the exact decode: {float(largest)!r}")
     if options.json is not None:
         head = {"grid": options.grid, "batch": options.batch, "dtype": options.dtype, "machine": describe(device)}
-        options.json.write_text(json.dumps(head | {"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+        options.json.write_text(dumps(head | {"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
     return 0
 
 

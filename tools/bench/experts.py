@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -25,9 +24,9 @@ from tqdm import tqdm
 
 from shodh.cli import run_main
 from shodh.config import ExpertsConfig
-from shodh.files import write_atomically
 from shodh.models.init import initialise
 from shodh.moe.experts import build_dense
+from shodh.strict_json import write_json
 from shodh.train.run_folder import describe_environment
 from shodh.train.runtime import start_distributed
 
@@ -209,7 +208,7 @@ def main() -> int:
             ],
             "ratios": found,
         }
-        write_atomically(args.out, json.dumps(content, indent=1) + "\n")
+        write_json(args.out, content)
     return 0
 
 

@@ -80,7 +80,7 @@ def main() -> int:
         "kills_at_work": hits,
         "different": different,
     }
-    sys.stdout.write(json.dumps(result | {"undisturbed_seconds": round(duration, 1)}) + "\n")
+    sys.stdout.write(json.dumps(result | {"undisturbed_seconds": round(duration, 1)}, allow_nan=False) + "\n")
     return 1 if different else 0
 
 

@@ -9,7 +9,6 @@ least; the load is written down.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from shodh.data import FieldNormalizer, MixtureLoader, MixtureSampler, RegimeSource, WindowDataset, write_trajectories
 from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.strict_json import dumps
 
 EXAMPLES = """examples:
   python tools/bench/loader.py --json tools/bench/results/loader_cpu.json
@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
             "date": time.strftime("%Y-%m-%d"),
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
+        options.json.write_text(dumps(head | {"rows": rows}, indent=1) + "\n")
     return 0
 
 

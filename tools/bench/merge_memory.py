@@ -27,6 +27,7 @@ from shodh.config import RunConfig, config_from_dict, to_dict
 from shodh.data import FieldNormalizer
 from shodh.models.description import ModelDescription, Source, build_parts, count_parameters, write_pretrained
 from shodh.seeding import generator
+from shodh.strict_json import dumps
 from shodh.weights import LazyWeights, StoredTensor, expected_shapes, target_dtypes
 
 EXAMPLES = """examples:
@@ -103,7 +104,7 @@ def measure(folder: Path, method: str, shard: int) -> dict[str, Any]:
 
 
 def run_child(*arguments: Any) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--measure", json.dumps([str(a) for a in arguments])]
+    command = [sys.executable, __file__, "--measure", dumps([str(a) for a in arguments])]
     finished = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if finished.returncode:
         raise SystemExit(finished.stderr)
@@ -120,7 +121,7 @@ def write_report(path: Path, rows: list[dict[str, Any]], size: int) -> None:
         "bytes_of_each_expert": size,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**head, "cases": rows}, indent=1) + "\n")
+    path.write_text(dumps({**head, "cases": rows}, indent=1) + "\n")
 
 
 def main() -> int:
@@ -138,7 +139,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.measure:
         folder, method, shard = json.loads(options.measure)
-        print(json.dumps(measure(Path(folder), method, int(shard))))
+        print(dumps(measure(Path(folder), method, int(shard))))
         return 0
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         config, rows = make_config(options.depth), []

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from shodh.cli import run_main
 from shodh.errors import ConfigError
 from shodh.fields import Trajectories
-from shodh.files import write_atomically
 from shodh.physics import REGIMES, Regime, get_regime
+from shodh.strict_json import write_json
 from shodh.train.run_folder import describe_environment
 
 EXAMPLES = """examples:
@@ -142,7 +142,7 @@ def main() -> int:
     for name in tqdm(args.regime, desc="regimes", disable=None):
         results[name] = time_regime(name, args)
         if args.out is not None:
-            write_atomically(args.out, json.dumps(results, indent=1) + "\n")
+            write_json(args.out, results)
     sys.stdout.write(table({name: results[name] for name in args.regime}))
     return 0
 

@@ -9,7 +9,6 @@ code does. The dense one has as many parameters as the sparse one has active, ro
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -30,13 +29,13 @@ from shodh.cli import run_main
 from shodh.config import RunConfig, config_from_dict, load_config, to_dict
 from shodh.config.reading import merge_trees
 from shodh.errors import ConfigError
-from shodh.files import write_atomically
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
 from shodh.models.kernels import adamw
 from shodh.moe.balance import GlobalBalance
 from shodh.moe.groups import decay_groups
 from shodh.moe.step import router_arguments
+from shodh.strict_json import write_json
 from shodh.study.flops import sample_inputs
 from shodh.study.sizes import widened_dense
 from shodh.train.run_folder import describe_environment
@@ -271,7 +270,7 @@ def main() -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         date = time.strftime("%Y-%m-%d")
         content = {"date": date, "env": describe_environment(), "settings": settings, "result": result}
-        write_atomically(args.out, json.dumps(content, indent=1) + "\n")
+        write_json(args.out, content)
     return 0
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from shodh.analysis.routing import find_traces, read_traces
 from shodh.cli import run_main
-from shodh.files import write_atomically
+from shodh.strict_json import dumps, write_json
 from shodh.train.run_folder import describe_environment
 
 TARGET = 10**8
@@ -57,7 +57,7 @@ def write(path: Path, records: int, args: argparse.Namespace) -> None:
         score = [round(v, 6) for v in rng.dirichlet(np.ones(args.experts)).tolist()]
         tail = {"rank": 0, "num_tokens": 4096, "top_k": 1, "num_experts": args.experts}
         tail |= {"counts": dict(zip(names, counts, strict=True)), "mean_score": score, "confidence": score[0]}
-        tails.append(json.dumps(tail, separators=(",", ":"))[1:])
+        tails.append(dumps(tail, separators=(",", ":"))[1:])
     with path.open("w") as file:
         for number in range(records):
             step, layer = divmod(number, args.layers)
@@ -94,7 +94,7 @@ def run_case(records: int, args: argparse.Namespace, folder: Path) -> dict[str, 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.read is not None:
-        sys.stdout.write(json.dumps(measure(args.read)))
+        sys.stdout.write(dumps(measure(args.read)))
         return 0
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         cases = [run_case(records, args, Path(folder)) for records in sorted(args.records)]
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.out is not None:
         shape = {"regimes": args.regimes, "experts": args.experts, "layers": args.layers}
         result = {"shape": shape, "cases": cases, "extrapolated_cpu_hours_1e8": hours, "env": describe_environment()}
-        write_atomically(args.out, json.dumps(result, indent=1) + "\n")
+        write_json(args.out, result)
     return 0
 
 

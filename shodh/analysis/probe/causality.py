@@ -25,6 +25,8 @@ from shodh.data import Split
 from shodh.models.domain import add_walls
 from shodh.seeding import generator
 from shodh.train.evaluation import Evaluator, Means
+from shodh.train.field_task import Presence
+from shodh.train.losses import mean_square
 
 KINDS = {
     "remove": "one expert's routed output is taken away",
@@ -114,6 +116,7 @@ class _RegimeEffects:
     def __init__(self, evaluator: Evaluator, recording: Recording, donors: Sequence[Recording], decode: bool) -> None:
         self.e, self.recording, self.decode = evaluator, recording, decode
         self.channels = recording.regime.regimes.channel_numbers(recording.regime.number)
+        self._presence = Presence(recording.regime.regimes)
         tokens = recording.selected.shape[2]
         self.donors = [d for d in donors if d.selected.shape[2] == tokens]
         self.means = Means()
@@ -130,14 +133,21 @@ class _RegimeEffects:
         told = self.recording.regime.router_arguments(self.e.config.operator.experts, batch.past)
         output = self.e.operator(batch.past, batch.features, **told).latent
         error = output - batch.target
-        if self.e.trained is None:  # Fields that do not exist are no part of the error.
-            error = error[:, self.channels]
-        self.means.add(f"{name}/latent", error.square().flatten(1).mean(1))
+        self.means.add(
+            f"{name}/latent", mean_square(error) if self.e.trained else self._field_error(error, batch.static)
+        )
         if self.decode:
             regime, some = self.recording.regime, slice(None, None, DECODE_EVERY)
             emitted = self.e.tokenizer.emit(output[some], add_walls(batch.static[some], regime.domain))
             error = self.e.tokenizer.assemble(emitted, regime.domain) - batch.fields[some, -1]
-            self.means.add(f"{name}/decoded", error[:, self.channels].square().flatten(1).mean(1))
+            self.means.add(f"{name}/decoded", self._field_error(error, batch.static[some]))
+
+    def _field_error(self, error: Tensor, static: Tensor) -> Tensor:
+        """Mean square of each sample over the fields, and the cells, that exist."""
+        cells = self._presence.cells(
+            static, torch.full((len(error),), self.recording.regime.number, device=error.device)
+        )
+        return mean_square(error[:, self.channels], None if cells is None else cells[:, self.channels])
 
     def ratios(self, number: int) -> tuple[float, float | None]:
         values = self.means.result()

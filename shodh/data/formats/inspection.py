@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import BaseModel, FiniteFloat, TypeAdapter
 
 from shodh.data import hdf5
+from shodh.data.checks import looks_inverted, mask_problem
 from shodh.data.formats import SUFFIXES, FileHints, TrajectoryFile, open_file
 from shodh.data.formats.arrays import ArrayFile
 from shodh.data.formats.probe import probe
@@ -26,6 +27,7 @@ from shodh.fields import Boundary
 # compressible or differently discretised ones 1e-2 and more.
 SOLENOIDAL = 1e-3
 FRAMES_EACH = 8
+MASK_NAMES = ("solid", "mask")
 
 # Root attribute of files of `shodh.generation`: JSON, for each trajectory what `Solved` says.
 DIAGNOSTICS = "solution_diagnostics"
@@ -174,6 +176,7 @@ def inspect_file(
         )
     report.solved = _solved(file, report.problems)
     _advise(file, report)
+    _check_masks(file, report)
     file.close()
     return report
 
@@ -380,6 +383,32 @@ def _advise(file: TrajectoryFile, report: FileReport) -> None:
             report.problems.append(
                 f"field {f.name!r} is solenoidal by central differences; averaged onto faces it stays so off walls"
             )
+
+
+def _check_masks(file: TrajectoryFile, report: FileReport) -> None:
+    """Problems of static scalars that are masks by their name, or by holding 0 and one other value."""
+    last = range(file.num_frames - 1, file.num_frames)
+    for f in report.fields:
+        if not f.static or f.kind != "scalar" or f.not_finite or file.format == "rock":
+            continue
+        mask = np.empty((1, *file.grid), dtype=np.float32)
+        for trajectory in range(min(file.num_trajectories, FRAMES_EACH)):
+            file.read(f.name, trajectory, range(1), mask)
+            values = set(np.unique(mask).tolist())
+            problem = mask_problem(mask) if f.name in MASK_NAMES or (0.0 in values and len(values) == 2) else None
+            if problem:
+                report.problems.append(f"static field {f.name!r} of trajectory {trajectory} {problem}")
+                break
+            if trajectory or values != {0.0, 1.0}:
+                continue
+            for other in (file.field(o.name) for o in report.fields if o.kind == "vector" and not o.static):
+                vector = np.empty((1, len(file.grid), *file.grid), dtype=np.float32)
+                file.read(other.name, trajectory, last, vector, finite=False)
+                if looks_inverted(mask[0], other, vector[0]):
+                    report.problems.append(
+                        f"static field {f.name!r} looks inverted as a mask, which is 1 in solids: {other.name!r} is zero "
+                        "where it is 0 and not where it is 1"
+                    )
 
 
 def _is_not_a_snapshot(file: TrajectoryFile, report: FieldReport) -> bool:

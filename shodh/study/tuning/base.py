@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from shodh.data.formats.splits import open_splits
 from shodh.errors import CheckpointError, ConfigError
 from shodh.files import atomic_path, write_atomically
 from shodh.models.description import is_pretrained, read_pretrained
+from shodh.strict_json import write_json
 from shodh.train.checkpoint import read_manifest
 from shodh.train.latents import TOKENIZER_FILE
 from shodh.train.run_folder import RunFolder
@@ -98,7 +98,7 @@ def _unpack_tokenizer(base: Base, folder: Path) -> None:
         "regimes": list(description.regimes),
         "domains": description.domains,
     }
-    write_atomically(folder / TOKENIZER_FILE, json.dumps(content, indent=1) + "\n")
+    write_json(folder / TOKENIZER_FILE, content)
 
 
 def check_regime(regime: RegimeConfig, base: Base) -> None:

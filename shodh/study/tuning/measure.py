@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shodh.analysis.page import to_json
 from shodh.analysis.report import write_report
 from shodh.config import RunConfig, dump_config
 from shodh.files import write_atomically
 from shodh.models.factory import build_operator
 from shodh.moe.groups import is_trained
 from shodh.precision import ieee_float32
+from shodh.strict_json import write_json
 from shodh.study.measure import RESULT, seconds_per_step
 from shodh.train.evaluation import evaluate, open_given, open_run
 from shodh.train.run_folder import RunFolder, describe_environment
@@ -45,7 +44,7 @@ def measure_tuning(cell: dict[str, Any], config: RunConfig, weights: Path | None
         "evaluation": evaluation.metrics,
         "env": describe_environment(),
     }
-    write_atomically(folder.path / RESULT, json.dumps(to_json(result), indent=1) + "\n")
+    write_json(folder.path / RESULT, result)
 
 
 def count_trained(config: RunConfig, *, trains: bool) -> dict[str, int]:

@@ -1,0 +1,181 @@
+"""`predict` takes NumPy or torch, any floating type and strides, under autocast too, and gives the same kind back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shodh.config import to_dict
+from shodh.config.reading import config_from_dict
+from shodh.data import FieldNormalizer
+from shodh.errors import DataError
+from shodh.fields import OUTSIDE
+from shodh.models.description import ModelDescription, Source
+from shodh.models.domain import Domain
+from shodh.models.init import initialise
+from shodh.models.pretrained import FieldModel, ShodhModel
+from shodh.models.pretrained_base import PretrainedModel
+
+FIELDS = [
+    {"name": "velocity", "kind": "vector", "solenoidal": True},
+    {"name": "temperature", "masked_by": "solid"},
+    {"name": "ambient"},
+    {"name": "dye", "optional": True},
+    {"name": "solid", "static": True},
+]
+OPERATORS: dict[str, dict[str, Any]] = {
+    "latents": {"dim": 32, "depth": 1, "heads": 2, "experts": {"hidden": 32}},
+    "fields": {"kind": "fno", "dim": 8, "depth": 1, "modes": 2},
+}
+CONSTANTS = {"velocity": (0.0, 2.0), "temperature": (300.0, 5.0), "ambient": (101325.0, 0.0)}
+
+
+def build(kind: str) -> PretrainedModel:
+    regime = {"name": "box", "path": "data", "only": ["velocity", "temperature", "ambient", "solid"]}
+    tree = {
+        "name": "p",
+        "data": {"grid": [16, 8, 8], "fields": FIELDS, "regimes": [regime]},
+        "tokenizer": {"latent_channels": 8, "strides": [4, 2], "widths": [8, 8], "head_channels": 8},
+        "operator": OPERATORS[kind],
+    }
+    config = config_from_dict(tree, "test")
+    fields = [f.build() for f in config.data.fields]
+    domain = Domain(("periodic",) * 3, (2.0, 1.0, 1.0), (("dye", False),))
+    description = ModelDescription(
+        parts=("tokenizer", "operator") if kind == "latents" else ("operator",),
+        dtype="fp32",
+        regimes=("box",),
+        fields=(),
+        domains={"box": domain.to_dict()},
+        normalizer=FieldNormalizer(fields, 3, {"box": CONSTANTS}).to_dict(),
+        run=to_dict(config),
+        parameters={},
+        versions={},
+        source=Source(name="run", sha256="0"),
+    )
+    model = (ShodhModel if kind == "latents" else FieldModel)(description)
+    for part in ("tokenizer", "operator"):
+        if getattr(model, part, None) is not None:
+            initialise(getattr(model, part), 0)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=list(OPERATORS))
+def model(request: pytest.FixtureRequest) -> PretrainedModel:
+    return build(request.param)
+
+
+@pytest.fixture(scope="module")
+def given() -> tuple[torch.Tensor, torch.Tensor]:
+    """Physical fields that all 16-bit types hold exactly, and a mask."""
+    draw = torch.Generator().manual_seed(0)
+    fields = torch.randint(-8, 9, (2, 3, 6, 16, 8, 8), generator=draw).float() / 4
+    fields[:, :, 3] = 300 + 2 * fields[:, :, 3].round()
+    fields[:, :, 4] = 64.0
+    static = (torch.rand(2, 1, 16, 8, 8, generator=draw) < 0.3).float()
+    return fields.to(torch.bfloat16).float().half().float(), static
+
+
+KINDS = [
+    *(f"torch.{d}" for d in ("float16", "bfloat16", "float32", "float64")),
+    *(f"numpy.{d}" for d in ("float16", "float32", "float64", ">f4")),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strided", [False, True])
+def test_every_kind_gives_the_values_of_float32_in_the_kind_that_came(
+    model: PretrainedModel, given: tuple[torch.Tensor, torch.Tensor], kind: str, strided: bool
+) -> None:
+    fields, static = given
+    expected = model.predict(fields, static, "box")
+    assert expected.dtype == torch.float32 and expected.shape == (2, 6, 16, 8, 8)
+    library, name = kind.split(".", 1)
+    values: Any = fields.to(getattr(torch, name)) if library == "torch" else fields.numpy().astype(name)
+    mask: Any = static if library == "torch" else static.numpy().astype(np.uint8)
+    if strided and library == "torch":
+        values = values.transpose(-1, -2).contiguous().transpose(-1, -2)
+    elif strided:
+        values = np.asfortranarray(values[..., ::-1])[..., ::-1]
+        values.flags.writeable = False
+    before = values.tolist()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.predict(values, mask, "box")
+    assert type(found) is type(values)
+    double = name == "float64"
+    assert found.dtype == (getattr(torch if library == "torch" else np, "float64" if double else "float32"))
+    assert torch.equal(torch.as_tensor(found).float(), expected)
+    assert values.tolist() == before
+
+
+def test_integer_masks_default_dtype_and_inference_mode_change_nothing(
+    model: PretrainedModel, given: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    fields, static = given
+    expected = model.predict(fields, static, "box")
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(model.predict(fields, static.bool(), "box"), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.inference_mode():
+        assert torch.equal(model.predict(fields.clone().requires_grad_(False), static.to(torch.uint8), "box"), expected)
+
+
+def test_what_does_not_exist_is_not_read_and_constants_come_back(
+    model: PretrainedModel, given: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    fields, static = given
+    found = model.rollout(fields, static, "box", steps=2)
+    solid = static.bool()
+    assert bool((found[:, :, 3][solid.expand(-1, 2, -1, -1, -1)] == OUTSIDE).all())
+    assert bool((found[:, :, 4] == 101325.0).all())
+    junk = fields.clone()
+    junk[:, :, 5] = torch.nan
+    junk[:, :, 3][solid.expand(-1, 3, -1, -1, -1)] = -1e30
+    assert torch.equal(model.rollout(junk, static, "box", steps=2)[:, :, :5], found[:, :, :5])
+
+
+BAD = {
+    "type": (lambda f, s: (f.tolist(), s), "got list"),
+    "integers": (lambda f, s: (f.int(), s), "torch.int32"),
+    "complex": (lambda f, s: (f.numpy().astype("c8"), s), "complex64"),
+    "text": (lambda f, s: (f, np.full(s.shape, "a")), "<U1"),
+    "grid": (lambda f, s: (f[..., :4], s), r"[batch, time, 6, 16, 8, 8], got [2, 3, 6, 16, 8, 4]"),
+    "channels": (lambda f, s: (f[:, :, :4], s), "got [2, 3, 4, 16, 8, 8]"),
+    "time": (lambda f, s: (f[:, 0], s), "got [2, 6, 16, 8, 8]"),
+    "history": (lambda f, s: (f[:, :1], s), "2 frames, oldest first, got [2, 1,"),
+    "batch": (lambda f, s: (f, s[:1]), "2 samples, and static 1"),
+    "empty": (lambda f, s: (f[:0], s[:0]), "got [0,"),
+    "static": (lambda f, s: (f, s[:, 0]), "[batch, 1, 16, 8, 8], got [2, 16, 8, 8]"),
+    "nothing": (lambda f, s: (f, None), "got NoneType"),
+    "nan": (lambda f, s: (f * torch.nan, s), "NaN or infinity"),
+    "large": (lambda f, s: (f.double() * 1e300, s), "float32 cannot hold"),
+    "mask": (lambda f, s: (f, s * 255), "divide it by 255"),
+    "no fluid": (lambda f, s: (f, s * 0 + 1), "every cell"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_arrays_are_refused_in_one_line(
+    model: PretrainedModel, given: tuple[torch.Tensor, torch.Tensor], bad: str
+) -> None:
+    change, words = BAD[bad]
+    with pytest.raises(DataError) as caught:
+        model.predict(*change(*given), "box")
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_latents_are_arrays_too(given: tuple[torch.Tensor, torch.Tensor]) -> None:
+    model = build("latents")
+    assert isinstance(model, ShodhModel)
+    fields, static = given
+    latents = model.encode(fields.double().numpy(), static.numpy(), "box")
+    assert latents.dtype == np.float64 and latents.shape == (2, 3, 8, 2, 1, 1)
+    decoded = model.decode(latents, static, "box")
+    assert isinstance(decoded, np.ndarray) and decoded.shape == fields.shape
+    with pytest.raises(DataError, match="latents must be"):
+        model.decode(latents[:, :, :4], static, "box")
