@@ -21,6 +21,7 @@ from shodh.models.card import model_card
 from shodh.models.domain import Domain
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.moe.groups import is_routed_expert
+from shodh.reading import parse_json
 from shodh.weights import (
     MAX_SHARD_SIZE,
     LazyWeights,
@@ -134,10 +135,7 @@ def read_description(path: Path) -> ModelDescription:
     text = read_metadata(path).get(METADATA_KEY)
     if text is None:
         raise CheckpointError(f"{path} says nothing about its model; use the folder it came with")
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: its description is not valid JSON") from error
+    content = parse_json(text, f"{path} is damaged: its description", CheckpointError)
     return parse_description(content if isinstance(content, dict) else {}, path)
 
 

@@ -24,6 +24,7 @@ import shodh
 from shodh.errors import ConfigError
 from shodh.files import write_atomically
 from shodh.train.ranks import Ranks
+from shodh.weights import read_json
 
 ROOT = Path(shodh.__file__).resolve().parents[1]
 FAILURES = "failures.json"
@@ -66,8 +67,7 @@ class Progress:
 def read_failures(folder: Path) -> dict[str, str]:
     """Jobs of a study's folder that have failed, and why, when they last did; some may be finished by now."""
     path = folder / FAILURES
-    failed: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-    return failed
+    return {str(name): str(why) for name, why in read_json(path).items()} if path.exists() else {}
 
 
 class Workers:
