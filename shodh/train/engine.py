@@ -138,7 +138,7 @@ def _moments(engine: Any, parameter: torch.Tensor) -> tuple[torch.Tensor, torch.
     place, storage = mapping.hp_fragment_address, mapping.hp_fragment.untyped_storage().data_ptr()
     for flat, state in engine.optimizer.optimizer.state.items():
         if flat.untyped_storage().data_ptr() == storage and all(key in state for key in keys):
-            first, second = (state[key].narrow(0, place.start, place.numel) for key in keys)
+            first, second = (state[key].flatten().narrow(0, place.start, place.numel) for key in keys)
             return first, second
     return None
 

@@ -37,28 +37,39 @@ def expected_gradient(world: int, accumulation: int) -> dict[str, Tensor]:
     return total
 
 
-def bf16_gradient(deepspeed_json: Path, accumulation: int) -> dict[str, Tensor]:
-    """What the optimiser was given of each parameter after one step of an engine in bf16: this rank's part, in place.
+def error_of_gradient(deepspeed_json: Path, accumulation: int) -> float:
+    """Largest error of what the optimiser was given in one step of an engine in bf16, over the largest gradient.
 
-    Other elements are NaN.
+    Of the elements that this rank keeps.
     """
     from shodh.config import TrainConfig
     from shodh.moe.groups import decay_groups
     from shodh.topology import Topology
-    from shodh.train.engine import build_engine, load_deepspeed_config, optimizer_fragments
+    from shodh.train.engine import _moments, build_engine, load_deepspeed_config
     from shodh.train.runtime import rank, start_distributed, world_size
 
     start_distributed()
     train = TrainConfig(steps=1, lr=1e-3, precision="bf16", clip=1e9, betas=(0.5, 0.5))
     topology = Topology(world_size=world_size(), ep_size=1, micro_batch=5, accumulation=accumulation)
+    settings = load_deepspeed_config(deepspeed_json, train, topology)
     model = network()
-    engine = build_engine(
-        model, decay_groups(model, 0.0), train, load_deepspeed_config(deepspeed_json, train, topology), "torch"
-    )
+    engine = build_engine(model, decay_groups(model, 0.0), train, settings, "torch")
     for number in range(accumulation):
         engine.backward(loss_of(engine, rank(), number))
         engine.step()
-    out = {}
+    expected, worst, compared = expected_gradient(world_size(), accumulation), 0.0, 0
     for name, parameter in engine.module.named_parameters():
-        out[name] = optimizer_fragments(parameter)
-    return out
+        if not hasattr(parameter, "ds_id") and parameter._hp_mapping is None:
+            continue
+        moments = _moments(engine, parameter)
+        assert moments is not None
+        given = 2 * moments[0].double().flatten()
+        if hasattr(parameter, "ds_id"):
+            start = rank() * parameter.ds_tensor.numel()
+        else:
+            start = parameter._hp_mapping.lp_fragment_address.start
+        true = expected[name].flatten()[start : start + len(given)]
+        worst = max(worst, float((given[: len(true)] - true).abs().max() / expected[name].abs().max()))
+        compared += len(true)
+    assert compared
+    return worst
