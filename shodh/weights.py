@@ -7,7 +7,6 @@ and writing it never holds more than `CHUNK` values on the heap.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from shodh.errors import CheckpointError
 from shodh.files import sync_to_disk
+from shodh.reading import parse_json, read_text
 from shodh.strict_json import dumps
 
 WEIGHTS = "model.safetensors"
@@ -173,12 +173,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises `CheckpointError` that names it."""
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: it is not valid JSON ({error})") from error
+    content = parse_json(read_text(path, "file", CheckpointError), f"{path} is damaged: it", CheckpointError)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged: expected a JSON object, got {type(content).__name__}")
     return content

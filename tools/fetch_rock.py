@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import json
 import subprocess
 import sys
 import tarfile
@@ -27,6 +26,7 @@ from shodh.errors import ConfigError, DataError
 from shodh.files import atomic_path
 from shodh.physics.rock import JOINS, rock_cubes
 from shodh.strict_json import write_json
+from shodh.weights import read_json
 
 PACKAGE, VERSION = "porespy", "3.2.0"
 MOST_BYTES = 64 << 20
@@ -152,7 +152,7 @@ def main() -> int:
     description: dict[str, dict[str, object]] = {}
     listing = args.out / "rocks.json"
     if listing.exists():
-        description = json.loads(listing.read_text())
+        description = read_json(listing)
     for name in args.rock:
         cubes = rock_cubes(read_rock(archive, name), args.size, args.join, args.layers, "xyz".index(args.axis))
         made = 0

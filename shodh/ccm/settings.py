@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from shodh.config import RegimeConfig, RunConfig, Section, apply_overrides, config_from_dict, load_config, to_dict
-from shodh.config.reading import merge_trees, read_yaml, section_from_dict
+from shodh.config.base import PositiveInt, Seed, Seeds
+from shodh.config.reading import merge_trees, section_from_dict
 from shodh.errors import ConfigError
 from shodh.merge.coordinates import ParameterMap
+from shodh.reading import read_yaml
 from shodh.topology import fitting_ep_size
 
 MethodName = Literal[
@@ -62,7 +63,7 @@ class FamilySettings(Section):
     valid: PositiveInt = Field(4, description="validation trajectories of a value")
     test: PositiveInt = Field(4, description="test trajectories of a value")
     per_file: PositiveInt = Field(4, description="trajectories that are solved together and share a file")
-    seed: int = Field(0, ge=0, description="of the trajectories; the data are the same for every seed of the models")
+    seed: Seed = Field(0, description="of the trajectories; the data are the same for every seed of the models")
     low: float = Field(description="value of the low expert")
     high: float = Field(description="value of the high expert")
     support: tuple[float, ...] = Field(min_length=2, description="values that the anchor is trained on")
@@ -74,8 +75,6 @@ class FamilySettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> FamilySettings:
-        if bad := [v for v in (*self.values, *self.validation) if not math.isfinite(v)]:
-            raise ValueError(f"values of {self.parameter} must be finite numbers, not {bad}")
         for name in (*ROLES, "validation"):
             values = getattr(self, name)
             if repeated := sorted({v for v in values if values.count(v) > 1}):
@@ -136,7 +135,7 @@ class CCMConfig(Section):
     backbone: str = Field("fno", description="which of the backbones")
     backbones: dict[str, BackboneConfig] = Field(min_length=1)
     family: FamilySettings
-    seeds: PositiveInt = 3
+    seeds: Seeds = 3
     anchor_steps: PositiveInt
     expert_steps: PositiveInt
     expert_lr: PositiveFloat = Field(description="highest learning rate of the experts' fine-tuning")

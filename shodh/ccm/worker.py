@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from shodh.models.description import is_pretrained
 from shodh.train.jobs import pretrain
 from shodh.train.runtime import quiet_logs, rank, run_ranks, world_size
 from shodh.train.workers import STOPPED, ignore_interrupts, leave_ranks
+from shodh.weights import read_json
 
 
 def train_member(study: CCMConfig, seed: int, member: Member) -> bool:
@@ -35,7 +35,7 @@ def train_member(study: CCMConfig, seed: int, member: Member) -> bool:
 def main() -> int:
     quiet_logs()
     ignore_interrupts()
-    job = json.loads(Path(sys.argv[1]).read_text())
+    job = read_json(Path(sys.argv[1]))
     study = section_from_dict(CCMConfig, job["study"], sys.argv[1])
     if job["member"] is not None:
         return 0 if train_member(study, job["seed"], job["member"]) else STOPPED

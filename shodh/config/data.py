@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
-from shodh.config.base import FLAT_LAYERS, Count, FieldName, FileFormat, Grid, RegimeName, Section, Weight
+from shodh.config.base import (
+    FLAT_LAYERS,
+    MAX_CELLS,
+    Count,
+    FieldName,
+    FileFormat,
+    Grid,
+    Layers,
+    PositiveInt,
+    RegimeName,
+    Section,
+    Weight,
+)
 from shodh.errors import ConfigError
 from shodh.fields import Boundary, Placement, StaticScale
 from shodh.fields import Field as PhysicalField
@@ -91,15 +104,19 @@ class DataConfig(Section):
         FieldConfig(name="solid", static=True),
     )
     regimes: tuple[RegimeConfig, ...] = Field(min_length=1)
-    history: PositiveInt = Field(2, description="past frames the operator sees")
+    history: Layers = Field(2, description="past frames the operator sees")
     stride: PositiveInt = Field(1, description="frames between two model steps")
-    workers: Count = Field(0, description="loader processes per rank")
+    workers: int = Field(0, ge=0, le=1024, description="loader processes per rank")
     mixture_temperature: PositiveFloat | None = Field(
         None, description="shares times windows^(1/temperature): 1 in proportion to size, large equal; null: shares"
     )
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
+        if math.prod(self.grid) > MAX_CELLS:
+            raise ValueError(
+                f"data.grid {list(self.grid)} has {math.prod(self.grid)} cells; at most {MAX_CELLS} can be"
+            )
         for what, names in (("regimes", [r.name for r in self.regimes]), ("fields", [f.name for f in self.fields])):
             repeated = sorted({n for n in names if names.count(n) > 1})
             if repeated:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
-from shodh.config.base import Count, Section, Weight
+from shodh.config.base import Few, Many, Section, Weight, Width
 
 
 class TemperatureSchedule(Section):
@@ -36,12 +36,12 @@ class RouterConfig(Section):
     )
     temperature_schedule: TemperatureSchedule | None = Field(None, description="null: logits are not divided")
     granularity: Literal["token", "sample"] = "token"
-    semantic_dim: int = Field(
+    semantic_dim: Width = Field(
         16, ge=2, description="width of the space in which tokens meet expert prototypes; of one, a cosine is a sign"
     )
     temperature: PositiveFloat = Field(8.0, description="initial inverse temperature of cosine scores, learned")
     context_weight: Weight = Field(4.0, description="kind context: weight of the sample mean beside the token")
-    groups: PositiveInt = Field(
+    groups: Width = Field(
         2, description="expert groups: two_level chooses one by the sample mean; oracle has one for each regime"
     )
 
@@ -84,14 +84,14 @@ class BalanceConfig(Section):
 class ExpertsConfig(Section):
     """The feed-forward part of every block: shared experts, and routed ones."""
 
-    num_experts: Count = Field(4, description="routed experts; 0: a dense feed-forward of equal active size")
-    top_k: PositiveInt = 1
+    num_experts: Many = Field(4, description="routed experts; 0: a dense feed-forward of equal active size")
+    top_k: Width = 1
     form: Literal["gated", "linear"] = Field(
         "gated", description="two layers with an activation between; or one affine map and GELU, as MoE-POT's code"
     )
-    hidden: PositiveInt = Field(256, description="hidden width of one expert; form linear: its output width")
-    num_shared: Count = 1
-    num_added: Count = Field(
+    hidden: Width = Field(256, description="hidden width of one expert; form linear: its output width")
+    num_shared: Few = 1
+    num_added: Few = Field(
         0,
         description="experts added to a trained model: every token meets them beside its top-k, each weighted by a "
         "gate of its own; they start with zero output",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from shodh.config.base import Count, Section, Weight
+from shodh.config.base import Layers, Many, Section, Weight, Width
 from shodh.config.experts import ExpertsConfig
 from shodh.config.training import TrainConfig
 
@@ -43,12 +43,13 @@ def _with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
 class FieldSpaceConfig(Section):
     """Operators that work on the fields themselves, without a tokenizer."""
 
-    mlp: PositiveInt = Field(
+    mlp: Width = Field(
         512, description="dpot: hidden width of the feed-forward; moe_pot: width of the features that experts share"
     )
-    decoder: PositiveInt = Field(32, description="dpot, moe_pot: channels at full resolution")
-    classes: Count = Field(
-        0, description="dpot, moe_pot: outputs of the published classification head, which no loss uses; 0: none"
+    decoder: Width = Field(32, description="dpot, moe_pot: channels at full resolution")
+    classes: Many = Field(
+        0,
+        description="dpot, moe_pot: outputs of the published classification head, which no loss uses; 0: none",
     )
     residual: bool = Field(False, description="predict the change since the last frame; published models do not")
 
@@ -57,13 +58,13 @@ class OperatorConfig(Section):
     """What predicts the next frame: of latents (latent_transformer), or of the fields themselves (all other kinds)."""
 
     kind: Literal["latent_transformer", "dpot", "moe_pot", "fno", "unet"] = "latent_transformer"
-    dim: PositiveInt = Field(128, description="width; unet: of the finest level")
-    depth: PositiveInt = Field(3, description="blocks; unet: levels")
-    heads: PositiveInt = Field(4, description="heads of attention, or of the Fourier mixing")
-    patch: PositiveInt = Field(1, description="latent cells (dpot, moe_pot: cells) per token and axis")
+    dim: Width = Field(128, description="width; unet: of the finest level")
+    depth: Layers = Field(3, description="blocks; unet: levels")
+    heads: Width = Field(4, description="heads of attention, or of the Fourier mixing")
+    patch: Width = Field(1, description="latent cells (dpot, moe_pot: cells) per token and axis")
     position: Literal["rotary", "learned"] = "rotary"
     mixer: Literal["attention", "fourier"] = Field("attention", description="latent_transformer: what mixes tokens")
-    modes: PositiveInt | None = Field(None, description="Fourier modes kept along an axis; null: all")
+    modes: Width | None = Field(None, description="Fourier modes kept along an axis; null: all")
     field: FieldSpaceConfig = FieldSpaceConfig()
     experts: ExpertsConfig = ExpertsConfig()
     loss: Literal["mse", "over_persistence", "relative_l2"] = Field(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -16,6 +16,9 @@ from pydantic import ValidationError
 from shodh.config.base import Section
 from shodh.config.run import RunConfig
 from shodh.errors import ConfigError
+from shodh.reading import parse_yaml, read_yaml
+
+MAX_MESSAGES = 10  # of one configuration
 
 
 def _suggest(key: str, known: Iterable[str]) -> str:
@@ -47,6 +50,15 @@ def _section_at(root: type[Section], location: tuple[int | str, ...]) -> type[Se
     return section
 
 
+def _shown(value: Any) -> str:
+    """A value, shortened; a number of thousands of digits has no decimal form in Python."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"a number of {value.bit_length()} bits"
+    return text if len(text) <= 80 else f"{text[:80]} ..."
+
+
 def _explain(error: ValidationError, root: type[Section], source: str) -> ConfigError:
     messages = []
     for problem in error.errors():
@@ -59,21 +71,11 @@ def _explain(error: ValidationError, root: type[Section], source: str) -> Config
             messages.append(f"missing key {where!r}")
         else:
             text = problem["msg"].removeprefix("Value error, ")
-            given = "" if isinstance(problem["input"], Mapping) else f" (given {problem['input']!r})"
+            given = "" if isinstance(problem["input"], Mapping) else f" (given {_shown(problem['input'])})"
             messages.append(f"{where}: {text}{given}" if where else text)
-    return ConfigError(f"{source}: {'; '.join(messages)}")
-
-
-def read_yaml(path: Path) -> Any:
-    """The tree of a YAML file; raises `ConfigError` if it cannot be read."""
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError(f"cannot read configuration {path}: {error.strerror}") from error
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    more = len(messages) - MAX_MESSAGES
+    tail = [f"and {more} more"] if more > 0 else []
+    return ConfigError(f"{source}: {'; '.join(messages[:MAX_MESSAGES] + tail)}")
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -84,15 +86,12 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str,
     ConfigError
         For an item without ``=``, a value that is not YAML, or a path through something that has no keys.
     """
-    tree = json.loads(json.dumps(tree, default=str))
+    tree = copy.deepcopy(tree)
     for item in overrides:
         path, equals, text = item.partition("=")
         if not equals or not path:
             raise ConfigError(f"--set {item!r}: expected key=value, for example --set operator.train.steps=100")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {item!r}: the value is not valid YAML") from error
+        value = parse_yaml(text, f"--set {item!r}: the value")
         node: Any = tree
         *parents, last = path.split(".")
         try:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from shodh.config.base import Section, Weight
+from shodh.config.base import Layers, Section, Weight, Width
 from shodh.config.training import TrainConfig
 
 
@@ -28,11 +28,11 @@ class TokenizerConfig(Section):
         description="use a trained tokenizer for regimes that it did not learn, too: they are normalised by their own "
         "training statistics, and need a set of fields that it knows",
     )
-    latent_channels: PositiveInt = 32
-    strides: tuple[PositiveInt, ...] = Field((2, 2, 2), description="downsampling of each stage; their product is 8")
-    widths: tuple[PositiveInt, ...] = Field((32, 64, 128), description="channels of each stage, after its downsampling")
-    depth: PositiveInt = Field(1, description="residual blocks of each stage")
-    head_channels: PositiveInt = Field(12, description="channels at full resolution, before the last convolution")
+    latent_channels: Width = 32
+    strides: tuple[Width, ...] = Field((2, 2, 2), description="downsampling of each stage; their product is 8")
+    widths: tuple[Width, ...] = Field((32, 64, 128), description="channels of each stage, after its downsampling")
+    depth: Layers = Field(1, description="residual blocks of each stage")
+    head_channels: Width = Field(12, description="channels at full resolution, before the last convolution")
     loss: TokenizerLoss = TokenizerLoss()
     train: TrainConfig = TrainConfig(steps=300)
 

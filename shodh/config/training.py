@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
-from shodh.config.base import Count, Fraction, Section, Weight
+from shodh.config.base import Batch, Count, Fraction, PositiveInt, Section, Weight
 
 
 class TrainConfig(Section):
     """One training stage."""
 
     steps: PositiveInt
-    global_batch: PositiveInt = Field(16, description="samples of one optimiser step, over all ranks")
-    micro_batch: PositiveInt | None = Field(None, description="samples a rank holds at once; null: no accumulation")
+    global_batch: Batch = Field(16, description="samples of one optimiser step, over all ranks")
+    micro_batch: Batch | None = Field(None, description="samples a rank holds at once; null: no accumulation")
     lr: PositiveFloat = 1e-3
     min_lr: Fraction = Field(0.05, description="last learning rate over the highest")
     schedule: Literal["cosine", "one_cycle"] = Field(
@@ -24,6 +24,9 @@ class TrainConfig(Section):
     weight_decay: Weight = 0.01
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     clip: PositiveFloat = Field(1.0, description="largest global gradient norm")
+    max_skipped_steps: PositiveInt = Field(
+        10, description="steps in a row, skipped because loss or gradients were not finite, at which the run stops"
+    )
     precision: Literal["fp32", "bf16"] = "fp32"
     log_every: PositiveInt = 10
     valid_every: Count = Field(0, description="steps between validations; 0: only at the end")

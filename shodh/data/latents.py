@@ -30,6 +30,7 @@ from shodh.data.source import SPLITS, RegimeSource, Split
 from shodh.errors import DataError
 from shodh.files import atomic_path
 from shodh.strict_json import dumps
+from shodh.reading import read_json
 
 Encode = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 FORMAT_VERSION = 1
@@ -239,13 +240,13 @@ def manifest_path(folder: Path, stem: str) -> Path:
 def read_manifest(folder: Path, stem: str) -> LatentShapes:
     """Shapes of a file's latents, checked against the sizes on disk: reading beyond a map's end kills a process."""
     path = manifest_path(folder, stem)
+    if not path.exists():
+        raise DataError(f"{path}: no such file; the latents of {stem!r} were not (completely) encoded")
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path, "description", DataError)
         shapes = LatentShapes(
             tuple(content["latents"]), tuple(content["static"]), content["latent_bytes"], content["static_bytes"]
         )
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; the latents of {stem!r} were not (completely) encoded") from error
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: damaged; remove it and encode again ({error!r})") from error
     for array, size in (

@@ -15,6 +15,7 @@ from shodh.data.formats import TrajectoryFile, open_file
 from shodh.errors import DataError
 from shodh.fields import Field, RegimeSchema
 from shodh.files import atomic_path
+from shodh.reading import read_yaml
 
 Statistics = dict[str, dict[str, Any]]
 KEYS = ("mean", "std", "mean_delta", "std_delta")
@@ -125,12 +126,7 @@ def read_stats(path: str | os.PathLike[str]) -> Statistics:
     DataError
         If it is missing, no YAML, without ``mean`` and ``std``, or has values that are not finite numbers.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: is no YAML file: {error}") from error
+    content = read_yaml(Path(path), "statistics", DataError)
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("mean", "std")):
         raise DataError(f"{path}: expected the mappings 'mean' and 'std' from field names to numbers")
     statistics: Statistics = {key: content.get(key) or {} for key in (*KEYS, WHERE)}

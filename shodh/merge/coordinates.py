@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import yaml
 from pydantic import Field, ValidationError
 
 from shodh.config import Section
 from shodh.errors import ConfigError
 from shodh.merge.components import ROUTED_EXPERTS, component
+from shodh.reading import read_yaml
 from shodh.weights import LazyWeights
 
 ParameterMap = Literal["linear", "log"]
@@ -156,12 +156,7 @@ def read_coordinates(path: Path, default: Alpha | None = None) -> Coordinates:
     ConfigError
         The file cannot be read, or holds something else.
     """
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read coordinates {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    tree = read_yaml(path, "coordinates")
     try:
         content = CoordinateFile.model_validate(tree)
     except ValidationError as error:

@@ -6,7 +6,6 @@ normalisation constants, the domain of each regime, the fields, and the whole co
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from shodh.models.card import model_card
 from shodh.models.domain import Domain
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.moe.groups import is_routed_expert
+from shodh.reading import parse_json
 from shodh.strict_json import dumps
 from shodh.weights import (
     MAX_SHARD_SIZE,
@@ -137,10 +137,7 @@ def read_description(path: Path) -> ModelDescription:
     text = read_metadata(path).get(METADATA_KEY)
     if text is None:
         raise CheckpointError(f"{path} says nothing about its model; use the folder it came with")
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: its description is not valid JSON") from error
+    content = parse_json(text, f"{path} is damaged: its description", CheckpointError)
     return parse_description(content if isinstance(content, dict) else {}, path)
 
 

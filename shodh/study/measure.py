@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 from pathlib import Path
@@ -26,6 +25,7 @@ from shodh.train.checkpoint import WEIGHTS, load_into, load_weights, read_manife
 from shodh.train.evaluation import evaluate, open_run
 from shodh.train.metrics import read_metrics
 from shodh.train.run_folder import RunFolder, describe_environment
+from shodh.weights import read_json
 
 RESULT = "result.json"
 
@@ -177,5 +177,4 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     path = folder / RESULT
     if not path.exists():
         return None
-    result: dict[str, Any] = json.loads(path.read_text())
-    return result
+    return read_json(path)

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from shodh.config import RegimeConfig, RunConfig, Section, apply_overrides, config_from_dict, load_config, to_dict
-from shodh.config.reading import read_yaml, section_from_dict
+from shodh.config.base import PositiveInt, Seeds, Width
+from shodh.config.reading import section_from_dict
 from shodh.errors import ConfigError
+from shodh.reading import read_yaml
 
 ModelName = Literal[
     "sparse",
@@ -43,7 +45,7 @@ class ScaleConfig(Section):
     base: Path | None = Field(None, description="another base run, in place of the study's and its `set`")
     set: tuple[str, ...] = Field((), description="key=value changes of the base run, after those of the study")
     regimes: tuple[RegimeConfig, ...] = Field((), description="in place of the study's")
-    seeds: PositiveInt | None = None
+    seeds: Seeds | None = None
 
 
 class ScalesConfig(Section):
@@ -67,9 +69,9 @@ class StudyConfig(Section):
     models: tuple[ModelName, ...] = Field(min_length=1)
     routers: tuple[RouterName, ...] = Field((), description="kinds of the sparse model; none: the base run's")
     balances: tuple[BalanceName, ...] = Field((), description="balance terms of the sparse model; none: the base's")
-    experts: tuple[PositiveInt, ...] = Field((), description="routed experts; none: the base run's")
-    groups: tuple[PositiveInt, ...] = Field((), description="groups of two_level routers; none: the base run's")
-    seeds: PositiveInt = 3
+    experts: tuple[Width, ...] = Field((), description="routed experts; none: the base run's")
+    groups: tuple[Width, ...] = Field((), description="groups of two_level routers; none: the base run's")
+    seeds: Seeds = 3
     checkpoints: PositiveInt = Field(5, description="points of the error curves, evenly over training")
     gradient_samples: PositiveInt = Field(16, description="windows a regime for the cosine between gradients")
     plasticity: PlasticityConfig | None = None

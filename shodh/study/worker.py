@@ -5,7 +5,6 @@ A process a cell: one that runs out of memory, diverges or crashes takes nothing
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from shodh.train.jobs import open_data, pretrain, train_tokenizer
 from shodh.train.latents import TOKENIZER_FILE
 from shodh.train.runtime import quiet_logs, rank, run_ranks, start_distributed
 from shodh.train.workers import STOPPED, ignore_interrupts, leave_ranks
+from shodh.weights import read_json
 
 
 def train_cell(job: dict[str, Any], config: RunConfig) -> bool:
@@ -68,7 +68,7 @@ def prepare(job: dict[str, Any], config: RunConfig) -> bool:
 def main() -> int:
     quiet_logs()
     ignore_interrupts()
-    job = json.loads(Path(sys.argv[1]).read_text())
+    job = read_json(Path(sys.argv[1]))
     config = config_from_dict(job["config"], sys.argv[1])
     finished = {"prepare": prepare, "cell": train_cell, "tune": tune_cell}[job["kind"]](job, config)
     return 0 if finished else STOPPED

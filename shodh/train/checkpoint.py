@@ -9,7 +9,6 @@ but resuming ever needs DeepSpeed's pickles.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from shodh.pickles import refuse_foreign_globals
 from shodh.strict_json import write_json
 from shodh.train.run_folder import RunFolder, describe_environment
 from shodh.train.runtime import together
-from shodh.weights import INDEX, WEIGHTS, open_weights, persistent_buffers, read_metadata
+from shodh.weights import INDEX, WEIGHTS, open_weights, persistent_buffers, read_json, read_metadata
 from shodh.weights import load_into as load_into
 from shodh.weights import load_weights as load_weights
 
@@ -213,14 +212,14 @@ def _prune(folder: RunFolder, newest: str, keep: int) -> None:
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint folder; raises `CheckpointError` if there is none or it is damaged."""
     path = checkpoint / MANIFEST
+    if not path.exists():
+        raise CheckpointError(f"{checkpoint} is not a complete checkpoint: it has no {MANIFEST}")
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest = read_json(path)
         for key in ("files", "state", "topology"):
             manifest[key].items()
         return manifest
-    except OSError as error:
-        raise CheckpointError(f"{checkpoint} is not a complete checkpoint: it has no {MANIFEST}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: expected JSON with files, state and topology") from error
 
 

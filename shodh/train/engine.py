@@ -1,8 +1,7 @@
-"""From a model and a configuration to a DeepSpeed engine, with the traps of facts closed at the door."""
+"""From a model and a configuration to a DeepSpeed engine; unsafe settings are refused."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,45 +16,67 @@ from torch import nn
 from shodh.config import TrainConfig
 from shodh.errors import ConfigError
 from shodh.models.kernels import Kernels, adamw, describe_kernels
+from shodh.reading import read_json
 from shodh.topology import Topology
+from shodh.train.runtime import gather
 
 log = logging.getLogger("shodh")
 
 
+#: Settings a DeepSpeed JSON may leave out or give as here; with others gradients are rounded or weights get NaN.
+FIXED: dict[tuple[str, ...], Any] = {
+    ("communication_data_type",): "fp32",  # Gradients are summed over ranks in float32 ...
+    ("data_types", "grad_accum_dtype"): "fp32",  # ... and over micro-batches.
+    ("bf16", "check_grad_overflow"): True,
+    ("bf16", "bf16_master_weights_and_grads"): False,
+    ("bf16", "bf16_optimizer_states"): False,
+    ("zero_optimization", "compute_grad_norm"): True,  # The norm is what shows a gradient that is not finite.
+    ("fp16", "enabled"): False,
+}
+
+
+def _settle(config: dict[str, Any], place: tuple[str, ...], value: Any, reason: str) -> None:
+    """Set one entry of a DeepSpeed configuration that may be absent, ``"auto"`` or ``value`` already."""
+    section = config
+    for depth, key in enumerate(place[:-1], 1):
+        section = section.setdefault(key, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"{'.'.join(place[:depth])}: expected a mapping, got {section!r}")
+    given = section.setdefault(place[-1], value)
+    if given != "auto" and (given != value or isinstance(given, bool) != isinstance(value, bool)):
+        raise ConfigError(f"{'.'.join(place)}={given!r} contradicts {value!r} {reason}; write 'auto'")
+    section[place[-1]] = value
+
+
 def load_deepspeed_config(path: Path, train: TrainConfig, topology: Topology) -> dict[str, Any]:
-    """Read a DeepSpeed JSON and fill in every ``"auto"``: batch sizes, clipping, precision.
+    """Read a DeepSpeed JSON and fill in what the run decides: batch sizes, clipping, precision, type of gradients.
 
     Raises
     ------
     ConfigError
-        The file cannot be read, contradicts the run's configuration, or asks for ZeRO stage 0 (whose gradient norm is
-        wrong with experts spread over ranks).
+        The file cannot be read, contradicts the run's configuration, rounds gradients or lets those that are not
+        finite pass, or asks for ZeRO stage 0 (whose gradient norm is wrong with experts spread over ranks).
     """
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read DeepSpeed configuration {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    values = {
-        "train_batch_size": topology.global_batch,
-        "train_micro_batch_size_per_gpu": topology.micro_batch,
-        "gradient_accumulation_steps": topology.accumulation,
-        "gradient_clipping": train.clip,
+    config = read_json(path, "DeepSpeed configuration")
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: expected a JSON object of settings, got {type(config).__name__}")
+    of_run = {
+        ("train_batch_size",): topology.global_batch,
+        ("train_micro_batch_size_per_gpu",): topology.micro_batch,
+        ("gradient_accumulation_steps",): topology.accumulation,
+        ("gradient_clipping",): train.clip,
+        ("bf16", "enabled"): train.precision == "bf16",
     }
-    for key, value in values.items():
-        if config.get(key, "auto") not in ("auto", value):
-            raise ConfigError(f"{path}: {key}={config[key]} contradicts {value} of the run; write 'auto'")
-        config[key] = value
-    bf16 = config.setdefault("bf16", {})
-    if bf16.get("enabled", "auto") == "auto":
-        bf16["enabled"] = train.precision == "bf16"
-    if bf16["enabled"] != (train.precision == "bf16"):
-        raise ConfigError(
-            f"{path}: bf16.enabled={bf16['enabled']} contradicts precision {train.precision}; write 'auto'"
-        )
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (1, 2, 3):
+    try:
+        for place, value in of_run.items():
+            _settle(config, place, value, f"of the run (precision {train.precision})")
+        for place, value in FIXED.items():
+            _settle(config, place, value, "that training needs")
+        _settle(config, ("zero_optimization", "stage"), config.get("zero_optimization", {}).get("stage", 0), "")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    stage = config["zero_optimization"]["stage"]
+    if isinstance(stage, bool) or stage not in (1, 2, 3):
         raise ConfigError(
             f"{path}: zero_optimization.stage={stage}; use 1, 2 or 3 (0 computes a wrong gradient norm with experts)"
         )
@@ -101,9 +122,25 @@ def _unique_name(name: str, parameter: torch.Tensor) -> str:
     return f"{name} of expert rank {dist.get_rank(group)}"
 
 
-def _too_small(step: float, values: torch.Tensor) -> bool:
-    """Whether every float32 value stays as it is when ``step`` is added."""
-    return values.numel() > 0 and step <= 2**-24 * float(values.abs().min())
+def _moments(engine: Any, parameter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """AdamW's two moments beside `_master_fragment`; None where the optimiser does not have the parameter."""
+    keys = ("exp_avg", "exp_avg_sq")
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_local_optimizer_state
+
+        try:
+            first, second = (safe_get_local_optimizer_state(parameter, key) for key in keys)
+        except (KeyError, ValueError):
+            return None
+        return None if first is None or second is None else (first, second)
+    # The mapping's own view of the optimiser's state is made before all groups have one.
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    place, storage = mapping.hp_fragment_address, mapping.hp_fragment.untyped_storage().data_ptr()
+    for flat, state in engine.optimizer.optimizer.state.items():
+        if flat.untyped_storage().data_ptr() == storage and all(key in state for key in keys):
+            first, second = (state[key].flatten().narrow(0, place.start, place.numel) for key in keys)
+            return first, second
+    return None
 
 
 class MovementCheck:
@@ -111,10 +148,11 @@ class MovementCheck:
 
     Compared are the optimiser's float32 values (a small step is invisible in a bf16 weight), on every rank the part it
     keeps. A parameter whose gradient was exactly zero everywhere (an expert that got no token) may stand still, and is
-    named in the log only.
+    named in the log only; so may one whose step float32 rounds away, after heavy clipping or at a tiny learning rate.
     """
 
     def __init__(self, engine: Any) -> None:
+        self._engine = engine
         self._parameters = {_unique_name(n, p): p for n, p in engine.module.named_parameters() if p.requires_grad}
         self._before: dict[str, torch.Tensor] = {}
         self._gradient: dict[str, torch.Tensor] = {}
@@ -127,44 +165,78 @@ class MovementCheck:
     def _record(self, name: str, gradient: torch.Tensor) -> None:
         self._gradient[name] = self._gradient.get(name, gradient.new_zeros(())) + gradient.abs().max()
 
-    def finish(self, learning_rate: float) -> list[str]:
-        """Names of parameters that should have moved and did not, the same on every rank. Collective.
+    def restarted(self) -> MovementCheck:
+        """The same check of the next step, after one that was skipped."""
+        self._gradient.clear()
+        return self
 
-        A step of ``learning_rate`` that float32 rounds away everywhere (a norm's ones, at the start of one cycle) says
-        nothing.
+    def _could_move(self, name: str, learning_rate: float) -> bool:
+        """Whether AdamW's first step changes a value of this rank's part by more than float32 rounds away.
+
+        Half of the step is asked for, because the optimiser may round otherwise; weight decay is left out.
         """
+        moments = _moments(self._engine, self._parameters[name])
+        if moments is None:
+            return True
+        group = self._engine.optimizer.optimizer.param_groups[0]
+        (first, second), (beta1, beta2), before = moments, group["betas"], self._before[name]
+        step = learning_rate * (first / (1 - beta1)) / ((second / (1 - beta2)).sqrt() + group["eps"])
+        return not torch.equal(before - 0.5 * step.view_as(before), before)
+
+    def finish(self, learning_rate: float) -> list[str]:
+        """Names of parameters that should have moved and did not, the same on every rank. Collective."""
         local = {}
         for hook in self._hooks:
             hook.remove()
         for name, parameter in self._parameters.items():
             now = _master_fragment(parameter)
-            moved = now is not None and (
-                not torch.equal(now, self._before[name]) or _too_small(learning_rate, self._before[name])
-            )
+            moved = now is not None and not torch.equal(now, self._before[name])
+            could = now is not None and not moved and self._could_move(name, learning_rate)
             reached = name in self._gradient
-            local[name] = (reached, reached and bool(self._gradient[name] != 0), moved)
-        parts = [local]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            parts = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(parts, local)
+            local[name] = (reached, reached and bool(self._gradient[name] != 0), moved, could)
+        parts = gather(local)
         idle, still = [], []
         for name in sorted({name for part in parts for name in part}):
-            reached, pushed, moved = (any(part[name][i] for part in parts if name in part) for i in range(3))
+            reached, pushed, moved, could = (any(part[name][i] for part in parts if name in part) for i in range(4))
             if reached and not pushed:
                 idle.append(name)
-            elif not moved:
+            elif not moved and (could or not reached):
                 still.append(name)
         if idle:
             log.info("without gradient in the first step (experts that got no token): %s", ", ".join(idle))
         return still
 
 
+def find_nonfinite(engine: Any) -> list[str]:
+    """Names of weights, buffers and optimiser states of this rank that hold a value that is not finite."""
+    tensors: list[tuple[str, torch.Tensor]] = list(engine.module.named_buffers())
+    for name, parameter in engine.module.named_parameters():
+        tensors.append((_unique_name(name, parameter), getattr(parameter, "ds_tensor", parameter)))
+    for master, state in engine.optimizer.optimizer.state.items():
+        tensors += [
+            (f"optimiser state {key}", value) for key, value in state.items() if isinstance(value, torch.Tensor)
+        ]
+        tensors.append(("master weights", master))
+    floats = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    if not floats:
+        return []
+    finite = torch.stack([tensor.detach().isfinite().all() for _, tensor in floats]).tolist()
+    return sorted({name for (name, _), fine in zip(floats, finite, strict=True) if not fine})
+
+
 @contextmanager
-def _experts_may_be_frozen(groups: list[dict[str, Any]]) -> Iterator[None]:
-    """ZeRO 1 and 2 insist on a group of experts in the optimiser; where all are frozen they are to find none."""
+def _mended(groups: list[dict[str, Any]]) -> Iterator[None]:
+    """DeepSpeed, while it builds an engine, without two of its limits.
+
+    ZeRO 1 and 2 insist on a group of experts in the optimiser; where all are frozen they are to find none. And ZeRO 1
+    in bf16 with gradients in float32 would get another optimiser, with checkpoints of its own, though its own class
+    can do that.
+    """
+    from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Zero
 
-    configure = Zero._configure_moe_settings
+    configure, check = Zero._configure_moe_settings, DeepSpeedEngine._do_optimizer_sanity_check
+    DeepSpeedEngine._do_optimizer_sanity_check = lambda self, optimizer: ZERO_OPTIMIZATION  # type: ignore[method-assign]
     if not any(group.get("moe") for group in groups):
         Zero._configure_moe_settings = lambda self: setattr(  # type: ignore[method-assign]
             self, "is_moe_param_group", [False] * len(self.optimizer.param_groups)
@@ -173,6 +245,7 @@ def _experts_may_be_frozen(groups: list[dict[str, Any]]) -> Iterator[None]:
         yield
     finally:
         Zero._configure_moe_settings = configure  # type: ignore[method-assign]
+        DeepSpeedEngine._do_optimizer_sanity_check = check  # type: ignore[method-assign]
 
 
 def build_engine(
@@ -188,7 +261,7 @@ def build_engine(
     check_groups(model, groups)
     optimizer = adamw(groups, train.lr, train.betas, kernels)
     log.info("kernels: %s", describe_kernels(kernels))
-    with _experts_may_be_frozen(groups):
+    with _mended(groups):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(deepspeed_config))
     keep_float32(engine.module)
     return engine

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from shodh.train.checkpoint import checksum, load_into, load_weights
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.run_folder import RunFolder
 from shodh.train.runtime import rank, together, world_size
+from shodh.weights import read_json
 
 log = logging.getLogger("shodh")
 
@@ -73,7 +73,7 @@ def load_tokenizer(config: RunConfig) -> TrainedTokenizer:
             "use its values, or train another one"
         )
     try:
-        content = json.loads(description.read_text())
+        content = read_json(description)
         weights = folder.path / content["weights"]
         normalizer = FieldNormalizer.from_dict(content["normalizer"])
     except (ValueError, KeyError, TypeError, DataError) as error:

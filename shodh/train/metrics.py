@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shodh.files import atomic_path
 from shodh.strict_json import dumps
 
 Reduction = Literal["mean", "sum", "max"]
@@ -34,6 +36,15 @@ def reduce_metrics(metrics: Mapping[str, tuple[Tensor | float, Reduction]], devi
                 flat /= dist.get_world_size()
         out.update(zip(names, flat.tolist(), strict=True))
     return out
+
+
+def mean_over_ranks(value: Tensor | float, device: torch.device) -> Tensor:
+    """Mean of a scalar over all ranks, in float64, on the device: nothing waits for it."""
+    mean = torch.as_tensor(value, dtype=torch.float64, device=device).detach().clone()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    return mean
 
 
 class RegimeMeans:
@@ -67,8 +78,46 @@ class RegimeMeans:
         return metrics
 
 
+def nonfinite_regimes(errors: Sequence[tuple[Tensor, Tensor]], names: Sequence[str]) -> list[str]:
+    """Names of regimes with an error that is not finite, of pairs (labels ``[B]``, errors ``[B]``)."""
+    labels = {label for regime, error in errors for label in regime[~error.isfinite()].tolist()}
+    return [name for label, name in enumerate(names) if label in labels]
+
+
+class StepRecord:
+    """Loss, gradient norm, learning rate and skip of every step, kept on the device until they are written.
+
+    The values are those of all ranks already, so that rank 0 can write them alone, also when another has failed.
+    """
+
+    LIMIT = 1000  # steps that wait at most
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[int, float, dict[str, Tensor | float]]] = []
+
+    def add(self, step: int, values: dict[str, Tensor | float]) -> None:
+        """Keep the values of a step; nothing is read from a device."""
+        self._rows.append((step, time.time(), values))
+
+    @property
+    def full(self) -> bool:
+        return len(self._rows) >= self.LIMIT
+
+    def take(self) -> list[tuple[int, float, dict[str, float]]]:
+        """(step, time, values) of the steps since the last call; one transfer from the device."""
+        rows, self._rows = self._rows, []
+        tensors = [v for _, _, values in rows for v in values.values() if isinstance(v, Tensor)]
+        numbers = iter(torch.stack([t.detach().double() for t in tensors]).tolist() if tensors else [])
+        return [
+            (step, when, {n: next(numbers) if isinstance(v, Tensor) else float(v) for n, v in values.items()})
+            for step, when, values in rows
+        ]
+
+
 class MetricWriter:
     """``metrics.jsonl`` and TensorBoard, on rank 0; a resumed run cuts off what lies after its step.
+
+    A value that is not finite is ``null`` in the file: JSON has no other way to write it.
 
     Parameters
     ----------
@@ -81,20 +130,21 @@ class MetricWriter:
     def __init__(self, folder: Path, resume_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(self._path) if line["step"] < resume_step] if resume_step else []
-        self._file: TextIO = self._path.open("w")
-        for line in kept:
-            self._file.write(dumps(line) + "\n")
-        self._file.flush()
+        path = folder / "metrics.jsonl"
+        with atomic_path(path) as partial, partial.open("w") as file:
+            file.writelines(line for line, values in _lines(path) if values["step"] < resume_step)
+        self._file: TextIO = path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of JSON and one scalar a name."""
-        self._file.write(dumps({"step": step, "time": time.time(), **values}) + "\n")
-        self._file.flush()
+    def write(self, step: int, values: Mapping[str, float], when: float | None = None) -> None:
+        """One line of JSON and one scalar a name; ``when`` it was, in seconds of the epoch, if not now."""
+        self._file.write(dumps({"step": step, "time": time.time() if when is None else when, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Give what was written to the operating system."""
+        self._file.flush()
 
     def image(self, step: int, name: str, picture: Any) -> None:
         """An ``[H, W, 3]`` uint8 array for TensorBoard."""
@@ -105,14 +155,22 @@ class MetricWriter:
         self._board.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Lines of a ``metrics.jsonl``, NaN where a number was not finite; a last line that a crash cut off is left out."""
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Whole lines of a ``metrics.jsonl`` and what they hold, up to the first that a crash cut off."""
     if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append({name: math.nan if value is None else value for name, value in json.loads(text).items()})
-        except json.JSONDecodeError:
-            break
-    return lines
+        return
+    with path.open(errors="replace") as file:
+        for line in file:
+            try:
+                values = json.loads(line)
+                int(values["step"])
+            except (ValueError, TypeError, KeyError):
+                return
+            if not line.endswith(os.linesep):
+                return
+            yield line, values
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Lines of a ``metrics.jsonl``, ``null`` as NaN; a last line that was cut off by a crash is left out."""
+    return [{name: math.nan if v is None else v for name, v in values.items()} for _, values in _lines(path)]

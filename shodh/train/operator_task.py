@@ -24,7 +24,7 @@ from shodh.seeding import generator
 from shodh.topology import Topology
 from shodh.train.datasets import Regimes, mixture_loader, training_splits
 from shodh.train.loop import Batch
-from shodh.train.metrics import Metrics, MetricWriter, RegimeMeans
+from shodh.train.metrics import Metrics, MetricWriter, RegimeMeans, nonfinite_regimes
 from shodh.train.pictures import share_picture
 from shodh.train.runtime import rank
 
@@ -150,6 +150,7 @@ class OperatorTask:
     def start_step(self, step: int) -> None:
         self._balance.start_step()
         self._table = None
+        self._errors_of_step: list[tuple[Tensor, Tensor]] = []
 
     def loss(self, engine: Any, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         regime = batch["regime"]
@@ -159,6 +160,7 @@ class OperatorTask:
         output = engine(self._noise(history, batch, step), static, **told)
         error = self._errors(output.latent, target, regime, static)
         persistence = self._errors(history[:, -1], target, regime, static)
+        self._errors_of_step.append((regime, error.detach()))
         mean = error.mean()
         metrics: Metrics = {
             f"train/{self.space}_{self.measure}": (mean.detach(), "mean"),
@@ -186,6 +188,9 @@ class OperatorTask:
         """Assignments of this rank, ``[layers, regimes, experts]``."""
         num_regimes = len(self.regimes.names)
         return torch.stack([count_by_regime(r.selected, regime, num_regimes, r.num_experts) for r in routings])
+
+    def nonfinite_regimes(self) -> list[str]:
+        return nonfinite_regimes(self._errors_of_step, self.regimes.names)
 
     def finish_step(self, engine: Any, step: int) -> None:
         if self._table is None:

@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,6 +87,15 @@ def start_distributed() -> torch.device:
     return device
 
 
+def gather(value: Any) -> list[Any]:
+    """The value of every rank, in their order. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """All ranks succeed in the block, or all raise the first rank's error; so nobody waits in a later collective."""
@@ -97,11 +107,7 @@ def together() -> Iterator[None]:
     line = None if caught is None else error_line(caught)
     if caught is not None and line is None:
         raise caught
-    lines: list[str | None] = [line]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        lines = [None] * dist.get_world_size()
-        dist.all_gather_object(lines, line)
-    found = [text for text in lines if text]
+    found = [text for text in gather(line) if text]
     if found:
         raise SharedError(found[0]) from caught
 

@@ -15,7 +15,7 @@ from shodh.topology import Topology
 from shodh.train.datasets import Regimes, mixture_loader, training_splits
 from shodh.train.loop import Batch
 from shodh.train.losses import reconstruction_loss, reconstruction_terms, weigh_fields
-from shodh.train.metrics import Metrics, MetricWriter, RegimeMeans
+from shodh.train.metrics import Metrics, MetricWriter, RegimeMeans, nonfinite_regimes
 
 
 def sample_geometry(static: Tensor, domains: Sequence[Domain], index: Tensor) -> Tensor:
@@ -52,12 +52,16 @@ class TokenizerTask:
     def loss(self, engine: Any, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         terms, latent = self._terms(engine, batch)
         terms = weigh_fields(terms, self.regimes.presence(batch["regime"]), self.regimes.dynamic)
+        self._errors_of_step.append((batch["regime"], torch.stack(list(terms.values())).sum(0).detach()))
         metrics: Metrics = {f"train/{k}": (v.detach().mean(), "mean") for k, v in terms.items()}
         metrics["latent/std"] = (latent.detach().float().std(), "mean")
         return reconstruction_loss(terms, self.loss_config), metrics
 
     def start_step(self, step: int) -> None:
-        pass
+        self._errors_of_step: list[tuple[Tensor, Tensor]] = []
+
+    def nonfinite_regimes(self) -> list[str]:
+        return nonfinite_regimes(self._errors_of_step, self.regimes.names)
 
     def finish_step(self, engine: Any, step: int) -> None:
         pass

@@ -5,7 +5,6 @@ A process a job: one that runs out of memory, diverges or crashes takes nothing 
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import signal
@@ -26,6 +25,7 @@ from shodh.devices import card_environment, check_ranks
 from shodh.errors import ConfigError
 from shodh.strict_json import write_json
 from shodh.train.ranks import Ranks
+from shodh.weights import read_json
 
 ROOT = Path(shodh.__file__).resolve().parents[1]
 FAILURES = "failures.json"
@@ -68,8 +68,7 @@ class Progress:
 def read_failures(folder: Path) -> dict[str, str]:
     """Jobs of a study's folder that have failed, and why, when they last did; some may be finished by now."""
     path = folder / FAILURES
-    failed: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-    return failed
+    return {str(name): str(why) for name, why in read_json(path).items()} if path.exists() else {}
 
 
 class Workers:

@@ -61,3 +61,16 @@ def write(folder: Path, *ranks: Iterable[str]) -> Path:
     for rank, lines in enumerate(ranks):
         (folder / f"rank{rank}.jsonl").write_text("".join(lines))
     return folder
+
+
+def megatron_trace(folder: Path, order: Callable[[list[int]], list[int]], top_k: int = 2) -> Path:
+    """A trace of Megatron: two layers of 8 experts, any of which may be first; ``order`` arranges those of a token."""
+    rng, text = np.random.default_rng(0), ""
+    for step in range(4):
+        for layer in range(2):
+            indices = [order(rng.permutation(8)[:top_k].tolist()) for _ in range(64)]
+            head = f'"step":{step},"block":"decoder","layer":{layer},"rank":0,"num_tokens":64,"topk":{top_k}'
+            text += f'{{{head},"top_indices":{indices}}}\n'
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "router_trace_rank0.jsonl").write_text(text)
+    return folder

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from routing_traces import GRID, TOKENS, line, sample, validation, write
+from routing_traces import GRID, TOKENS, line, megatron_trace, sample, validation, write
 
 from shodh.analysis.page import Headline, Section, write_page
 from shodh.analysis.routing import analyse, find_traces, read_traces
@@ -217,14 +217,7 @@ def test_trace_of_one_regime(tmp_path: Path) -> None:
 
 
 def test_megatron_trace_has_a_page_without_regimes(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    text = ""
-    for step in range(4):
-        for layer in range(2):
-            indices = [rng.permutation(8)[:2].tolist() for _ in range(64)]
-            head = f'"step":{step},"block":"decoder","layer":{layer},"rank":0,"num_tokens":64,"topk":2'
-            text += f'{{{head},"top_indices":{indices}}}\n'
-    (tmp_path / "router_trace_rank0.jsonl").write_text(text)
+    megatron_trace(tmp_path, lambda chosen: chosen)
     headline, sections = analyse(read_traces(find_traces(tmp_path)))
     write_page(tmp_path / "out", "megatron", headline, sections)
     assert headline.verdict == "Balanced, regimes unknown"

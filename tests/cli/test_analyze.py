@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from routing_traces import megatron_trace
 
 from shodh.moe.trace import VERSION
 
@@ -96,3 +97,32 @@ def test_a_gpu_that_is_not_there(script: str, tmp_path: Path) -> None:
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 2
     assert finished.stderr == "error: --device cuda: no CUDA device was found; use --device cpu\n"
+
+
+def descending(chosen: list[int]) -> list[int]:
+    return sorted(chosen, reverse=True)
+
+
+def test_megatron_trace_that_is_sorted_says_nothing_of_first_choices(tmp_path: Path) -> None:
+    """Made from a map of chosen experts, it has expert 7 never first and expert 0 always, and neither is so."""
+    found, files = {}, {}
+    for order in (list, sorted, descending):
+        out = tmp_path / f"out-{order.__name__}"
+        finished = tool(megatron_trace(tmp_path / order.__name__, order), "--out", out)
+        assert finished.returncode == 0, finished.stderr
+        found[order] = json.loads((out / "summary.json").read_text())
+        files[order] = {p.stem for p in out.rglob("*") if "transitions" in p.name}
+    assert files[list] and "transitions" in found[list]["structure"]
+    for order in (sorted, descending):
+        assert not files[order] and "transitions" not in found[order]["structure"]
+        assert "which of them came first is unknown" in (tmp_path / f"out-{order.__name__}" / "index.html").read_text()
+        # What needs only which experts were chosen is the same.
+        for key in ("verdict", "load"):
+            assert found[order][key] == found[list][key]
+        assert found[order]["structure"]["co_activation"] == found[list]["structure"]["co_activation"]
+
+
+def test_one_expert_a_token_is_the_first(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert tool(megatron_trace(tmp_path / "run", sorted, top_k=1), "--out", out).returncode == 0
+    assert "transitions" in json.loads((out / "summary.json").read_text())["structure"]

@@ -221,3 +221,80 @@ def products_of_every_entry(config_path: Path, overrides: list[str], folder: Pat
         metrics = result if isinstance(result, dict) else metrics
         seen[f"after {entry}"] = [float32_products()]
     return {"seen": seen, "metrics": metrics}
+
+
+def held_by_engine(engine: Any) -> dict[str, torch.Tensor]:
+    """A copy of this rank's weights, buffers, masters and optimiser states."""
+    held = {n: getattr(p, "ds_tensor", p).detach().clone() for n, p in engine.module.named_parameters()}
+    # DeepSpeed counts tokens for itself, in a buffer that is read by nobody.
+    held |= {n: b.clone() for n, b in engine.module.named_buffers() if not n.endswith("tokens_per_expert")}
+    for number, (master, state) in enumerate(engine.optimizer.optimizer.state.items()):
+        held[f"master {number}"] = master.detach().clone()
+        held |= {f"{k} {number}": v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
+    return held
+
+
+def pretrain_with_bad_steps(
+    config_path: Path, overrides: list[str], steps: list[int], where: str, value: float, resume: str | None = None
+) -> dict[str, Any]:
+    """As `pretrain`; in some steps the last rank alone has ``value`` in the gradient of a parameter, or as its loss.
+
+    Parameters
+    ----------
+    where : str
+        End of the parameter's name, or ``loss``, or ``target`` for the data of the first sample.
+    """
+    from shodh.train.loop import Trainer
+    from shodh.train.operator_task import OperatorTask
+
+    bad = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    train_step, loss_of = Trainer._train_step, OperatorTask.loss
+    changed: dict[int, list[str]] = {}
+    rates: list[float] = []
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        gradient.view(-1)[-1] = value
+        return gradient
+
+    def step_and_look(trainer: Trainer, *arguments: Any) -> Any:
+        named = dict(trainer.engine.module.named_parameters())
+        chosen = [p for name, p in named.items() if name.endswith(where)][:1]
+        now = trainer.step
+        hooks = [p.register_hook(poison) for p in chosen if bad and now in steps]
+        before = held_by_engine(trainer.engine)
+        result = train_step(trainer, *arguments)
+        after = held_by_engine(trainer.engine)
+        changed[now] = [name for name in before if not torch.equal(before[name], after[name])]
+        rates.append(trainer.engine.optimizer.param_groups[0]["lr"])
+        for hook in hooks:
+            hook.remove()
+        return result
+
+    def bad_loss(task: OperatorTask, engine: Any, batch: Any, step: int) -> Any:
+        if where == "target" and bad and step in steps:
+            batch = {**batch, "latents": batch["latents"].clone()}
+            batch["latents"][0, -1] = value
+        loss, metrics = loss_of(task, engine, batch, step)
+        # A number added to the loss has no gradient: only the loss shows it.
+        return (loss + value if where == "loss" and bad and step in steps else loss), metrics
+
+    Trainer._train_step, OperatorTask.loss = step_and_look, bad_loss  # type: ignore[method-assign]
+    seen = pretrain(config_path, overrides, resume)
+    return {**seen, "changed": changed, "rates": rates}
+
+
+def pretrain_with_broken_weights(config_path: Path, overrides: list[str], step: int) -> dict[str, Any]:
+    """As `pretrain`; from ``step`` on an expert of the last rank has an infinite weight at the end of a step."""
+    from shodh.train.operator_task import OperatorTask
+
+    finish = OperatorTask.finish_step
+
+    def finish_and_break(task: OperatorTask, engine: Any, now: int) -> None:
+        finish(task, engine, now)
+        if now >= step and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            weight = next(p for n, p in engine.module.named_parameters() if n.endswith("experts.w2"))
+            (weight.ds_tensor if hasattr(weight, "ds_tensor") else weight).data.view(-1)[-1] = torch.inf
+
+    OperatorTask.finish_step = finish_and_break  # type: ignore[method-assign]
+    return pretrain(config_path, [*overrides, "operator.train.max_skipped_steps=100"])

@@ -22,6 +22,11 @@ MEGATRON_NOTE = (
     "Megatron's trace names no regimes: U and NMI are not available. Nor does it name the number of experts: those "
     "above the last one used are unknown."
 )
+ORDER_NOTE = (
+    "The experts of every token stand sorted by their number, as they do if the trace was made from a map of which "
+    "experts were chosen: which of them came first is unknown. Loads and co-activation are of all chosen experts; what "
+    "needs the first choice is left out."
+)
 GRID = msgspec.json.Decoder(list)
 Progress = Callable[[int], object]
 
@@ -29,7 +34,8 @@ Progress = Callable[[int], object]
 class MegatronRecord(msgspec.Struct, frozen=True, gc=False):
     """What is used of a line of Megatron's router trace (``megatron/core/transformer/moe/router_trace.py``).
 
-    ``top_indices [num_tokens, topk]``; the file knows neither regimes nor the number of experts.
+    ``top_indices [num_tokens, topk]``, by score, or sorted where they were made from a map ``[num_tokens, experts]`` of
+    choices; the file says neither which, nor regimes, nor the number of experts.
     """
 
     step: Whole
@@ -53,6 +59,8 @@ class Trace:
         Whether regimes are known; Megatron's trace has none.
     comparable : bool
         Whether looks at different steps are of the same samples.
+    ordered : bool
+        Whether the first of a token's experts is its first choice; not in a trace with a file that sorts them all.
     notes : list of str
         What a reader of the results must know about the reading.
     """
@@ -63,6 +71,7 @@ class Trace:
     pairs: dict[tuple[str, int], tuple[int, np.ndarray]] = field(default_factory=dict)
     labelled: bool = True
     comparable: bool = True
+    ordered: bool = True
     notes: list[str] = field(default_factory=list)
 
     def add_pairs(self, split: str, layer: int, step: int, pairs: np.ndarray) -> None:
@@ -198,7 +207,7 @@ def _integers(raw: msgspec.Raw, name: str) -> np.ndarray:
 
 def _read_megatron(path: Path, trace: Trace, progress: Progress | None) -> int:
     """Read one rank's file of Megatron's trace; returns its last step."""
-    last, left_out = -1, 0
+    last, left_out, rising, falling = -1, 0, True, True
     seen: Counter[tuple[int, int]] = Counter()
     for before, records in read_blocks(path, MegatronRecord, progress):
         for number, record in enumerate(records, before + 1):
@@ -219,8 +228,15 @@ def _read_megatron(path: Path, trace: Trace, progress: Progress | None) -> int:
                     "experts"
                 )
             if chosen.size:
+                steps = np.diff(chosen)
+                rising, falling = rising and bool((steps >= 0).all()), falling and bool((steps <= 0).all())
                 seen[record.step, record.layer] += 1
                 _add_megatron(record, chosen, seen[record.step, record.layer], trace)
+    # By chance, so many tokens are never all sorted: of k experts in any order one token in k! is.
+    if rising != falling:
+        trace.ordered = False
+    if not trace.ordered and ORDER_NOTE not in trace.notes:
+        trace.notes.append(ORDER_NOTE)
     if MEGATRON_NOTE not in trace.notes:
         trace.notes.append(MEGATRON_NOTE)
     if left_out:

@@ -80,6 +80,8 @@ def _co_activation(view: View, section: Section) -> str:
 
 
 def _transitions(view: View, section: Section) -> str:
+    if not view.trace.ordered:
+        return "Transitions between layers need the first choice of every token, which this trace does not say."
     look = view.look or view.trace.samples.newest(view.split)
     layers = layers_of(look)
     if len(layers) < 2:

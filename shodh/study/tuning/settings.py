@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from shodh.config import RegimeConfig, Section, to_dict
-from shodh.config.reading import read_yaml, section_from_dict
+from shodh.config.base import Few, PositiveInt, Seeds
+from shodh.config.reading import section_from_dict
+from shodh.reading import read_yaml
 from shodh.study.tuning.base import open_base, regimes_of
 
 Way = Literal["all", "experts", "new_expert"]
@@ -28,13 +30,13 @@ class TuningConfig(Section):
     trajectories: tuple[PositiveInt, ...] = Field((1, 4, 16), min_length=1, description="training trajectories")
     train: tuple[Way, ...] = Field(("all", "experts", "new_expert"), min_length=1, description="weights that learn")
     router: bool = Field(False, description="way experts: the router learns too")
-    num_added: PositiveInt = Field(1, description="way new_expert: experts added to every layer")
+    num_added: Few = Field(1, ge=1, description="way new_expert: experts added to every layer")
     steps: PositiveInt = Field(200, description="optimiser steps of every way, and of training from scratch")
     lr: dict[Literal["all", "experts", "new_expert", "scratch"], PositiveFloat] = Field(
         {},
         description="highest learning rate by way; else the run's, and for all, which must not forget, a tenth of it",
     )
-    seeds: PositiveInt = 3
+    seeds: Seeds = 3
     set: tuple[str, ...] = Field((), description="key=value changes of the run's configuration, for all cells")
 
     @model_validator(mode="after")

@@ -1,0 +1,102 @@
+"""A step with a loss or a gradient that is not finite is skipped by all ranks, counted, and moves nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import rank_jobs
+from helper import RankError, run_ranks
+from laboratory import Laboratory
+
+from shodh.train.checkpoint import load_weights, read_manifest
+from shodh.train.schedule import learning_rate
+
+pytestmark = pytest.mark.distributed
+EXPERT = "feed_forward.experts.w2"
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "where", "value"),
+    [
+        (1, "fp32", "attention.qkv.weight", math.nan),
+        (1, "bf16", EXPERT, math.inf),
+        (2, "fp32", EXPERT, -math.inf),
+        (3, "bf16", EXPERT, math.nan),
+        (2, "bf16", "loss", math.inf),
+        (3, "fp32", "target", math.nan),
+    ],
+)
+def test_nothing_moves_in_a_step_that_one_rank_cannot_take(
+    laboratory: Laboratory, stage: int, precision: str, where: str, value: float
+) -> None:
+    bad = [0, 4, 5]
+    name = f"skip-{stage}-{precision}-{where}-{value}"
+    overrides = laboratory.overrides(name, 2, stage, f"operator.train.precision={precision}")
+    overrides += ["operator.train.log_every=4"]
+    ranks = run_ranks(2, rank_jobs.pretrain_with_bad_steps, laboratory.config, overrides, bad, where, value)
+    for rank in ranks:
+        assert rank["finished"]
+        assert [step for step, names in rank["changed"].items() if not names] == bad, rank["changed"][bad[0]]
+        # The schedule waits: the rate of a step is that of as many steps taken.
+        taken = [0, 0, 1, 2, 3, 3, 3, 4, 5, 6]
+        assert rank["rates"] == [learning_rate(step, laboratory.load(overrides).operator.train) for step in taken]
+    run = laboratory.load(overrides).run_dir
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = {line["step"]: line for line in lines if "train/lr" in line}
+    assert sorted(steps) == list(range(10)), "every step, and not those of logging alone"
+    assert [step for step, line in steps.items() if line["train/skipped"]] == bad
+    assert [step for step, line in steps.items() if line["train/grad_norm"] is None] == bad
+    assert [step for step, line in steps.items() if line["train/loss"] is None] == (
+        bad if where in ("loss", "target") else []
+    )
+    manifest = read_manifest(run / "checkpoints" / "step_00000010")
+    assert (manifest["state"]["skipped"], manifest["state"]["skipped_in_row"]) == (3, 0)
+    weights = load_weights(run / "checkpoints" / "step_00000010" / "model.safetensors")
+    assert all(bool(w.isfinite().all()) for w in weights.values())
+
+
+@pytest.mark.parametrize(("where", "named"), [("target", "errors of "), (EXPERT, "gradients, of finite errors,")])
+def test_too_many_in_a_row_stop_the_run_at_the_last_good_checkpoint(
+    laboratory: Laboratory, where: str, named: str
+) -> None:
+    overrides = laboratory.overrides(f"stop-{where}", 2, 1, "operator.train.max_skipped_steps=3")
+    overrides += ["operator.train.log_every=100", "operator.train.precision=bf16"]
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, rank_jobs.pretrain_with_bad_steps, laboratory.config, overrides, [2, 6, 7, 8], where, math.nan)
+    run = laboratory.load(overrides).run_dir
+    text = str(caught.value)
+    assert text.count("SharedError: 3 steps in a row up to step 9") == 2
+    assert named in text and str(run / "checkpoints" / "step_00000005") in text
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("train/skipped")] == [2, 6, 7, 8]
+    # A repeated run finds nothing in its way, and is the uninterrupted one to the last bit.
+    run_ranks(2, rank_jobs.pretrain, laboratory.config, overrides, "auto")
+    assert (run / "latest").read_text() == "step_00000010\n"
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and {*steps} == set(range(10))
+
+
+def test_resumed_run_with_skipped_steps_is_bitwise_the_uninterrupted_one(laboratory: Laboratory) -> None:
+    overrides = laboratory.overrides("skips", 2, 2)
+    run_ranks(2, rank_jobs.pretrain_with_bad_steps, laboratory.config, overrides, [3, 4, 5], EXPERT, math.nan)
+    run = laboratory.load(overrides).run_dir
+    whole = {p.name: p.read_bytes() for p in (run / "checkpoints" / "step_00000010").glob("*.safetensors")}
+    lost = run.with_name("skips-lost")
+    run.rename(lost)
+    (lost / "latest").write_text("step_00000005\n")
+    again = [f"name={lost.name}", *overrides[1:]]
+    run_ranks(2, rank_jobs.pretrain_with_bad_steps, laboratory.config, again, [3, 4, 5], EXPERT, math.nan, "auto")
+    assert {p.name: p.read_bytes() for p in (lost / "checkpoints" / "step_00000010").glob("*.safetensors")} == whole
+
+
+def test_no_checkpoint_of_weights_that_are_not_finite(laboratory: Laboratory) -> None:
+    overrides = laboratory.overrides("overflow", 2, 3)
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, rank_jobs.pretrain_with_broken_weights, laboratory.config, overrides, 7)
+    text = str(caught.value)
+    run = laboratory.load(overrides).run_dir
+    assert "SharedError: no checkpoint of step 10 is written: " in text and "w2 of expert rank 1" in text
+    assert str(run / "checkpoints" / "step_00000005") in text
+    assert (run / "latest").read_text() == "step_00000005\n"
