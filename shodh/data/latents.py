@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from shodh.data.formats import TrajectoryFile
+from shodh.data.identity import describe_source
 from shodh.data.normalize import FieldNormalizer
-from shodh.data.source import SPLITS, RegimeSource, Split
+from shodh.data.source import RegimeSource, Split
 from shodh.errors import DataError
 from shodh.files import atomic_path
 from shodh.strict_json import dumps
@@ -37,17 +38,14 @@ FORMAT_VERSION = 1
 
 
 def data_identity(sources: Iterable[RegimeSource]) -> str:
-    """Hex digest of the files behind the sources: their names, sizes and times of change, and the wanted fields."""
+    """Hex digest of the files behind the sources: their names, contents and splits, and the wanted fields."""
     digest = hashlib.sha256()
     for source in sources:
         wanted = (source.name, source.fields, source.present, source.mapping, source.placement, source.opening)
         digest.update(repr(wanted).encode())
         if source.trajectories is not None:
             digest.update(repr(source.trajectories).encode())
-        for split in SPLITS:
-            for file in source.files[split]:
-                status = file.path.stat()
-                digest.update(repr((split, file.path.name, status.st_size, status.st_mtime_ns)).encode())
+        digest.update(json.dumps(describe_source(source), sort_keys=True).encode())
     return digest.hexdigest()
 
 

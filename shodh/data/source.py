@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -15,9 +15,11 @@ from typing import Any, TypeAlias, get_args
 import numpy as np
 
 from shodh.data.formats import FileHints, TrajectoryFile
+from shodh.data.formats.agreement import require_agreement
 from shodh.data.formats.base import rescale_
 from shodh.data.formats.splits import SPLITS as SPLITS
-from shodh.data.formats.splits import FileView, Split, open_splits
+from shodh.data.formats.splits import Former, Split, find_files, open_splits
+from shodh.data.formats.views import FileView
 from shodh.data.checks import channel_ranges, require_constant, require_mask
 from shodh.data.stats import KEYS, WHERE, Statistics, compute_statistics, read_stats
 from shodh.errors import ConfigError, DataError
@@ -65,6 +67,8 @@ class RegimeSource:
         Shares of train, valid and test, for files that are not split.
     trajectories : sequence of int, optional
         Numbers of the training trajectories that are used, statistics included; all of them if omitted.
+    former, leave_out : optional
+        Splits that files keep, and files that are not opened; see `shodh.data.formats.splits.open_splits`.
 
     Raises
     ------
@@ -72,7 +76,7 @@ class RegimeSource:
         If the wanted fields, the mapping or the placement make no sense.
     DataError
         If the folder or its training files are missing, or a file is damaged, lacks a field, has it with another
-        rank or time dependence, or differs from the first one in grid, lengths or boundary.
+        rank or time dependence, or differs from the first one in what `shodh.data.formats.agreement` names.
     """
 
     def __init__(
@@ -89,6 +93,8 @@ class RegimeSource:
         only: Sequence[str] | None = None,
         layers: int | None = None,
         trajectories: Sequence[int] | None = None,
+        former: Former | None = None,
+        leave_out: Collection[Path] = (),
     ) -> None:
         self.name = name
         self.path = Path(path)
@@ -102,7 +108,10 @@ class RegimeSource:
         self._open: OrderedDict[Path, TrajectoryFile] = OrderedDict()
         self._checked_masks: set[tuple[Split, int]] = set()
         self.opening = (format, hints, tuple(split))
-        self.files = open_splits(self.path, format=format, hints=hints, shares=split)
+        self.all_files = open_splits(
+            self.path, format=format, hints=hints, shares=split, former=former, leave_out=leave_out
+        )
+        self.files = dict(self.all_files)
         if not self.files["train"]:
             folder = self.path / "data" if (self.path / "data").is_dir() else self.path
             raise DataError(
@@ -228,9 +237,9 @@ class RegimeSource:
         """Statistics of the training split, by our field names.
 
         Taken from ``stats.yaml`` beside the data; computed from the training files, and logged, where that is missing
-        or lacks a field. Of chosen trajectories it is always computed, from these alone. A vector that is averaged onto
-        faces on reading has the statistics of the stored one. Mean and std of a masked scalar are those of the cells
-        where it exists.
+        or lacks a field. Of a part of the files that are called training files it is always computed, from this part
+        alone. A vector that is averaged onto faces on reading has the statistics of the stored one. Mean and std of a
+        masked scalar are those of the cells where it exists.
 
         Raises
         ------
@@ -239,12 +248,13 @@ class RegimeSource:
         """
         wanted = {f.name: stored for f in self.present if (stored := self._stored_name[f.name]) is not None}
         masks = {f.name: wanted[f.masked_by] for f in self.present if f.masked_by in wanted}
+        whole = self._trains_on_all()
         path = self.path / "stats.yaml"
         statistics: Statistics = {key: {} for key in (*KEYS, WHERE)}
-        if self.trajectories is None and path.is_file():
+        if whole and path.is_file():
             statistics = read_stats(path)
         if any(stored not in statistics[key] for stored in wanted.values() for key in ("mean", "std")):
-            if self.trajectories is None:
+            if whole:
                 log.warning("%s: no statistics of %s; computing them from the training files", path, sorted(wanted))
             statistics = compute_statistics(self.files["train"], list(wanted.values()))
         where = statistics[WHERE]
@@ -261,6 +271,11 @@ class RegimeSource:
             for key in ("mean", "std"):
                 found[key][name] = where[mask][key][wanted[name]]
         return found
+
+    def _trains_on_all(self) -> bool:
+        """Whether the training split is what the names call so, all of it, and nothing of it is held out."""
+        used = [f.path for f in self.files["train"] if not isinstance(f, FileView)]
+        return len(used) == len(self.files["train"]) and used == find_files(self.path).get("train")
 
     def close(self) -> None:
         """Close all files of this process."""
@@ -290,14 +305,10 @@ class RegimeSource:
                 )
 
     def _check_file(self, file: TrajectoryFile) -> None:
-        for what in ("grid", "boundary"):
-            ours, first = getattr(file, what), getattr(self._first, what)
-            if ours != first:
-                raise DataError(f"{file.path}: {what} is {ours}, but {first} in {self._first.path}")
-        if not np.allclose(file.lengths, self._first.lengths, rtol=1e-4):
-            raise DataError(f"{file.path}: lengths are {file.lengths}, but {self._first.lengths} in {self._first.path}")
         for wanted in self.present:
             self._check_field(file, wanted)
+        stored = [name for f in self.present if (name := self._stored_name[f.name]) is not None]
+        require_agreement(file, self._first, stored)
 
     def _check_field(self, file: TrajectoryFile, wanted: Field) -> None:
         stored_name = self._stored_name[wanted.name]

@@ -254,6 +254,17 @@ def verify_file(checkpoint: Path, name: str, manifest: dict[str, Any]) -> None:
         raise CheckpointError(f"{path} is damaged: its checksum is not the one that was written")
 
 
+def require_topology(checkpoint: Path, manifest: Mapping[str, Any], topology: Mapping[str, int]) -> None:
+    """Raise `CheckpointError` if ranks, expert degree or ZeRO stage are not those that wrote a checkpoint."""
+    written = manifest["topology"]
+    differ = [f"{k}={written.get(k)} (now {v})" for k, v in topology.items() if written.get(k) != v]
+    if differ:
+        raise CheckpointError(
+            f"{checkpoint} was written with {', '.join(differ)}; resume with the same, or start a new run from its "
+            f"weights with --init-from {checkpoint}"
+        )
+
+
 def load_checkpoint(engine: Any, checkpoint: Path, topology: dict[str, int]) -> dict[str, Any]:
     """Restore weights, optimiser and buffers into an engine; returns the loop's state. Collective.
 
@@ -269,13 +280,7 @@ def load_checkpoint(engine: Any, checkpoint: Path, topology: dict[str, int]) -> 
         # DeepSpeed unpickles freely: look at every program it might run before it does, listed in the manifest or not.
         for path in sorted(checkpoint.rglob("*.pt"))[rank::world]:
             refuse_foreign_globals(path)
-        written = manifest["topology"]
-        if written != topology:
-            differ = [f"{k}={written.get(k)} (now {v})" for k, v in topology.items() if written.get(k) != v]
-            raise CheckpointError(
-                f"{checkpoint} was written with {', '.join(differ)}; resume with the same, or start a new run from its "
-                f"weights with --init-from {checkpoint}"
-            )
+        require_topology(checkpoint, manifest, topology)
     with together():
         loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if loaded is None:

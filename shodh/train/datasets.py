@@ -14,6 +14,7 @@ from shodh.config import DataConfig, RegimeConfig, RunConfig
 from shodh.data import FieldNormalizer, MixtureLoader, MixtureSampler, RegimeSource, Split
 from shodh.data.checks import check_masks
 from shodh.data.formats import FileHints
+from shodh.data.identity import Choose
 from shodh.data.loader import SampleDataset
 from shodh.data.mixture import temperature_shares
 from shodh.devices import uses_cuda
@@ -88,7 +89,13 @@ def opening(regime: RegimeConfig) -> dict[str, Any]:
     return {"format": regime.format, "hints": hints, "split": regime.split}
 
 
-def open_regimes(config: DataConfig, normalizer: FieldNormalizer | None = None, *, extrude: bool = True) -> Regimes:
+def open_regimes(
+    config: DataConfig,
+    normalizer: FieldNormalizer | None = None,
+    *,
+    extrude: bool = True,
+    choose: Choose | None = None,
+) -> Regimes:
     """Open the data of every regime and check that it fits the configuration.
 
     Parameters
@@ -97,13 +104,15 @@ def open_regimes(config: DataConfig, normalizer: FieldNormalizer | None = None, 
         The one a tokenizer was trained with; by default it is made from the training statistics.
     extrude : bool
         Whether two space dimensions are read as equal layers of three; not so for operators on the fields themselves.
+    choose : callable, optional
+        The splits that files keep; see `shodh.train.data_identity`.
 
     Raises
     ------
     DataError
         Data is missing, damaged, or of another grid or other fields; names the file or folder.
     """
-    sources = open_sources(config, extrude=extrude)
+    sources = open_sources(config, extrude=extrude, choose=choose)
     for source in sources:
         check_masks(source)
     if normalizer is None:
@@ -115,7 +124,7 @@ def open_regimes(config: DataConfig, normalizer: FieldNormalizer | None = None, 
     return Regimes(sources, normalizer, [domain_of(source, normalizer) for source in sources])
 
 
-def open_sources(config: DataConfig, *, extrude: bool = True) -> list[RegimeSource]:
+def open_sources(config: DataConfig, *, extrude: bool = True, choose: Choose | None = None) -> list[RegimeSource]:
     """The data of every regime, without its statistics; arguments and errors as `open_regimes`."""
     fields = [f.build() for f in config.fields]
     sources = []
@@ -123,6 +132,7 @@ def open_sources(config: DataConfig, *, extrude: bool = True) -> list[RegimeSour
         placement = {}
         if regime.placement is not None:
             placement = {f.name: regime.placement for f in fields if f.kind == "vector"}
+        former, leave_out = choose(regime.name, regime.path) if choose is not None else ({}, ())
         source = RegimeSource(
             regime.name,
             regime.path,
@@ -132,6 +142,8 @@ def open_sources(config: DataConfig, *, extrude: bool = True) -> list[RegimeSour
             only=config.present(regime),
             layers=config.cells[2] if extrude else None,
             trajectories=regime.trajectories,
+            former=former,
+            leave_out=leave_out,
             **opening(regime),
         )
         if source.grid != (config.cells if extrude else config.grid):

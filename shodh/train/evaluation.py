@@ -18,11 +18,13 @@ from tqdm import tqdm
 
 from shodh.config import RunConfig
 from shodh.data import FieldNormalizer, Split
+from shodh.data.identity import Choose
 from shodh.errors import CheckpointError
 from shodh.models.factory import build_operator
 from shodh.moe.routing import regime_information
 from shodh.precision import float32_products, ieee_float32
 from shodh.train.checkpoint import WEIGHTS, load_into, load_weights, read_initial_weights, read_manifest
+from shodh.train.data_identity import kept_choice, new_choice
 from shodh.train.field_evaluation import FieldEvaluation
 from shodh.train.field_task import open_fields, read_normalizer
 from shodh.train.latent_evaluation import LatentEvaluation
@@ -49,7 +51,8 @@ def open_run(run: Path, checkpoint: str | None, device: torch.device) -> Evaluat
     weights = folder.checkpoints / tag / WEIGHTS
     read_manifest(weights.parent)
     normalizer = read_normalizer(run) if config.operator.in_field_space else None
-    return _opened(config, folder, tag, load_weights(weights), weights, normalizer, device)
+    choose = kept_choice(run)
+    return _opened(config, folder, tag, load_weights(weights), weights, normalizer, device, choose)
 
 
 def open_given(config: RunConfig, weights: Path, device: torch.device) -> Evaluator:
@@ -58,7 +61,8 @@ def open_given(config: RunConfig, weights: Path, device: torch.device) -> Evalua
     Fields are normalised by the regimes' own training statistics.
     """
     folder = RunFolder(config.run_dir)
-    return _opened(config, folder, weights.name, read_initial_weights(weights), weights, None, device)
+    choose = new_choice(config, weights)
+    return _opened(config, folder, weights.name, read_initial_weights(weights), weights, None, device, choose)
 
 
 def _opened(
@@ -69,14 +73,15 @@ def _opened(
     source: Path,
     normalizer: FieldNormalizer | None,
     device: torch.device,
+    choose: Choose | None,
 ) -> Evaluator:
     operator = build_operator(config)
     load_into(operator, state, source)
     trained: TrainedTokenizer | None = None
     if config.operator.in_field_space:
-        regimes = open_fields(config, normalizer)
+        regimes = open_fields(config, normalizer, choose)
     else:
-        regimes, trained = open_for_operator(config)
+        regimes, trained = open_for_operator(config, choose)
         trained.model.to(device)
     return Evaluator(config, folder, checkpoint, regimes, trained, operator.to(device).eval(), device)
 

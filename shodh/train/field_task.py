@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shodh.config import RunConfig
 from shodh.data import FieldNormalizer, Split, WindowDataset
+from shodh.data.identity import Choose
 from shodh.errors import CheckpointError, DataError
 from shodh.models.description import METADATA_KEY, is_pretrained, read_description
 from shodh.models.field_space import channel_mask, existing_cells, pad_absent
@@ -24,9 +25,9 @@ from shodh.weights import read_json, read_metadata
 SPACE_FILE = "space.json"
 
 
-def open_fields(config: RunConfig, normalizer: FieldNormalizer | None = None) -> Regimes:
-    """The regimes of a run on fields: two dimensions stay two. Errors as `open_regimes`."""
-    return open_regimes(config.data, normalizer, extrude=False)
+def open_fields(config: RunConfig, normalizer: FieldNormalizer | None = None, choose: Choose | None = None) -> Regimes:
+    """The regimes of a run on fields: two dimensions stay two. Arguments and errors as `open_regimes`."""
+    return open_regimes(config.data, normalizer, extrude=False, choose=choose)
 
 
 def open_windows(config: RunConfig, regimes: Regimes, split: Split, horizon: int = 1) -> list[WindowDataset]:

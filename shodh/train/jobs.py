@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from shodh.config import RunConfig, TrainConfig, to_dict
 from shodh.data import FieldNormalizer, WindowDataset
+from shodh.data.identity import RECORD, DataRecord
 from shodh.errors import CheckpointError, ConfigError
 from shodh.files import atomic_path
 from shodh.models.basis import PATCH, PatchBasis
@@ -33,9 +34,11 @@ from shodh.train.checkpoint import (
     load_weights,
     read_initial_weights,
     read_manifest,
+    require_topology,
     set_masters,
     source_checksum,
 )
+from shodh.train.data_identity import kept_choice, new_choice
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.engine import build_engine, load_deepspeed_config
 from shodh.train.field_task import (
@@ -80,8 +83,16 @@ def find_start(folder: RunFolder, resume: str | None) -> Path | None:
     return None if tag is None else folder.checkpoints / tag
 
 
-def _check_same_run(config: RunConfig, folder: RunFolder) -> None:
-    """A resumed run must learn the same thing from the same batches."""
+def _check_same_run(
+    config: RunConfig, folder: RunFolder, start: Path, topology: Topology, deepspeed: Mapping[str, Any]
+) -> None:
+    """A resumed run must learn the same thing from the same batches, on the same ranks; where its data lie may change.
+
+    Checked before anything is written into its folder.
+    """
+    stage = int(deepspeed["zero_optimization"]["stage"])
+    now = {"world_size": topology.world_size, "ep_size": topology.ep_size, "zero_stage": stage}
+    require_topology(start, read_manifest(start), now)
     if not (folder.path / "config.yaml").exists():
         return
     old, new = to_dict(folder.config()), to_dict(config)
@@ -89,6 +100,9 @@ def _check_same_run(config: RunConfig, folder: RunFolder) -> None:
         for stage in ("tokenizer", "operator"):
             del tree[stage]["train"]  # How long and how fast may change; what is learned, and from what, may not.
         del tree["tokenizer"]["run"]
+        if (folder.path / RECORD).exists():
+            for regime in tree["data"]["regimes"]:
+                del regime["path"]
     changed = [key for key in ("seed", "data", "tokenizer", "operator", "finetune") if old[key] != new[key]]
     if changed:
         raise ConfigError(
@@ -146,14 +160,18 @@ def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
     deepspeed = load_deepspeed_config(config.deepspeed, train, topology)
     start = find_start(folder, resume)
     if start is not None:
-        _check_same_run(config, folder)
+        _check_same_run(config, folder, start, topology, deepspeed)
     device = start_distributed()
     with together():
-        regimes = open_regimes(config.data, _normalizer_of_start(config, folder) if start is not None else None)
+        kept, choose = None, None
+        if start is not None:
+            kept, choose = _normalizer_of_start(config, folder), kept_choice(folder.path)
+        regimes = open_regimes(config.data, kept, choose=choose)
         task = TokenizerTask(config, regimes, topology)
         if rank() == 0:
             folder.create(config, deepspeed)
             write_space(folder, regimes)
+            DataRecord.of(regimes.sources, folder.path).save()
     model = build_tokenizer(config)
     initialise(model, config.seed)
     with together():
@@ -295,7 +313,7 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
     topology, deepspeed = plan_operator(config, world_size())
     start = find_start(folder, resume)
     if start is not None:
-        _check_same_run(config, folder)
+        _check_same_run(config, folder, start, topology, deepspeed)
     if init_from is not None:
         read_initial_weights(init_from)  # Mapped, not read: what cannot be used is refused before ranks connect.
     device = start_distributed()
@@ -303,6 +321,7 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
     with together():
         if rank() == 0:
             folder.create(config, deepspeed)
+            DataRecord.of(regimes.sources, folder.path).save()
             if config.operator.in_field_space or config.tokenizer.unseen_regimes:
                 write_space(folder, regimes)
             if start is None:
@@ -320,9 +339,11 @@ def open_data(
 ) -> tuple[Regimes, OpenSplit]:
     """The regimes of a run and the windows that its operator learns from.
 
-    A ``resumed`` one on fields keeps its normalisation, and one of a family takes that of the anchor it starts from.
-    Collective.
+    A ``resumed`` one keeps its files and their split, and on fields its normalisation; a new one takes over the splits
+    of the runs it starts from, and one of a family the normalisation of its anchor. Collective.
     """
+    with together():
+        choose = new_choice(config, init_from) if resumed is None else kept_choice(resumed.path)
     if config.operator.in_field_space:
         with together():
             kept = None
@@ -330,10 +351,10 @@ def open_data(
                 kept = read_normalizer(resumed.path)
             elif config.family is not None and init_from is not None:
                 kept = inherited_normalizer(config, init_from)
-            regimes = open_fields(config, kept)
+            regimes = open_fields(config, kept, choose)
         return regimes, partial(open_windows, config, regimes)
     with together():
-        regimes, trained = open_for_operator(config)
+        regimes, trained = open_for_operator(config, choose)
     return regimes, partial(open_latents, config, regimes, prepare_latents(config, regimes, trained, device))
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from shodh.config import RunConfig
 from shodh.data import FieldNormalizer, LatentWindowDataset, Split, file_stems, latent_key, split_folder, write_latents
+from shodh.data.identity import Choose
 from shodh.errors import CheckpointError, DataError
 from shodh.models.domain import Domain, add_walls, static_features
 from shodh.models.factory import build_tokenizer
@@ -96,12 +97,13 @@ def load_tokenizer(config: RunConfig) -> TrainedTokenizer:
     return TrainedTokenizer(model.eval().requires_grad_(False), normalizer, weights, checksum(weights))
 
 
-def normalizer_for(config: RunConfig, trained: TrainedTokenizer) -> FieldNormalizer:
+def normalizer_for(config: RunConfig, trained: TrainedTokenizer, choose: Choose | None = None) -> FieldNormalizer:
     """The tokenizer's constants, with the regimes of this run in their order; of unseen regimes, their own."""
     known = trained.normalizer.constants
     unseen = tuple(r for r in config.data.regimes if r.name not in known)
     if unseen:
-        known = {**known, **open_regimes(config.data.model_copy(update={"regimes": unseen})).normalizer.constants}
+        own = open_regimes(config.data.model_copy(update={"regimes": unseen}), choose=choose)
+        known = {**known, **own.normalizer.constants}
     constants = {r.name: known[r.name] for r in config.data.regimes}
     return FieldNormalizer([f.build() for f in config.data.fields], 3, constants)
 
@@ -166,7 +168,7 @@ def open_latents(
     ]
 
 
-def open_for_operator(config: RunConfig) -> tuple[Regimes, TrainedTokenizer]:
+def open_for_operator(config: RunConfig, choose: Choose | None = None) -> tuple[Regimes, TrainedTokenizer]:
     """Data and tokenizer of an operator run, checked against each other."""
     trained = load_tokenizer(config)
-    return open_regimes(config.data, normalizer_for(config, trained)), trained
+    return open_regimes(config.data, normalizer_for(config, trained, choose), choose=choose), trained
