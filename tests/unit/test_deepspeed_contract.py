@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from shodh.config import ExpertsConfig
-from shodh.moe.router import SemanticRouter
 
 deepspeed = pytest.importorskip("deepspeed")
 
