@@ -143,9 +143,8 @@ class ExpertStack(nn.Module):
     def one(self, rows: Tensor, expert: int) -> Tensor:
         """Expert ``expert`` alone on rows ``[N, D]``."""
         counts = torch.full((1,), len(rows), dtype=torch.int32, device=rows.device)
-        return run_experts(
-            rows, counts, *(w[expert : expert + 1] for w in (self.w1, self.w2, self.w3)), self.activation
-        )
+        w1, w2, w3 = (w[expert : expert + 1] for w in (self.w1, self.w2, self.w3))
+        return run_experts(rows, counts, w1, w2, w3, self.activation)
 
 
 def run_experts(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, activation: str) -> Tensor:

@@ -100,9 +100,9 @@ class ExpertLayer(AutoEPMoELayer):
         _mark_replicated(self.router)
         with torch.device("meta"):
             stack = build_stack(config, dim, self.num_local_experts, self.first_expert)
-        for name, parameter in list(self.experts.named_parameters()):
-            setattr(stack, name, parameter)
-        self.experts = stack
+        for name in ("w1", "w2", "w3"):  # The parameters that DeepSpeed has marked.
+            setattr(stack, name, getattr(self.experts, name))
+        self.experts: nn.Module = stack
         self.added_experts = build_added(config, dim)
         if self.added_experts is not None:
             _mark_replicated(self.added_experts)

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import rank_jobs
+import torch
 from helper import ROOT, run_ranks
 from msgspec import UNSET
 
 from shodh.config import RunConfig, load_config
+from shodh.models.operator import OperatorOutput
 from shodh.moe.trace import read_trace
 from shodh.train.metrics import read_metrics
+
+
+def assert_same_output(found: OperatorOutput, expected: Mapping[str, Any], config: RunConfig) -> None:
+    """The same choices of experts, and the same latents but for the order in which sums are taken.
+
+    How a library orders the sum of a matrix product depends on the number of rows and on where they lie in memory, so
+    two layouts, or an engine and a model read from a file, agree to rounding. A sum of K products in two orders differs
+    by at most 2 K eps of the sum of their sizes (Higham 2002, section 3.1); a token meets these one after another.
+    """
+    operator, data = config.operator, config.data
+    inputs = (data.history * config.tokenizer.latent_channels + len(data.fields)) * operator.patch**3
+    tokens = math.prod(config.latent_grid)
+    block = 3 * operator.dim + operator.dim // operator.heads + tokens + operator.experts.hidden
+    terms = inputs + operator.depth * block + operator.dim
+    bound = 2 * terms * torch.finfo(torch.float32).eps * float(expected["latent"].abs().max())
+    torch.testing.assert_close(found.latent, expected["latent"], rtol=0, atol=bound)
+    assert all(torch.equal(r.selected, s) for r, s in zip(found.routing, expected["selected"], strict=True))
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""A run is the same run on one rank, on two, and with its experts spread over both."""
+"""A run is the same run on one rank, on two, with its experts spread over both, and with two copies of them on four."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from laboratory import Laboratory, Run
+from laboratory import Laboratory, Run, assert_same_output
 from rank_jobs import probe_input
 
 from shodh.models.domain import num_static_features
@@ -13,7 +13,7 @@ from shodh.train.checkpoint import load_into, load_weights
 
 pytestmark = pytest.mark.distributed
 
-LAYOUTS = ((1, 1), (2, 1), (2, 2))
+LAYOUTS = ((1, 1), (2, 1), (2, 2), (4, 2))  # ranks, of which so many share one set of experts
 TERMS = ("train/balance_loss", "moe/switch", "moe/information", "moe/z_loss", "train/grad_norm")
 
 
@@ -98,9 +98,7 @@ def test_plain_torch_twin_gives_the_outputs_of_the_engine(
     with torch.no_grad():
         output = twin(*probe_input(config.data.history, config.tokenizer.latent_channels, num_static_features(1)))
     for rank in run.ranks:
-        torch.testing.assert_close(rank["latent"], output.latent, rtol=0, atol=1e-6)
-        for selected, routing in zip(rank["selected"], output.routing, strict=True):
-            assert torch.equal(selected, routing.selected)
+        assert_same_output(output, rank, config)
 
 
 def test_experts_of_the_first_checkpoint_differ_from_each_other(laboratory: Laboratory) -> None:

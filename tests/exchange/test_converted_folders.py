@@ -235,7 +235,8 @@ def test_rollout_of_physical_fields_is_what_the_evaluation_computes(
             following = evaluator.operator(latents, static_features(geometry)).latent
             decoded = evaluator.tokenizer.assemble(evaluator.tokenizer.emit(following, geometry), domain)
         expected = evaluator.regimes.normalizer.denormalize(decoded, regime, static)
-        assert torch.equal(model.predict(fields, static, regime), expected)
+        # Two ways to the same numbers: a library may order the sums of one of them differently.
+        torch.testing.assert_close(model.predict(fields, static, regime), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

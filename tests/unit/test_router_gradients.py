@@ -16,16 +16,8 @@ from shodh.moe.routing import RouterInputs
 
 DIM, SAMPLES, TOKENS = 16, 4, 6
 KINDS = ("token", "context", "two_level", "noisy_topk", "hash", "frozen", "oracle")
-SIZES = (
-    (1, 1, 1),
-    (2, 1, 1),
-    (2, 1, 2),
-    (2, 2, 1),
-    (4, 1, 2),
-    (4, 2, 2),
-    (4, 4, 1),
-    (4, 1, 4),
-)  # experts, top-k, groups
+#: Experts, top-k, groups.
+SIZES = ((1, 1, 1), (2, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 2), (4, 2, 2), (4, 4, 1), (4, 1, 4))
 ROUTERS = [
     dict(zip(("score", "gate", "normalise", "granularity"), chosen, strict=True))
     for chosen in itertools.product(("cosine", "softmax"), ("linear", "conv"), ("before", "after"), ("token", "sample"))

@@ -86,7 +86,8 @@ def test_noise_of_a_sample_depends_on_its_seed_alone() -> None:
 def test_evaluation_has_no_noise() -> None:
     router, x = trained(make(NOISY)).eval(), tokens()
     routing = route(router, x)
-    assert torch.equal(routing.logits, router.expert_gate(x.flatten(0, 1))[0]) and routing.load_probs is None
+    torch.testing.assert_close(routing.logits, router.expert_gate(x.flatten(0, 1))[0])
+    assert routing.load_probs is None
 
 
 def test_smooth_load_is_the_probability_to_be_chosen_when_one_noise_is_drawn_anew() -> None:
