@@ -38,7 +38,7 @@ class PatchBasis(nn.Module):
         values, vectors = _principal_components(patches.double())
         count = min(len(self.weight), vectors.shape[1])
         chosen = vectors[:, -count:].flip(1)
-        # An eigenvector's sign is arbitrary: make its largest entry positive, so that machines agree.
+        # An eigenvector's sign is arbitrary: make its largest entry positive, so that machines agree to rounding.
         rows = chosen.abs().argmax(0)
         chosen = chosen * chosen.gather(0, rows.view(1, -1)).sign()
         self.weight.zero_()

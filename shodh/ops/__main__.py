@@ -100,13 +100,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--arch", default="90a", help="compute capability of the check (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.torch_include is not None and not options.compile_check:
+        parser.error("--torch-include is for --compile-check; a library is built for the installed torch")
     if options.build:
         return build_in_place(build.wanted_backends() if options.build == "all" else [options.build])
     if options.compile_check:
         backends = list(build.BACKENDS) if options.compile_check == "all" else [options.compile_check]
         return compile_check(backends, options.arch, options.torch_include)
-    if options.torch_include is not None:
-        parser.error("--torch-include is for --compile-check; a library is built for the installed torch")
     report()
     return 0
 

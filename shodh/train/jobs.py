@@ -213,7 +213,8 @@ def training_frames(regimes: Regimes, count: int) -> Iterator[tuple[int, dict[st
 
 
 def fit_basis(model: Tokenizer, regimes: Regimes, frames: int = 64, patches: int = 8192) -> None:
-    """Set the tokenizer's linear part from training frames; rank 0 decides, so that all ranks have the same bits.
+    """Set the tokenizer's linear part from training frames; rank 0 decides, so that all ranks have the same bits
+    (another machine, or a GPU, finds the same to rounding).
 
     ``frames`` and ``patches`` are those of a regime. Each set of fields has a basis of its own, from the regimes that
     have these fields.

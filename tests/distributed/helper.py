@@ -7,6 +7,7 @@ test, which starts in milliseconds instead of seconds.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.process
 import multiprocessing.util
 import os
 import pickle
@@ -38,16 +39,17 @@ PRELOAD = [
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
-def _fork_server() -> Any:
-    """The context of processes that know of no card; only the server's environment is changed, not that of pytest."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(PRELOAD)
+
+
+def _process(target: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
+    """A started process that knows of no card; the environment is the fork server's, not that of pytest."""
     with mock.patch.dict(os.environ, ON_CPU):
         forkserver.ensure_running()
-    return context
-
-
-_context = _fork_server()
+    process = _context.Process(target=target, args=arguments)
+    process.start()
+    return process
 
 
 class RankError(AssertionError):
@@ -124,8 +126,7 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout
     ranks = []
     for rank in range(world):
         receiver, sender = _context.Pipe(duplex=False)
-        process = _context.Process(target=_rank_main, args=(sender, _rank_environment(rank, world, port), payload))
-        process.start()
+        process = _process(_rank_main, sender, _rank_environment(rank, world, port), payload)
         sender.close()
         ranks.append((process, receiver))
     deadline = time.monotonic() + timeout
@@ -182,8 +183,7 @@ def run_script(
     with tempfile.TemporaryDirectory() as folder:
         out, err = f"{folder}/out", f"{folder}/err"
         arguments = (str(ROOT / script), [str(a) for a in argv], dict(environment or {}), out, err)
-        process = _context.Process(target=_script_main, args=arguments)
-        process.start()
+        process = _process(_script_main, *arguments)
         process.join(timeout)
         if process.is_alive():
             process.kill()

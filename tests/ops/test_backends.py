@@ -1,4 +1,7 @@
-"""Every back end returns the bits of the reference, and is a well-behaved citizen of torch."""
+"""Every back end decodes to the bits of the reference of this machine's CPU, and is a well-behaved citizen of torch.
+
+Gradients that are summed over cells agree to rounding.
+"""
 
 from __future__ import annotations
 
