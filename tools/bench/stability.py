@@ -1,0 +1,50 @@
+"""Steps of every explicit regime at the spacing of fine grids: length, share of the limit of stability, ranges.
+
+Each regime runs in a small box with the spacing of 128 cells an axis (tests/physics/fine_grids.py), and what it makes
+is checked against its bounds as tools/generate_data.py checks it. "dt max" is the longest step, "dt/limit" the largest
+share of its limit that a step took, "limit" their quotient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "physics")]
+
+import torch  # noqa: E402
+from fine_grids import EXPLICIT, fine  # noqa: E402
+
+from shodh.cli import run_main  # noqa: E402
+from shodh.generation.checking import check  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--regime", nargs="+", default=EXPLICIT, choices=EXPLICIT, metavar="NAME", help="default: all")
+    parser.add_argument("--frames", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    sys.stdout.write(f"{'regime':<23}{'cells':<13}{'steps':>6}{'dt max':>10}{'limit':>10}{'dt/limit':>9}  ranges\n")
+    for name in args.regime:
+        regime, grid = fine(name)
+        report = check(regime, regime.simulate([args.seed], grid, args.frames), [0])[0]
+        solver = report["solver"]
+        share, longest = solver["limit_share"], solver["step_max"]
+        ranges = ", ".join(
+            f"{field.name} {min(report['ranges'][field.name][0]):.3g} .. {max(report['ranges'][field.name][1]):.3g}"
+            for field in regime.schema.dynamic
+        )
+        sys.stdout.write(
+            f"{name:<23}{'x'.join(map(str, grid)):<13}{solver['steps']:>6.0f}{longest:>10.2e}{longest / share:>10.2e}"
+            f"{share:>9.2f}  {ranges}\n"
+        )
+        sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
