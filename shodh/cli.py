@@ -6,6 +6,7 @@ import argparse
 import errno
 import fnmatch
 import os
+import re
 import select
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -71,17 +72,51 @@ def choose_names(names: Sequence[str], patterns: Sequence[str] | None, what: str
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
+#: What to do about errors of the operating system; others are told by their own words.
+REMEDIES = {
+    errno.ENOSPC: "free some, or choose another output folder, and run the same command again",
+    errno.EDQUOT: "free some, or choose another output folder, and run the same command again",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or choose another output folder",
+    errno.EROFS: "choose an output folder that can be written",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "the machine has too many open files: end other programs",
+    errno.ENAMETOOLONG: "use shorter names",
+    errno.ELOOP: "a symbolic link leads back to itself: mend it",
+    errno.EADDRINUSE: "choose a free one with MASTER_PORT, or deepspeed --master_port",
+    errno.ENOMEM: "use a smaller batch, grid or model",
+}
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|storage size calculation overflow", re.I)
+# How libraries tell an error of the operating system without its number: h5py, safetensors, torch's sockets.
+_NUMBER = re.compile(r"errno = (\d+)|\bcode: -?(\d+)")
+_NAME = re.compile(r"(?:file)?name = '([^']+)'|\b(port: \d+)")
+
+
+def _system_error(number: int, reason: str, place: object) -> str:
+    if number in _NO_SPACE:
+        return f"no disk space left{f' while writing {place}' if place else ''}; {REMEDIES[number]}"
+    text = f"{reason}: {place}" if place else reason
+    return f"{text}; {REMEDIES[number]}" if number in REMEDIES else text
+
+
 def error_line(error: BaseException) -> str | None:
     """One line for errors a user can act on; None for those that deserve a traceback."""
     if isinstance(error, ShodhError):
         return " ".join(str(error).split())
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""
-        return f"no disk space left{where}; free some, or choose another output folder, and run the same command again"
-    if isinstance(
-        error, PermissionError | FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError
-    ):
-        return f"{error.strerror}: {error.filename}"
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _MEMORY.search(text)):
+        return f"out of memory ({text[:200]}); {REMEDIES[errno.ENOMEM]}" if text else "out of memory"
+    if isinstance(error, BrokenPipeError | ConnectionError | ChildProcessError | ProcessLookupError):
+        return None
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        place = error.filename if error.filename is not None else (_NAME.search(text) or [None, None])[1]
+        return _system_error(error.errno, os.strerror(error.errno), place)
+    foreign = isinstance(error, OSError) or type(error).__name__ in ("SafetensorError", "DistNetworkError")
+    if foreign and (found := _NUMBER.search(text)):
+        number, named = int(found[1] or found[2]), _NAME.search(text)
+        return _system_error(number, os.strerror(number), named and (named[1] or named[2]))
+    if isinstance(error, RuntimeError) and "PytorchStreamWriter failed writing" in text:
+        return f"a file could not be written: is the disk full, or a limit reached? ({text[:200]})"
     return None
 
 

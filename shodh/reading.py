@@ -66,6 +66,12 @@ class _Loader(yaml.SafeLoader):
             self._sizes[id(node)] = 1 + sum(self._size(child) for child in children)
         return self._sizes[id(node)]
 
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+            raise _fault("a zero byte or half a character in text", node)
+        return value
+
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Hashable, Any]:
         if not isinstance(node, yaml.MappingNode):
             raise _fault("expected a mapping", node)

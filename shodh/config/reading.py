@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from shodh.config.base import Section
 from shodh.config.run import RunConfig
 from shodh.errors import ConfigError
-from shodh.reading import parse_yaml, read_yaml
+from shodh.reading import MAX_DEPTH, parse_yaml, read_yaml
 
 MAX_MESSAGES = 10  # of one configuration
 
@@ -94,6 +94,8 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str,
         value = parse_yaml(text, f"--set {item!r}: the value")
         node: Any = tree
         *parents, last = path.split(".")
+        if len(parents) > MAX_DEPTH:
+            raise ConfigError(f"--set {path[:80]!r} ...: there is no such place in the configuration")
         try:
             for part in parents:
                 node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})

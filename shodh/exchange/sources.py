@@ -24,6 +24,7 @@ from shodh.models.description import (
     read_pretrained,
 )
 from shodh.strict_json import dumps
+from shodh.reading import read_text
 from shodh.train.checkpoint import MANIFEST, checksum, verify_checkpoint
 from shodh.train.field_task import SPACE_FILE
 from shodh.train.latents import TOKENIZER_FILE
@@ -129,7 +130,7 @@ def _checkpoint_of(path: Path, tag: str | None) -> Path:
     base = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     latest = path / "latest"
     if tag is None and latest.is_file():
-        tag = latest.read_text().strip()
+        tag = read_text(latest, "name of a checkpoint", CheckpointError).strip()
     if not tag or Path(tag).name != tag or not (base / tag).is_dir():
         known = sorted(p.name for p in base.iterdir() if p.is_dir() and p.name[0] != ".") if tag else []
         what = f"has no checkpoint {tag!r} (there are {known})" if tag else f"is not {KINDS}"

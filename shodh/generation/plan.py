@@ -18,6 +18,7 @@ from shodh.errors import ConfigError, DataError
 from shodh.generation.variation import Interval
 from shodh.physics import REGIMES, get_regime
 from shodh.strict_json import to_json
+from shodh.reading import parse_json
 
 # Root attribute of every file that holds the settings it was made with.
 SETTINGS = "generation_settings"
@@ -225,7 +226,7 @@ def is_finished(path: Path, job: Job, *, refuse: bool = True) -> bool:
     try:
         WellFile(path)
         with h5py.File(path, "r", locking=False) as file:
-            found = json.loads(file.attrs.get(SETTINGS, "{}"))
+            found = parse_json(str(file.attrs.get(SETTINGS, "{}")), str(path), DataError)
     except (DataError, OSError, ValueError):
         return False
     if found == job.settings:

@@ -99,7 +99,7 @@ def seconds_per_step(folder: RunFolder, validated_every: int) -> float | None:
 
 def prune_checkpoints(folder: RunFolder) -> None:
     """Drop all checkpoints but the last, which a resume, a conversion or a new evaluation starts from."""
-    latest = (folder.path / "latest").read_text().strip()
+    latest = folder.latest()
     for checkpoint in folder.checkpoints.glob("step_*"):
         if checkpoint.name != latest:
             shutil.rmtree(checkpoint)

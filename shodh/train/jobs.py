@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -111,6 +112,20 @@ def _check_same_run(
         )
 
 
+def _check_memory(model: nn.Module, device: torch.device) -> None:
+    """Refuse a model, on the meta device, whose float32 weights alone are more than this machine's memory."""
+    needed = 4 * sum(p.numel() for p in model.parameters())
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ConfigError(
+            f"the weights of a rank need {needed / 2**30:.4g} GiB in float32, and {device} has {there / 2**30:.4g}; "
+            "use a smaller model, or a larger parallel.ep_size"
+        )
+
+
 def _run(
     config: RunConfig,
     train: TrainConfig,
@@ -172,7 +187,10 @@ def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
             folder.create(config, deepspeed)
             write_space(folder, regimes)
             DataRecord.of(regimes.sources, folder.path).save()
-    model = build_tokenizer(config)
+    with together():
+        with torch.device("meta"):
+            _check_memory(build_tokenizer(config), device)
+        model = build_tokenizer(config)
     initialise(model, config.seed)
     with together():
         fit_basis(model, regimes)
@@ -331,6 +349,8 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
         step = 0 if start is None else int(read_manifest(start)["state"]["step"])
         kind = FieldTask if config.operator.in_field_space else OperatorTask
         task = kind(config, regimes, open_split, topology, folder.routing, step)
+        with torch.device("meta"):
+            _check_memory(_bare_operator(config, topology.ep_size), device)
         model, weights = _build_operator(config, topology.ep_size, init_from)
     return _run(config, config.operator.train, deepspeed, topology, folder, model.to(device), task, start, weights)
 
@@ -359,6 +379,13 @@ def open_data(
     return regimes, partial(open_latents, config, regimes, prepare_latents(config, regimes, trained, device))
 
 
+def _bare_operator(config: RunConfig, ep_size: int) -> nn.Module:
+    """The operator with this rank's experts, before its weights are set."""
+    from shodh.moe.layer import expert_layer_factory
+
+    return build_operator(config, expert_layer_factory(ep_size, rank() % ep_size), config.kernels)
+
+
 def _build_operator(
     config: RunConfig, ep_size: int, init_from: Path | None
 ) -> tuple[nn.Module, dict[str, Tensor] | None]:
@@ -366,9 +393,9 @@ def _build_operator(
 
     Experts that the configuration adds to given weights are freshly drawn; what is not to be trained is frozen.
     """
-    from shodh.moe.layer import expert_layer_factory, local_state
+    from shodh.moe.layer import local_state
 
-    model = build_operator(config, expert_layer_factory(ep_size, rank() % ep_size), config.kernels)
+    model = _bare_operator(config, ep_size)
     initialise(model, config.seed)
     weights = None
     if init_from is not None:

@@ -66,7 +66,7 @@ def _memory(config: RunConfig, topology: Topology, stage: int, dense: int, exper
     weights = gradients = optimizer = 0.0
     for count, ranks in ((dense, topology.world_size), (experts / topology.ep_size, topology.expert_replicas)):
         weights += count * width / (ranks if stage >= 3 else 1)
-        gradients += count * width / (ranks if stage >= 2 else 1)
+        gradients += count * 4 / (ranks if stage >= 2 else 1)  # summed in float32
         optimizer += count * (12 if bf16 else 8) / ranks
     return weights, gradients, optimizer
 
@@ -156,7 +156,7 @@ def make_plan(config: RunConfig, nodes: int | None = None, gpus_per_node: int | 
         ),
         flops_per_step=(6.0 * active + attention) * tokens * topology.global_batch,
         all_to_all_bytes=4.0 * away * operator.depth * rank_tokens * experts.top_k * operator.dim * width,
-        gradient_bytes=2.0 * width * (dense + routed / topology.ep_size),
+        gradient_bytes=2.0 * 4 * (dense + routed / topology.ep_size),
     )
 
 

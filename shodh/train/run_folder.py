@@ -15,10 +15,11 @@ import torch
 from shodh import __version__
 from shodh.config import RunConfig, dump_config, load_config
 from shodh.devices import uses_cuda
-from shodh.errors import ConfigError
-from shodh.files import write_atomically
 from shodh.precision import float32_products
 from shodh.strict_json import dumps, write_json
+from shodh.errors import CheckpointError, ConfigError
+from shodh.files import write_atomically
+from shodh.reading import read_text
 from shodh.weights import read_json
 
 START = "init_from.json"
@@ -97,5 +98,5 @@ class RunFolder:
     def latest(self) -> str | None:
         """Tag of the newest complete checkpoint, or None."""
         path = self.path / "latest"
-        tag = path.read_text().strip() if path.exists() else ""
+        tag = read_text(path, "name of a checkpoint", CheckpointError).strip() if path.exists() else ""
         return tag if tag and (self.checkpoints / tag / "manifest.json").exists() else None
