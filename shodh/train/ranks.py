@@ -14,6 +14,7 @@ from shodh.devices import local_world_size
 from shodh.strict_json import dumps
 
 WAIT = timedelta(days=30)  # a job may take as long as it takes
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun itself listens on the port, and its ranks must not
 
 
 class Ranks:
@@ -26,7 +27,8 @@ class Ranks:
         self._store: TCPStore | None = None
         if self.world > 1:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            self._store = TCPStore(address, port, self.world, self.rank == 0, timeout=WAIT)
+            hosts = self.rank == 0 and os.environ.get(AGENT_STORE) != "True"
+            self._store = TCPStore(address, port, self.world, hosts, timeout=WAIT)
 
     def agree(self, key: str, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -37,8 +39,8 @@ class Ranks:
         return json.loads(self._store.get(key))
 
     def environment(self, job: str) -> dict[str, str]:
-        """What the processes of a job need to find each other: a port of their own."""
-        return {"MASTER_PORT": str(self.agree(f"{job}/port", _free_port()))}
+        """What the processes of a job need to find each other: a port of their own, where their first rank listens."""
+        return {"MASTER_PORT": str(self.agree(f"{job}/port", _free_port())), AGENT_STORE: "False"}
 
     def failed(self, job: str) -> bool:
         """Whether a job has failed on some rank."""
