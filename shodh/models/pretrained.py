@@ -96,9 +96,12 @@ class ShodhModel(PretrainedModel):
         emitted = (self.tokenizer.emit(latent, geometry) for latent in latents.unbind(1))
         return torch.stack([self.tokenizer.assemble(e, self.domain(regime), exact=exact) for e in emitted], 1)
 
-    def _rollout(self, window: Tensor, static: Tensor, regime: str, steps: int, exact: bool) -> Tensor:
+    def _require(self, exact: bool) -> None:
         if self.operator is None:
             raise CheckpointError("this folder holds a tokenizer alone; convert a run of launch/pretrain.py")
+
+    def _rollout(self, window: Tensor, static: Tensor, regime: str, steps: int, exact: bool) -> Tensor:
+        assert self.operator is not None
         geometry = self._geometry(static, regime)
         window, features = self._encode(window, geometry), static_features(geometry)
         told = regime_arguments(self.config.operator.experts, self.regimes.index(regime), window)
@@ -156,10 +159,11 @@ class FieldModel(PretrainedModel):
         output: OperatorOutput = self.operator(padded, given, **told)
         return output
 
-    def _rollout(self, window: Tensor, static: Tensor, regime: str, steps: int, exact: bool) -> Tensor:
-        """As `PretrainedModel.rollout`; CheckpointError if ``exact``: nothing here is decoded from a potential."""
+    def _require(self, exact: bool) -> None:
         if exact:
             raise CheckpointError("exact is of velocities that are decoded from a potential; this operator has none")
+
+    def _rollout(self, window: Tensor, static: Tensor, regime: str, steps: int, exact: bool) -> Tensor:
         given = self._normalize_static(static, regime)
         frames = []
         for _ in range(steps):

@@ -163,6 +163,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: 
         DataError
             The regime is unknown, or an array is not of the model's shape, not finite, or of a type that is not taken.
         """
+        self._require(exact)
         if steps < 1:
             raise DataError(f"steps={steps}; must be at least 1")
         with self._computing():
@@ -170,6 +171,10 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: 
             window = self._take_fields(fields, masks, regime, self.history)[:, -self.history :]
             normal = self._rollout(window, masks, regime, steps, exact)
             return like(self.normalizer.denormalize(normal, regime, masks), fields)
+
+    def _require(self, exact: bool) -> None:
+        """Raise CheckpointError where the model cannot step, or not exactly."""
+        raise NotImplementedError
 
     def _rollout(self, window: Tensor, static: Tensor, regime: str, steps: int, exact: bool) -> Tensor:
         """`rollout` of normalised fields ``[B, history, C, *grid]`` with static ones as stored."""
