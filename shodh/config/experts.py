@@ -119,8 +119,8 @@ class ExpertsConfig(Section):
         )
         if self.top_k == 1 and self.router.normalise == "after" and learns:
             raise ValueError(
-                "top_k=1 with router.normalise after gives every chosen expert the weight 1, and the router would get no "
-                "gradient; use router.normalise=before, or a larger top_k"
+                "top_k=1 with router.normalise after gives every chosen expert the weight 1, and the router would get "
+                "no gradient; use router.normalise=before, or a larger top_k"
             )
         if self.balance.load and self.router.kind != "noisy_topk":
             raise ValueError(f"balance.load is defined by the noise of router.kind noisy_topk, not {self.router.kind}")

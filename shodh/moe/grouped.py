@@ -49,7 +49,7 @@ class _GroupedProduct(torch.autograd.Function):
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Multiply each row with the matrix of its expert: a grouped GEMM, or a loop over segments where that has no kernel.
+    """Multiply each row with the matrix of its expert: a grouped GEMM, or a loop over segments where it has no kernel.
 
     Parameters
     ----------
