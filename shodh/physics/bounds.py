@@ -68,7 +68,7 @@ class Bounds:
     ranges: tuple[Range, ...] = ()
     energies: tuple[Energy, ...] = ()
     limits: tuple[Limit, ...] = ()
-    divergence: float = 16.0
+    divergence: float = 64.0
     speed: float = 1.0
 
 

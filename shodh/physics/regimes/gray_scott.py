@@ -106,8 +106,12 @@ class GrayScott(SolvedRegime):
 
     @property
     def bounds(self) -> Bounds:
-        """Concentrations are not negative, and the substrate is fed up to 1; about 1 is there of both together."""
-        return Bounds((Range("substrate", -0.01, 1.01), Range("autocatalyst", -0.01, 1.1)))
+        """Concentrations are not negative, and the substrate is fed up to 1.
+
+        With equal diffusivities their sum stays below 1; a substrate that spreads faster lets the autocatalyst pile up.
+        """
+        most = 1.1 * max(1.0, 0.5 * self.diffusivity_u / self.diffusivity_v)
+        return Bounds((Range("substrate", -0.01, 1.01), Range("autocatalyst", -0.01, most)))
 
     @property
     def schema(self) -> RegimeSchema:
