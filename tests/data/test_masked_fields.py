@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from shodh.data import FieldNormalizer, RegimeSource, WindowDataset, compute_statistics, write_stats, write_trajectories
+from shodh.data.formats.inspection import inspect_file
 from shodh.data.checks import check_masks, looks_inverted, mask_problem
 from shodh.errors import DataError
 from shodh.fields import OUTSIDE, Field, Trajectories
@@ -200,3 +201,17 @@ def test_what_looks_inverted() -> None:
     assert not looks_inverted(solid, Field("u", "vector"), 0 * moves)  # at rest
     assert looks_inverted(1 - solid, TRACER, moves[:1]) and not looks_inverted(solid, TRACER, moves[:1])
     assert not looks_inverted(1 - solid, Field("tracer"), moves[:1])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(lambda m: 255 * m, "divide it by 255"), (lambda m: 1 - m, "looks inverted"), (lambda m: m, None)],
+)
+def test_inspection_says_what_is_wrong_with_a_mask(
+    tmp_path: Path, make_trajectories: Make, change: Callable[[np.ndarray], np.ndarray], words: str | None
+) -> None:
+    path = write(tmp_path, make_trajectories, lambda z: 5 + z) / "data" / "train" / "0.hdf5"
+    with h5py.File(path, "a") as file:
+        file["t0_fields/solid"][...] = change(file["t0_fields/solid"][...].astype(np.float32))
+    problems = [p for p in inspect_file(path).problems if "'solid'" in p]
+    assert (len(problems), words is not None and words in problems[0]) == ((0, False) if words is None else (1, True))

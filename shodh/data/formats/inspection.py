@@ -387,28 +387,40 @@ def _advise(file: TrajectoryFile, report: FileReport) -> None:
 
 def _check_masks(file: TrajectoryFile, report: FileReport) -> None:
     """Problems of static scalars that are masks by their name, or by holding 0 and one other value."""
-    last = range(file.num_frames - 1, file.num_frames)
     for f in report.fields:
-        if not f.static or f.kind != "scalar" or f.not_finite or file.format == "rock":
-            continue
-        mask = np.empty((1, *file.grid), dtype=np.float32)
-        for trajectory in range(min(file.num_trajectories, FRAMES_EACH)):
-            file.read(f.name, trajectory, range(1), mask)
-            values = set(np.unique(mask).tolist())
-            problem = mask_problem(mask) if f.name in MASK_NAMES or (0.0 in values and len(values) == 2) else None
-            if problem:
-                report.problems.append(f"static field {f.name!r} of trajectory {trajectory} {problem}")
-                break
-            if trajectory or values != {0.0, 1.0}:
-                continue
-            for other in (file.field(o.name) for o in report.fields if o.kind == "vector" and not o.static):
-                vector = np.empty((1, len(file.grid), *file.grid), dtype=np.float32)
-                file.read(other.name, trajectory, last, vector, finite=False)
-                if looks_inverted(mask[0], other, vector[0]):
-                    report.problems.append(
-                        f"static field {f.name!r} looks inverted as a mask, which is 1 in solids: {other.name!r} is zero "
-                        "where it is 0 and not where it is 1"
-                    )
+        if f.static and f.kind == "scalar" and not f.not_finite and file.format != "rock":
+            try:
+                report.problems += _mask_problems(file, f.name)
+            except DataError as error:
+                if str(error) not in report.problems:
+                    report.problems.append(str(error))
+
+
+def _mask_problems(file: TrajectoryFile, name: str) -> list[str]:
+    """The first problem of a mask over the first trajectories; or that it looks inverted beside the first's vectors."""
+    mask = np.empty((1, *file.grid), dtype=np.float32)
+    problems: list[str] = []
+    for trajectory in range(min(file.num_trajectories, FRAMES_EACH)):
+        file.read(name, trajectory, range(1), mask)
+        values = set(np.unique(mask).tolist())
+        problem = mask_problem(mask) if name in MASK_NAMES or (0.0 in values and len(values) == 2) else None
+        if problem:
+            return [f"static field {name!r} of trajectory {trajectory} {problem}"]
+        if trajectory == 0 and values == {0.0, 1.0}:
+            problems = [
+                f"static field {name!r} looks inverted as a mask, which is 1 in solids: {other.name!r} is zero where it "
+                "is 0 and not where it is 1"
+                for other in file.fields.values()
+                if other.kind == "vector" and not other.static and looks_inverted(mask[0], other, _last(file, other.name))
+            ]
+    return problems
+
+
+def _last(file: TrajectoryFile, name: str) -> np.ndarray:
+    """The last frame of a vector in the first trajectory, ``[D, *grid]``."""
+    out = np.empty((1, len(file.grid), *file.grid), dtype=np.float32)
+    file.read(name, 0, range(file.num_frames - 1, file.num_frames), out, finite=False)
+    return out[0]
 
 
 def _is_not_a_snapshot(file: TrajectoryFile, report: FieldReport) -> bool:
