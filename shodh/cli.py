@@ -88,7 +88,8 @@ REMEDIES = {
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|storage size calculation overflow", re.I)
 # How libraries tell an error of the operating system without its number: h5py, safetensors, torch's sockets.
-_NUMBER = re.compile(r"errno = (\d+)|\bcode: -?(\d+)")
+_NUMBER = re.compile(r"(?:errno = |\bcode: -?|\(os error )(\d+)")
+_TORCH_SAVE = re.compile(r"PytorchStreamWriter failed|inline_container\.cc.*unexpected pos|iostream error")
 _NAME = re.compile(r"(?:file)?name = '([^']+)'|\b(port: \d+)")
 
 
@@ -113,10 +114,10 @@ def error_line(error: BaseException) -> str | None:
         return _system_error(error.errno, os.strerror(error.errno), place)
     foreign = isinstance(error, OSError) or type(error).__name__ in ("SafetensorError", "DistNetworkError")
     if foreign and (found := _NUMBER.search(text)):
-        number, named = int(found[1] or found[2]), _NAME.search(text)
+        number, named = int(found[1]), _NAME.search(text)
         return _system_error(number, os.strerror(number), named and (named[1] or named[2]))
-    if isinstance(error, RuntimeError) and "PytorchStreamWriter failed writing" in text:
-        return f"a file could not be written: is the disk full, or a limit reached? ({text[:200]})"
+    if isinstance(error, RuntimeError) and _TORCH_SAVE.search(text):
+        return f"a file could not be written ({text[:200]}): is the disk full, or a limit on files reached?"
     return None
 
 

@@ -72,10 +72,9 @@ def load_deepspeed_config(path: Path, train: TrainConfig, topology: Topology) ->
             _settle(config, place, value, f"of the run (precision {train.precision})")
         for place, value in FIXED.items():
             _settle(config, place, value, "that training needs")
-        _settle(config, ("zero_optimization", "stage"), config.get("zero_optimization", {}).get("stage", 0), "")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    stage = config["zero_optimization"]["stage"]
+    stage = config["zero_optimization"].get("stage", 0)
     if isinstance(stage, bool) or stage not in (1, 2, 3):
         raise ConfigError(
             f"{path}: zero_optimization.stage={stage}; use 1, 2 or 3 (0 computes a wrong gradient norm with experts)"

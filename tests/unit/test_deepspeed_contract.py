@@ -55,6 +55,9 @@ def test_version_is_one_that_was_read() -> None:
         (deepspeed.DeepSpeedEngine.load_checkpoint, ["self", "load_dir", "tag"]),
         (deepspeed.utils.groups._get_expert_parallel_group, ["group_name"]),
         (deepspeed.utils.safe_get_local_fp32_param, ["param"]),
+        (deepspeed.utils.safe_get_local_optimizer_state, ["param", "optim_state_key"]),
+        (deepspeed.DeepSpeedEngine._do_optimizer_sanity_check, ["self", "basic_optimizer"]),
+        (deepspeed.DeepSpeedEngine.was_step_applied, ["self"]),
     ],
     ids=lambda value: getattr(value, "__qualname__", None),
 )

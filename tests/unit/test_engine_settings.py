@@ -21,7 +21,7 @@ TRAIN = TrainConfig(steps=1, clip=0.5, precision="bf16")
 TOPOLOGY = Topology(world_size=2, ep_size=1, micro_batch=3, accumulation=4)
 
 
-def load(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+def load(path: Path, content: Any) -> dict[str, Any]:
     path.write_text(json.dumps(content))
     return load_deepspeed_config(path, TRAIN, TOPOLOGY)
 
@@ -40,7 +40,17 @@ def test_every_deepspeed_file_of_the_project_takes_its_numbers_from_the_run(path
     [
         ({"zero_optimization": {"stage": 0}}, "stage=0; use 1, 2 or 3"),
         ({}, "stage=0; use 1, 2 or 3"),
+        ({"zero_optimization": {"stage": True}}, "stage=True; use 1, 2 or 3"),
+        ({"zero_optimization": []}, r"zero_optimization: expected a mapping, got \[\]"),
+        ({"zero_optimization": {"stage": 1}, "bf16": 3}, "bf16: expected a mapping, got 3"),
+        ([], "expected a JSON object of settings, got list"),
         ({"zero_optimization": {"stage": 1}, "train_batch_size": 7}, "train_batch_size=7 contradicts 24"),
+        # What rounds sums of gradients, or lets those pass that are not finite.
+        ({"zero_optimization": {"stage": 1}, "communication_data_type": "bf16"}, "communication_data_type='bf16'"),
+        ({"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype='bf16'"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "compute_grad_norm=False contradicts True"),
+        ({"zero_optimization": {"stage": 1}, "bf16": {"check_grad_overflow": False}}, "check_grad_overflow=False"),
+        ({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}, "fp16.enabled=True contradicts False"),
         ({"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}, "gradient_clipping=1.0 contradicts 0.5"),
         (
             {"zero_optimization": {"stage": 1}, "bf16": {"enabled": False}},
@@ -48,12 +58,16 @@ def test_every_deepspeed_file_of_the_project_takes_its_numbers_from_the_run(path
         ),
     ],
 )
-def test_deepspeed_file_that_contradicts_the_run_is_refused(
-    tmp_path: Path, content: dict[str, Any], message: str
-) -> None:
+def test_deepspeed_file_that_contradicts_the_run_is_refused(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load(tmp_path / "ds.json", content)
     assert "ds.json" in str(caught.value)
+
+
+def test_gradients_are_summed_in_float32_whatever_the_file_leaves_out(tmp_path: Path) -> None:
+    config = load(tmp_path / "ds.json", {"zero_optimization": {"stage": 1}})
+    assert config["communication_data_type"] == config["data_types"]["grad_accum_dtype"] == "fp32"
+    assert config["bf16"]["check_grad_overflow"] is True and config["zero_optimization"]["compute_grad_norm"] is True
 
 
 def test_unreadable_deepspeed_file_is_refused_by_name(tmp_path: Path) -> None:

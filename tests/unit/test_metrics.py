@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from shodh.train.metrics import MetricWriter, RegimeMeans, read_metrics, reduce_metrics
+from shodh.train.metrics import (
+    MetricWriter,
+    RegimeMeans,
+    StepRecord,
+    nonfinite_regimes,
+    read_metrics,
+    reduce_metrics,
+)
 from shodh.train.pictures import share_picture
 
 CPU = torch.device("cpu")
@@ -66,3 +75,29 @@ def test_share_picture_shows_which_expert_took_a_regime() -> None:
     mirrored = share_picture(table.flip(-1), ["a", "b"])
     assert picture.shape == mirrored.shape and not np.array_equal(picture, mirrored)
     assert np.array_equal(picture, share_picture(7 * table, ["a", "b"])), "shares, not counts"
+
+
+def test_record_keeps_every_step_on_the_device_until_it_is_taken() -> None:
+    record = StepRecord()
+    for step in range(3):
+        record.add(step, {"loss": torch.tensor(step + 0.5), "norm": math.inf if step == 1 else torch.tensor(2.0)})
+    assert not record.full
+    assert [(step, values) for step, _, values in record.take()] == [
+        (0, {"loss": 0.5, "norm": 2.0}), (1, {"loss": 1.5, "norm": math.inf}), (2, {"loss": 2.5, "norm": 2.0})
+    ]  # fmt: skip
+    assert record.take() == []
+
+
+def test_values_that_are_not_finite_are_null_in_the_file(tmp_path: Path) -> None:
+    writer = MetricWriter(tmp_path)
+    writer.write(0, {"a": math.nan, "b": -math.inf, "c": 1.0}, when=5.0)
+    writer.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert line == {"step": 0, "time": 5.0, "a": None, "b": None, "c": 1.0}
+    assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[0]["a"])
+
+
+def test_regimes_of_errors_that_are_not_finite_are_named() -> None:
+    errors = [(torch.tensor([0, 2]), torch.tensor([1.0, math.nan])), (torch.tensor([1]), torch.tensor([math.inf]))]
+    assert nonfinite_regimes(errors, ["a", "b", "c"]) == ["b", "c"]
+    assert nonfinite_regimes(errors[:1], ["a", "b", "c"]) == ["c"]
