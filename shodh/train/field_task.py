@@ -26,9 +26,7 @@ from shodh.weights import read_json, read_metadata
 SPACE_FILE = "space.json"
 
 
-def open_fields(
-    config: RunConfig, normalizer: FieldNormalizer | None = None, choose: Choose | None = None
-) -> Regimes:
+def open_fields(config: RunConfig, normalizer: FieldNormalizer | None = None, choose: Choose | None = None) -> Regimes:
     """The regimes of a run on fields: two dimensions stay two. Arguments and errors as `open_regimes`."""
     return open_regimes(config.data, normalizer, extrude=False, choose=choose)
 

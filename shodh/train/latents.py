@@ -96,9 +96,7 @@ def load_tokenizer(config: RunConfig) -> TrainedTokenizer:
     return TrainedTokenizer(model.eval().requires_grad_(False), normalizer, weights, checksum(weights))
 
 
-def normalizer_for(
-    config: RunConfig, trained: TrainedTokenizer, choose: Choose | None = None
-) -> FieldNormalizer:
+def normalizer_for(config: RunConfig, trained: TrainedTokenizer, choose: Choose | None = None) -> FieldNormalizer:
     """The tokenizer's constants, with the regimes of this run in their order; of unseen regimes, their own."""
     known = trained.normalizer.constants
     unseen = tuple(r for r in config.data.regimes if r.name not in known)
@@ -155,6 +153,9 @@ def open_latents(
     config: RunConfig, regimes: Regimes, cache: Path, split: Split, horizon: int = 1
 ) -> list[LatentWindowDataset]:
     """Windows of ``history`` latents and the ``horizon`` next ones, a dataset a regime."""
+    if horizon == 1:  # Of longer ones the rollouts tell.
+        for source in regimes.sources:
+            source.name_short(split, config.data.history * config.data.stride + 1, "a window")
     return [
         LatentWindowDataset(
             split_folder(cache.parent, cache.name, source.name, split),
