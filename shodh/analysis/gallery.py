@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from shodh.data.formats import SUFFIXES, TrajectoryFile, open_file
+from shodh.data.formats.names import stated_split
 from shodh.errors import ConfigError, DataError
 
 COLUMNS = 5
@@ -155,5 +156,7 @@ def draw_contact_sheet(
 
 def regime_of(path: Path) -> str:
     """Name of the folder that holds the splits, or of the file."""
-    folders = [part for part in path.parent.parts if part not in ("data", "train", "valid", "test")]
-    return folders[-1] if path.parent.name in ("train", "valid", "test") and folders else path.stem
+    if stated_split(Path(path.parent.name, "x")) is None:
+        return path.stem
+    folder = path.parent.parent
+    return (folder.parent if folder.name == "data" else folder).name or path.stem

@@ -6,6 +6,7 @@ be loaded, hold objects, or claim shapes of petabytes. All of that is refused he
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from dataclasses import dataclass
@@ -18,6 +19,15 @@ from shodh.errors import DataError
 
 # What h5py raises on a damaged structure, besides OSError.
 H5PY_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError, OverflowError, MemoryError)
+
+# Errors of a lock that another process has; all others say that the file system has no locks (ENOLCK, ENOSYS, ...).
+HELD_BY_A_WRITER = (errno.EAGAIN, errno.EACCES)
+
+# Errors of the operating system that say nothing about a file's content.
+NOT_OF_THE_CONTENT = frozenset({
+    errno.EACCES, errno.EPERM, errno.ENOENT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT,
+    errno.ENODEV, errno.ENOTCONN,
+})  # fmt: skip
 
 # No list of coordinates or times is longer; a damaged file may claim any size, and reading it would end in memory.
 MAX_SMALL_SIZE = 10_000_000
@@ -33,25 +43,44 @@ _REQUIRED = object()
 
 
 def open_hdf5(path: str | os.PathLike[str]) -> h5py.File:
-    """Open a file for reading; DataError if it is missing or no HDF5."""
+    """Open a file for reading.
+
+    Raises
+    ------
+    DataError
+        It is missing, no HDF5, or not whole; another process is writing it, or was killed while it did.
+    """
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such file")
     try:
         return h5py.File(path, "r")
     except H5PY_ERRORS as error:
-        if "lock" not in str(error):
+        if not _no_lock_service(error):
             raise damaged(path, error) from error
-    try:  # some cluster file systems refuse the lock; published files never change, so none is needed
+    try:  # some cluster file systems have no locks; published files never change, so none is needed
         return h5py.File(path, "r", locking=False)
     except H5PY_ERRORS as error:
         raise damaged(path, error) from error
 
 
+def _no_lock_service(error: Exception) -> bool:
+    return "unable to lock file" in str(error) and getattr(error, "errno", None) not in HELD_BY_A_WRITER
+
+
 def damaged(path: str | os.PathLike[str], error: Exception) -> DataError:
-    """The DataError for what HDF5 could not make sense of."""
+    """The DataError for what HDF5 could not open or make sense of, with what is to be done."""
+    reason, number = " ".join(str(error).split()), getattr(error, "errno", None)
     if isinstance(error, MemoryError):
         return DataError(f"{path}: does not fit into memory, or claims sizes it does not have; check the file")
-    reason = " ".join(str(error).split())
+    if "unable to lock file" in reason and number in HELD_BY_A_WRITER:
+        return DataError(f"{path}: another process has it open for writing; wait until that has closed it")
+    if "already open for write" in reason:  # HDF5's consistency flags, in files of the newer formats
+        return DataError(
+            f"{path}: is marked as open for writing: if its writer still runs, wait for it; if it was killed, look at "
+            f"what is in the file after 'h5clear -s {path}', or write it anew"
+        )
+    if number in NOT_OF_THE_CONTENT:
+        return DataError(f"{path}: cannot be read: {os.strerror(number)}")
     return DataError(f"{path}: cannot be read as HDF5, it is truncated or damaged; write it anew ({reason})")
 
 
@@ -97,7 +126,10 @@ def values(parent: h5py.Group, name: str, path: str) -> np.ndarray:
 
 
 def attribute(item: h5py.Group | h5py.Dataset, name: str, path: str, default: Any = _REQUIRED) -> Any:
-    """A number, a text, or a short list of them; DataError if it is missing without a default, or anything else."""
+    """A number, a text, or a short list of them; a list of one is its element, whatever its shape.
+
+    DataError if it is missing without a default, or anything else.
+    """
     where = f"{path}: attribute {name!r} of {item.name.strip('/') or 'the file'}"
     if name not in item.attrs:
         if default is not _REQUIRED:
@@ -112,6 +144,17 @@ def attribute(item: h5py.Group | h5py.Dataset, name: str, path: str, default: An
     value = item.attrs[name]
     if isinstance(value, h5py.Empty):
         return np.zeros(0)
+    if isinstance(value, np.ndarray):
+        return value.ravel()[0] if value.size == 1 else value.ravel()
+    return value
+
+
+def single(item: h5py.Group | h5py.Dataset, name: str, path: str, default: Any = _REQUIRED) -> Any:
+    """`attribute` where one value is expected; DataError if there are several, or none."""
+    value = attribute(item, name, path, default)
+    if np.ndim(value) > 0:
+        where = f"{path}: attribute {name!r} of {item.name.strip('/') or 'the file'}"
+        raise DataError(f"{where} has {len(value)} values; expected one")
     return value
 
 

@@ -7,14 +7,13 @@ file that this one knows, wherever the file lies by then.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from shodh.data.formats.fingerprints import fingerprint
 from shodh.data.formats.splits import SPLITS, Former, Split, data_folder, find_files, list_files
 from shodh.data.formats.views import FileView
 from shodh.data.source import RegimeSource
@@ -24,35 +23,8 @@ from shodh.files import write_atomically
 log = logging.getLogger("shodh")
 
 RECORD = "data.json"
-BLOCKS, BLOCK_BYTES = 16, 4096
-
 # From a regime's name and path: the splits that its files keep, and files that are left out.
 Choose = Callable[[str, Path], tuple[Former, Sequence[Path]]]
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Size of a file, and a digest of 16 blocks of 4 KiB from its first to its last byte; the time does not matter.
-
-    Raises
-    ------
-    DataError
-        It cannot be read.
-    """
-    try:
-        status = path.stat()
-        return {"bytes": status.st_size, "content": _content(path, status.st_size, status.st_mtime_ns)}
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-@lru_cache(maxsize=100_000)
-def _content(path: Path, size: int, _: int) -> str:
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for block in range(BLOCKS):
-            file.seek(max(0, size - BLOCK_BYTES) * block // (BLOCKS - 1))
-            digest.update(file.read(BLOCK_BYTES))
-    return digest.hexdigest()[:32]
 
 
 def describe_source(source: RegimeSource) -> dict[str, Any]:

@@ -107,6 +107,7 @@ class RegimeSource:
         self._check_placement()
         self._open: OrderedDict[Path, TrajectoryFile] = OrderedDict()
         self._checked_masks: set[tuple[Split, int]] = set()
+        self._named: set[tuple[Split, int]] = set()
         self.opening = (format, hints, tuple(split))
         self.all_files = open_splits(
             self.path, format=format, hints=hints, shares=split, former=former, leave_out=leave_out
@@ -203,6 +204,23 @@ class RegimeSource:
     def num_windows(self, split: Split, frames: int, stride: int = 1) -> int:
         """Windows of ``frames`` snapshots, ``stride`` apart, that lie within one trajectory."""
         return sum(max(0, n - (frames - 1) * stride) for n in self.num_frames(split))
+
+    def name_short(self, split: Split, frames: int, wanted_for: str) -> int:
+        """Count the trajectories with fewer frames than are wanted, and name them in the log, once."""
+        counts = self.num_frames(split)
+        short = [n for n, count in enumerate(counts) if count < frames]
+        if short and (split, frames) not in self._named:
+            self._named.add((split, frames))
+            names = []
+            for file, local in (self.locate(split, n) for n in short[:5]):
+                number = file.trajectories[local] if isinstance(file, FileView) else local
+                names.append(f"{file.path.name}[{number}] with {file.num_frames}")
+            log.warning(
+                "regime %s: %d of %d %s trajectories are shorter than the %d frames of %s and left out: %s%s",
+                self.name, len(short), len(counts), split, frames, wanted_for, ", ".join(names),
+                " ..." if len(short) > 5 else "",
+            )  # fmt: skip
+        return len(short)
 
     def locate(self, split: Split, trajectory: int) -> tuple[TrajectoryFile, int]:
         """The file that holds a trajectory of a split, and its number there."""

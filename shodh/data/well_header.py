@@ -65,7 +65,7 @@ def read_header(file: h5py.File, path: str) -> WellHeader:
     axes = tuple(hdf5.text(name) for name in np.atleast_1d(hdf5.attribute(group, "spatial_dims", path)))
     if not 1 <= len(axes) <= 3:
         raise DataError(f"{path}: {len(axes)} space dimensions {list(axes)}; 1, 2 or 3 are supported")
-    grid_type = hdf5.text(hdf5.attribute(file, "grid_type", path, "cartesian"))
+    grid_type = hdf5.text(hdf5.single(file, "grid_type", path, "cartesian"))
     if grid_type != "cartesian":
         raise DataError(f"{path}: grid_type is {grid_type!r}; only 'cartesian' is supported")
     coordinates = [_coordinates(group, axis, path) for axis in axes]
@@ -74,7 +74,7 @@ def read_header(file: h5py.File, path: str) -> WellHeader:
     fields, tensors = _fields(file, len(axes), path)
     num_trajectories = _num_trajectories(file, fields, path)
     header = WellHeader(
-        dataset_name=hdf5.text(hdf5.attribute(file, "dataset_name", path, "")),
+        dataset_name=hdf5.text(hdf5.single(file, "dataset_name", path, "")),
         axes=axes,
         grid=grid,
         lengths=_lengths(file, axes, coordinates, path),
@@ -157,7 +157,7 @@ def _boundary(file: h5py.File, axes: tuple[str, ...], path: str) -> tuple[Bounda
 
 def _marked_ends(group: h5py.Group, path: str) -> Iterator[tuple[str, int, str]]:
     """The (axis, end, code) a boundary condition touches; "part of a WALL" where a wall leaves a gap."""
-    code = hdf5.text(hdf5.attribute(group, "bc_type", path)).upper()
+    code = hdf5.text(hdf5.single(group, "bc_type", path)).upper()
     if code not in ("WALL", "OPEN", "PERIODIC"):
         raise DataError(f"{path}: {group.name.strip('/')} has bc_type {code!r}; expected WALL, OPEN or PERIODIC")
     axes = [hdf5.text(a) for a in np.atleast_1d(hdf5.attribute(group, "associated_dims", path))]
@@ -185,30 +185,30 @@ def _fields(file: h5py.File, ndim: int, path: str) -> tuple[dict[str, StoredFiel
 
 
 def _field(dataset: h5py.Dataset, name: str, order: int, ndim: int, path: str) -> StoredField:
-    static = not bool(hdf5.attribute(dataset, "time_varying", path))
+    static = not bool(hdf5.single(dataset, "time_varying", path))
     # Masks may be bool or integers; whatever is learned must be floating point.
     if dataset.dtype.kind not in ("buif" if static else "f"):
         raise DataError(f"{path}: field {name!r} has the type {dataset.dtype}; expected floating point")
     varying = tuple(bool(v) for v in np.atleast_1d(hdf5.attribute(dataset, "dim_varying", path)))
     if len(varying) != ndim:
         raise DataError(f"{path}: attribute 'dim_varying' of {name!r} has {len(varying)} entries for {ndim} axes")
-    placement = hdf5.text(hdf5.attribute(dataset, "placement", path, "center"))
+    placement = hdf5.text(hdf5.single(dataset, "placement", path, "center"))
     if placement not in ("center", "face"):
         raise DataError(f"{path}: field {name!r} has the placement {placement!r}; expected 'center' or 'face'")
     field = Field(
         name=name,
         kind="vector" if order else "scalar",
-        units=hdf5.text(hdf5.attribute(dataset, "units", path, "1")),
+        units=hdf5.text(hdf5.single(dataset, "units", path, "1")),
         placement="face" if order and placement == "face" else "center",
-        solenoidal=bool(order and hdf5.attribute(dataset, "solenoidal", path, False)),
+        solenoidal=bool(order and hdf5.single(dataset, "solenoidal", path, False)),
         static=static,
     )
-    sample_varying = bool(hdf5.attribute(dataset, "sample_varying", path))
+    sample_varying = bool(hdf5.single(dataset, "sample_varying", path))
     return StoredField(field, dataset.name, sample_varying, not static, varying)
 
 
 def _num_trajectories(file: h5py.File, fields: dict[str, StoredField], path: str) -> int:
-    stored = hdf5.attribute(file, "n_trajectories", path, None)
+    stored = hdf5.single(file, "n_trajectories", path, None)
     if stored is not None:
         count = int(stored)
     else:
@@ -225,6 +225,8 @@ def _parameters(file: h5py.File, num_trajectories: int, path: str) -> dict[str, 
     if isinstance(scalars, h5py.Group):
         for name in (hdf5.text(n) for n in np.atleast_1d(hdf5.attribute(scalars, "field_names", path, ()))):
             values = np.asarray(hdf5.values(scalars, name, path), dtype=np.float64)
+            if values.size == 1 and values.shape != (num_trajectories,):
+                values = values.reshape(())
             if values.shape in ((), (num_trajectories,)):
                 found[name] = float(values) if values.ndim == 0 else values
     return found

@@ -92,6 +92,8 @@ class WindowDataset(Dataset[dict[str, Any]]):
         frames = source.num_frames(split)
         self.index = WindowIndex(frames, self.length, stride)
         require_windows(self.index, f"regime {source.name!r}, split {split!r}", frames)
+        if horizon == 1:  # Of longer ones the rollouts tell.
+            source.name_short(split, self.index.span, "a window")
 
     @property
     def sample_shape(self) -> tuple[int, ...]:

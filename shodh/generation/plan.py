@@ -22,6 +22,8 @@ from shodh.reading import parse_json
 
 # Root attribute of every file that holds the settings it was made with.
 SETTINGS = "generation_settings"
+# Number of the initial state of a split's first trajectory.
+FIRST: dict[Split, int] = {"train": 0, "valid": 1_000_000, "test": 2_000_000}
 # Names that stand for every regime of a dimension.
 GROUPS = {"all2d": 2, "all3d": 3}
 
@@ -65,7 +67,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Part:
-    """The trajectories ``first .. first + count - 1`` of one regime, which share a file."""
+    """Trajectories of one regime that share a file; their initial states are ``first .. first + count - 1``."""
 
     path: Path
     split: Split
@@ -176,12 +178,15 @@ def check_varied(name: str, key: str, interval: Interval, fixed: Mapping[str, An
 
 
 def cut(name: str, folder: Path, sizes: Mapping[Split, int], per_file: int) -> Iterator[Part]:
-    """Cut each split into files."""
+    """Cut each split into files, which are numbered through.
+
+    Each split has initial states of its own, by `FIRST`: a larger set has those of a smaller one in the same splits.
+    """
     start = 0
     for split, size in sizes.items():
-        for first in range(start, start + size, per_file):
-            path = folder / "data" / split / f"{name}_{first:05d}.hdf5"
-            yield Part(path, split, first, min(per_file, start + size - first))
+        for number in range(0, size, per_file):
+            path = folder / "data" / split / f"{name}_{start + number:05d}.hdf5"
+            yield Part(path, split, FIRST[split] + number, min(per_file, size - number))
         start += size
 
 

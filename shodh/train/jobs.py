@@ -91,8 +91,8 @@ def _check_same_run(
 
     Checked before anything is written into its folder.
     """
-    stage = int(deepspeed["zero_optimization"]["stage"])
-    now = {"world_size": topology.world_size, "ep_size": topology.ep_size, "zero_stage": stage}
+    zero_stage = int(deepspeed["zero_optimization"]["stage"])
+    now = {"world_size": topology.world_size, "ep_size": topology.ep_size, "zero_stage": zero_stage}
     require_topology(start, read_manifest(start), now)
     if not (folder.path / "config.yaml").exists():
         return

@@ -155,6 +155,9 @@ def open_latents(
     config: RunConfig, regimes: Regimes, cache: Path, split: Split, horizon: int = 1
 ) -> list[LatentWindowDataset]:
     """Windows of ``history`` latents and the ``horizon`` next ones, a dataset a regime."""
+    if horizon == 1:  # Of longer ones the rollouts tell.
+        for source in regimes.sources:
+            source.name_short(split, config.data.history * config.data.stride + 1, "a window")
     return [
         LatentWindowDataset(
             split_folder(cache.parent, cache.name, source.name, split),

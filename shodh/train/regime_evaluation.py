@@ -124,10 +124,16 @@ class RegimeEvaluation:
         raise NotImplementedError
 
     def rollout_steps(self) -> int:
-        """As many as the configuration asks for and the trajectories allow; below 1: none."""
-        data = self.e.config.data
-        frames = min(self.e.regimes.sources[self.number].num_frames(self.split))
-        return min(self.e.config.evaluation.rollout, (frames - 1) // data.stride + 1 - data.history)
+        """As many as the configuration asks for and the longest trajectory allows; below 1: none.
+
+        Shorter trajectories are left out of the rollouts, and named in the log.
+        """
+        data, source = self.e.config.data, self.e.regimes.sources[self.number]
+        longest = max(source.num_frames(self.split), default=0)
+        steps = min(self.e.config.evaluation.rollout, (longest - 1) // data.stride + 1 - data.history)
+        if steps >= 1:
+            source.name_short(self.split, (data.history + steps - 1) * data.stride + 1, f"rollouts of {steps} steps")
+        return steps
 
     def predict(self, past: Tensor, static: Tensor) -> OperatorOutput:
         """The operator's next frame, in the space it works in."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections import Counter
+from pathlib import Path, PurePath
 
 import h5py
 import numpy as np
@@ -11,7 +12,8 @@ from layouts import dpot_scattered, dpot_single, jhtdb, pdebench_cfd
 
 from shodh.data import RegimeSource, WindowDataset
 from shodh.data.formats import open_file
-from shodh.data.formats.splits import SPLITS, deal, find_files, open_splits, time_blocks
+from shodh.data.formats.names import natural_key, stated_split, words
+from shodh.data.formats.splits import SPLITS, Key, Split, deal, find_files, open_splits, time_blocks
 from shodh.errors import DataError
 from shodh.fields import Field
 
@@ -19,17 +21,51 @@ SHARES = {"train": 0.8, "valid": 0.1, "test": 0.1}
 FLOW = (Field("velocity", "vector", placement="center"), Field("pressure"))
 
 
-@pytest.mark.parametrize("count", [3, 4, 10, 17, 500])
-def test_dealing_meets_the_shares_and_never_changes_with_more(count):
-    dealt = deal(count, SHARES)
-    assert dealt == deal(count + 7, SHARES)[:count]
+def keys(rng: np.random.Generator, count: int) -> list[Key]:
+    """Trajectories of files with one to seven of them, with and without numbers in their names, in random order."""
+    found: list[Key] = []
+    while len(found) < count:
+        stem = "".join(rng.choice(list("abcdef"), 4)) + (f"_{rng.integers(50)}" if rng.random() < 0.7 else "")
+        found += [(stem, n) for n in range(rng.integers(1, 8))]
+    return [found[i] for i in rng.permutation(len(found))[:count]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_neither_order_nor_more_trajectories_change_a_choice(seed):
+    rng = np.random.default_rng(seed)
+    every = keys(rng, 200)
+    whole = deal(every, SHARES)
+    assert deal([every[i] for i in rng.permutation(200)], SHARES) == whole
+    for count in (90, 120, 160):
+        assert deal(every[:count], SHARES).items() <= whole.items()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_a_run_knows_stays_however_small_the_set_was(seed):
+    every = keys(np.random.default_rng(seed), 60)
+    known: dict[Key, Split] = {}
+    for count in (1, 2, 3, 4, 5, 9, 16, 60):
+        grown = deal(every[:count], SHARES, known)
+        assert known.items() <= grown.items()
+        known = grown
+
+
+@pytest.mark.parametrize("count", [3, 4, 10, 16, 500])
+@pytest.mark.parametrize("seed", range(10))
+def test_every_split_has_some_and_about_its_share(seed, count):
+    one_file = Counter(deal([(f"run{seed}", n) for n in range(count)], SHARES).values())
+    files = Counter(deal(keys(np.random.default_rng(seed), count), SHARES).values())
     for split, share in SHARES.items():
-        assert dealt.count(split) >= 1
-        assert abs(dealt.count(split) - share * count) <= (1.5 if count < 20 else 1.0)
+        assert one_file[split] >= 1 and files[split] >= 1
+        assert abs(one_file[split] - share * count) <= (1.5 if count < 10 else 3)
+        assert abs(files[split] - share * count) <= 1 + 4 * (share * (1 - share) * count) ** 0.5
 
 
 def test_a_share_of_zero_gets_nothing():
-    assert set(deal(50, {"train": 0.9, "valid": 0.1, "test": 0.0})) == {"train", "valid"}
+    assert set(deal([("a", n) for n in range(50)], {"train": 0.9, "valid": 0.1, "test": 0.0}).values()) == {
+        "train",
+        "valid",
+    }
 
 
 @pytest.mark.parametrize("frames", [6, 20, 101])
@@ -58,7 +94,7 @@ def numbers(files: list, field: str = "density") -> np.ndarray:
 def test_one_file_is_dealt_out_completely(tmp_path):
     values = pdebench_cfd(tmp_path / "a.hdf5", count=7)["density"]
     splits = open_splits(tmp_path / "a.hdf5")
-    assert [sum(f.num_trajectories for f in splits[s]) for s in SPLITS] == [5, 1, 1]
+    assert min(sum(f.num_trajectories for f in splits[s]) for s in SPLITS) >= 1
     together = np.concatenate([numbers(splits[s]) for s in SPLITS])
     np.testing.assert_array_equal(np.sort(together), np.sort(values[:, 0, 0, 0, 0]))
 
@@ -76,7 +112,7 @@ def test_scattered_folders_are_respected(tmp_path):
         for i in range(count):
             dpot_scattered(tmp_path / split / f"data_{i}.hdf5", seed=10 * count + i)
     splits = open_splits(tmp_path)
-    assert [len(splits[s]) for s in SPLITS] == [4, 1, 2]
+    assert len(splits["train"]) + len(splits["valid"]) == 5 and len(splits["valid"]) >= 1 and len(splits["test"]) == 2
 
 
 def test_a_single_trajectory_is_split_in_time(tmp_path):
@@ -119,7 +155,7 @@ def test_no_file_of_a_folder_is_overlooked(tmp_path):
     for name in ("train/a.HDF5", "valid/b.h5", "val/c.hdf5"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
-    found = {split: [p.name for p in files] for split, files in find_files(tmp_path).items()}
+    found = {split: sorted(p.name for p in files) for split, files in find_files(tmp_path).items()}
     assert found == {"train": ["a.HDF5"], "valid": ["b.h5", "c.hdf5"]}
 
 
@@ -129,3 +165,89 @@ def test_published_sets_are_known_by_words_of_the_path(tmp_path, folder, field):
     with h5py.File(tmp_path / folder / "x_train.hdf5", "w") as file:
         file["data"] = np.zeros((2, 8, 8, 3, 1), dtype=np.float32)
     assert list(open_file(tmp_path / folder / "x_train.hdf5").fields) == [field]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("ns_train.hdf5", "train"),
+        ("train_ns.hdf5", "train"),
+        ("ns_train_part0.hdf5", "train"),
+        ("nsTrain2.h5", "train"),
+        ("3D_CFD_Rand_periodic_Train.hdf5", "train"),
+        ("testing/a.h5", "test"),
+        ("a_eval.h5", "test"),
+        ("held-out_3.h5", "test"),
+        ("VAL_1.h5", "valid"),
+        ("validation_set/a.h5", "valid"),
+        ("test/2D_CFD_Rand_Train.hdf5", "test"),
+        ("strain_rate.h5", None),
+        ("contest.h5", None),
+        ("interval_latest.h5", None),
+        ("values_attest.h5", None),
+    ],
+)
+def test_words_of_a_name_state_its_split(name, split):
+    assert stated_split(PurePath(name)) == split
+
+
+@pytest.mark.parametrize("name", ["train/ns_test.h5", "train_test.h5", "test/a_valid.h5"])
+def test_a_name_that_states_two_splits_is_refused(name):
+    with pytest.raises(DataError, match="states the splits"):
+        stated_split(PurePath(name))
+
+
+def test_words_and_numbers_of_names():
+    assert words("2D_Transport_periodicBC") == ["d", "transport", "periodic", "bc"]
+    assert sorted(["data_10", "data_2", "data_1"], key=natural_key) == ["data_1", "data_2", "data_10"]
+
+
+@pytest.mark.parametrize("names", [("ns_train", "ns_test"), ("train_ns", "test_ns"), ("ns_train_part0", "ns_test_part0")])
+def test_what_calls_itself_test_is_never_trained_on(tmp_path, names):
+    for seed, name in enumerate(names):
+        dpot_single(tmp_path / f"{name}.hdf5", seed=seed, count=4)
+    splits = open_splits(tmp_path)
+    assert {f.path.stem for f in splits["test"]} == {names[1]}
+    assert {f.path.stem for s in ("train", "valid") for f in splits[s]} == {names[0]}
+    dpot_single(tmp_path / "ns_extra.hdf5", count=1)
+    with pytest.raises(DataError, match="ns_extra.hdf5"):
+        open_splits(tmp_path)
+
+
+def test_held_out_files_alone_are_not_trained_on(tmp_path):
+    for name in ("ns_test", "ns_valid"):
+        dpot_single(tmp_path / f"{name}.hdf5")
+    for paths in ([tmp_path], [tmp_path / "ns_test.hdf5"], sorted(tmp_path.iterdir())):
+        with pytest.raises(DataError, match="no training files"):
+            open_splits(*paths)
+
+
+@pytest.mark.parametrize("start", [0, 10])
+def test_parts_of_a_trajectory_are_in_one_split(tmp_path, start):
+    """Ten trajectories, each in three files that follow each other in time, and ten that all begin at once."""
+    for run in range(10):
+        for part in range(3):
+            path = tmp_path / f"run{run}_part{part}.h5"
+            pdebench_cfd(path, seed=run, count=1, grid=(6, 5))
+            with h5py.File(path, "r+") as file:
+                file["t-coordinate"][...] += start * part * 0.05 * 4 / 10
+    splits = open_splits(tmp_path, shares=(0.4, 0.3, 0.3))
+    found = [{f.path.name.split("_")[0] for f in splits[s]} for s in SPLITS]
+    assert all(found)
+    apart = not any(a & b for a, b in zip(found, [*found[1:], found[0]]))
+    assert apart == (start > 0)
+
+
+def test_slabs_of_one_cutout_are_split_in_time(tmp_path):
+    """Frames 1 .. 40 of one cutout in four files, two of which share a frame."""
+    for first, last in ((1, 10), (11, 20), (20, 30), (31, 40)):
+        with h5py.File(tmp_path / f"iso_t{first}_{last}.h5", "w") as file:
+            for index in range(first, last + 1):
+                file[f"pressure_{index:04d}"] = np.full((4, 4, 4, 1), index, dtype=np.float32)
+            for axis in "xyz":
+                file[f"{axis}coor"] = np.arange(4.0)
+    splits = open_splits(tmp_path)
+    seen = {s: sorted(int(t) for f in splits[s] for t in f.time) for s in SPLITS}
+    assert [len(seen[s]) for s in SPLITS] == [28, 4, 4]
+    assert seen["valid"][0] - seen["train"][-1] == seen["test"][0] - seen["valid"][-1] == 3
+    assert [numbers([f], "pressure")[0] for f in splits["test"]] == [37.0]

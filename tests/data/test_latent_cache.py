@@ -6,6 +6,7 @@ import os
 import pickle
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
 from torch import Tensor
@@ -141,6 +142,9 @@ def test_key_changes_with_tokenizer_data_and_settings(source, make_trajectories,
         latent_key("abc", [RegimeSource("open_channel", source.path, fields, mapping={"solid": None})]),
     }
     os.utime(source.files["valid"][0].path, ns=(0, 0))
+    assert latent_key("abc", [source]) == key, "a copied or moved data set is the same"
+    with h5py.File(source.files["valid"][0].path, "r+") as file:
+        file["t0_fields/tracer"][0, 0] += 1
     others.add(latent_key("abc", [source]))
     write_trajectories(source.path / "data" / "test" / "more.hdf5", make_trajectories(grid=GRID))
     others.add(latent_key("abc", [RegimeSource("open_channel", source.path, fields)]))

@@ -48,7 +48,11 @@ def test_splits_are_found_with_and_without_the_data_folder(make_folder, fields):
     root = make_folder()
     assert RegimeSource("r", root / "data", fields).num_trajectories("test") == 1
     shutil.rmtree(root / "data" / "valid")
-    assert RegimeSource("r", root, fields).num_trajectories("valid") == 0
+    counts = {s: RegimeSource("r", root, fields).num_trajectories(s) for s in ("train", "valid", "test")}
+    assert counts["valid"] >= 1, "validation gets its share of the training trajectories"
+    assert counts["train"] + counts["valid"] == 5 and counts["test"] == 1
+    whole = RegimeSource("r", root, fields, split=(1, 0, 0))
+    assert (whole.num_trajectories("train"), whole.num_trajectories("valid")) == (5, 0)
 
 
 def test_windows_never_cross_trajectories(make_folder, fields):
@@ -76,7 +80,7 @@ def test_window_items_hold_the_frames_in_order(make_folder, make_trajectories, f
 
 
 def test_foreign_files_are_used_through_a_mapping(foreign_folder, fields):
-    source = RegimeSource("theirs", foreign_folder, fields, mapping=MAPPING)
+    source = RegimeSource("theirs", foreign_folder, fields, mapping=MAPPING, split=(1, 0, 0))
     assert (source.grid, source.boundary) == ((6, 4, 9), ("periodic", "wall", "periodic"))
     item = WindowDataset(source, "train", history=2, horizon=1)[4]  # trajectory 1, frame 1
     with h5py.File(foreign_folder / "train" / "run.h5") as file:

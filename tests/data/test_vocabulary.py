@@ -42,7 +42,7 @@ def test_absent_fields_are_read_as_zeros_and_are_never_normalised(tmp_path):
     hot = write(tmp_path / "hot", ("heat", "permeability"), boundary, grid)
     write(tmp_path / "windy", ("velocity",), boundary, grid, seed=1)
     sources = [
-        RegimeSource("hot", tmp_path / "hot", VOCABULARY, only=("heat", "permeability")),
+        RegimeSource("hot", tmp_path / "hot", VOCABULARY, only=("heat", "permeability"), split=(1, 0, 0)),
         RegimeSource("windy", tmp_path / "windy", VOCABULARY, only=("velocity",)),
     ]
     normalizer = FieldNormalizer.from_sources(sources)
@@ -66,7 +66,7 @@ def test_a_regime_must_have_what_it_is_said_to_have(tmp_path):
 @pytest.mark.parametrize(("name", "transform"), [("permeability", np.log), ("depth", lambda x: x)])
 def test_static_fields_reach_the_models_with_zero_mean_and_unit_variance(tmp_path, name, transform):
     values = write(tmp_path / "rock", ("heat", name), ("periodic",) * 3, (6, 5, 4))
-    source = RegimeSource("rock", tmp_path / "rock", VOCABULARY, only=("heat", name))
+    source = RegimeSource("rock", tmp_path / "rock", VOCABULARY, only=("heat", name), split=(1, 0, 0))
     normalizer = FieldNormalizer.from_sources([source])
     again = FieldNormalizer.from_dict(json.loads(json.dumps(normalizer.to_dict())))
     assert again.constants == normalizer.constants
@@ -109,7 +109,8 @@ def test_logarithm_of_what_is_not_positive_is_refused(tmp_path):
 def test_two_dimensions_are_read_as_equal_layers_of_near_cubic_cells(tmp_path):
     grid = (6, 5)
     values = write(tmp_path / "sheet", ("velocity", "heat", "depth"), ("periodic", "wall"), grid)
-    source = RegimeSource("sheet", tmp_path / "sheet", VOCABULARY, only=("velocity", "heat", "depth"), layers=8)
+    chosen = {"only": ("velocity", "heat", "depth"), "split": (1, 0, 0)}
+    source = RegimeSource("sheet", tmp_path / "sheet", VOCABULARY, **chosen, layers=8)
     assert source.flat and source.grid == (6, 5, 8) and source.boundary == ("periodic", "wall", "periodic")
     assert source.lengths == pytest.approx((1.5, 1.25, 2.0)) and source.spacing == pytest.approx((0.25,) * 3)
     item = WindowDataset(source, "train", history=2, horizon=1)[0]

@@ -31,7 +31,7 @@ def differences(file: TrajectoryFile, first: TrajectoryFile, fields: Collection[
     compare("boundary is", file.boundary, first.boundary, file.boundary == first.boundary)
     lengths = [tuple(float(f"{v:.6g}") for v in f.lengths) for f in (file, first)]
     same = len(file.lengths) == len(first.lengths) and np.allclose(file.lengths, first.lengths, rtol=1e-4)
-    compare("lengths are", *lengths, bool(same))
+    compare("lengths are", lengths[0], lengths[1], bool(same))
     (step, theirs), equal = _two_steps(file, first)
     compare("the time step is", f"{step:.6g}", f"{theirs:.6g}", equal)
     ours, others = sorted(file.parameters), sorted(first.parameters)

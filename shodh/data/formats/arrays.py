@@ -79,9 +79,7 @@ class ArrayHeader:
                 raise ConfigError(f"{path}: {name} {list(given)} has {len(given)} entries, the grid is {self.grid}")
         said = [n for n in ("boundary", "lengths", "time_step") if getattr(hints, n) is not None]
         notes = tuple(n for n in self.notes if n.replace(":", " ").split()[0] not in said)
-        time = self.time
-        if hints.time_step is not None:
-            time = np.arange(self.num_frames) * hints.time_step
+        time = self.time if hints.time_step is None else _with_step(self.time, hints.time_step)
         return replace(
             self,
             boundary=hints.boundary or self.boundary,
@@ -89,6 +87,14 @@ class ArrayHeader:
             time=time,
             notes=notes,
         )
+
+
+def _with_step(time: np.ndarray, step: float) -> np.ndarray:
+    """Times ``[(B,) T]`` scaled so that ``step`` is the mean one: a later part of a trajectory stays later."""
+    mean = (time[..., -1:] - time[..., :1]) / max(1, time.shape[-1] - 1)
+    if not (mean > 0).all():  # One frame, or times that are none.
+        return time * step if time.shape[-1] == 1 else np.broadcast_to(np.arange(time.shape[-1]) * step, time.shape)
+    return time / mean * step
 
 
 class ArrayFile(DescribedFile):

@@ -16,7 +16,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from shodh.data import hdf5
 from shodh.data.formats import FileHints, TrajectoryFile
+from shodh.data.formats.agreement import require_agreement
+from shodh.data.formats.fingerprints import fingerprint
 from shodh.data.formats.probe import probe
 from shodh.data.formats.splits import SPLITS, Split, find_files, open_splits
 from shodh.data.stats import compute_statistics, write_stats
@@ -48,20 +51,19 @@ class Shard:
         return sum(trajectory_bytes(file, self.fields) for file, _ in self.trajectories)
 
     def digest(self) -> str:
-        """Of the sources' names, sizes and times of change, and of everything that decides the shard's content."""
+        """Of the sources' names and contents, and of everything that decides the shard's content."""
         parts: list[object] = [self.name, self.fields]
         for file, number in self.trajectories:
-            status = file.path.stat()
             what = (file.grid, file.lengths, file.boundary, file.time.tobytes())
-            parts.append((file.path.name, status.st_size, status.st_mtime_ns, number, *what))
+            parts.append((file.path.name, *fingerprint(file.path).values(), number, *what))
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def is_finished(self) -> bool:
         """Whether the file is there; DataError if it is another one's."""
         if not self.path.exists():
             return False
-        with h5py.File(self.path, "r") as file:
-            found = file.attrs.get(DIGEST)
+        with hdf5.open_hdf5(self.path) as file:
+            found = hdf5.single(file, DIGEST, str(self.path), None)
         if found != self.digest():
             raise DataError(f"{self.path}: is from other files or settings; remove it or choose another folder")
         return True
@@ -106,14 +108,12 @@ def plan_conversion(
     ConfigError
         If the name is none for a file.
     DataError
-        If a source cannot be used, differs from the first in grid, lengths or boundary, lacks a field, or nothing in
-        it changes in time.
+        If a source cannot be used, differs from the first (`shodh.data.formats.agreement`), lacks a field, or nothing
+        in it changes in time.
     """
-    for source in sources:
-        for path in (p for found in find_files(source).values() for p in found):
-            probe(path, format, hints)
-    opened = [open_splits(source, format=format, hints=hints, shares=shares) for source in sources]
-    files = {split: [file for splits in opened for file in splits.get(split, [])] for split in SPLITS}
+    for path in (p for found in find_files(*sources).values() for p in found):
+        probe(path, format, hints)
+    files = open_splits(*sources, format=format, hints=hints, shares=shares)
     every = [file for split in SPLITS for file in files[split]]
     if not every:
         raise DataError(f"{', '.join(map(str, sources))}: there are no data files")
@@ -239,14 +239,7 @@ def _groups(
 
 
 def _check_agreement(file: TrajectoryFile, first: TrajectoryFile, fields: Sequence[Field]) -> None:
-    for what in ("grid", "boundary"):
-        if getattr(file, what) != getattr(first, what):
-            raise DataError(
-                f"{file.path}: {what} is {getattr(file, what)}, but {getattr(first, what)} in {first.path}; convert "
-                "them into folders of their own"
-            )
-    if not np.allclose(file.lengths, first.lengths, rtol=1e-4):
-        raise DataError(f"{file.path}: lengths are {file.lengths}, but {first.lengths} in {first.path}")
+    require_agreement(file, first, [f.name for f in fields])
     for field in fields:
         if file.field(field.name) != field:
             raise DataError(f"{file.path}: field {field.name!r} is of another kind than in {first.path}")

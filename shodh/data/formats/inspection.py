@@ -15,6 +15,7 @@ from pydantic import BaseModel, FiniteFloat, TypeAdapter
 from shodh.data import hdf5
 from shodh.data.checks import looks_inverted, mask_problem
 from shodh.data.formats import SUFFIXES, FileHints, TrajectoryFile, open_file
+from shodh.data.formats.agreement import differences
 from shodh.data.formats.arrays import ArrayFile
 from shodh.data.formats.probe import probe
 from shodh.data.formats.splits import SPLITS, Split, find_files
@@ -212,7 +213,7 @@ def inspect_folder(
         if first is None:
             first = file
         problems += _differences(file, first)
-    problems += [f"there is no split {s!r}" for s in _lacking(found)]
+    problems += _lacking(found)
     report = None
     if first is not None:
         done = lambda f: progress(0.5 + 0.5 * f)  # noqa: E731
@@ -220,16 +221,18 @@ def inspect_folder(
     return FolderReport(str(path), files, trajectories, report, problems)
 
 
-def _lacking(found: dict[Split | None, list[Path]]) -> list[Split]:
-    return [] if None in found else [s for s in SPLITS if not found.get(s)]
+def _lacking(found: dict[Split | None, list[Path]]) -> list[str]:
+    lacking = [] if None in found else [s for s in SPLITS if not found.get(s)]
+    if "train" in lacking:
+        return ["there is no split 'train', and nothing to learn from"]
+    return [f"there is no split {s!r}; it gets its share of the training trajectories" for s in lacking]
 
 
 def _differences(file: TrajectoryFile, first: TrajectoryFile) -> list[str]:
-    return [
-        f"{file.path}: {what} is {getattr(file, what)}, but {getattr(first, what)} in {first.path}"
-        for what in ("grid", "boundary", "num_frames")
-        if getattr(file, what) != getattr(first, what)
-    ] + [f"{file.path}: has no field {n!r}" for n in first.fields if n not in file.fields]
+    found = differences(file, first) + [f"{file.path}: has no field {n!r}" for n in first.fields if n not in file.fields]
+    if file.num_frames != first.num_frames:
+        found.append(f"{file.path}: has {file.num_frames} frames a trajectory, and {first.path} {first.num_frames}")
+    return found
 
 
 def _sample(file: TrajectoryFile, everything: bool) -> list[tuple[int, int]]:

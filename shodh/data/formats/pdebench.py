@@ -21,6 +21,7 @@ import numpy as np
 from shodh.data import hdf5
 from shodh.data.formats.arrays import ArrayField, ArrayHeader
 from shodh.data.formats.base import FileHints
+from shodh.data.formats.names import words
 from shodh.data.well_header import axis_length
 from shodh.errors import DataError
 from shodh.fields import AXES, Boundary, Field
@@ -90,9 +91,13 @@ def _times(parent: h5py.Group, name: str, frames: int, path: str) -> tuple[np.nd
 
 
 def _by_name(path: Path) -> tuple[Boundary, str]:
-    """The boundary that the file's name states."""
-    if "trans" in path.stem.lower():
-        return "open", "boundary: open, from 'trans' in the file's name"
+    """The boundary that a word of the file's name states: trans (transmissive), or periodic."""
+    stated = {"trans": "open", "transmissive": "open", "outgoing": "open", "periodic": "periodic"}
+    found = {word: stated[word] for word in words(path.stem) if word in stated}
+    if len(set(found.values())) > 1:
+        return "periodic", f"boundary: periodic is assumed; the file's name states {' and '.join(found)}"
+    for word, kind in found.items():
+        return ("open" if kind == "open" else "periodic"), f"boundary: {kind}, from {word!r} in the file's name"
     return "periodic", "boundary: periodic is assumed, as in the published sets of this kind"
 
 
@@ -132,8 +137,8 @@ def _darcy(file: h5py.File, path: str) -> ArrayHeader:
         "tensor": ArrayField(Field("tensor"), "ntxy", (("tensor",),)),
         "nu": ArrayField(Field("nu", static=True), "nxy", (("nu",),)),
     }
-    beta = hdf5.attribute(file, "beta", path, None)
-    parameters = {} if beta is None else {"beta": float(np.ravel(beta)[0])}
+    beta = hdf5.single(file, "beta", path, None)
+    parameters = {} if beta is None else {"beta": float(beta)}
     notes.append("boundary: wall (the solution is zero there), as in the published set")
     return ArrayHeader(
         tuple(cells), lengths, ("wall",) * 2, count, np.arange(float(frames)), fields, parameters, tuple(notes)

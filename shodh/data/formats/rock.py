@@ -18,7 +18,8 @@ from shodh.errors import DataError
 from shodh.fields import Field
 from shodh.images import read_image, solid_mask
 
-BITS = {"8bit": "uint8", "16bit": "<u2"}
+# Words of a name.
+DTYPES = {"uint8": "uint8", "uint16": "<u2", "8bit": "uint8", "16bit": "<u2", "u8": "uint8", "u16": "<u2"}
 
 
 def load(path: Path, hints: FileHints) -> Store:
@@ -56,8 +57,8 @@ def from_name(path: Path, hints: FileHints) -> FileHints:
         return hints
     shape, dtype = hints.image_shape, hints.image_dtype
     stem = path.stem.lower()
-    if shape is None and (match := re.search(r"(\d+)x(\d+)x(\d+)", stem)):
+    if shape is None and (match := re.search(r"(?<![0-9.x])(\d+)x(\d+)x(\d+)(?![0-9.]|x\d)", stem)):
         shape = tuple(int(n) for n in match.groups())
     if dtype is None:
-        dtype = next((v for k, v in ({"uint8": "uint8", "uint16": "<u2"} | BITS).items() if k in stem), None)
+        dtype = next((DTYPES[word] for word in re.split(r"[^a-z0-9]+", stem) if word in DTYPES), None)
     return replace(hints, image_shape=shape, image_dtype=dtype)

@@ -181,19 +181,20 @@ def _deal(
     files: Sequence[TrajectoryFile], shares: Mapping[Split, float], former: Former
 ) -> dict[Split, list[TrajectoryFile]]:
     result: dict[Split, list[TrajectoryFile]] = {split: [] for split in SPLITS}
-    blocks = {f.path: known for f in files if isinstance(known := former.get(f.path), Mapping)}
+    blocks = {path: kept for path, kept in former.items() if isinstance(kept, Mapping)}
+    lists = {path: kept for path, kept in former.items() if not isinstance(kept, Mapping)}
     if blocks:
         files = [f for f in files if _add_blocks(f, blocks.get(f.path, {}), result)]
     first = leaders(files)
     keys = [[(files[first[i]].path.stem, n) for n in range(f.num_trajectories)] for i, f in enumerate(files)]
     known: dict[Key, Split] = {}
     for file, own in zip(files, keys):
-        kept = former.get(file.path)
-        if kept is not None and len(kept) != len(own):
+        kept = lists.get(file.path, ())
+        if kept and len(kept) != len(own):
             raise DataError(
                 f"{file.path}: is read as {len(own)} trajectories, and was as {len(kept)} before; correct format or axes"
             )
-        known |= dict(zip(own, kept or ()))  # type: ignore[arg-type]
+        known |= dict(zip(own, kept))
     distinct = {key for own in keys for key in own}
     if len(distinct) == 1 and not (known or blocks) and _can_be_cut(files, shares):
         for file, block in _blocks_of_files(files, shares):
@@ -201,7 +202,7 @@ def _deal(
         return result
     dealt = deal(distinct, shares, known)
     for file, own in zip(files, keys):
-        splits = former.get(file.path) or [dealt[key] for key in own]
+        splits = lists.get(file.path) or [dealt[key] for key in own]
         for split in SPLITS:
             chosen = [n for n, s in enumerate(splits) if s == split]
             if len(chosen) == len(own):
