@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from ops.cases import random_case
+from ops.cases import Case, random_case
 from ops.test_backends import FLOATS, check_gradients
 
 from shodh.ops import build, decode_velocity
 from shodh.ops.__main__ import main
+from shodh.ops.grid import Grid
+from shodh.ops.reference import decode_adjoint_reference, decode_exact_reference
 
 HERE = Path(__file__).parent
 
@@ -25,6 +30,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory):
         pytest.skip(str(reason))
     output = tmp_path_factory.mktemp("emulated") / "emulated.so"
     flags = ["-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fvisibility=hidden", f"-I{HERE / 'emulated_cuda'}"]
+    flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # as on a device, it ends the process
     files = ["-x", "c++", *map(str, build.sources("cuda"))]
     link = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(output)]
     build.run([compiler, *flags, *build.include_flags(build.find_include()), *files, *link])
@@ -33,32 +39,116 @@ def emulated(tmp_path_factory: pytest.TempPathFactory):
         schema = str(getattr(torch.ops.shodh, name).default._schema)
         library.define(schema.removeprefix("shodh::"))
     torch.ops.load_library(str(output))
-    yield torch.ops.shodh_emulated
+    operators = torch.ops.shodh_emulated
+    blocks = ctypes.CDLL(str(output)).emulated_blocks
+    blocks.restype = ctypes.c_long
+    yield SimpleNamespace(
+        decode=operators.decode,
+        decode_exact=operators.decode_exact,
+        decode_adjoint=operators.decode_adjoint,
+        blocks=blocks,
+    )
     library._destroy()
+
+
+def check_case(emulated, case: Case, message: str) -> None:
+    """Decode and exact decode against the bits of the reference, gradients against its automatic differentiation."""
+    tensors = (case.potential, case.harmonic)
+    expected = decode_velocity(*tensors, **case.box, implementation="reference")
+    assert torch.equal(emulated.decode(*tensors, *case.operator_box), expected), message
+    gradient = torch.randn_like(expected)
+    found = emulated.decode_adjoint(gradient, *case.operator_box)
+    check_gradients(case, gradient, found)
+    assert torch.equal(found[0], decode_adjoint_reference(gradient, grid_of(case))[0]), message
+    if case.potential.dtype.itemsize >= 4:
+        exact, step = emulated.decode_exact(*tensors, *case.operator_box)
+        reference = decode_exact_reference(*tensors, grid_of(case))
+        assert torch.equal(exact, reference[0]) and torch.equal(step, reference[1]), message
+
+
+def grid_of(case: Case) -> Grid:
+    spacing, walls, central = case.operator_box
+    return Grid(tuple(spacing), tuple(walls), central)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_kernels_return_the_bits_of_the_reference(emulated, dtype: torch.dtype) -> None:
-    for seed in range(100, 110):
+    for seed in range(100, 112):
         case = random_case(seed, dtype, sizes=(1, 2, 3, 5, 8, 12))
-        tensors = (case.potential, case.harmonic)
-        expected = decode_velocity(*tensors, **case.box, implementation="reference")
-        assert torch.equal(emulated.decode(*tensors, *case.operator_box), expected), f"seed {seed}: {case.box}"
-        gradient = torch.randn_like(expected)
-        check_gradients(case, gradient, emulated.decode_adjoint(gradient, *case.operator_box))
-        if dtype.itemsize >= 4:
-            exact = decode_velocity(*tensors, **case.box, exact=True, implementation="reference")
-            assert torch.equal(emulated.decode_exact(*tensors, *case.operator_box)[0], exact), f"seed {seed}"
+        check_case(emulated, case, f"seed {seed}: {case.box}")
 
 
-def test_long_marches_and_vector_loads(emulated) -> None:
-    """Enough rows for blocks that march over several planes and load four cells at once."""
-    potential, harmonic = torch.randn(2, 3, 33, 16, 64), torch.randn(2, 3)
-    box = ([1.0, 0.5, 0.3], [False, False, False], False)
-    expected = decode_velocity(potential, harmonic, spacing=box[0])
-    assert torch.equal(emulated.decode(potential, harmonic, *box), expected)
-    shifted = torch.zeros(potential.numel() + 1)[1:].view_as(potential).copy_(potential)  # not aligned to 16 bytes
-    assert torch.equal(emulated.decode(shifted, harmonic, *box), expected)
+def blocks_of(volume: int, width: int) -> int:
+    """Blocks of 256 threads that each own so many cells."""
+    return -(-volume // (256 * width))
+
+
+BOUNDARIES = [*product(("periodic", "wall"), repeat=3), *product(("periodic", "wall"), repeat=2)]
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES, ids="-".join)
+def test_every_boundary_with_every_width_of_access(emulated, boundary: tuple[str, ...]) -> None:
+    """16 to 2 bytes at once, several blocks; neither what a wall pins nor what lies around the field is used."""
+    ndim, batch = len(boundary), 3
+    for dtype, row in product(FLOATS, (32, 20, 6, 5)):
+        grid = (5, 16, row) if ndim == 3 else (80, row)
+        shape = (batch, 3 if ndim == 3 else 1, *grid)
+        around = torch.full((math.prod(shape) + 32,), math.nan, dtype=dtype)
+        potential = around[16:-16].view(shape).copy_(torch.randn(shape))
+        for axis, channel in product(range(ndim), range(shape[1])):
+            if boundary[axis] == "wall" and (ndim == 2 or channel != axis):
+                potential[:, channel].select(axis + 1, grid[axis] - 1).fill_(math.nan)
+        harmonic = torch.randn(batch, boundary.count("periodic"), dtype=dtype)
+        for stencil in ("staggered", "central") if "wall" not in boundary else ("staggered",):
+            box = {"spacing": (0.3, 2.0, 0.7)[:ndim], "boundary": boundary, "stencil": stencil}
+            case = Case(potential, harmonic, box)
+            check_case(emulated, case, f"{dtype}, {grid}, {stencil}")
+            emulated.blocks()
+            emulated.decode(potential, harmonic, *case.operator_box)
+            width = math.gcd(row, 16 // dtype.itemsize)
+            assert emulated.blocks() == batch * blocks_of(math.prod(grid), width)
+
+
+def test_memory_that_is_not_aligned_to_16_bytes(emulated) -> None:
+    potential, harmonic, box = torch.randn(2, 3, 5, 16, 32), torch.randn(2, 3), ([1.0, 0.5, 0.3], [False] * 3, False)
+    expected = decode_velocity(potential, harmonic, spacing=box[0], implementation="reference")
+    for shift, width in ((0, 4), (1, 1), (2, 2)):
+        shifted = torch.zeros(potential.numel() + shift)[shift:].view_as(potential).copy_(potential)
+        emulated.blocks()
+        assert torch.equal(emulated.decode(shifted, harmonic, *box), expected)
+        assert emulated.blocks() == 2 * blocks_of(5 * 16 * 32, width)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("grid", [(3, 2, 4), (3, 5)])
+def test_derivatives_of_the_kernels(emulated, grid: tuple[int, ...], exact: bool) -> None:
+    ndim = len(grid)
+    box = ([1.0, 2.0, 0.5][:ndim], [False, True, False][:ndim], False)
+
+    class Decode(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, potential: torch.Tensor, harmonic: torch.Tensor) -> torch.Tensor:
+            return (
+                emulated.decode_exact(potential, harmonic, *box)[0]
+                if exact
+                else emulated.decode(potential, harmonic, *box)
+            )
+
+        @staticmethod
+        def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return emulated.decode_adjoint(gradient, *box)
+
+    potential = torch.randn(2, 3 if ndim == 3 else 1, *grid, dtype=torch.float64, requires_grad=True)
+    harmonic = torch.randn(2, box[1].count(False), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(Decode.apply, (potential, harmonic), fast_mode=True)
+
+
+def test_no_sample_is_decoded_to_none(emulated) -> None:
+    box = ([1.0] * 3, [False] * 3, False)
+    empty = torch.empty(0, 3, 4, 4, 4)
+    assert emulated.decode(empty, None, *box).shape == empty.shape
+    assert emulated.decode_exact(empty, None, *box)[1].shape == (0,)
+    assert [t.shape[0] for t in emulated.decode_adjoint(empty, *box)] == [0, 0]
 
 
 def test_sample_that_is_not_finite_is_marked(emulated) -> None:

@@ -162,10 +162,9 @@ void decode(const Grid& grid, const T* potential, const T* harmonic, T* velocity
   const HarmonicColumns columns = harmonic_columns(grid);
   for_planes(grid, [&](int64_t sample, int64_t i) {
     auto factors = curl_factors<T>(grid);
-    for (int c = 0; harmonic && c < grid.components(); ++c)
-      if (columns.column[c] >= 0)
-        factors.harmonic[grid.axis(c)] = static_cast<arithmetic_t<T>>(
-            harmonic[sample * columns.count + columns.column[c]]);
+    for (int a = 0; harmonic && a < 3; ++a)
+      if (columns.column[a] >= 0)
+        factors.harmonic[a] = static_cast<arithmetic_t<T>>(harmonic[sample * columns.count + columns.column[a]]);
     const Rows<T, pass> rows{potential + sample * grid.potentials() * grid.volume(), zeros.data(), &grid};
     T* out = velocity + sample * grid.components() * grid.volume();
     if (grid.plane) stream_plane<T, pass>(grid, rows, out, factors, i);
@@ -204,7 +203,7 @@ void adjoint(const Grid& grid, const T* gradient, T* potential, T* harmonic) {
     if (grid.plane) stream_adjoint_plane<T, pass>(grid, rows, out, factors, i);
     else curl_plane<T, pass>(grid, rows, out, factors, i);
     for (int c = 0; c < grid.components(); ++c) {
-      if (columns.column[c] < 0) continue;
+      if (grid.wall[grid.axis(c)]) continue;
       double total = 0.0;
       for (int64_t j = 0; j < ny; ++j) total += row_sum(base + c * grid.volume() + (i * ny + j) * nz, nz);
       partial[(sample * nx + i) * 3 + c] = total;
@@ -212,63 +211,43 @@ void adjoint(const Grid& grid, const T* gradient, T* potential, T* harmonic) {
   });
   for (int64_t sample = 0; sample < grid.batch; ++sample)
     for (int c = 0; c < grid.components(); ++c) {
-      if (columns.column[c] < 0) continue;
+      const int64_t column = columns.column[grid.axis(c)];
+      if (column < 0) continue;
       double total = 0.0;
       for (int64_t i = 0; i < nx; ++i) total += partial[(sample * nx + i) * 3 + c];
-      harmonic[sample * columns.count + columns.column[c]] = T(total);
+      harmonic[sample * columns.count + column] = T(total);
     }
-}
-
-template <class T>
-Tensor decode_typed(const Grid& grid, const Tensor& potential, const std::optional<Tensor>& harmonic) {
-  Tensor velocity = new_field<T>(potential, grid, grid.components());
-  std::optional<Tensor> constants;
-  if (harmonic.has_value()) constants = torch::stable::contiguous(*harmonic);
-  const T* h = constants ? static_cast<const T*>(constants->const_data_ptr()) : nullptr;
-  const T* a = static_cast<const T*>(potential.const_data_ptr());
-  T* u = static_cast<T*>(velocity.mutable_data_ptr());
-  if (grid.central) decode<T, Pass::kCentral>(grid, a, h, u);
-  else decode<T, Pass::kForward>(grid, a, h, u);
-  return velocity;
-}
-
-template <class T>
-std::tuple<Tensor, Tensor> adjoint_typed(const Grid& grid, const Tensor& gradient) {
-  Tensor potential = new_field<T>(gradient, grid, grid.potentials());
-  Tensor harmonic = torch::stable::new_empty(gradient, {grid.batch, harmonic_columns(grid).count});
-  const T* g = static_cast<const T*>(gradient.const_data_ptr());
-  T* a = static_cast<T*>(potential.mutable_data_ptr());
-  T* h = static_cast<T*>(harmonic.mutable_data_ptr());
-  if (grid.central) adjoint<T, Pass::kCentral>(grid, g, a, h);
-  else adjoint<T, Pass::kMirror>(grid, g, a, h);
-  return {potential, harmonic};
 }
 
 Tensor decode_op(const Tensor& potential, const std::optional<Tensor>& harmonic, const std::vector<double>& spacing,
                  const std::vector<bool>& walls, bool central) {
   const Grid grid = make_grid(potential, true, spacing, walls, central);
-  check_harmonic(harmonic, potential, grid);
+  const std::optional<Tensor> constants = packed_harmonic(harmonic, potential, grid);
   const Tensor packed = torch::stable::contiguous(potential);
-  switch (potential.scalar_type()) {
-    case ScalarType::Float: return decode_typed<float>(grid, packed, harmonic);
-    case ScalarType::Double: return decode_typed<double>(grid, packed, harmonic);
-    case ScalarType::BFloat16: return decode_typed<BFloat16>(grid, packed, harmonic);
-    case ScalarType::Half: return decode_typed<Half>(grid, packed, harmonic);
-    default: STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
-  }
+  return with_type(potential.scalar_type(), [&]<class T>(T) {
+    Tensor velocity = new_field<T>(packed, grid, grid.components());
+    const T* a = static_cast<const T*>(packed.const_data_ptr());
+    T* u = static_cast<T*>(velocity.mutable_data_ptr());
+    if (grid.central) decode<T, Pass::kCentral>(grid, a, data_or_null<T>(constants), u);
+    else decode<T, Pass::kForward>(grid, a, data_or_null<T>(constants), u);
+    return velocity;
+  });
 }
 
 std::tuple<Tensor, Tensor> adjoint_op(const Tensor& gradient, const std::vector<double>& spacing,
                                       const std::vector<bool>& walls, bool central) {
   const Grid grid = make_grid(gradient, false, spacing, walls, central);
   const Tensor packed = torch::stable::contiguous(gradient);
-  switch (gradient.scalar_type()) {
-    case ScalarType::Float: return adjoint_typed<float>(grid, packed);
-    case ScalarType::Double: return adjoint_typed<double>(grid, packed);
-    case ScalarType::BFloat16: return adjoint_typed<BFloat16>(grid, packed);
-    case ScalarType::Half: return adjoint_typed<Half>(grid, packed);
-    default: STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
-  }
+  return with_type(gradient.scalar_type(), [&]<class T>(T) {
+    Tensor potential = new_field<T>(packed, grid, grid.potentials());
+    Tensor harmonic = torch::stable::new_empty(packed, {grid.batch, harmonic_columns(grid).count});
+    const T* g = static_cast<const T*>(packed.const_data_ptr());
+    T* a = static_cast<T*>(potential.mutable_data_ptr());
+    T* h = static_cast<T*>(harmonic.mutable_data_ptr());
+    if (grid.central) adjoint<T, Pass::kCentral>(grid, g, a, h);
+    else adjoint<T, Pass::kMirror>(grid, g, a, h);
+    return std::tuple(potential, harmonic);
+  });
 }
 
 }  // namespace

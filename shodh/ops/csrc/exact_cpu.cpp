@@ -112,10 +112,9 @@ class ExactDecode {
       f.edge[a] = std::ldexp(scales_.edge[a], -exponent);
       f.velocity[a] = std::ldexp(1.0, exponent) / scales_.area[a];
     }
-    for (int c = 0; harmonic_ && c < grid_.components(); ++c) {
-      const int a = grid_.axis(c);
-      if (columns_.column[c] < 0) continue;
-      const double constant = harmonic_[sample * columns_.count + columns_.column[c]];
+    for (int a = 0; harmonic_ && a < 3; ++a) {
+      if (columns_.column[a] < 0) continue;
+      const double constant = harmonic_[sample * columns_.count + columns_.column[a]];
       f.harmonic[a] = std::ldexp(constant * scales_.area[a], -exponent);
       f.rounded[a] = (f.harmonic[a] + kRounder) - kRounder;
     }
@@ -194,30 +193,20 @@ class ExactDecode {
   std::vector<Peak> peaks_;  // of each plane
 };
 
-template <class T>
-std::tuple<Tensor, Tensor> exact_typed(const Grid& grid, const Tensor& potential, const std::optional<Tensor>& harmonic) {
-  Tensor velocity = new_field<T>(potential, grid, grid.components());
-  Tensor step = torch::stable::new_empty(potential, {grid.batch}, ScalarType::Double);
-  std::optional<Tensor> constants;
-  if (harmonic.has_value()) constants = torch::stable::contiguous(*harmonic);
-  ExactDecode<T> decode(grid, static_cast<const T*>(potential.const_data_ptr()),
-                        constants ? static_cast<const T*>(constants->const_data_ptr()) : nullptr,
-                        static_cast<T*>(velocity.mutable_data_ptr()), static_cast<double*>(step.mutable_data_ptr()));
-  if (grid.central) decode.template run<Pass::kCentral>();
-  else decode.template run<Pass::kForward>();
-  return {velocity, step};
-}
-
 std::tuple<Tensor, Tensor> exact_op(const Tensor& potential, const std::optional<Tensor>& harmonic,
                                     const std::vector<double>& spacing, const std::vector<bool>& walls, bool central) {
   const Grid grid = make_grid(potential, true, spacing, walls, central);
-  check_harmonic(harmonic, potential, grid);
+  const std::optional<Tensor> constants = packed_harmonic(harmonic, potential, grid);
   const Tensor packed = torch::stable::contiguous(potential);
-  switch (potential.scalar_type()) {
-    case ScalarType::Float: return exact_typed<float>(grid, packed, harmonic);
-    case ScalarType::Double: return exact_typed<double>(grid, packed, harmonic);
-    default: STD_TORCH_CHECK(false, "the exact decode stores float32 or float64");
-  }
+  return with_wide_type(potential.scalar_type(), [&]<class T>(T) {
+    Tensor velocity = new_field<T>(packed, grid, grid.components());
+    Tensor step = torch::stable::new_empty(packed, {grid.batch}, ScalarType::Double);
+    ExactDecode<T> decode(grid, static_cast<const T*>(packed.const_data_ptr()), data_or_null<T>(constants),
+                          static_cast<T*>(velocity.mutable_data_ptr()), static_cast<double*>(step.mutable_data_ptr()));
+    if (grid.central) decode.template run<Pass::kCentral>();
+    else decode.template run<Pass::kForward>();
+    return std::tuple(velocity, step);
+  });
 }
 
 }  // namespace

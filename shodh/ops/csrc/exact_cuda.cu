@@ -1,171 +1,139 @@
 // The exact decode on a CUDA device: one pass measures the largest flux, one writes. No synchronisation with the host.
-#include "march.cuh"
+#include "flat_cuda.h"
 
 namespace shodh {
 namespace {
 
 using Bits = unsigned long long;
 
-// The factors of one sample; `step` is 1 while fluxes are measured.
-struct FluxFactors {
-  double edge[3], area[3];
-  int columns, column[3];
-};
-
-template <class T>
-__device__ void harmonic_fluxes(const FluxFactors& f, const T* harmonic, int64_t sample, double (&flux)[3]) {
-#pragma unroll
-  for (int c = 0; c < 3; ++c)
-    flux[c] = harmonic && f.column[c] >= 0 ? double(harmonic[sample * f.columns + f.column[c]]) * f.area[c] : 0.0;
-}
-
 // Bits of a magnitude: infinity and NaN are larger than all numbers.
 __device__ Bits magnitude_bits(double value) {
   return static_cast<Bits>(__double_as_longlong(value)) & 0x7fffffffffffffffull;
 }
 
-template <class T>
-struct MeasurePolicy {
-  using Value = double;
-  static constexpr bool kWrites = false;
+struct Largest {
+  __device__ Bits operator()(Bits a, Bits b) const { return a > b ? a : b; }
+};
 
-  FluxFactors factors;
-  const T* harmonic;
-  Bits* peaks;  // [B], zero at first
-  int64_t sample;
-  double constant[3];
-  Bits peak;
+// From potential to flux, as in reference.py; the one component of a plane potential is minus the stream function.
+struct Fluxes {
+  double edge[3], area[3];
+  Constants columns;
 
-  __device__ void begin(int64_t s) {
-    sample = s, peak = 0;
-    harmonic_fluxes(factors, harmonic, s, constant);
-  }
-  __device__ Value value(int c, T raw) const { return double(raw) * factors.edge[c]; }
-  __device__ void keep(double magnitude) {
-    const Bits bits = magnitude_bits(magnitude);
-    if (bits > peak) peak = bits;
-  }
-  __device__ void own(Value x, Value y, Value z) {
-    constexpr double headroom = Lattice<T>::headroom;
-    keep(x * headroom), keep(y * headroom), keep(z * headroom);
-  }
-  __device__ Value result(int c, Value first, Value second) {
-    keep((first - second) + constant[c]);
-    return 0.0;
-  }
-  __device__ void end() const {  // a maximum does not depend on the order
-    __shared__ Bits lanes[kThreads];
-    lanes[threadIdx.x] = peak;
-    __syncthreads();
-    for (int half = kThreads / 2; half > 0; half /= 2) {
-      if (static_cast<int>(threadIdx.x) < half && lanes[threadIdx.x + half] > lanes[threadIdx.x])
-        lanes[threadIdx.x] = lanes[threadIdx.x + half];
-      __syncthreads();
+  explicit Fluxes(const Grid& grid) : columns(grid) {
+    const LatticeScales scales = lattice_scales(grid);
+    for (int a = 0; a < 3; ++a) {
+      edge[a] = grid.plane ? -scales.edge[a] : scales.edge[a];
+      area[a] = scales.area[a];
     }
-    if (threadIdx.x == 0) atomicMax(peaks + sample, lanes[0]);
+  }
+
+  template <class T>
+  __device__ double harmonic(const T* harmonic, unsigned sample, int c) const {
+    return double(columns.of(harmonic, sample, c)) * area[c];
   }
 };
 
-// The lattice step of each sample, NaN where it is not finite: lattice_step in reference.py.
+// `peaks` [B], zero at first, takes the largest flux, or potential times its headroom, of each sample.
+template <class T, Pass pass, int V>
+__global__ void __launch_bounds__(kThreads)
+    measure_kernel(const T* __restrict__ potential, const T* __restrict__ harmonic, Bits* peaks,
+                   const __grid_constant__ Box box, const __grid_constant__ Fluxes fluxes) {
+  const Site<T, pass, V> site(box, blockIdx.x);
+  const Largest largest;
+  Bits peak[1] = {};
+  if (site.inside()) {
+    double constants[3];
+#pragma unroll
+    for (int c = 0; c < 3; ++c) constants[c] = fluxes.harmonic(harmonic, site.sample, c);
+    const Stencil<T, V> stencil = site.read(potential);
+    const auto edge = [&](int c, T raw) { return double(raw) * fluxes.edge[c]; };
+#pragma unroll
+    for (int c = 0; c < 3; ++c) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const auto d = stencil.differences(c, v, edge);
+        const double own = edge(c, stencil.own[c].value[v]) * Lattice<T>::headroom;
+        peak[0] = largest(peak[0], largest(magnitude_bits(own), magnitude_bits((d.first - d.second) + constants[c])));
+      }
+    }
+  }
+  combine_block(peak, largest);
+  if (threadIdx.x == 0) atomicMax(peaks + site.sample, peak[0]);  // a maximum does not depend on the order
+}
+
+// Lattice step for the largest magnitude, NaN where that is not finite: lattice_step in reference.py.
 template <class T>
-__global__ void step_kernel(const Bits* peaks, double* step, int64_t batch) {
-  const int64_t sample = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (sample >= batch) return;
-  const double stored = double(T(__longlong_as_double(static_cast<long long>(peaks[sample]))));
+__device__ double lattice_step(Bits peak) {
+  const double stored = double(T(__longlong_as_double(static_cast<long long>(peak))));
+  if (!(stored - stored == 0.0)) return __longlong_as_double(0x7ff8000000000000ll);
   int exponent = 0;
   frexp(stored * kDecodeGuard, &exponent);
   exponent -= Lattice<T>::bits;
-  if (exponent < Lattice<T>::floor) exponent = Lattice<T>::floor;
-  const bool finite = stored - stored == 0.0;
-  step[sample] = finite ? ldexp(1.0, exponent) : __longlong_as_double(0x7ff8000000000000ll);
+  return ldexp(1.0, exponent < Lattice<T>::floor ? Lattice<T>::floor : exponent);
 }
 
-template <class T>
-struct ExactPolicy {
-  using Value = double;  // an integer plus kRounder, which the differences take out again
-  static constexpr bool kWrites = true;
-
-  FluxFactors factors;
-  const T* harmonic;
-  const double* step;  // [B]
-  double edge[3], velocity[3], constant[3];
-
-  __device__ void begin(int64_t sample) {
-    const double quantum = step[sample];  // NaN spreads to every value
-    harmonic_fluxes(factors, harmonic, sample, constant);
+template <class T, Pass pass, int V>
+__global__ void __launch_bounds__(kThreads)
+    exact_kernel(const T* __restrict__ potential, const T* __restrict__ harmonic, const Bits* __restrict__ peaks,
+                 T* __restrict__ velocity, double* __restrict__ step, const __grid_constant__ Box box,
+                 const __grid_constant__ Fluxes fluxes) {
+  // Backwards: what was measured last is still in the L2 cache.
+  const unsigned block = gridDim.x - 1 - blockIdx.x;
+  const Site<T, pass, V> site(box, block);
+  Stencil<T, V> stencil;
+  if (site.inside()) stencil = site.read(potential);
+  __shared__ double edges[3], speeds[3], constants[3];  // in lattice steps
+  if (threadIdx.x < 3) {
+    const int c = threadIdx.x;
+    const double quantum = lattice_step<T>(peaks[site.sample]);  // NaN spreads to every value
+    edges[c] = fluxes.edge[c] / quantum;
+    speeds[c] = quantum / fluxes.area[c];
+    constants[c] = (fluxes.harmonic(harmonic, site.sample, c) / quantum + kRounder) - kRounder;
+    if (c == 0 && block == site.sample * box.blocks) step[site.sample] = quantum;
+  }
+  __syncthreads();
+  if (!site.inside()) return;
+  // An integer plus kRounder, which the differences take out again.
+  const auto edge = [&](int c, T raw) { return double(raw) * edges[c] + kRounder; };
 #pragma unroll
-    for (int c = 0; c < 3; ++c) {
-      edge[c] = factors.edge[c] / quantum;
-      velocity[c] = quantum / factors.area[c];
-      constant[c] = (constant[c] / quantum + kRounder) - kRounder;
+  for (int c = 0; c < 3; ++c) {
+    Pack<T, V> pack;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const auto d = stencil.differences(c, v, edge);
+      pack.value[v] = T(((d.first - d.second) + constants[c]) * speeds[c]);
     }
+    site.write(velocity, c, pack);
   }
-  __device__ Value value(int c, T raw) const { return double(raw) * edge[c] + kRounder; }
-  __device__ void own(Value, Value, Value) const {}
-  __device__ Value result(int c, Value first, Value second) const {
-    return ((first - second) + constant[c]) * velocity[c];
-  }
-  __device__ void end() const {}
-};
-
-template <class T, Pass pass>
-void exact_passes(const Grid& grid, const T* potential, const T* harmonic, T* velocity, Bits* peaks, double* step,
-                  int device) {
-  FluxFactors factors{};
-  const LatticeScales scales = lattice_scales(grid);
-  const HarmonicColumns columns = harmonic_columns(grid);
-  factors.columns = static_cast<int>(columns.count);
-  for (int a = 0; a < 3; ++a) {
-    factors.edge[a] = scales.edge[a];
-    factors.area[a] = scales.area[a];
-    factors.column[a] = -1;
-  }
-  for (int c = 0; c < grid.components(); ++c) factors.column[grid.axis(c)] = static_cast<int>(columns.column[c]);
-
-  const int vector = vector_width<T>(grid, potential, velocity);
-  const March m = make_march(grid, false, vector, processor_count(device));
-  const cudaStream_t stream = current_stream(device);
-  MeasurePolicy<T> measure{};
-  measure.factors = factors, measure.harmonic = harmonic, measure.peaks = peaks;
-  launch_march<T, pass>(grid, potential, velocity, m, vector, measure, stream);
-  const auto blocks = static_cast<unsigned>((grid.batch + kThreads - 1) / kThreads);
-  SHODH_LAUNCH((step_kernel<T>), blocks, kThreads, stream, peaks, step, grid.batch);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  ExactPolicy<T> exact{};
-  exact.factors = factors, exact.harmonic = harmonic, exact.step = step;
-  launch_march<T, pass>(grid, potential, velocity, m, vector, exact, stream);
-}
-
-template <class T>
-std::tuple<Tensor, Tensor> exact_typed(const Grid& grid, const Tensor& potential, const std::optional<Tensor>& harmonic) {
-  Tensor velocity = torch::stable::new_empty(potential, field_shape(grid, grid.components()));
-  Tensor step = torch::stable::new_empty(potential, {grid.batch}, ScalarType::Double);
-  if (grid.batch == 0) return {velocity, step};
-  Tensor peaks = torch::stable::new_zeros(potential, {grid.batch}, ScalarType::Double);
-  std::optional<Tensor> constants;
-  if (harmonic.has_value()) constants = torch::stable::contiguous(*harmonic);
-  const T* a = static_cast<const T*>(potential.const_data_ptr());
-  const T* h = constants ? static_cast<const T*>(constants->const_data_ptr()) : nullptr;
-  T* u = static_cast<T*>(velocity.mutable_data_ptr());
-  auto* p = static_cast<Bits*>(peaks.mutable_data_ptr());
-  auto* s = static_cast<double*>(step.mutable_data_ptr());
-  const int device = potential.get_device_index();
-  if (grid.central) exact_passes<T, Pass::kCentral>(grid, a, h, u, p, s, device);
-  else exact_passes<T, Pass::kForward>(grid, a, h, u, p, s, device);
-  return {velocity, step};
 }
 
 std::tuple<Tensor, Tensor> exact_op(const Tensor& potential, const std::optional<Tensor>& harmonic,
                                     const std::vector<double>& spacing, const std::vector<bool>& walls, bool central) {
   const Grid grid = make_grid(potential, true, spacing, walls, central);
-  check_harmonic(harmonic, potential, grid);
   const torch::stable::accelerator::DeviceGuard guard(potential.get_device_index());
+  const std::optional<Tensor> constants = packed_harmonic(harmonic, potential, grid);
   const Tensor packed = torch::stable::contiguous(potential);
-  switch (potential.scalar_type()) {
-    case ScalarType::Float: return exact_typed<float>(grid, packed, harmonic);
-    case ScalarType::Double: return exact_typed<double>(grid, packed, harmonic);
-    default: STD_TORCH_CHECK(false, "the exact decode stores float32 or float64");
-  }
+  Tensor velocity = torch::stable::new_empty(packed, field_shape(grid, grid.components()));
+  Tensor step = torch::stable::new_empty(packed, {grid.batch}, ScalarType::Double);
+  Tensor peaks = torch::stable::new_zeros(packed, {grid.batch}, ScalarType::Double);
+  if (grid.batch == 0) return {velocity, step};
+  const cudaStream_t stream = current_stream(potential.get_device_index());
+  with_wide_type(potential.scalar_type(), [&]<class T>(T) {
+    const T *a = static_cast<const T*>(packed.const_data_ptr()), *h = data_or_null<T>(constants);
+    T* u = static_cast<T*>(velocity.mutable_data_ptr());
+    auto* p = static_cast<Bits*>(peaks.mutable_data_ptr());
+    auto* s = static_cast<double*>(step.mutable_data_ptr());
+    const Fluxes fluxes(grid);
+    launch_flat<T, Pass::kForward>(grid, a, u, [&](auto pass, auto width, unsigned blocks, const Box& box) {
+      SHODH_LAUNCH((measure_kernel<T, decltype(pass)::value, decltype(width)::value>), blocks, kThreads, stream, a, h,
+                   p, box, fluxes);
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      SHODH_LAUNCH((exact_kernel<T, decltype(pass)::value, decltype(width)::value>), blocks, kThreads, stream, a, h, p,
+                   u, s, box, fluxes);
+    });
+  });
+  return {velocity, step};
 }
 
 }  // namespace

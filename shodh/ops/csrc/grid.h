@@ -24,6 +24,13 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// kForward: f[i] - f[i-1], the potential pinned at walls. kMirror: its adjoint, f[i+1] - f[i], the result pinned.
+// kCentral: f[i+1] - f[i-1], its own adjoint up to sign.
+enum class Pass { kForward, kMirror, kCentral };
+
+template <Pass pass> constexpr int kHigh = pass == Pass::kForward ? 0 : 1;
+template <Pass pass> constexpr int kLow = pass == Pass::kMirror ? 0 : -1;
+
 // Arithmetic type of a storage type.
 template <class T> struct Arithmetic { using type = float; };
 template <> struct Arithmetic<double> { using type = double; };
@@ -75,7 +82,7 @@ inline std::vector<int64_t> field_shape(const Grid& grid, int64_t channels) {
   return {grid.batch, channels, grid.cells[0], grid.cells[1], grid.cells[2]};
 }
 
-// Column of `harmonic` for each velocity component; -1 on a walled axis.
+// Column of `harmonic` for the velocity along each axis; -1 where there is none.
 struct HarmonicColumns {
   int64_t column[3] = {-1, -1, -1};
   int64_t count = 0;
@@ -84,12 +91,14 @@ struct HarmonicColumns {
 inline HarmonicColumns harmonic_columns(const Grid& grid) {
   HarmonicColumns columns;
   for (int c = 0; c < grid.components(); ++c)
-    if (!grid.wall[grid.axis(c)]) columns.column[c] = columns.count++;
+    if (!grid.wall[grid.axis(c)]) columns.column[grid.axis(c)] = columns.count++;
   return columns;
 }
 
-inline void check_harmonic(const std::optional<Tensor>& harmonic, const Tensor& potential, const Grid& grid) {
-  if (!harmonic.has_value()) return;
+// The harmonic part, checked and contiguous.
+inline std::optional<Tensor> packed_harmonic(const std::optional<Tensor>& harmonic, const Tensor& potential,
+                                             const Grid& grid) {
+  if (!harmonic.has_value()) return harmonic;
   STD_TORCH_CHECK(harmonic->scalar_type() == potential.scalar_type(), "expected harmonic of the potential's dtype");
   STD_TORCH_CHECK(harmonic->is_cpu() == potential.is_cpu() &&
                       harmonic->get_device_index() == potential.get_device_index(),
@@ -97,6 +106,33 @@ inline void check_harmonic(const std::optional<Tensor>& harmonic, const Tensor& 
   STD_TORCH_CHECK(harmonic->dim() == 2 && harmonic->size(0) == grid.batch &&
                       harmonic->size(1) == harmonic_columns(grid).count,
                   "expected harmonic [B, number of periodic axes]");
+  return torch::stable::contiguous(*harmonic);
+}
+
+template <class T>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+// Calls `body` with a value of the storage type.
+template <class Body>
+auto with_wide_type(ScalarType type, const Body& body) {
+  switch (type) {
+    case ScalarType::Float: return body(float());
+    case ScalarType::Double: return body(double());
+    default: STD_TORCH_CHECK(false, "the exact decode stores float32 or float64");
+  }
+}
+
+template <class Body>
+auto with_type(ScalarType type, const Body& body) {
+  switch (type) {
+    case ScalarType::Float: return body(float());
+    case ScalarType::Double: return body(double());
+    case ScalarType::BFloat16: return body(BFloat16());
+    case ScalarType::Half: return body(Half());
+    default: STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
+  }
 }
 
 // How the exact decode turns the potential into integers and back; see reference.py for the reasons.

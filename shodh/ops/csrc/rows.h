@@ -17,13 +17,6 @@
 
 namespace shodh {
 
-// kForward: f[i] - f[i-1], the potential pinned at walls. kMirror: its adjoint, f[i+1] - f[i], the result pinned.
-// kCentral: f[i+1] - f[i-1], its own adjoint up to sign.
-enum class Pass { kForward, kMirror, kCentral };
-
-template <Pass pass> constexpr int kHigh = pass == Pass::kForward ? 0 : 1;
-template <Pass pass> constexpr int kLow = pass == Pass::kMirror ? 0 : -1;
-
 // Rows of one sample of a contiguous field [C, X, Y, Z].
 template <class T, Pass pass>
 struct Rows {

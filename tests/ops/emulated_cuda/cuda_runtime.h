@@ -9,13 +9,14 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <memory>
+#include <utility>
 #include <vector>
 
 #define __global__
 #define __device__
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 using std::frexp;
 using std::ldexp;
@@ -23,12 +24,20 @@ using std::ldexp;
 struct Index {
   unsigned x = 0;
 };
-inline Index blockIdx, threadIdx;
+inline Index blockIdx, threadIdx, gridDim;
+
+inline long blocks_launched = 0;
+// How many blocks were launched since the last call.
+extern "C" __attribute__((visibility("default"), used)) inline long emulated_blocks() {
+  return std::exchange(blocks_launched, 0);
+}
 
 class Fibres {
  public:
   static void launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
     Fibres fibres(threads, kernel);
+    gridDim.x = blocks;
+    blocks_launched += blocks;
     for (unsigned block = 0; block < blocks; ++block) fibres.run(block);
   }
   static void synchronise() {
@@ -38,14 +47,16 @@ class Fibres {
 
  private:
   Fibres(unsigned threads, const std::function<void()>& kernel)
-      : kernel_(kernel), contexts_(threads), done_(threads), stacks_(new char[threads * kStack]) {}
+      : kernel_(kernel), contexts_(threads), done_(threads) {
+    stacks_.resize(threads * kStack);
+  }
 
   void run(unsigned block) {
     current = this;
     blockIdx.x = block;
     for (unsigned t = 0; t < contexts_.size(); ++t) {
       getcontext(&contexts_[t]);
-      contexts_[t].uc_stack.ss_sp = stacks_.get() + t * kStack;
+      contexts_[t].uc_stack.ss_sp = stacks_.data() + t * kStack;
       contexts_[t].uc_stack.ss_size = kStack;
       contexts_[t].uc_link = &scheduler_;
       makecontext(&contexts_[t], &Fibres::body, 0);
@@ -72,10 +83,21 @@ class Fibres {
   ucontext_t scheduler_;
   std::vector<ucontext_t> contexts_;
   std::vector<char> done_;
-  std::unique_ptr<char[]> stacks_;
+  static inline std::vector<char> stacks_;
 };
 
 inline void __syncthreads() { Fibres::synchronise(); }
+// All threads of the block must take part, as in a barrier.
+template <class Value>
+Value __shfl_down_sync(unsigned, Value value, unsigned distance) {
+  static Value values[1024];
+  const unsigned thread = threadIdx.x, from = thread % 32 + distance < 32 ? thread + distance : thread;
+  values[thread] = value;
+  __syncthreads();
+  const Value found = values[from];
+  __syncthreads();
+  return found;
+}
 inline long long __double_as_longlong(double value) {
   long long bits;
   std::memcpy(&bits, &value, sizeof bits);
@@ -95,11 +117,7 @@ inline void atomicMax(unsigned long long* address, unsigned long long value) {
   (void)(stream), Fibres::launch(blocks, threads, [&] { SHODH_UNPACK kernel(__VA_ARGS__); })
 
 using cudaStream_t = void*;
-enum cudaDeviceAttribute { cudaDevAttrMultiProcessorCount };
-inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttribute, int) { return *value = 1, 0; }
-#undef STD_CUDA_CHECK
 #undef STD_CUDA_KERNEL_LAUNCH_CHECK
-#define STD_CUDA_CHECK(call) (void)(call)
 #define STD_CUDA_KERNEL_LAUNCH_CHECK() (void)0
 #define aoti_torch_get_current_cuda_stream(device, stream) (*(stream) = nullptr, TORCH_SUCCESS)
 
