@@ -30,7 +30,7 @@ def test_only_an_oracle_is_told_the_regime() -> None:
 
 
 def test_noise_depends_on_seed_step_and_sample_and_is_absent_in_evaluation() -> None:
-    labels, noisy = torch.tensor([0, 1]), config(NOISY)
+    labels, noisy = torch.tensor([0, 1]), config(NOISY, top_k=2)
     assert router_arguments(noisy, labels, NAMES) == {}
     seeds = router_arguments(noisy, labels, NAMES, 0, 5)["noise"]
     assert seeds == router_arguments(noisy, labels, iter(NAMES), 0, 5)["noise"]
