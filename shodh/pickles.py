@@ -128,7 +128,7 @@ def _program(path: Path) -> bytes:
     programs = [part for part in parts if Path(part.filename).name.lower() == "data.pkl"]
     if len(programs) != 1:
         raise CheckpointError(f"{path} is refused: expected one data.pkl, got {len(programs)}")
-    reader = torch._C.PyTorchFileReader(str(path))
+    reader: Any = torch._C.PyTorchFileReader(str(path))
     listed = sorted(
         (n, reader.get_record_size(n), reader.get_record_header_offset(n)) for n in reader.get_all_records()
     )

@@ -7,7 +7,6 @@ file that this one knows, wherever the file lies by then.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,8 @@ from shodh.data.formats.views import FileView
 from shodh.data.source import RegimeSource
 from shodh.errors import DataError
 from shodh.files import write_atomically
+from shodh.reading import read_json
+from shodh.strict_json import dumps
 
 log = logging.getLogger("shodh")
 
@@ -67,7 +68,7 @@ class DataRecord:
         if not path.is_file():
             return None
         try:
-            content = json.loads(path.read_text())["regimes"]
+            content = read_json(path, "record of a run's data", DataError)["regimes"]
             for entry in (entry for files in content.values() for entry in files.values()):
                 _former(entry), _content_key(entry)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -77,7 +78,7 @@ class DataRecord:
     def save(self) -> None:
         """Write it into the run folder."""
         regimes = [
-            f"{json.dumps(name)}: {{\n" + ",\n".join(f"  {json.dumps(f)}: {json.dumps(e)}" for f, e in files.items()) + "}"
+            f"{dumps(name)}: {{\n" + ",\n".join(f"  {dumps(f)}: {dumps(e)}" for f, e in files.items()) + "}"
             for name, files in self.regimes.items()
         ]
         write_atomically(self.owner / RECORD, '{"version": 1, "regimes": {\n' + ",\n".join(regimes) + "}}\n")

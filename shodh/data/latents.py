@@ -13,7 +13,6 @@ never read.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -45,7 +44,7 @@ def data_identity(sources: Iterable[RegimeSource]) -> str:
         digest.update(repr(wanted).encode())
         if source.trajectories is not None:
             digest.update(repr(source.trajectories).encode())
-        digest.update(json.dumps(describe_source(source), sort_keys=True).encode())
+        digest.update(dumps(describe_source(source), sort_keys=True).encode())
     return digest.hexdigest()
 
 

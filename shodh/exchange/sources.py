@@ -23,8 +23,8 @@ from shodh.models.description import (
     is_pretrained,
     read_pretrained,
 )
-from shodh.strict_json import dumps
 from shodh.reading import read_text
+from shodh.strict_json import dumps
 from shodh.train.checkpoint import MANIFEST, checksum, verify_checkpoint
 from shodh.train.field_task import SPACE_FILE
 from shodh.train.latents import TOKENIZER_FILE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,8 @@ from shodh.data import SPLITS, Split, WellFile, remove_partial_files
 from shodh.errors import ConfigError, DataError
 from shodh.generation.variation import Interval
 from shodh.physics import REGIMES, get_regime
-from shodh.strict_json import to_json
 from shodh.reading import parse_json
+from shodh.strict_json import to_json
 
 # Root attribute of every file that holds the settings it was made with.
 SETTINGS = "generation_settings"

@@ -84,8 +84,7 @@ class ExpertLayer(AutoEPMoELayer):
 
     ``forward(x [B, S, D], inputs) -> (output [B, S, O], Routing)``, as `shodh.moe.experts.ExpertLayerReference`, with
     the same parameter names; ``experts.w*`` hold this rank's experts only. On one rank it is the same computation; on
-    more, an expert also gets the rows of other ranks, and a matrix product of more rows may round otherwise. On CUDA
-    the shared experts run on a side stream while the dispatch is in flight.
+    more, an expert also gets the rows of other ranks, and a matrix product of more rows may round otherwise.
 
     Parameters
     ----------
@@ -106,7 +105,6 @@ class ExpertLayer(AutoEPMoELayer):
         self.added_experts = build_added(config, dim)
         if self.added_experts is not None:
             _mark_replicated(self.added_experts)
-        self._side_stream: torch.cuda.Stream | None = None
 
     @property
     def first_expert(self) -> int:
@@ -116,11 +114,10 @@ class ExpertLayer(AutoEPMoELayer):
     def forward(self, hidden_states: Tensor, inputs: RouterInputs = NO_INPUTS) -> tuple[Tensor, Routing]:
         x = hidden_states
         routing: Routing = self.router(x, inputs)
-        shared = self._start_shared(x)
         run = self.experts if self.ep_size == 1 else self._run_on_owners
         output = mix_experts(x.reshape(-1, x.shape[-1]), routing, run).view(*x.shape[:-1], self.width)
         if self.shared_experts is not None:
-            output = output + (self.shared_experts(x) if shared is None else self._join(shared))
+            output = output + self.shared_experts(x)
         if self.added_experts is not None:
             output = output + self.added_experts(x)
         return output, routing
@@ -139,25 +136,6 @@ class ExpertLayer(AutoEPMoELayer):
         out = order.restore(self.experts(order.sort(received), by_rank.sum(0)))
         back: Tensor = _AllToAllV.apply(self.ep_group, out, plan.output_splits, plan.input_splits)
         return back
-
-    def _start_shared(self, x: Tensor) -> Tensor | None:
-        """On CUDA, start the shared experts beside the dispatch (ZeRO-3 gathers weights by hooks: leave it alone)."""
-        if self.shared_experts is None or not x.is_cuda or hasattr(self.shared_experts.w1.weight, "ds_id"):
-            return None
-        if self._side_stream is None:
-            self._side_stream = torch.cuda.Stream(x.device)
-        self._side_stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(self._side_stream):
-            x.record_stream(self._side_stream)
-            shared: Tensor = self.shared_experts(x)
-        return shared
-
-    def _join(self, shared: Tensor) -> Tensor:
-        """What `_start_shared` started, once it is done."""
-        current = torch.cuda.current_stream(shared.device)
-        current.wait_stream(self._side_stream)  # type: ignore[arg-type]
-        shared.record_stream(current)
-        return shared
 
 
 def expert_layer_factory(ep_size: int, ep_rank: int) -> Callable[[ExpertsConfig, int], ExpertLayer]:

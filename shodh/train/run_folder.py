@@ -15,11 +15,11 @@ import torch
 from shodh import __version__
 from shodh.config import RunConfig, dump_config, load_config
 from shodh.devices import uses_cuda
-from shodh.precision import float32_products
-from shodh.strict_json import dumps, write_json
 from shodh.errors import CheckpointError, ConfigError
 from shodh.files import write_atomically
+from shodh.precision import float32_products
 from shodh.reading import read_text
+from shodh.strict_json import dumps, write_json
 from shodh.weights import read_json
 
 START = "init_from.json"
