@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(kThreads)
 // One block a sample and axis: the sum over its blocks.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(const double* __restrict__ partial, T* harmonic, unsigned blocks, HarmonicColumns columns) {
+    finish_kernel(const double* __restrict__ partial, T* harmonic, unsigned blocks,
+                  const __grid_constant__ HarmonicColumns columns) {
   const int64_t sample = blockIdx.x / 3, column = columns.column[blockIdx.x % 3];
   if (column < 0) return;
   double sum[1] = {};

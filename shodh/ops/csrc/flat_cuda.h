@@ -79,11 +79,24 @@ struct alignas(V * sizeof(T)) Pack {
   T value[V];
 };
 
-// What is stored at once. The compiler joins the loads of a struct, but not its stores.
-template <size_t bytes>
-using Word = std::conditional_t<bytes == 16, unsigned __int128,
-                                std::conditional_t<bytes == 8, uint64_t,
-                                                   std::conditional_t<bytes == 4, uint32_t, uint16_t>>>;
+// In one access: the compiler joins the loads of a struct, but not its stores.
+template <class T, int V>
+__device__ void store(Pack<T, V>* to, const Pack<T, V>& pack) {
+#ifdef __CUDA_ARCH__
+  unsigned words[(sizeof pack + 3) / 4] = {};
+  memcpy(words, &pack, sizeof pack);
+  if constexpr (sizeof pack == 16)
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                 "r"(words[3])
+                 : "memory");
+  else if constexpr (sizeof pack == 8)
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(words[0]), "r"(words[1]) : "memory");
+  else if constexpr (sizeof pack == 4)
+    *reinterpret_cast<unsigned*>(to) = words[0];
+  else
+#endif
+    *to = pack;
+}
 
 template <class Value>
 struct Differences {
@@ -161,9 +174,7 @@ class Site {
     if (box_.out[c] < 0) return;
     if (pass == Pass::kMirror) clear(pack, (c != 0 & at_wall(0, 1)) | (c != 1 & at_wall(1, 1)), ends_pinned(c));
     T* to = fields + (int64_t{sample} * box_.out_channels + box_.out[c]) * box_.volume + here_;
-    Word<sizeof pack> word;
-    memcpy(&word, &pack, sizeof pack);
-    *reinterpret_cast<Word<sizeof pack>*>(to) = word;
+    store(reinterpret_cast<Pack<T, V>*>(to), pack);
   }
 
  private:
