@@ -19,6 +19,7 @@ from shodh.study.tuning.base import Base, check_regime, find_tokenizer
 from shodh.study.tuning.measure import count_trained
 from shodh.study.tuning.settings import TuningConfig
 from shodh.topology import fitting_ep_size
+from shodh.train.data_identity import new_choice
 from shodh.train.datasets import open_sources
 from shodh.train.jobs import plan_operator
 
@@ -105,7 +106,8 @@ def draw_trajectories(regime: RegimeConfig, base: Base, seed: int, counts: tuple
     data = to_dict(base.config)
     data["data"]["regimes"] = [to_dict(regime)]
     config = config_from_dict(data, f"regime {regime.name!r}")
-    (source,) = open_sources(config.data, extrude=not config.operator.in_field_space)
+    choose = new_choice(config, base.weights)
+    (source,) = open_sources(config.data, extrude=not config.operator.in_field_space, choose=choose)
     total = source.num_trajectories("train")
     if max(counts) > total:
         raise ConfigError(
