@@ -10,7 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shodh.cli import training_parser
 from shodh.config import load_config
-from shodh.train.runtime import quiet_logs, rank, run_ranks
+from shodh.distributed import rank
+from shodh.train.runtime import quiet_logs, run_ranks
 
 EXAMPLES = """examples:
   deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/demo.yaml
@@ -28,8 +29,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         metavar="WEIGHTS",
         help="start a new run from a checkpoint folder, a folder of tools/convert_checkpoint.py or a safetensors file, "
-        "at any ranks, EP degree and ZeRO stage (a checkpoint of a bf16 run gives its bf16 weights; converted to fp32, "
-        "its float32 master weights)",
+        "at any ranks, EP degree and ZeRO stage; a checkpoint gives float32 weights, of a bf16 run too",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan; touch no data, allocate no weights")
     parser.add_argument("--nodes", type=int, help="dry run: nodes to plan for (default: what the configuration says)")

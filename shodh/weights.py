@@ -8,7 +8,7 @@ and writing it never holds more than `CHUNK` values on the heap.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -233,6 +233,33 @@ def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Where everything lies in a safetensors file: its first bytes, the byte at which each tensor begins, its size."""
+
+    header: bytes
+    offsets: dict[str, int]
+    size: int
+
+
+def plan_file(
+    shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype], metadata: Mapping[str, str] | None = None
+) -> Layout:
+    """Lay out a safetensors file; ``offsets`` have the order of the file."""
+    # As the format asks: no holes. As the library does: wide dtypes first, so that all values are aligned.
+    order = sorted(shapes, key=lambda name: (-dtypes[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    starts, end = {}, 0
+    for name in order:
+        starts[name], end = end, end + math.prod(shapes[name]) * dtypes[name].itemsize
+        described = {"dtype": _SAFETENSORS_NAMES[dtypes[name]], "shape": list(shapes[name])}
+        header[name] = {**described, "data_offsets": [starts[name], end]}
+    text = dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    first = len(text).to_bytes(8, "little") + text
+    return Layout(first, {name: len(first) + start for name, start in starts.items()}, len(first) + end)
+
+
 def write_file(
     path: Path,
     tensors: LazyWeights,
@@ -251,21 +278,12 @@ def write_file(
     progress : callable
         Told the bytes of each part that is written.
     """
-    # As the format asks: no holes. As the library does: wide dtypes first, so that all values are aligned.
-    order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    end = 0
-    for name in order:
-        start, end = end, end + tensors[name].numel * dtypes[name].itemsize
-        described = {"dtype": _SAFETENSORS_NAMES[dtypes[name]], "shape": list(tensors[name].shape)}
-        header[name] = {**described, "data_offsets": [start, end]}
-    text = dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    layout = plan_file({name: t.shape for name, t in tensors.items()}, dtypes, metadata)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
+        file.write(layout.header)
+        for name in layout.offsets:
             for part in tensors[name].chunks(dtypes[name]):
-                file.write(part.contiguous().view(torch.uint8).numpy().data)
+                file.write(part.cpu().contiguous().view(torch.uint8).numpy().data)
                 progress(part.numel() * part.itemsize)
     sync_to_disk(path)
 

@@ -11,10 +11,11 @@ from shodh.ccm.evaluate import evaluate_seed
 from shodh.ccm.settings import CCMConfig, Member
 from shodh.config.reading import section_from_dict
 from shodh.devices import pick_device
+from shodh.distributed import rank, world_size
 from shodh.exchange.convert import convert
 from shodh.models.description import is_pretrained
 from shodh.train.jobs import pretrain
-from shodh.train.runtime import quiet_logs, rank, run_ranks, world_size
+from shodh.train.runtime import quiet_logs, run_ranks
 from shodh.train.workers import STOPPED, ignore_interrupts, leave_ranks
 from shodh.weights import read_json
 

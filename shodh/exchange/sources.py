@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from shodh.checkpoint.folder import LATEST, MANIFEST, checksum, latest_checkpoint, read_manifest, verify_checkpoint
+from shodh.checkpoint.weights import open_verified
 from shodh.config import RunConfig, load_config, to_dict
 from shodh.errors import CheckpointError
 from shodh.exchange.deepspeed_folder import is_deepspeed_folder, read_deepspeed_folder
@@ -25,12 +27,10 @@ from shodh.models.description import (
 )
 from shodh.reading import read_text
 from shodh.strict_json import dumps
-from shodh.train.checkpoint import MANIFEST, checksum, verify_checkpoint
 from shodh.train.field_task import SPACE_FILE
 from shodh.train.latents import TOKENIZER_FILE
 from shodh.train.run_folder import RunFolder, describe_environment
 from shodh.weights import (
-    WEIGHTS,
     StoredTensor,
     Weights,
     check_fit,
@@ -125,11 +125,13 @@ def _checkpoint_of(path: Path, tag: str | None) -> Path:
         if tag is not None:
             raise CheckpointError(f"--tag chooses a checkpoint of a run folder, and {path} is one already")
         return path
-    if tag is None and (path / "config.yaml").is_file() and not (path / "latest").is_file():
+    newest, latest = latest_checkpoint(path), path / LATEST
+    if tag is None and newest is not None:
+        return newest
+    if tag is None and (path / "config.yaml").is_file() and not latest.is_file():
         raise CheckpointError(f"{path} is a run without a complete checkpoint; name one with --tag, or train on")
     base = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    latest = path / "latest"
-    if tag is None and latest.is_file():
+    if tag is None and latest.is_file():  # DeepSpeed's own folder of folders
         tag = read_text(latest, "name of a checkpoint", CheckpointError).strip()
     if not tag or Path(tag).name != tag or not (base / tag).is_dir():
         known = sorted(p.name for p in base.iterdir() if p.is_dir() and p.name[0] != ".") if tag else []
@@ -153,23 +155,26 @@ def _open_operator(path: Path, dtype: str) -> _Operator:
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path} is not {KINDS}")
         return _Operator(open_file(path), Source(name=path.name, sha256=checksum(path)))
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() and "format" in read_manifest(path):
         return _open_checkpoint(path, dtype)
-    if not is_deepspeed_folder(path):
-        return _Operator(open_weights(path), Source(name=path.name, sha256=_digest(path)))
+    if is_deepspeed_folder(path):
+        return _open_deepspeed(path)
+    return _Operator(open_weights(path), Source(name=path.name, sha256=_digest(path)))
+
+
+def _open_deepspeed(path: Path) -> _Operator:
+    """Somebody's folder of DeepSpeed, or a checkpoint of an older version of this project, which has a manifest."""
+    if (path / MANIFEST).is_file():
+        verify_checkpoint(path)
     state = read_deepspeed_folder(path)
     masters = state.lower_precision and not _in_lower_precision(state.tensors)
     return _Operator(state.tensors, Source(name=path.name, sha256=_digest(path), step=state.step, masters=masters))
 
 
 def _open_checkpoint(path: Path, dtype: str) -> _Operator:
-    """Our own checkpoint, checked against its manifest; its masters, where they say more than its weights."""
-    manifest = verify_checkpoint(path)
-    tensors = open_file(path / WEIGHTS)
-    masters = dtype == "fp32" and _in_lower_precision(tensors)
-    if masters:
-        tensors = read_deepspeed_folder(path).tensors
-    step = manifest["state"].get("step")
+    """Our own checkpoint, its weights compared with its manifest: float32, whatever the run computed in."""
+    tensors, manifest = open_verified(path), read_manifest(path)
+    step, masters = manifest["state"].get("step"), dtype == "fp32" and manifest.get("precision", "fp32") != "fp32"
     return _Operator(tensors, Source(name=path.name, sha256=checksum(path / MANIFEST), step=step, masters=masters))
 
 

@@ -30,6 +30,7 @@ from msgspec import UNSET, UnsetType
 from torch import Tensor
 
 from shodh.errors import DataError
+from shodh.files import cut_lines
 from shodh.moe.routing import Routing, count_by_regime
 
 VERSION = 2
@@ -125,14 +126,11 @@ class TraceWriter:
 
     def __init__(self, path: Path, rank: int, regimes: Sequence[str], limit: int, resume_step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in read_trace(path) if r.step < resume_step] if resume_step and path.exists() else []
-        self._file: TextIO = path.open("w")
-        for record in kept:
-            self._file.write(record.to_json() + "\n")
-        self._file.flush()
+        kept = cut_trace(path, resume_step)
+        self._file: TextIO = path.open("a")
         self._rank = rank
         self._regimes = tuple(regimes)
-        self._left = limit - len(kept)
+        self._left = limit - kept
         self._pending: list[_Pending | _PendingSamples] = []
 
     def add(
@@ -227,6 +225,27 @@ class TraceWriter:
     def close(self) -> None:
         self.flush()
         self._file.close()
+
+
+def cut_trace(path: Path, step: int) -> int:
+    """Drop the records of a step and later ones, and damaged lines; returns how many records are left."""
+    decoder = msgspec.json.Decoder(RoutingRecord)
+
+    def number_of(line: bytes) -> int:
+        try:
+            return decoder.decode(line).step
+        except msgspec.MsgspecError as error:
+            raise ValueError from error
+
+    return cut_lines(path, number_of, step)
+
+
+def cut_traces_of_others(folder: Path, world: int, step: int) -> None:
+    """`cut_trace` for ranks that this run no longer has; what is left of an attempt that saved nothing is removed."""
+    for path in folder.glob("rank*.jsonl"):
+        number = path.stem.removeprefix("rank")
+        if number.isdecimal() and int(number) >= world and not cut_trace(path, step):
+            path.unlink()
 
 
 def thinning(expected: int, limit: int) -> int:

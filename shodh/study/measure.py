@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 from torch import nn
 
 from shodh.analysis.report import write_report
+from shodh.checkpoint.folder import checkpoints_of, prune, read_manifest
+from shodh.checkpoint.weights import read_weights
 from shodh.config import RegimeConfig, RunConfig
 from shodh.errors import CheckpointError
 from shodh.models.factory import build_operator
@@ -21,11 +22,10 @@ from shodh.study.flops import step_flops
 from shodh.study.probe import Probe, gradient_cosines, learning_curve, plasticity
 from shodh.study.settings import PlasticityConfig
 from shodh.study.sizes import model_size
-from shodh.train.checkpoint import WEIGHTS, load_into, load_weights, read_manifest
 from shodh.train.evaluation import evaluate, open_run
 from shodh.train.metrics import read_metrics
 from shodh.train.run_folder import RunFolder, describe_environment
-from shodh.weights import read_json
+from shodh.weights import load_into, read_json
 
 RESULT = "result.json"
 
@@ -100,9 +100,8 @@ def seconds_per_step(folder: RunFolder, validated_every: int) -> float | None:
 def prune_checkpoints(folder: RunFolder) -> None:
     """Drop all checkpoints but the last, which a resume, a conversion or a new evaluation starts from."""
     latest = folder.latest()
-    for checkpoint in folder.checkpoints.glob("step_*"):
-        if checkpoint.name != latest:
-            shutil.rmtree(checkpoint)
+    if latest is not None:
+        prune(folder.path, latest, keep=1)
 
 
 def scheduled_checkpoints(folder: RunFolder, steps: int, every: int) -> list[tuple[int, Path]]:
@@ -116,7 +115,7 @@ def scheduled_checkpoints(folder: RunFolder, steps: int, every: int) -> list[tup
         One is gone: a cell that was measured keeps its last alone.
     """
     expected = [*range(every, steps, every), steps]
-    found = {int(read_manifest(path)["state"]["step"]): path for path in folder.checkpoints.glob("step_*")}
+    found = {int(read_manifest(path)["state"]["step"]): path for path in checkpoints_of(folder.path)}
     missing = [step for step in expected if step not in found]
     if missing:
         raise CheckpointError(
@@ -135,7 +134,7 @@ def _over_training(probe: Probe, folder: RunFolder, gradient_samples: int) -> li
     model.to(probe.device)
     history = [_point(probe, model, batches, 0)]
     for step, checkpoint in scheduled_checkpoints(folder, train.steps, train.checkpoint_every):
-        load_into(model, load_weights(checkpoint / WEIGHTS), checkpoint)
+        load_into(model, read_weights(checkpoint), checkpoint)
         history.append(_point(probe, model, batches, step))
     return history
 

@@ -13,13 +13,14 @@ import torch
 
 from shodh.config import RegimeConfig, RunConfig, config_from_dict
 from shodh.devices import pick_device
+from shodh.distributed import rank
 from shodh.study.measure import measure_cell
 from shodh.study.settings import PlasticityConfig
 from shodh.study.tuning.cells import ZERO_SHOT
 from shodh.study.tuning.measure import measure_tuning
 from shodh.train.jobs import open_data, pretrain, train_tokenizer
 from shodh.train.latents import TOKENIZER_FILE
-from shodh.train.runtime import quiet_logs, rank, run_ranks, start_distributed
+from shodh.train.runtime import quiet_logs, run_ranks, start_distributed
 from shodh.train.workers import STOPPED, ignore_interrupts, leave_ranks
 from shodh.weights import read_json
 

@@ -18,12 +18,12 @@ from shodh.data.identity import Choose
 from shodh.data.loader import SampleDataset
 from shodh.data.mixture import temperature_shares
 from shodh.devices import uses_cuda
+from shodh.distributed import rank
 from shodh.errors import DataError
 from shodh.fields import Boundary, Field
 from shodh.models.domain import Domain
 from shodh.models.tokenizer import existing_channels, field_slices
 from shodh.topology import Topology
-from shodh.train.runtime import rank
 
 
 @dataclass(frozen=True)

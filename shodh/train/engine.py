@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import nn
 
 from shodh.config import TrainConfig
+from shodh.distributed import gather
 from shodh.errors import ConfigError
 from shodh.models.kernels import Kernels, adamw, describe_kernels
 from shodh.reading import read_json
 from shodh.topology import Topology
-from shodh.train.runtime import gather
 
 log = logging.getLogger("shodh")
 
@@ -74,12 +74,23 @@ def load_deepspeed_config(path: Path, train: TrainConfig, topology: Topology) ->
             _settle(config, place, value, "that training needs")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    _refuse_unmovable(path, config["zero_optimization"])
     stage = config["zero_optimization"].get("stage", 0)
     if isinstance(stage, bool) or stage not in (1, 2, 3):
         raise ConfigError(
             f"{path}: zero_optimization.stage={stage}; use 1, 2 or 3 (0 computes a wrong gradient norm with experts)"
         )
     return config
+
+
+def _refuse_unmovable(path: Path, zero: dict[str, Any]) -> None:
+    """Refuse settings with which the optimiser's numbers are not where `shodh.checkpoint.shares` finds them."""
+    defaults = {"round_robin_gradients": False, "mics_shard_size": -1, "zero_hpz_partition_size": 1}
+    wrong = [f"zero_optimization.{key}" for key, value in defaults.items() if zero.get(key, value) != value]
+    nvme = [key for key in ("offload_optimizer", "offload_param") if (zero.get(key) or {}).get("device") == "nvme"]
+    wrong += [f"zero_optimization.{key}.device=nvme" for key in nvme]
+    if wrong:
+        raise ConfigError(f"{path}: {wrong[0]} is not supported: checkpoints could not be read back; take it out")
 
 
 def keep_float32(model: nn.Module) -> None:

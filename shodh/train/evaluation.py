@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from shodh.checkpoint.weights import read_initial_weights, read_weights
 from shodh.config import RunConfig
 from shodh.data import FieldNormalizer, Split
 from shodh.data.identity import Choose
@@ -23,7 +24,6 @@ from shodh.errors import CheckpointError
 from shodh.models.factory import build_operator
 from shodh.moe.routing import regime_information
 from shodh.precision import float32_products, ieee_float32
-from shodh.train.checkpoint import WEIGHTS, load_into, load_weights, read_initial_weights, read_manifest
 from shodh.train.data_identity import kept_choice, new_choice
 from shodh.train.field_evaluation import FieldEvaluation
 from shodh.train.field_task import open_fields, read_normalizer
@@ -31,6 +31,7 @@ from shodh.train.latent_evaluation import LatentEvaluation
 from shodh.train.latents import TrainedTokenizer, open_for_operator, prepare_latents
 from shodh.train.regime_evaluation import Evaluation, Evaluator, Example, Means, RegimeEvaluation
 from shodh.train.run_folder import RunFolder
+from shodh.weights import load_into
 
 __all__ = ["Evaluation", "Evaluator", "Example", "Means", "RegimeEvaluation", "evaluate", "open_run"]
 
@@ -48,11 +49,10 @@ def open_run(run: Path, checkpoint: str | None, device: torch.device) -> Evaluat
     tag = checkpoint or folder.latest()
     if tag is None:
         raise CheckpointError(f"{run} has no complete checkpoint yet")
-    weights = folder.checkpoints / tag / WEIGHTS
-    read_manifest(weights.parent)
+    source = folder.checkpoints / tag
     normalizer = read_normalizer(run) if config.operator.in_field_space else None
     choose = kept_choice(run)
-    return _opened(config, folder, tag, load_weights(weights), weights, normalizer, device, choose)
+    return _opened(config, folder, tag, read_weights(source), source, normalizer, device, choose)
 
 
 def open_given(config: RunConfig, weights: Path, device: torch.device) -> Evaluator:

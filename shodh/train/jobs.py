@@ -15,9 +15,13 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from shodh.checkpoint.folder import read_manifest, remove_leftovers, verify_checkpoint
+from shodh.checkpoint.optimizer_state import set_masters
+from shodh.checkpoint.weights import read_initial_weights, read_weights, source_checksum
 from shodh.config import RunConfig, TrainConfig, to_dict
 from shodh.data import FieldNormalizer, WindowDataset
 from shodh.data.identity import RECORD, DataRecord
+from shodh.distributed import rank, together, world_size
 from shodh.errors import CheckpointError, ConfigError
 from shodh.files import atomic_path
 from shodh.models.basis import PATCH, PatchBasis
@@ -29,16 +33,6 @@ from shodh.moe.groups import added_weights, freeze_others
 from shodh.precision import ieee_float32, keep_ieee
 from shodh.strict_json import write_json
 from shodh.topology import Topology, plan_topology
-from shodh.train.checkpoint import (
-    WEIGHTS,
-    load_into,
-    load_weights,
-    read_initial_weights,
-    read_manifest,
-    require_topology,
-    set_masters,
-    source_checksum,
-)
 from shodh.train.data_identity import kept_choice, new_choice
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.engine import build_engine, load_deepspeed_config
@@ -55,8 +49,9 @@ from shodh.train.latents import TOKENIZER_FILE, open_for_operator, open_latents,
 from shodh.train.loop import Task, Trainer
 from shodh.train.operator_task import OpenSplit, OperatorTask
 from shodh.train.run_folder import RunFolder
-from shodh.train.runtime import rank, start_distributed, together, world_size
+from shodh.train.runtime import start_distributed
 from shodh.train.tokenizer_task import TokenizerTask
+from shodh.weights import load_into
 
 log = logging.getLogger("shodh")
 
@@ -84,16 +79,30 @@ def find_start(folder: RunFolder, resume: str | None) -> Path | None:
     return None if tag is None else folder.checkpoints / tag
 
 
-def _check_same_run(
-    config: RunConfig, folder: RunFolder, start: Path, topology: Topology, deepspeed: Mapping[str, Any]
-) -> None:
-    """A resumed run must learn the same thing from the same batches, on the same ranks; where its data lie may change.
+def _claim(folder: RunFolder, resume: str | None, start: Path | None) -> None:
+    """Make this job the only one that writes to the run folder, and check what it goes on from. Collective.
+
+    Raises
+    ------
+    SharedError
+        Another job is at work there, or a file of the checkpoint is missing or damaged.
+    """
+    with together():
+        if rank() == 0 and folder.path.exists():  # A new folder is made, and owned, when all is checked.
+            folder.own()
+            remove_leftovers(folder.path)
+            if find_start(folder, resume) != start:
+                raise CheckpointError(f"{folder.path} changed while this job started; run the same command again")
+    with together():
+        if start is not None:
+            verify_checkpoint(start, (rank(), world_size()))
+
+
+def _check_same_run(config: RunConfig, folder: RunFolder) -> None:
+    """A resumed run must learn the same thing from the same batches; where its data lie may change.
 
     Checked before anything is written into its folder.
     """
-    zero_stage = int(deepspeed["zero_optimization"]["stage"])
-    now = {"world_size": topology.world_size, "ep_size": topology.ep_size, "zero_stage": zero_stage}
-    require_topology(start, read_manifest(start), now)
     if not (folder.path / "config.yaml").exists():
         return
     old, new = to_dict(folder.config()), to_dict(config)
@@ -175,8 +184,9 @@ def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
     deepspeed = load_deepspeed_config(config.deepspeed, train, topology)
     start = find_start(folder, resume)
     if start is not None:
-        _check_same_run(config, folder, start, topology, deepspeed)
+        _check_same_run(config, folder)
     device = start_distributed()
+    _claim(folder, resume, start)
     with together():
         kept, choose = None, None
         if start is not None:
@@ -258,12 +268,12 @@ def fit_basis(model: Tokenizer, regimes: Regimes, frames: int = 64, patches: int
 
 @torch.no_grad()
 def _with_latent_statistics(
-    config: RunConfig, regimes: Regimes, weights: Path, device: torch.device
+    config: RunConfig, regimes: Regimes, checkpoint: Path, device: torch.device
 ) -> dict[str, Tensor]:
     """Weights with mean and standard deviation of each latent channel put in, over training frames of each head."""
     model = build_tokenizer(config)
-    state = load_weights(weights)
-    load_into(model, state, weights)
+    state = read_weights(checkpoint)
+    load_into(model, state, checkpoint)
     model.to(device).eval()
     parts: dict[int, list[Tensor]] = {}
     for number, item in training_frames(regimes, 128):
@@ -280,7 +290,7 @@ def publish_tokenizer(config: RunConfig, regimes: Regimes, folder: RunFolder, de
     tag = folder.latest()
     if tag is None:
         raise CheckpointError(f"{folder.path} has no complete checkpoint to publish a tokenizer from")
-    state = _with_latent_statistics(config, regimes, folder.checkpoints / tag / WEIGHTS, device)
+    state = _with_latent_statistics(config, regimes, folder.checkpoints / tag, device)
     final = folder.path / "tokenizer.safetensors"
     with atomic_path(final) as partial:
         save_file({name: tensor.float().contiguous() for name, tensor in state.items()}, str(partial))
@@ -300,20 +310,13 @@ def plan_operator(config: RunConfig, world_size: int) -> tuple[Topology, dict[st
     Raises
     ------
     TopologyError, ConfigError
-        Ranks, experts, batch, ZeRO stage and what is frozen do not go together.
+        Ranks, experts, batch and ZeRO stage do not go together.
     """
     train, experts = config.operator.train, config.operator.experts
     topology = plan_topology(
         world_size, config.parallel.ep_size, experts.num_experts, train.global_batch, train.micro_batch
     )
-    deepspeed = load_deepspeed_config(config.deepspeed, train, topology)
-    frozen = config.finetune is not None and config.finetune.train == "new_expert"
-    if frozen and deepspeed["zero_optimization"]["stage"] == 3:
-        raise ConfigError(
-            f"{config.deepspeed}: DeepSpeed cannot save frozen experts under ZeRO 3; train new_expert under ZeRO 1 or "
-            "2, for example with --set deepspeed=ds_configs/zero2.json"
-        )
-    return topology, deepspeed
+    return topology, load_deepspeed_config(config.deepspeed, train, topology)
 
 
 @ieee_float32()
@@ -332,10 +335,11 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
     topology, deepspeed = plan_operator(config, world_size())
     start = find_start(folder, resume)
     if start is not None:
-        _check_same_run(config, folder, start, topology, deepspeed)
+        _check_same_run(config, folder)
     if init_from is not None:
         read_initial_weights(init_from)  # Mapped, not read: what cannot be used is refused before ranks connect.
     device = start_distributed()
+    _claim(folder, resume, start)
     regimes, open_split = open_data(config, folder if start is not None else None, device, init_from)
     with together():
         if rank() == 0:

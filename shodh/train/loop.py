@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from shodh.checkpoint.folder import read_manifest
+from shodh.checkpoint.training import load_checkpoint, save_checkpoint
 from shodh.config import TrainConfig
 from shodh.devices import uses_cuda
+from shodh.distributed import SharedError, gather, rank, together
 from shodh.errors import ShodhError
 from shodh.topology import Topology
-from shodh.train.checkpoint import load_checkpoint, save_checkpoint
 from shodh.train.engine import MovementCheck, find_nonfinite
 from shodh.train.metrics import Metrics, MetricWriter, StepRecord, mean_over_ranks, reduce_metrics
-from shodh.train.run_folder import RunFolder
-from shodh.train.runtime import SharedError, gather, rank, together
+from shodh.train.run_folder import RunFolder, describe_environment
 from shodh.train.schedule import learning_rate
 
 log = logging.getLogger("shodh")
@@ -91,20 +92,30 @@ class Trainer:
         self.seed = seed
         self.step = self.skipped = self.skipped_in_row = 0
         self._record = StepRecord()
-        self._identity = {
+        self._topology = {
             "world_size": topology.world_size,
             "ep_size": topology.ep_size,
+            "micro_batch": topology.micro_batch,
             "zero_stage": int(engine.zero_optimization_stage()),
         }
 
     def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint folder; raises `CheckpointError` if it does not fit."""
-        state = load_checkpoint(self.engine, checkpoint, self._identity)
+        """Go on from a checkpoint folder of any layout; raises `CheckpointError` if it does not fit."""
+        state = read_manifest(checkpoint)["state"]
         if state["seed"] != self.seed:
             raise ShodhError(f"{checkpoint} was trained with seed {state['seed']}, and this run has seed {self.seed}")
+        written = load_checkpoint(self.engine, checkpoint)["topology"]
         self.step = int(state["step"])
         self.skipped, self.skipped_in_row = (int(state.get(k, 0)) for k in ("skipped", "skipped_in_row"))
         log.info("resumed from %s at step %d of %d", checkpoint, self.step, self.train.steps)
+        before, now = (t["world_size"] * t["micro_batch"] for t in (written, self._topology))
+        if before != now:
+            log.warning(
+                "%d samples are balanced over the experts at once (ranks x micro_batch), and there were %d until now; "
+                "results differ by more than rounding: keep the product to go on as before",
+                now,
+                before,
+            )
 
     def save(self) -> None:
         """Publish a checkpoint of the current step; raises `SharedError` if a weight is not finite."""
@@ -113,9 +124,13 @@ class Trainer:
             raise SharedError(
                 f"no checkpoint of step {self.step} is written: {', '.join(wrong[:5])} not finite; {self._way_back()}"
             )
-        state = {k: getattr(self, k) for k in ("step", "seed", "skipped", "skipped_in_row")}
-        tag = f"step_{self.step:08d}"
-        save_checkpoint(self.engine, self.folder, tag, state, self._identity, self.train.keep_checkpoints)
+        record = {
+            "state": {k: getattr(self, k) for k in ("step", "seed", "skipped", "skipped_in_row")},
+            "topology": self._topology,
+            "precision": self.train.precision,
+            "env": describe_environment() if rank() == 0 else {},
+        }
+        save_checkpoint(self.engine, self.folder.path, record, self.train.keep_checkpoints)
 
     def fit(self) -> bool:
         """Train to the last step; False if a signal ended it early (a checkpoint is then saved)."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shodh.files import atomic_path
+from shodh.files import cut_lines
 from shodh.strict_json import dumps
 
 Reduction = Literal["mean", "sum", "max"]
@@ -131,8 +130,7 @@ class MetricWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / "metrics.jsonl"
-        with atomic_path(path) as partial, partial.open("w") as file:
-            file.writelines(line for line, values in _lines(path) if values["step"] < resume_step)
+        cut_lines(path, lambda line: int(json.loads(line)["step"]), resume_step)
         self._file: TextIO = path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
 
@@ -155,22 +153,16 @@ class MetricWriter:
         self._board.close()
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Whole lines of a ``metrics.jsonl`` and what they hold, up to the first that a crash cut off."""
-    if not path.exists():
-        return
-    with path.open(errors="replace") as file:
-        for line in file:
-            try:
-                values = json.loads(line)
-                int(values["step"])
-            except (ValueError, TypeError, KeyError):
-                return
-            if not line.endswith(os.linesep):
-                return
-            yield line, values
-
-
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Lines of a ``metrics.jsonl``, ``null`` as NaN; a last line that was cut off by a crash is left out."""
-    return [{name: math.nan if v is None else v for name, v in values.items()} for _, values in _lines(path)]
+    """Lines of a ``metrics.jsonl``, ``null`` as NaN; one that is damaged, or was cut off by a crash, is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            values = json.loads(text)
+            int(values["step"])
+        except (ValueError, TypeError, KeyError):
+            continue
+        lines.append({name: math.nan if v is None else v for name, v in values.items()})
+    return lines

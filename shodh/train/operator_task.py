@@ -14,19 +14,19 @@ from torch import Tensor
 from shodh.config import RunConfig
 from shodh.data import Split
 from shodh.data.loader import SampleDataset
+from shodh.distributed import rank
 from shodh.errors import DataError
 from shodh.models.operator import OperatorOutput
 from shodh.moe.balance import GlobalBalance, entropy
 from shodh.moe.routing import Routing, count_by_regime, regime_information
 from shodh.moe.step import finish_step, router_arguments
-from shodh.moe.trace import TraceWriter, thinning
+from shodh.moe.trace import TraceWriter, cut_traces_of_others, thinning
 from shodh.seeding import generator
 from shodh.topology import Topology
 from shodh.train.datasets import Regimes, mixture_loader, training_splits
 from shodh.train.loop import Batch
 from shodh.train.metrics import Metrics, MetricWriter, RegimeMeans, nonfinite_regimes
 from shodh.train.pictures import share_picture
-from shodh.train.runtime import rank
 
 SAMPLE_KEY = ("regime", "trajectory", "frame")
 _STILL = 1e-13  # mean square of changes over that of values that float32 makes of equal frames
@@ -77,6 +77,8 @@ class OperatorTask:
         path = traces / f"rank{rank()}.jsonl"
         limit = config.routing_trace if self.sparse else 0
         self._trace = TraceWriter(path, rank(), regimes.names, limit, resume_step)
+        if rank() == 0:
+            cut_traces_of_others(traces, topology.world_size, resume_step)
         self._trace_every, self._trace_valid_every = self._thinning(limit)
         self._table: Tensor | None = None
 

@@ -8,21 +8,22 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from shodh import __version__
+from shodh.checkpoint.folder import latest_checkpoint
 from shodh.config import RunConfig, dump_config, load_config
 from shodh.devices import uses_cuda
-from shodh.errors import CheckpointError, ConfigError
-from shodh.files import write_atomically
+from shodh.errors import ConfigError
+from shodh.files import lock_file, write_atomically
 from shodh.precision import float32_products
-from shodh.reading import read_text
 from shodh.strict_json import dumps, write_json
 from shodh.weights import read_json
 
 START = "init_from.json"
+LOCK = ".lock"
 PACKAGES = ("torch", "deepspeed", "numpy", "h5py", "safetensors", "pydantic")
 
 
@@ -67,10 +68,11 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.routing = path / "routing"
         self.report = path / "report"
+        self._lock: IO[str] | None = None
 
     def create(self, config: RunConfig, deepspeed: dict[str, Any]) -> None:
-        """Make the folder and write ``config.yaml``, ``ds_config.json`` and ``env.json`` (rank 0)."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Make the folder, lock it (`own`) and write ``config.yaml``, ``ds_config.json`` and ``env.json`` (rank 0)."""
+        self.own()
         write_atomically(self.path / "config.yaml", dump_config(config))
         write_json(self.path / "ds_config.json", deepspeed, indent=2)
         write_json(self.path / "env.json", describe_environment(), indent=2)
@@ -96,7 +98,11 @@ class RunFolder:
         return load_config(path)
 
     def latest(self) -> str | None:
-        """Tag of the newest complete checkpoint, or None."""
-        path = self.path / "latest"
-        tag = read_text(path, "name of a checkpoint", CheckpointError).strip() if path.exists() else ""
-        return tag if tag and (self.checkpoints / tag / "manifest.json").exists() else None
+        """Tag of the newest complete checkpoint (`shodh.checkpoint.folder.latest_checkpoint`), or None."""
+        path = latest_checkpoint(self.path)
+        return None if path is None else path.name
+
+    def own(self) -> None:
+        """Lock the folder for as long as this object lives; raises `ConfigError` if another job has it."""
+        if self._lock is None:
+            self._lock = lock_file(self.path / LOCK)

@@ -9,32 +9,16 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
 from shodh.cli import EXIT_USAGE, error_line
 from shodh.devices import CardsError, check_ranks, count_cards, local_rank, local_world_size, uses_cuda
-from shodh.errors import ShodhError
+from shodh.distributed import SharedError, rank, world_size
 
 log = logging.getLogger("shodh")
-
-
-class SharedError(ShodhError):
-    """An error of some rank that all ranks have agreed to stop for."""
-
-
-def rank() -> int:
-    """This process's rank, from the launcher's environment; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Number of ranks, from the launcher's environment; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _free_port() -> str:
@@ -85,31 +69,6 @@ def start_distributed() -> torch.device:
             dist.init_process_group("nccl", timeout=default_pg_timeout, device_id=device)
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
     return device
-
-
-def gather(value: Any) -> list[Any]:
-    """The value of every rank, in their order. Collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """All ranks succeed in the block, or all raise the first rank's error; so nobody waits in a later collective."""
-    caught: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        caught = error
-    line = None if caught is None else error_line(caught)
-    if caught is not None and line is None:
-        raise caught
-    found = [text for text in gather(line) if text]
-    if found:
-        raise SharedError(found[0]) from caught
 
 
 def quiet_logs(verbose: bool = False) -> None:

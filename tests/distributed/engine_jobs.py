@@ -43,10 +43,11 @@ def error_of_gradient(deepspeed_json: Path, accumulation: int) -> float:
     Of the elements that this rank keeps.
     """
     from shodh.config import TrainConfig
+    from shodh.distributed import rank, world_size
     from shodh.moe.groups import decay_groups
     from shodh.topology import Topology
     from shodh.train.engine import _moments, build_engine, load_deepspeed_config
-    from shodh.train.runtime import rank, start_distributed, world_size
+    from shodh.train.runtime import start_distributed
 
     start_distributed()
     train = TrainConfig(steps=1, lr=1e-3, precision="bf16", clip=1e9, betas=(0.5, 0.5))

@@ -99,6 +99,14 @@ class Laboratory:
     def load(self, overrides: list[str]) -> RunConfig:
         return load_config(self.config, overrides)
 
+    def raw(self, run: Run) -> Path:
+        """What plain ``engine.save_checkpoint`` leaves of the last step of a run of `run`, beside its configuration."""
+        folder = run.path.with_name(f"raw-{run.path.name}")
+        if not folder.exists():
+            run_ranks(len(run.ranks), rank_jobs.save_with_deepspeed, self.config, run.overrides, folder)
+            shutil.copy(run.path / "config.yaml", folder)
+        return next(folder.glob("global_step*"))
+
     def copy(self, run: Run, name: str, until: int | None = None) -> Run:
         """A copy of a run's folder under another name; with ``until``, as if it had been lost after that step."""
         path = run.path.with_name(name)

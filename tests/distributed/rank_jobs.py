@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 
 def probe_fields(config: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,21 +88,107 @@ def pretrain_until_signal(config_path: Path, overrides: list[str], step: int) ->
 
 def pretrain_with_failing_save(config_path: Path, overrides: list[str], save: int, how: str) -> dict[str, Any]:
     """As `pretrain`; during checkpoint number ``save`` (from 1) rank 0 is killed, or its disk is full."""
-    from shodh.train import checkpoint
+    from shodh.checkpoint import training
 
-    original, calls = checkpoint.save_file, [0]
+    original, calls = training.fill_weights, [0]
 
-    def save_file(tensors: dict[str, torch.Tensor], path: str) -> None:
+    def fill_weights(engine: Any, path: Path) -> None:
         calls[0] += 1
-        if calls[0] == save and how == "kill":
-            Path(path).write_bytes(b"half of the weights")
-            os.kill(os.getpid(), signal.SIGKILL)
-        if calls[0] == save and how == "full":
-            raise OSError(28, "No space left on device", path)
-        original(tensors, path)
+        if calls[0] == save and int(os.environ["RANK"]) == 0:
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(28, "No space left on device", str(path))
+        original(engine, path)
 
-    checkpoint.save_file = save_file
+    training.fill_weights = fill_weights
     return pretrain(config_path, overrides)
+
+
+def pretrain_with_lost_update(config_path: Path, overrides: list[str]) -> dict[str, Any]:
+    """As `pretrain`; before the first checkpoint one number of the last rank's optimiser is not the model's."""
+    from shodh.checkpoint.shares import flat_tensors
+    from shodh.train.loop import Trainer
+
+    save = Trainer.save
+
+    def lose_and_save(trainer: Trainer) -> None:
+        if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            flat_tensors(trainer.engine)[0].data[3] += 1e-3
+        save(trainer)
+
+    Trainer.save = lose_and_save  # type: ignore[method-assign]
+    return pretrain(config_path, overrides)
+
+
+def _forget(engine: Any, what: str) -> None:
+    """Lose a part of what a checkpoint holds."""
+    state = engine.optimizer.optimizer.state
+    for flat in list(state):
+        if what == "step":
+            state[flat]["step"].zero_()
+        if what == "moments":
+            state[flat]["exp_avg"].zero_()
+            state[flat]["exp_avg_sq"].zero_()
+    for name, buffer in engine.module.named_buffers():
+        if what == "selection_bias" and name.endswith(what):
+            buffer.zero_()
+
+
+def resume_many(
+    config_path: Path, overrides: list[str], moves: list[tuple[Path, str | None]], rewritten: Path
+) -> list[dict[str, Any]]:
+    """Resume the same engine from one checkpoint after the other, and train each time to the last step.
+
+    ``moves`` are checkpoints, and what is to be lost of each after it was loaded. What the engine writes at once is
+    moved to ``rewritten/<number>``. Returned are the metrics of the steps, and the settings of the optimiser.
+    """
+    from shodh.config import load_config
+    from shodh.distributed import rank
+    from shodh.train import jobs, operator_task
+    from shodh.train.loop import Trainer
+    from shodh.train.metrics import read_metrics
+
+    operator_task.share_picture = lambda table, regimes: np.zeros((1, 1, 3), dtype=np.uint8)
+    operator_task.OperatorTask.close = lambda task: None  # type: ignore[method-assign]
+    answers: list[dict[str, Any]] = []
+    fit = Trainer.fit
+
+    def fit_many(trainer: Trainer) -> bool:
+        for number, (checkpoint, lost) in enumerate(moves):
+            trainer.resume(checkpoint)
+            start = trainer.step
+            if lost is not None:
+                _forget(trainer.engine, lost)
+            trainer.save()
+            if rank() == 0:
+                rewritten.mkdir(exist_ok=True)
+                (trainer.folder.checkpoints / checkpoint.name).rename(rewritten / str(number))
+            fit(trainer)
+            lines = read_metrics(trainer.folder.path / "metrics.jsonl")
+            groups = trainer.engine.optimizer.param_groups
+            settings = {(group["weight_decay"], tuple(group["betas"])) for group in groups}
+            answers.append({"lines": [line for line in lines if line["step"] >= start], "settings": settings})
+        return True
+
+    Trainer.fit = fit_many  # type: ignore[method-assign]
+    jobs.pretrain(load_config(config_path, overrides))
+    return answers
+
+
+def save_with_deepspeed(config_path: Path, overrides: list[str], folder: Path) -> None:
+    """Resume a finished run, and let DeepSpeed alone write a checkpoint folder of its last step."""
+    from shodh.config import load_config
+    from shodh.train import jobs
+    from shodh.train.loop import Trainer
+
+    resume = Trainer.resume
+
+    def resume_and_save(trainer: Trainer, checkpoint: Path) -> None:
+        resume(trainer, checkpoint)
+        trainer.engine.save_checkpoint(str(folder), tag=f"global_step{trainer.step}")
+
+    Trainer.resume = resume_and_save  # type: ignore[method-assign]
+    jobs.pretrain(load_config(config_path, overrides), "auto")
 
 
 def train_tokenizer(config_path: Path, overrides: list[str], resume: str | None = None) -> bool:
@@ -152,12 +239,10 @@ def pretrain_with_idle_experts(config_path: Path, overrides: list[str]) -> dict[
 
 
 def start_from(config_path: Path, overrides: list[str], weights: Path) -> dict[str, Any]:
-    """Start a run from weights and stop before the first step: the engine's weights, masters and outputs."""
-    from deepspeed.utils import safe_get_full_fp32_param
+    """Start a run from weights and stop before the first step: the engine's masters and outputs."""
 
     from shodh.config import load_config
     from shodh.train import jobs
-    from shodh.train.checkpoint import exchange_state
     from shodh.train.loop import Trainer
 
     config = load_config(config_path, overrides)
@@ -165,9 +250,8 @@ def start_from(config_path: Path, overrides: list[str], weights: Path) -> dict[s
 
     def look(trainer: Trainer) -> bool:
         seen.update(describe_engine(trainer.engine, config))
-        seen["state"] = exchange_state(trainer.engine.module)
-        master = safe_get_full_fp32_param(trainer.engine.module.embed.weight)
-        seen["master"] = None if master is None else master.detach().clone()
+        trainer.save()
+        seen["state"] = load_file(trainer.folder.checkpoints / "step_00000000" / "model.safetensors")
         return True
 
     Trainer.fit = look  # type: ignore[method-assign]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ from laboratory import Laboratory, Run, assert_same_output
 import shodh
 from shodh.exchange.convert import convert
 from shodh.models.domain import num_static_features
-from shodh.train.checkpoint import load_weights
+from shodh.weights import load_weights
 
 pytestmark = pytest.mark.distributed
 
@@ -75,14 +74,6 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(laboratory: Laboratory, st
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def own_folder(run: Run, path: Path) -> Path:
-    """The last checkpoint as ``engine.save_checkpoint`` alone would have left it."""
-    shutil.copytree(run.checkpoint(10), path)
-    (path / "manifest.json").unlink()
-    (path / "model.safetensors").unlink()
-    return path
-
-
 def universal_folder(folder: Path, out: Path) -> Path:
     """What DeepSpeed's converter makes of a folder of its own."""
     from deepspeed.checkpoint.ds_to_universal import main
@@ -106,7 +97,7 @@ def test_universal_checkpoint_keeps_both_halves_and_the_bias(
     laboratory: Laboratory, stage: int, tmp_path: Path
 ) -> None:
     run = laboratory.run(2, 2, stage, *settings(*NOISY))
-    universal = universal_folder(own_folder(run, tmp_path / "own"), tmp_path / "universal")
+    universal = universal_folder(laboratory.raw(run), tmp_path / "universal")
     convert(universal, tmp_path / "out", "fp32", config_path=run.path / "config.yaml")
     ours, wanted = (
         load_weights(tmp_path / "out" / "model.safetensors"),
@@ -120,7 +111,7 @@ def test_converted_model_has_the_temperature_and_the_outputs_of_the_engine(
     laboratory: Laboratory, tmp_path: Path
 ) -> None:
     run = laboratory.run(2, 2, 3, *settings(*MOE_POT))
-    raw = own_folder(run, tmp_path / "own")
+    raw = laboratory.raw(run)
     convert(raw, tmp_path / "out", "fp32", config_path=run.path / "config.yaml", verify=True)
     model = shodh.from_pretrained(tmp_path / "out")
     for block in model.operator.blocks:

@@ -9,7 +9,7 @@ from rank_jobs import probe_input
 
 from shodh.models.domain import num_static_features
 from shodh.models.factory import build_operator
-from shodh.train.checkpoint import load_into, load_weights
+from shodh.weights import load_into, load_weights
 
 pytestmark = pytest.mark.distributed
 

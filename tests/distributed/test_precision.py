@@ -13,8 +13,8 @@ from helper import run_ranks
 from laboratory import Laboratory
 
 from shodh.precision import OPERATIONS
-from shodh.train.checkpoint import load_weights
 from shodh.train.metrics import read_metrics
+from shodh.weights import load_weights
 
 pytestmark = pytest.mark.distributed
 
@@ -38,12 +38,14 @@ def test_bf16_run_follows_the_float32_run_and_keeps_its_selection_bias(laborator
             assert weights[name].dtype == torch.float32 and torch.equal(weights[name], bias)
 
 
-@pytest.mark.parametrize("stage", (1, 3))
+@pytest.mark.parametrize("stage", (1, 2, 3))
 def test_resumed_bf16_run_is_bitwise_the_uninterrupted_one(laboratory: Laboratory, stage: int) -> None:
     whole = laboratory.run(2, 2, stage, "operator.train.precision=bf16")
     lost = laboratory.copy(whole, f"bf16-{stage}", until=5)
     ranks = run_ranks(2, rank_jobs.pretrain, laboratory.config, lost.overrides, "auto")
     assert lost.lines() == whole.lines()
+    name = "model.safetensors"
+    assert (lost.checkpoint(10) / name).read_bytes() == (whole.checkpoint(10) / name).read_bytes()
     for again, before in zip(ranks, whole.ranks, strict=True):
         for name in (n for n in before["buffers"] if n.endswith("selection_bias")):
             assert again["buffers"][name].dtype == torch.float32

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import rank_jobs
-from helper import RankError, run_ranks
+from helper import RankError, run_ranks, run_script
 from laboratory import Laboratory, Run
 
+from shodh.checkpoint.folder import verify_checkpoint
 from shodh.moe.trace import read_trace
-from shodh.train.checkpoint import verify_checkpoint
+from shodh.train.run_folder import RunFolder
 
 pytestmark = pytest.mark.distributed
 
@@ -80,7 +82,7 @@ def test_full_disk_during_a_save_stops_all_ranks_with_one_line(laboratory: Labor
 
 def test_damaged_checkpoint_is_refused_by_all_ranks(laboratory: Laboratory) -> None:
     run = laboratory.copy(laboratory.run(2, 2, 1), "damaged", until=5)
-    victim = next(run.checkpoint(5).glob("*optim_states.pt"))
+    victim = run.checkpoint(5) / "optimizer" / "rank_00001.safetensors"
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
@@ -91,16 +93,70 @@ def test_damaged_checkpoint_is_refused_by_all_ranks(laboratory: Laboratory) -> N
     assert sorted(p.name for p in run.path.rglob("*")) == before, "nothing may be lost or added"
 
 
-@pytest.mark.parametrize(
-    ("world", "ep_size", "stage", "named"),
-    [(1, 1, 1, "world_size=2"), (2, 1, 1, "ep_size=2"), (2, 2, 2, "zero_stage=1")],
-)
-def test_another_layout_cannot_resume_and_is_told_what_to_do(
-    laboratory: Laboratory, world: int, ep_size: int, stage: int, named: str
-) -> None:
-    run = laboratory.copy(laboratory.run(2, 2, 1), f"layout{world}{ep_size}{stage}", until=5)
-    overrides = laboratory.overrides(run.path.name, ep_size, stage)
+def test_fewer_ranks_go_on_and_every_step_is_traced_once(laboratory: Laboratory) -> None:
+    """The trace of a rank that is gone is cut too."""
+    whole = laboratory.run(2, 2, 1)
+    lost = laboratory.copy(whole, "shrunk", until=5)
+    overrides = laboratory.overrides("shrunk", 1, 3)
+    (rank,) = run_ranks(1, rank_jobs.pretrain, laboratory.config, overrides, "auto")
+    assert rank["finished"]
+    again = Run(lost.path, overrides, [rank])
+    assert again.training("train/latent_mse") == pytest.approx(whole.training("train/latent_mse"), rel=1e-5)
+    assert again.counts() == whole.counts() and again.samples().keys() == whole.samples().keys()
+    assert max(r.step for r in read_trace(lost.path / "routing" / "rank1.jsonl")) == 4
+
+
+def test_another_number_of_samples_that_are_balanced_at_once_is_said(laboratory: Laboratory) -> None:
+    run = laboratory.copy(laboratory.run(2, 2, 1), "rebalanced")
+    for micro_batch, said in ((4, True), (8, False)):
+        settings = laboratory.overrides("rebalanced", 1, 2, f"operator.train.micro_batch={micro_batch}")
+        arguments = ("--config", laboratory.config, "--set", *settings, "--resume", "auto")
+        finished = run_script("launch/pretrain.py", *arguments)
+        assert finished.code == 0 and "resumed from" in finished.stderr, finished.stderr
+        assert ("4 samples are balanced over the experts at once" in finished.stderr) is said
+    assert Run(run.path, [], []).lines() == run.lines()
+
+
+def test_a_checkpoint_whose_masters_are_not_the_models_is_not_written(laboratory: Laboratory) -> None:
+    overrides = laboratory.overrides("astray", 2, 1)
     with pytest.raises(RankError) as caught:
-        run_ranks(world, rank_jobs.pretrain, laboratory.config, overrides, "auto")
-    assert named in str(caught.value) and "--init-from" in str(caught.value)
-    shutil.rmtree(run.path)
+        run_ranks(2, rank_jobs.pretrain_with_lost_update, laboratory.config, overrides)
+    assert str(caught.value).count("SharedError: the optimiser's float32 weights are not the model's in") == 2
+    assert not list((laboratory.load(overrides).run_dir / "checkpoints").glob("*"))
+
+
+def test_checkpoint_holds_no_pickle_and_each_rank_has_written(laboratory: Laboratory) -> None:
+    folder = laboratory.run(2, 2, 3).checkpoint(10)
+    files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    ranks = {f"optimizer/rank_{rank:05d}.safetensors" for rank in (0, 1)}
+    assert files == {"manifest.json", "model.safetensors", *ranks}
+    weights, moments = ((folder / name).stat().st_size for name in ("model.safetensors", min(ranks)))
+    assert 0.8 < moments / weights < 1.2, "two moments of half of the numbers, and no second copy of the weights"
+
+
+def test_a_second_job_ends_at_once_and_touches_nothing(laboratory: Laboratory) -> None:
+    run = laboratory.copy(laboratory.run(2, 2, 1), "owned", until=5)
+    (run.path / "checkpoints" / ".step_00000010.partial").mkdir()
+    owner = RunFolder(run.path)
+    owner.own()
+    before = {p: p.stat().st_mtime_ns for p in run.path.rglob("*")}
+    settings = laboratory.overrides("owned", 1, 1)
+    finished = run_script("launch/pretrain.py", "--config", laboratory.config, "--set", *settings, "--resume", "auto")
+    assert finished.code == 2 and finished.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert f"owned is in use by process {os.getpid()}" in finished.stderr and "Traceback" not in finished.stderr
+    assert {p: p.stat().st_mtime_ns for p in run.path.rglob("*")} == before
+
+
+def test_lost_latest_and_what_a_person_left_do_not_stop_a_run(laboratory: Laboratory) -> None:
+    whole = laboratory.run(2, 2, 1)
+    run = laboratory.copy(whole, "untidy", until=5)
+    folder = run.path / "checkpoints"
+    shutil.copytree(run.checkpoint(5), folder / "best")
+    (folder / "first").symlink_to("step_00000005")
+    shutil.copytree(run.checkpoint(5), folder / ".step_00000010.partial")
+    (run.path / "latest").write_text("step_00000010\n")
+    more = (*run.overrides, "operator.train.keep_checkpoints=1")
+    run_ranks(2, rank_jobs.pretrain, laboratory.config, list(more), "auto")
+    assert Run(run.path, [], []).lines() == whole.lines()
+    assert {p.name for p in folder.iterdir()} == {"best", "first", "step_00000010"}
+    verify_checkpoint(folder / "best")

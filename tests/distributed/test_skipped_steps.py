@@ -10,8 +10,9 @@ import rank_jobs
 from helper import RankError, run_ranks
 from laboratory import Laboratory
 
-from shodh.train.checkpoint import load_weights, read_manifest
+from shodh.checkpoint.folder import read_manifest
 from shodh.train.schedule import learning_rate
+from shodh.weights import load_weights
 
 pytestmark = pytest.mark.distributed
 EXPERT = "feed_forward.experts.w2"

@@ -37,16 +37,13 @@ def runs(laboratory: Laboratory) -> Callable[..., Run]:
 
 
 @pytest.fixture
-def raw(runs: Callable[..., Run], tmp_path: Path) -> Callable[..., Path]:
+def raw(laboratory: Laboratory, runs: Callable[..., Run], tmp_path: Path) -> Callable[..., Path]:
     """``raw(stage, precision)``: a copy of a checkpoint as ``engine.save_checkpoint`` alone leaves it."""
 
     def make(stage: int, precision: str = "fp32") -> Path:
         run = runs(stage, precision)
-        folder = tmp_path / "foreign" / "global_step2"
-        shutil.copytree(run.checkpoint(2), folder)
-        (folder / "manifest.json").unlink()
-        (folder / "model.safetensors").unlink()
-        shutil.copy(run.path / "config.yaml", folder.parent)
-        return folder
+        folder = tmp_path / "foreign"
+        shutil.copytree(laboratory.raw(run).parent, folder)
+        return folder / "global_step2"
 
     return make

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import shodh
 from shodh.errors import CheckpointError, ConfigError, DataError
 from shodh.exchange.convert import convert, parse_size, push_to_hub
+from shodh.exchange.deepspeed_folder import read_deepspeed_folder
 from shodh.models.description import read_pretrained
 from shodh.weights import INDEX, WEIGHTS
 
@@ -48,18 +49,18 @@ def test_raw_folder_gives_the_weights_of_the_engine(
     assert description.source.step == 2 and description.source.name == "global_step2"
 
 
-@pytest.mark.parametrize("stage", (1, 3))
+@pytest.mark.parametrize("stage", (1, 2))
 def test_float32_masters_of_a_bf16_run_round_to_what_it_computed_with(
-    stage: int, runs: Callable[..., Run], tmp_path: Path
+    stage: int, runs: Callable[..., Run], raw: Callable[..., Path], tmp_path: Path
 ) -> None:
     checkpoint = runs(stage, "bf16").checkpoint(2)
-    computed = load_file(checkpoint / WEIGHTS)
+    computed = {n: t.read() for n, t in read_deepspeed_folder(raw(stage, "bf16"), masters=False).tensors.items()}
     assert convert(checkpoint, tmp_path / "fp32", verify=True).masters
     assert not convert(checkpoint, tmp_path / "bf16", "bf16", verify=True).masters
     masters = operator_of(tmp_path / "fp32")
     assert {t.dtype for t in masters.values()} == {torch.float32}
     assert any(not torch.equal(t, t.bfloat16().float()) for t in masters.values()), "more than bf16 can hold"
-    assert_equal({n: t.to(computed[n].dtype) for n, t in masters.items()}, computed)
+    assert_equal(masters, load_file(checkpoint / WEIGHTS))
     assert_equal(operator_of(tmp_path / "bf16"), computed)
 
 
@@ -91,7 +92,9 @@ def test_module_weights_serve_where_the_optimizer_files_are_gone(
     for path in folder.glob("*_optim_states.pt"):
         path.unlink()
     assert not convert(folder, tmp_path / "out", "bf16", verify=True).masters
-    assert_equal(operator_of(tmp_path / "out"), load_file(runs(2, "bf16").checkpoint(2) / WEIGHTS))
+    found = operator_of(tmp_path / "out")
+    masters = load_file(runs(2, "bf16").checkpoint(2) / WEIGHTS)
+    assert_equal(found, {name: masters[name].to(found[name].dtype) for name in masters})
 
 
 def test_run_folder_checkpoint_and_lone_file_give_the_same(runs: Callable[..., Run], tmp_path: Path) -> None:

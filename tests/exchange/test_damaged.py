@@ -10,15 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rank_jobs
 import torch
+from helper import run_ranks
 from laboratory import Laboratory, Run
 from safetensors.torch import load_file, save_file
 
 import shodh
-from shodh.errors import CheckpointError
+from shodh.checkpoint.folder import checksum
+from shodh.checkpoint.optimizer_state import Fragments
+from shodh.checkpoint.training import load_checkpoint
+from shodh.checkpoint.weights import read_initial_weights, source_checksum
+from shodh.errors import CheckpointError, ShodhError
 from shodh.exchange.convert import convert
 from shodh.pickles import read_pt, refuse_foreign_globals
-from shodh.train.checkpoint import checksum, load_checkpoint, read_initial_weights, source_checksum
+from shodh.train.evaluation import open_run
 from shodh.weights import INDEX, WEIGHTS
 
 pytestmark = pytest.mark.distributed
@@ -100,32 +106,41 @@ def test_a_tensor_larger_than_its_file_is_not_allocated(raw: Callable[..., Path]
     refused(folder, tmp_path, f"{name} claims \\[1000000000000\\]")
 
 
-def test_resume_refuses_a_payload_before_deepspeed_sees_it(
+def test_a_pickle_in_a_checkpoint_is_opened_by_nobody(
     laboratory: Laboratory, runs: Callable[..., Run], tmp_path: Path
 ) -> None:
-    """Also where the manifest was rewritten to fit, or does not list the file."""
-
-    class Engine:
-        def load_checkpoint(self, *_: Any, **__: Any) -> None:
-            raise AssertionError("DeepSpeed would have unpickled it")
-
-    run = laboratory.copy(runs(1), f"payload-{tmp_path.name}")
-    folder, created = run.checkpoint(2), tmp_path / "created"
-    topology = json.loads((folder / "manifest.json").read_text())["topology"]
-    for victim, listed in (("zero_pp_rank_0_mp_rank_00_optim_states.pt", True), ("more_model_states.pt", False)):
-        before = (folder / victim).read_bytes() if listed else b""
+    """Whether the manifest lists it or not."""
+    run, created = laboratory.copy(runs(1), "payload"), tmp_path / "created"
+    folder = run.checkpoint(2)
+    for victim in ("mp_rank_00_model_states.pt", "optimizer/rank_00002.pt"):
         torch.save({"extra": Payload(created)}, folder / victim)
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if listed:
-            size = (folder / victim).stat().st_size
-            manifest["files"][victim] = {"size": size, "sha256": checksum(folder / victim)}
-        original = (folder / "manifest.json").read_text()
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(Exception, match=f"{victim} is refused: it would call posix.mkdir"):
-            load_checkpoint(Engine(), folder, topology)
-        (folder / "manifest.json").write_text(original)
-        (folder / victim).write_bytes(before)
+    (folder / "optimizer" / "rank_00003.safetensors").write_bytes(b"not listed")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    victim = folder / "mp_rank_00_model_states.pt"
+    manifest["files"][victim.name] = {"size": victim.stat().st_size, "sha256": checksum(victim)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    run_ranks(2, rank_jobs.pretrain, laboratory.config, run.overrides, "auto")
+    convert(run.path, tmp_path / "out")
     assert not created.exists()
+
+
+def test_checkpoint_of_an_older_version_gives_its_masters_and_is_not_resumed(
+    runs: Callable[..., Run], raw: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It was a DeepSpeed folder with a manifest and rounded weights beside."""
+    folder, masters = raw(1, "bf16"), load_file(runs(1, "bf16").checkpoint(2) / WEIGHTS)
+    save_file({name: t.bfloat16() for name, t in masters.items()}, folder / WEIGHTS)
+    files = {p.name: {"size": p.stat().st_size, "sha256": checksum(p)} for p in folder.iterdir() if p.is_file()}
+    manifest = {"tag": folder.name, "state": {"step": 2, "seed": 3}, "topology": {}, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    convert(folder, tmp_path / "out")
+    found = load_file(tmp_path / "out" / WEIGHTS)
+    assert all(torch.equal(found[f"operator.{name}"], tensor) for name, tensor in masters.items())
+    with pytest.raises(ShodhError, match="older version wrote it.*--init-from"):
+        load_checkpoint(None, folder)
+    flip_bit(next(folder.glob("*_optim_states.pt")), 5000)
+    with pytest.raises(CheckpointError, match="optim_states.pt is damaged: its checksum"):
+        convert(folder, tmp_path / "again")
 
 
 @pytest.mark.parametrize("stage", (1, 3))
@@ -136,14 +151,36 @@ def test_truncated_optimizer_file(stage: int, raw: Callable[..., Path], tmp_path
     refused(folder, tmp_path, f"{path.name} is truncated")
 
 
-@pytest.mark.parametrize("victim", (WEIGHTS, "zero_pp_rank_0_mp_rank_00_optim_states.pt"))
-def test_flipped_bit_is_seen_by_the_manifest(
-    victim: str, laboratory: Laboratory, runs: Callable[..., Run], tmp_path: Path
-) -> None:
-    run = laboratory.copy(runs(1), f"flipped-{victim}")
-    path = run.checkpoint(2) / victim
+def test_flipped_bit_is_seen_by_the_manifest(laboratory: Laboratory, runs: Callable[..., Run], tmp_path: Path) -> None:
+    """By whoever reads weights: conversion, a new run, evaluation."""
+    run = laboratory.copy(runs(1), "flipped")
+    path = run.checkpoint(2) / WEIGHTS
     flip_bit(path, path.stat().st_size // 2)
-    refused(run.path, tmp_path, f"{victim} is damaged: its checksum")
+    message = f"{WEIGHTS} is damaged: its checksum"
+    refused(run.path, tmp_path, message)
+    for read in (read_initial_weights, lambda _: open_run(run.path, None, torch.device("cpu"))):
+        with pytest.raises(CheckpointError, match=message):
+            read(run.checkpoint(2))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "message"),
+    [
+        ({"exp_avg/a": 4}, {}, "holds no fragments"),
+        ({"exp_avg/a": 4}, {"starts": "[]", "updates": "[1]"}, "holds no fragments"),
+        ({"exp_avg/a": 4}, {"starts": '{"a": 0}', "updates": "[1, 2]"}, "do not agree on one number of updates"),
+        ({"exp_avg/a": 4}, {"starts": '{"a": 0}', "updates": "[1]"}, "holds 4 of the 6 numbers of exp_avg/a from 0"),
+        ({"exp_avg/a": 4}, {"starts": '{"a": 2}', "updates": "[1]"}, "holds 0 of the 6 numbers of exp_avg/a from 0"),
+        ({"exp_avg/b": 4}, {"starts": '{"b": 0}', "updates": "[1]"}, "holds 0 of the 6 numbers"),
+    ],
+)
+def test_fragments_that_do_not_hold_each_number_once(
+    tensors: dict[str, int], metadata: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "rank_00000.safetensors"
+    save_file({name: torch.ones(n) for name, n in tensors.items()}, path, metadata)
+    with pytest.raises(CheckpointError, match=message):
+        Fragments([path]).read("exp_avg/a", 0, 6)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What the project uses of DeepSpeed's internals. A red test here means: read the new DeepSpeed before anything else.
 
 The expert layer subclasses an undocumented class. Each test names one thing that `shodh.moe.layer`,
-`shodh.train.checkpoint`, `shodh.train.engine` or `shodh.train.runtime` takes for granted.
+`shodh.checkpoint`, `shodh.train.engine` or `shodh.train.runtime` takes for granted.
 """
 
 from __future__ import annotations
@@ -51,9 +51,8 @@ def test_version_is_one_that_was_read() -> None:
         ),
         (auto_ep_layer.AutoEPMoELayer.set_deepspeed_parallelism, ["self"]),
         (utils.split_params_into_different_moe_groups_for_optimizer, ["param_groups"]),
-        (deepspeed.DeepSpeedEngine.save_checkpoint, ["self", "save_dir", "tag", "client_state", "save_latest"]),
-        (deepspeed.DeepSpeedEngine.load_checkpoint, ["self", "load_dir", "tag"]),
         (deepspeed.utils.groups._get_expert_parallel_group, ["group_name"]),
+        (deepspeed.utils.groups._get_expert_data_parallel_group, ["group_name"]),
         (deepspeed.utils.safe_get_local_fp32_param, ["param"]),
         (deepspeed.utils.safe_get_local_optimizer_state, ["param", "optim_state_key"]),
         (deepspeed.DeepSpeedEngine._do_optimizer_sanity_check, ["self", "basic_optimizer"]),
@@ -132,10 +131,18 @@ def test_switch_for_the_just_in_time_build_is_where_we_turn_it() -> None:
 
 
 def test_private_places_that_checkpoints_and_checks_look_at() -> None:
-    from deepspeed.runtime.zero import GatheredParameters  # noqa: F401
-    from deepspeed.utils.tensor_fragment import tensor_fragment
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+    from deepspeed.utils.tensor_fragment import fragment_address, tensor_fragment
 
-    assert "hp_fragment" in tensor_fragment.__dataclass_fields__
+    fields = {"hp_fragment", "hp_fragment_address", "lp_fragment_address", "param_group_index"}
+    assert fields <= tensor_fragment.__dataclass_fields__.keys()
+    assert {"start", "numel"} <= fragment_address.__dataclass_fields__.keys()
+    positions = inspect.getsource(Stage3.set_grad_positions)
+    assert "self.grad_position[param_id] = [int(i), int(current_offset), int(num_elements)]" in positions
+    assert parameters(Stage3.get_param_id) == parameters(Stage3._get_param_partition_rank) == ["self", "param"]
+    assert "fp32_partitioned_groups_flat" in inspect.getsource(Stage3.__init__)
+    assert hasattr(ZeroParamStatus, "AVAILABLE")
     for name in ("get_global_grad_norm", "zero_optimization_stage", "backward", "step"):
         assert callable(getattr(deepspeed.DeepSpeedEngine, name))
 

@@ -56,6 +56,10 @@ def test_every_deepspeed_file_of_the_project_takes_its_numbers_from_the_run(path
             {"zero_optimization": {"stage": 1}, "bf16": {"enabled": False}},
             "bf16.enabled=False contradicts True .*precision bf16",
         ),
+        ({"zero_optimization": {"stage": 1, "round_robin_gradients": True}}, "round_robin_gradients is not supported"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size is not supported"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size is not supported"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device=nvme is not"),
     ],
 )
 def test_deepspeed_file_that_contradicts_the_run_is_refused(tmp_path: Path, content: Any, message: str) -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Room -> floor. A file imports from lower floors, or from its own room; rooms of one floor do not know each other.
 FLOORS = {
     "errors": 1,
-    "base": 2,  # fields, config, topology, seeding, cli, weights, pickles: the files beside errors.py
+    "base": 2,  # fields, config, topology, seeding, cli, distributed, weights, pickles: the files beside errors.py
     "ops": 2,
     "physics": 3,
     "data": 3,
@@ -22,13 +22,14 @@ FLOORS = {
     "merge": 3,
     "models": 4,
     "generation": 4,
-    "train": 5,
-    "analysis": 6,
-    "exchange": 6,
-    "study": 7,
-    "ccm": 7,
-    "launch": 8,
-    "tools": 8,
+    "checkpoint": 5,
+    "train": 6,
+    "analysis": 7,
+    "exchange": 7,
+    "study": 8,
+    "ccm": 8,
+    "launch": 9,
+    "tools": 9,
 }
 
 

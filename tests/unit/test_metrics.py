@@ -63,6 +63,30 @@ def test_resumed_run_continues_the_lines_of_its_checkpoint(tmp_path: Path) -> No
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
+def test_a_damaged_line_costs_that_line(tmp_path: Path) -> None:
+    write(tmp_path / "run", range(6))
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    lines[1], lines[3] = b"\x00\x00\xff", b"7"
+    path.write_bytes(b"\n".join(lines))  # and the last without its end of line
+    assert [line["step"] for line in read_metrics(path)] == [0, 2, 4, 5]
+    write(tmp_path / "run", range(6, 7), resume_step=6)
+    assert [line["step"] for line in read_metrics(path)] == [0, 2, 4, 5, 6]
+
+
+def test_a_kill_while_cutting_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "run", range(6))
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shodh.files.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        MetricWriter(tmp_path / "run", 3)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
 def test_missing_file_has_no_lines(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 

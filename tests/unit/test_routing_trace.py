@@ -11,7 +11,7 @@ import torch
 from shodh.errors import DataError
 from shodh.moe import trace
 from shodh.moe.routing import Routing, count_assignments
-from shodh.moe.trace import RoutingRecord, TraceWriter, read_trace, thinning
+from shodh.moe.trace import RoutingRecord, TraceWriter, cut_traces_of_others, read_trace, thinning
 
 REGIMES = ("open_channel", "porous_media", "absent")
 TOKENS = 5
@@ -160,6 +160,35 @@ def test_resumed_run_writes_the_repeated_steps_once(tmp_path: Path) -> None:
     broken.write_text(broken.read_text()[:-10])  # killed in the middle of a line
     write(broken, range(3, 6), resume_step=3)
     assert broken.read_text() == whole.read_text()
+
+
+def test_a_damaged_line_costs_that_line_when_a_run_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "rank1.jsonl"
+    write(path, range(4))
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = len(lines)
+    lines[1] = b"\x00\xff" + lines[1][:20] + b"\n"
+    path.write_bytes(b"".join(lines))
+    write(path, range(4, 6), resume_step=4)
+    assert len(list(read_trace(path))) == whole - 1 + 4
+
+
+def test_traces_of_ranks_that_are_gone_are_cut_and_no_other_file(tmp_path: Path) -> None:
+    for rank in (0, 1, 2, 3):
+        write(tmp_path / f"rank{rank}.jsonl", range(3 if rank == 3 else 0, 6))
+    for name in ("rank2.jsonl.bak", "rankings.jsonl", "rank9.txt"):
+        (tmp_path / name).write_text("mine")
+    cut_traces_of_others(tmp_path, 2, 3)
+    last = {p.name: max(r.step for r in read_trace(p)) for p in tmp_path.glob("rank[0-9].jsonl")}
+    assert last == {"rank0.jsonl": 5, "rank1.jsonl": 5, "rank2.jsonl": 2}, "of rank 3 nothing is left"
+    cut_traces_of_others(tmp_path, 2, 0)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "rank0.jsonl",
+        "rank1.jsonl",
+        "rank2.jsonl.bak",
+        "rankings.jsonl",
+        "rank9.txt",
+    }
 
 
 def test_limit_counts_the_records_of_all_attempts(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from shodh.analysis.probe.windows import describe_regime
+from shodh.checkpoint.folder import read_manifest
 from shodh.cli import field_maps, named_paths
 from shodh.config import RegimeConfig, RunConfig, dump_config
 from shodh.data.formats.splits import open_splits
@@ -16,7 +17,6 @@ from shodh.errors import CheckpointError, ConfigError
 from shodh.files import atomic_path, write_atomically
 from shodh.models.description import is_pretrained, read_pretrained
 from shodh.strict_json import write_json
-from shodh.train.checkpoint import read_manifest
 from shodh.train.latents import TOKENIZER_FILE
 from shodh.train.run_folder import RunFolder
 

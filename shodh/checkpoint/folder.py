@@ -1,0 +1,179 @@
+"""Checkpoint folders that are whole or absent: manifest, checksums, publication by a rename, pruning.
+
+``RUN/checkpoints/step_NNNNNNNN/`` holds ``model.safetensors``, ``optimizer/rank_NNNNN.safetensors`` and
+``manifest.json``, which lists the others with their sizes and SHA-256. A checkpoint is written into a hidden folder
+beside it (``.step_NNNNNNNN.partial``) and takes its name when all of it is on disk. Whatever else lies in
+``checkpoints/`` (a copy, a symbolic link) is the user's, and is neither read nor removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from shodh.errors import CheckpointError
+from shodh.files import PARTIAL_SUFFIX, sync_to_disk, write_atomically
+from shodh.strict_json import write_json
+from shodh.weights import read_json
+
+log = logging.getLogger("shodh")
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+OPTIMIZER = "optimizer"
+_TAG = re.compile(r"step_(\d{8,})")
+_OLD_SUFFIX = ".old"
+_LEFTOVER = re.compile(rf"\.({_TAG.pattern})({re.escape(PARTIAL_SUFFIX)}|{re.escape(_OLD_SUFFIX)})")
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Of a run
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The published checkpoints of a run folder by step; folders that the project did not name are left out."""
+    found = (run / "checkpoints").glob("step_*")
+    ours = [p for p in found if _TAG.fullmatch(p.name) and not p.is_symlink() and (p / MANIFEST).is_file()]
+    return sorted(ours, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint that ``latest`` names; where it names none, the newest whole one, which is said; or None."""
+    file, folder = run / LATEST, run / "checkpoints"
+    tag = file.read_text(errors="replace").strip() if file.is_file() else ""
+    if tag and Path(tag).name == tag and (folder / tag / MANIFEST).is_file():
+        return folder / tag
+    whole = next((path for path in reversed(checkpoints_of(run)) if _is_whole(path)), None)
+    if whole is not None:
+        what = f"{file} names {tag!r}, which is no checkpoint" if tag else f"{file} is missing or empty"
+        _warn_once(f"{what}; the newest whole one is taken, {whole.name}")
+    return whole
+
+
+@cache
+def _warn_once(line: str) -> None:
+    log.warning(line)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether every listed file is there in its size; checksums are not computed."""
+    try:
+        files = read_manifest(checkpoint)["files"]
+        return all((checkpoint / name).stat().st_size == entry["size"] for name, entry in files.items())
+    except (CheckpointError, OSError, KeyError, TypeError):
+        return False
+
+
+def partial_folder(run: Path, tag: str) -> Path:
+    """Where a checkpoint is written before it is published."""
+    return run / "checkpoints" / f".{tag}{PARTIAL_SUFFIX}"
+
+
+def publish(partial: Path, run: Path, tag: str, manifest: dict[str, Any]) -> Path:
+    """Give a folder that was written its manifest and its name, and let ``latest`` name it.
+
+    A checkpoint of the same name is replaced; at any moment there is the old one, or the new one, or a hidden one that
+    `remove_leftovers` brings back.
+    """
+    final, old = run / "checkpoints" / tag, run / "checkpoints" / f".{tag}{_OLD_SUFFIX}"
+    write_json(partial / MANIFEST, manifest, sort_keys=True)
+    if final.exists() or final.is_symlink():
+        _remove(old)
+        final.rename(old)
+    partial.rename(final)
+    sync_to_disk(final.parent)
+    write_atomically(run / LATEST, tag + "\n")
+    _remove(old)
+    return final
+
+
+def prune(run: Path, newest: str, keep: int) -> None:
+    """Drop the project's checkpoints with the lowest steps until ``keep`` are left; ``newest`` is among these."""
+    found = checkpoints_of(run)
+    for path in [p for p in found if p.name != newest][: max(0, len(found) - keep)]:
+        # First the name, then the files: a process that is killed leaves no half of a checkpoint under its name.
+        hidden = partial_folder(run, path.name)
+        _remove(hidden)
+        path.rename(hidden)
+        _remove(hidden)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what killed saves left in a run folder; call it while no other process writes there."""
+    for path in (run / "checkpoints").glob(".step_*"):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None:
+            continue
+        final = path.with_name(match[1])
+        if match[3] == _OLD_SUFFIX and not final.exists():
+            path.rename(final)
+        else:
+            _remove(path)
+    for folder in (run, run / "routing"):
+        for file in folder.glob(f".*{PARTIAL_SUFFIX}"):
+            file.unlink()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# Of a checkpoint
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder; raises `CheckpointError` if there is none or it is damaged."""
+    path = checkpoint / MANIFEST
+    if not path.exists():
+        raise CheckpointError(f"{checkpoint} is not a complete checkpoint: it has no {MANIFEST}")
+    try:
+        manifest = read_json(path)
+        for key in ("files", "state", "topology"):
+            manifest[key].items()
+        return manifest
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: expected JSON with files, state and topology") from error
+
+
+def verify_checkpoint(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+    """Compare files with the manifest, every ``share[1]``-th of them from ``share[0]`` on; returns the manifest.
+
+    Raises
+    ------
+    CheckpointError
+        Names the file that is missing, truncated or changed.
+    """
+    manifest = read_manifest(checkpoint)
+    for name in sorted(manifest["files"])[share[0] :: share[1]]:
+        verify_file(checkpoint, name, manifest)
+    return manifest
+
+
+def verify_file(checkpoint: Path, name: str, manifest: dict[str, Any]) -> None:
+    """Compare one file with the manifest; raises `CheckpointError` that names it."""
+    path = checkpoint / name
+    if not path.resolve().is_relative_to(checkpoint.resolve()) or name not in manifest["files"]:
+        raise CheckpointError(f"{checkpoint / MANIFEST} is damaged: {name!r} is no file of this checkpoint")
+    try:
+        size, digest = int(manifest["files"][name]["size"]), str(manifest["files"][name]["sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint / MANIFEST} is damaged: no size and checksum of {name}") from error
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint file {path} is missing")
+    if path.stat().st_size != size:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, and {size} were written")
+    if checksum(path) != digest:
+        raise CheckpointError(f"{path} is damaged: its checksum is not the one that was written")

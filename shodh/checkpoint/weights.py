@@ -1,0 +1,116 @@
+"""``model.safetensors`` of a checkpoint: float32, plain names, all experts stacked; each rank writes what it keeps."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shodh.checkpoint.folder import MANIFEST, checksum, read_manifest, verify_file
+from shodh.checkpoint.shares import places, shares
+from shodh.errors import CheckpointError
+from shodh.models.description import METADATA_KEY, is_pretrained, read_description
+from shodh.weights import (
+    INDEX,
+    WEIGHTS,
+    Layout,
+    StoredTensor,
+    open_file,
+    open_weights,
+    persistent_buffers,
+    plan_file,
+    read_metadata,
+)
+
+
+def _layout(engine: Any) -> Layout:
+    """The file of this engine's model; the same on every rank."""
+    shapes = {place.name: place.shape for place in places(engine.module)}
+    dtypes = dict.fromkeys(shapes, torch.float32)
+    for name, buffer in persistent_buffers(engine.module):
+        shapes[name], dtypes[name] = tuple(buffer.shape), buffer.dtype
+    return plan_file(shapes, dtypes)
+
+
+def create_weights(engine: Any, path: Path) -> None:
+    """Make the file in its full size, with its header and the persistent buffers (rank 0)."""
+    layout = _layout(engine)
+    with path.open("wb") as file:
+        file.truncate(layout.size)
+        file.write(layout.header)
+        for name, buffer in persistent_buffers(engine.module):
+            file.seek(layout.offsets[name])
+            file.write(_bytes(buffer))
+
+
+def fill_weights(engine: Any, path: Path) -> None:
+    """Write the numbers that this rank keeps into a file of `create_weights`."""
+    offsets = _layout(engine).offsets
+    # Neither truncated nor read: other ranks write to it too.
+    with os.fdopen(os.open(path, os.O_WRONLY), "wb") as file:
+        for share in shares(engine):
+            file.seek(offsets[share.name] + 4 * share.start)
+            file.write(_bytes(share.master))
+
+
+def _bytes(tensor: Tensor) -> Any:
+    flat = tensor.detach().cpu().reshape(-1).contiguous()
+    return flat.view(torch.uint8).numpy().data
+
+
+def open_verified(checkpoint: Path) -> dict[str, StoredTensor]:
+    """The weights of a checkpoint folder, mapped, after a comparison with its manifest.
+
+    Raises
+    ------
+    CheckpointError
+        Names the file that is missing or damaged.
+    """
+    verify_file(checkpoint, WEIGHTS, read_manifest(checkpoint))
+    return open_file(checkpoint / WEIGHTS)
+
+
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """`open_verified` as tensors, still mapped."""
+    return {name: stored.read() for name, stored in open_verified(checkpoint).items()}
+
+
+def read_initial_weights(path: Path) -> dict[str, Tensor]:
+    """Weights of an operator for a new run: from a checkpoint folder, a converted folder, or a safetensors file.
+
+    Raises
+    ------
+    CheckpointError
+        Names the file that is missing or damaged; DeepSpeed's own folders are to be converted first.
+    """
+    if path.is_dir() and (path / MANIFEST).exists():
+        weights = read_weights(path)
+    elif path.is_dir() and next(path.glob("*_model_states.pt"), None) is not None:
+        raise CheckpointError(f"{path} is DeepSpeed's own; convert it first: tools/convert_checkpoint.py {path} OUT")
+    elif path.is_dir() and not (path / WEIGHTS).exists() and not (path / INDEX).exists():
+        raise CheckpointError(
+            f"{path} is not a complete checkpoint: it has no {MANIFEST}; nor a converted folder: it has no {WEIGHTS}"
+        )
+    else:
+        weights = {name: stored.read() for name, stored in open_weights(path).items()}
+    prefix = "operator."
+    chosen = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)} or weights
+    if any(name.startswith("tokenizer.") for name in chosen):
+        raise CheckpointError(f"{path} holds a tokenizer alone; expected the weights of an operator")
+    return chosen
+
+
+def source_checksum(path: Path) -> str:
+    """What names the weights at ``path``, also after a conversion: SHA-256 of the manifest of their checkpoint.
+
+    Of a converted folder it is the one of the checkpoint that it was made of; of weights without either, the one of
+    the file, or of the index of shards.
+    """
+    if is_pretrained(path) or (path.is_file() and METADATA_KEY in read_metadata(path)):
+        return read_description(path).source.sha256
+    if path.is_dir():
+        path = next(file for name in (MANIFEST, WEIGHTS, INDEX) if (file := path / name).exists())
+    return checksum(path)
