@@ -128,10 +128,10 @@ def test_configured_decay_betas_and_rate_take_effect(laboratory: Laboratory, mov
     assert deviation(answer["lines"], source.lines(), "train/latent_mse") > 10 * ROUNDING
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("layout", [(w, e, s) for w, e in ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4)) for s in (1, 2, 3)])
 def test_every_layout_goes_on_from_every_other(laboratory: Laboratory, moves: Moves, layout: Layout) -> None:
-    """Ten steps after the change; the deviations are printed (``pytest -s -m slow``)."""
+    """Ten steps after the change; the deviations are printed (``pytest -s -m exhaustive``)."""
     layouts = [(w, e, s) for w, e in ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4)) for s in (1, 2, 3)]
     sources = [laboratory.run(*source, "operator.train.steps=15") for source in layouts]
     found = assert_moved(moves(layout, sources, "operator.train.steps=15"), sources, moves.folder)
