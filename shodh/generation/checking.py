@@ -16,14 +16,14 @@ from shodh.physics.bounds import STABLE, Energy, Range
 Report = dict[str, dict[str, Any]]
 
 
-def check(regime: Regime, trajectories: Trajectories, numbers: Sequence[int]) -> list[Report]:
+def check(regime: Regime, trajectories: Trajectories, names: Sequence[str]) -> list[Report]:
     """Ranges, energies and divergence of each trajectory; refuses one that leaves the bounds of the regime.
 
     Parameters
     ----------
     regime : Regime
     trajectories : Trajectories
-    numbers : sequence of int
+    names : sequence of str
         What the trajectories are called in an error.
 
     Returns
@@ -38,14 +38,14 @@ def check(regime: Regime, trajectories: Trajectories, numbers: Sequence[int]) ->
     UnstableError
         Naming regime, trajectory, time, value and bound of what is outside first in time.
     """
-    return [_Trajectory(regime, trajectories, b, number).report() for b, number in enumerate(numbers)]
+    return [_Trajectory(regime, trajectories, b, name).report() for b, name in enumerate(names)]
 
 
 class _Trajectory:
     """One trajectory under examination."""
 
-    def __init__(self, regime: Regime, trajectories: Trajectories, index: int, number: int) -> None:
-        self.regime, self.all, self.index, self.number = regime, trajectories, index, number
+    def __init__(self, regime: Regime, trajectories: Trajectories, index: int, called: str) -> None:
+        self.regime, self.all, self.index, self.called = regime, trajectories, index, called
         self.bounds, self.schema = regime.bounds, trajectories.schema
         self.range_of = {r.field: r for r in self.bounds.ranges}
         self.extremes: dict[str, list[np.ndarray]] = {}
@@ -118,7 +118,7 @@ class _Trajectory:
         cure = f"lower {name}.{bound} (now {getattr(self.regime, bound):g}) or " if bound else ""
         when = "" if time is None else f" at time {time:g}"
         return UnstableError(
-            f"{name}: {what} of trajectory {self.number} is {value:.5g}{when}, {expected}; the solution is unstable or "
+            f"{name}: {what} of trajectory {self.called} is {value:.5g}{when}, {expected}; the solution is unstable or "
             f"not resolved and its file was not stored: {cure}take a finer grid"
         )
 

@@ -189,6 +189,12 @@ def cut(name: str, folder: Path, sizes: Mapping[Split, int], per_file: int) -> I
         start += size
 
 
+def trajectory_name(index: int) -> str:
+    """``"3 of test"``: a trajectory by its place in its split, from the number of its initial state."""
+    split, first = max(((s, f) for s, f in FIRST.items() if f <= index), key=lambda item: item[1])
+    return f"{index - first} of {split}"
+
+
 def checksum(path: str) -> str:
     try:
         with open(path, "rb") as file:

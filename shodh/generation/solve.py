@@ -22,7 +22,7 @@ from shodh.data.formats.inspection import DIAGNOSTICS
 from shodh.errors import ConfigError, DataError
 from shodh.fields import Trajectories
 from shodh.generation.checking import Report, check
-from shodh.generation.plan import SETTINGS, Job, Part
+from shodh.generation.plan import SETTINGS, Job, Part, trajectory_name
 from shodh.generation.variation import join
 from shodh.seeding import stable_seed
 from shodh.strict_json import dumps
@@ -49,7 +49,7 @@ def simulate(
     grid, frames = tuple(job.settings["grid"]), job.settings["frames"]
     if not job.vary:
         trajectories = job.regime.simulate(seeds, grid, frames, device=device, progress=progress)
-        return trajectories, check(job.regime, trajectories, indices)
+        return trajectories, check(job.regime, trajectories, [trajectory_name(i) for i in indices])
     varied = {key: [interval.draw(seed, key) for seed in seeds] for key, interval in job.vary.items()}
     solved: list[Trajectories] = []
     reports: list[Report] = []
@@ -60,7 +60,7 @@ def simulate(
             progress((done + fraction) / len(seeds))
 
         solved.append(regime.simulate([seed], grid, frames, device=device, progress=report))
-        reports += check(regime, solved[-1], [indices[index]])
+        reports += check(regime, solved[-1], [trajectory_name(indices[index])])
     return join(solved, varied), reports
 
 

@@ -18,7 +18,7 @@ OPERATOR = {
     "heads": 2,
     "patch": 8,
     "field": {"mlp": 16, "decoder": 8},
-    "experts": {"num_experts": 4, "top_k": 1},
+    "experts": {"num_experts": 4, "top_k": 2},
     "train": {"steps": 1, "warmup": 1, "global_batch": 4},
 }
 

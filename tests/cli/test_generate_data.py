@@ -30,6 +30,7 @@ from shodh.data import RegimeSource, WellFile, read_stats
 from shodh.data.formats.inspection import DIAGNOSTICS, inspect_file
 from shodh.fields import Trajectories
 from shodh.generation import Interval
+from shodh.generation.plan import FIRST
 from shodh.physics import REGIMES, get_regime
 from shodh.physics.mac import ChannelFlow
 from shodh.physics.regimes.open_channel import OpenChannel
@@ -187,7 +188,7 @@ def test_unstable_solution_is_refused_and_nothing_else_is_lost(
     """The last trajectory takes steps far beyond its limit: one line, no file of it; mended, the run goes on."""
     arguments = ["--regime", "open_channel", "--out", str(tmp_path / "out"), *SMALL, *QUICK]
     arguments += ["--trajectories-per-file", "1", "--set", "open_channel.re_tau=5", "open_channel.frame_interval=0.2"]
-    advance, last = ChannelFlow.advance, stable_seed(0, "open_channel", 4)
+    advance, last = ChannelFlow.advance, stable_seed(0, "open_channel", FIRST["test"])
     solve = OpenChannel._solve
 
     def too_long(
@@ -203,7 +204,7 @@ def test_unstable_solution_is_refused_and_nothing_else_is_lost(
 
     monkeypatch.setattr(OpenChannel, "_solve", unstable)
     line = fail(tool, capsys, *arguments)
-    assert all(word in line for word in ("open_channel", "trajectory 4", "time 0.2", "not stored"))
+    assert all(word in line for word in ("open_channel", "trajectory 0 of test", "time 0.2", "not stored"))
     before = snapshot(tmp_path / "out")
     assert len(before) == 4 and not any("00004" in name for name in before)
     monkeypatch.undo()
