@@ -18,6 +18,7 @@ from typing import Any
 
 from shodh.errors import CheckpointError
 from shodh.files import PARTIAL_SUFFIX, sync_to_disk, write_atomically
+from shodh.reading import read_text
 from shodh.strict_json import write_json
 from shodh.weights import read_json
 
@@ -50,7 +51,10 @@ def checkpoints_of(run: Path) -> list[Path]:
 def latest_checkpoint(run: Path) -> Path | None:
     """The checkpoint that ``latest`` names; where it names none, the newest whole one, which is said; or None."""
     file, folder = run / LATEST, run / "checkpoints"
-    tag = file.read_text(errors="replace").strip() if file.is_file() else ""
+    try:
+        tag = read_text(file, "name of a checkpoint", CheckpointError).strip() if file.is_file() else ""
+    except CheckpointError:
+        tag = "?"
     if tag and Path(tag).name == tag and (folder / tag / MANIFEST).is_file():
         return folder / tag
     whole = next((path for path in reversed(checkpoints_of(run)) if _is_whole(path)), None)

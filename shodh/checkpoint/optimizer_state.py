@@ -8,7 +8,6 @@ needs from mapped files.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from shodh.checkpoint.shares import Place, flat_tensors, places, shares
 from shodh.errors import CheckpointError
+from shodh.reading import parse_json
 from shodh.strict_json import dumps
 from shodh.weights import StoredTensor, check_fit, open_file, persistent_buffers, read_metadata, write_file
 
@@ -68,8 +68,8 @@ class Fragments:
             self._folder = path.parent
             try:
                 metadata = read_metadata(path)
-                updates.update(json.loads(metadata["updates"]))
-                starts = json.loads(metadata["starts"])
+                updates.update(parse_json(metadata["updates"], str(path), CheckpointError))
+                starts = parse_json(metadata["starts"], str(path), CheckpointError)
                 for key, stored in open_file(path).items():
                     self._parts.setdefault(key, []).append((int(starts[key.partition("/")[2]]), stored))
             except (KeyError, TypeError, ValueError) as error:

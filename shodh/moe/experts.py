@@ -162,7 +162,7 @@ def run_experts(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
     first, second = (grouped_linear(rows, w, counts) for w in (w1, w3))
     if activation != "linear":
         return grouped_linear(ACTIVATIONS[activation](first, second), w2, counts)
-    padding = (0, ALIGNMENT - 1)
+    padding = (0, ALIGNMENT // rows.element_size() - 1)
     bias = grouped_linear(F.pad(rows.new_ones(len(rows), 1), padding), F.pad(w2, padding), counts)
     return F.gelu(torch.cat((first, second), 1) + bias)
 

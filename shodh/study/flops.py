@@ -8,6 +8,7 @@ are the same in all models of a study.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,6 +22,16 @@ from shodh.moe.router import SemanticRouter
 BACKWARD = 2  # a backward pass costs twice the forward's products: gradients of inputs and of weights
 
 
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, with the grouped GEMM that it does not know."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops})
+
+
+def _grouped_flops(rows: tuple[int, int], weight: tuple[int, int, int], *_: Any, **__: Any) -> int:
+    """Of ``[N, D] x [E, D, O] -> [N, O]``."""
+    return 2 * rows[0] * rows[1] * weight[-1]
+
+
 def forward_flops(config: RunConfig) -> int:
     """Multiplications and additions of one sample's forward pass through the operator."""
     sparse = config.operator.experts.num_experts > 0
@@ -29,7 +40,7 @@ def forward_flops(config: RunConfig) -> int:
     with torch.device("meta"):
         model = build_operator(active if sparse else config)
     inputs = sample_inputs(config, "meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with flop_counter() as counter, torch.no_grad():
         model(*inputs)
     return int(counter.get_total_flops()) + (_router_flops(config) if sparse else 0)
 

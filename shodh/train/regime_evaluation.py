@@ -21,7 +21,7 @@ from shodh.moe.routing import count_by_regime
 from shodh.moe.step import regime_arguments
 from shodh.train.datasets import Regimes
 from shodh.train.latents import TrainedTokenizer
-from shodh.train.losses import mean_square, physical_relative_l2, relative_l2, vrmse
+from shodh.train.losses import mean_over, physical_relative_l2, relative_l2, vrmse
 from shodh.train.run_folder import RunFolder
 
 
@@ -154,17 +154,19 @@ class RegimeEvaluation:
             yield name, torch.zeros_like(u) if self.constants[name][1] == 0 else u, v, exists
 
     def _add_errors(self, kind: str, prediction: Tensor, target: Tensor, static: Tensor) -> None:
-        """Errors of one step over the cells where fields exist; ``static [B, S, *grid]`` holds their masks."""
-        squares, cells = torch.zeros(len(target), device=target.device), torch.zeros(len(target), device=target.device)
+        """Errors of one step over the cells where fields exist; ``static [B, S, *grid]`` holds their masks.
+
+        ``decoded_mse`` is the mean over channels of each one's mean square, as in `FieldTask`.
+        """
+        squares: list[Tensor] = []
         for name, u, v, exists in self._pairs(prediction, target, static):
-            count = v[0].numel() if exists is None else exists.flatten(1).sum(1)
-            squares, cells = squares + mean_square(u - v, exists) * count, cells + count
+            squares.append(mean_over((u - v).square(), exists, 2))
             self.means.add(f"l2re/{name}/{kind}", relative_l2(u, v, exists=exists))
             self.means.add(f"vrmse/{name}/{kind}", vrmse(u, v, exists=exists))
             if self.physical:
                 published = physical_relative_l2(u, v, self.constants[name], exists=exists)
                 self.means.add(f"l2re_physical/{name}/{kind}", published)
-        self.means.add(f"decoded_mse/{kind}", squares / cells)
+        self.means.add(f"decoded_mse/{kind}", torch.cat(squares, 1).mean(1))
 
     def _add_rollout(self, step: int, kind: str, prediction: Tensor, target: Tensor, static: Tensor) -> None:
         """Errors of one autoregressive step, counted from 1."""

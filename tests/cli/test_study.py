@@ -25,7 +25,7 @@ OPERATOR = {
     "patch": 8,
     "loss": "mse",
     "field": {"mlp": 16, "decoder": 8},
-    "experts": {"num_experts": 4, "top_k": 1},
+    "experts": {"num_experts": 4, "top_k": 2},
     "train": {"steps": 2, "warmup": 1, "global_batch": 4},
 }
 
