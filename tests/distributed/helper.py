@@ -177,7 +177,7 @@ def _script_main(script: str, argv: Sequence[str], environment: Mapping[str, str
 
 
 def run_script(
-    script: str, *argv: str | Path, environment: Mapping[str, str] | None = None, timeout: float = 120.0
+    script: str, *argv: str | Path, environment: Mapping[str, str] | None = None, timeout: float = 240.0
 ) -> Finished:
     """Run ``python <script> <argv>`` from the root of the project, in a process of its own, without a launcher."""
     with tempfile.TemporaryDirectory() as folder:
