@@ -142,6 +142,8 @@ def test_patterns_live_and_concentrations_stay_positive() -> None:
     assert (result.diagnostics["autocatalyst_std"] > 0.05).all()
 
 
-def test_blow_up_names_regime_and_seed() -> None:
+def test_blow_up_names_regime_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a wrong bound of the reaction's rate makes it blow up: here one that leaves out the feed."""
+    monkeypatch.setattr("shodh.physics.regimes.gray_scott.REACTION_RADIUS", 2.0 - 40.0)
     with pytest.raises(NonFiniteError, match=r"gray_scott.*seed 7.*time_step"):
         get_regime("gray_scott", feed=40.0, time_step=20.0).simulate([7], (8, 8, 8), 3)
