@@ -101,6 +101,21 @@ def keep_float32(model: nn.Module) -> None:
                 setattr(module, name, buffer.float())
 
 
+@torch.no_grad()
+def _clear_padding(engine: Any) -> None:
+    """Set to zero what pads the last shares of ZeRO 3: DeepSpeed leaves there whatever was in memory, NaN too."""
+    zero = engine.optimizer
+    for parameter in engine.module.parameters():
+        if not hasattr(parameter, "ds_tensor"):
+            continue
+        size = parameter.ds_tensor.numel()
+        own = min(max(parameter.ds_numel - zero._get_param_partition_rank(parameter) * size, 0), size)
+        parameter.ds_tensor.data[own:] = 0
+        if parameter.requires_grad:
+            group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+            zero.fp32_partitioned_groups_flat[group].data[offset + own : offset + size] = 0
+
+
 def check_groups(model: nn.Module, groups: list[dict[str, Any]]) -> None:
     """Prove that every trainable parameter is in exactly one optimiser group."""
     seen: dict[int, int] = {}
@@ -274,4 +289,5 @@ def build_engine(
     with _mended(groups):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(deepspeed_config))
     keep_float32(engine.module)
+    _clear_padding(engine)
     return engine

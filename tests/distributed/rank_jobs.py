@@ -71,6 +71,13 @@ def pretrain(config_path: Path, overrides: list[str], resume: str | None = None)
     return seen
 
 
+def pretrain_in_dirty_memory(config_path: Path, overrides: list[str]) -> dict[str, Any]:
+    """As `pretrain`; what torch allocates without writing to it is filled with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and bool(torch.empty(3).isnan().all())
+    return pretrain(config_path, overrides)
+
+
 def pretrain_until_signal(config_path: Path, overrides: list[str], step: int) -> dict[str, Any]:
     """As `pretrain`; at the end of ``step`` the last rank alone gets SIGTERM, as a scheduler may send it."""
     from shodh.train.operator_task import OperatorTask

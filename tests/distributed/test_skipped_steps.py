@@ -8,7 +8,7 @@ import math
 import pytest
 import rank_jobs
 from helper import RankError, run_ranks
-from laboratory import Laboratory
+from laboratory import Laboratory, Run
 
 from shodh.checkpoint.folder import read_manifest
 from shodh.train.schedule import learning_rate
@@ -101,3 +101,14 @@ def test_no_checkpoint_of_weights_that_are_not_finite(laboratory: Laboratory) ->
     assert "SharedError: no checkpoint of step 10 is written: " in text and "w2 of expert rank 1" in text
     assert str(run / "checkpoints" / "step_00000005") in text
     assert (run / "latest").read_text() == "step_00000005\n"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_no_number_comes_from_memory_that_nobody_wrote(laboratory: Laboratory, stage: int) -> None:
+    overrides = laboratory.overrides(f"dirty-{stage}", 2, stage)
+    run_ranks(2, rank_jobs.pretrain_in_dirty_memory, laboratory.config, overrides)
+    found = Run(laboratory.load(overrides).run_dir, overrides, [])
+    expected = laboratory.run(2, 2, stage)
+    assert found.training("train/loss") == pytest.approx(expected.training("train/loss"), rel=1e-4)
+    assert found.training("train/grad_norm") == pytest.approx(expected.training("train/grad_norm"), rel=1e-3)
+    assert read_manifest(found.checkpoint(10))["state"]["skipped"] == 0
