@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   := launch/configs/demo.yaml
 # Two expert-parallel ranks, or one on a machine with one GPU.
-RANKS  := $$(python -m shodh.devices --ranks 2)
+RANKS  := $$(python -m shodh.core.devices --ranks 2)
 
 .PHONY: demo test lint types install clean
 
@@ -31,6 +31,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 types: $(STAMP)
 	$(BIN)/mypy

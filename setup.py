@@ -43,7 +43,15 @@ REQUIRED = [
     "scikit-learn>=1.4",
     "tqdm>=4.66",
 ]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "the-well>=1.2", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"]
+TEST = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "the-well>=1.2",
+    "ruff>=0.8",
+    "import-linter>=2.3",
+    "mypy>=1.13",
+    "types-PyYAML",
+]
 
 setup(
     name="shodh",

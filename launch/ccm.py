@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shodh.ccm.settings import SCALES, load_ccm
-from shodh.cli import choose_names
-from shodh.errors import ConfigError
+from shodh.core.cli import choose_names
+from shodh.core.errors import ConfigError
+from shodh.experiments.composition.settings import SCALES, load_ccm
 from shodh.train.runtime import quiet_logs, run_ranks
 
 EXAMPLES = """examples:
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         seeds=args.seeds,
         overrides=args.set,
     )
-    from shodh.ccm import pipeline
+    from shodh.experiments.composition import pipeline
     from shodh.train.ranks import Ranks
     from shodh.train.workers import Progress
 
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.report_only:
         progress = pipeline.run_stages(study, chosen, args.jobs, ranks)
     if ranks.rank == 0:
-        from shodh.ccm.report import write_ccm_report
+        from shodh.experiments.composition.report import write_ccm_report
 
         sys.stdout.write(write_ccm_report(study))
         sys.stdout.write(f"\nreport: {study.folder / 'report' / 'index.html'}\n")

@@ -10,10 +10,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from shodh.analysis.report import write_report
-from shodh.cli import run_main
-from shodh.devices import pick_device
-from shodh.train.evaluation import evaluate, open_run
+from shodh.core.cli import run_main
+from shodh.core.devices import pick_device
+from shodh.evaluate.evaluation import evaluate, open_run
+from shodh.evaluate.report import write_report
 from shodh.train.runtime import quiet_logs
 
 EXAMPLES = """examples:

@@ -13,7 +13,7 @@ from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
 from shodh.train.runtime import run_ranks
 
 EXAMPLES = """examples:
@@ -70,9 +70,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from shodh.study.tuning.base import open_base
-    from shodh.study.tuning.cells import describe_cells, expand_tuning
-    from shodh.study.tuning.settings import Way, load_tuning
+    from shodh.experiments.finetuning.base import open_base
+    from shodh.experiments.finetuning.cells import describe_cells, expand_tuning
+    from shodh.experiments.finetuning.settings import Way, load_tuning
     from shodh.train.ranks import Ranks
     from shodh.train.workers import Progress
 
@@ -87,11 +87,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     progress = Progress()
     if not args.report_only:
-        from shodh.study.runner import run_jobs
+        from shodh.experiments.transfer.runner import run_jobs
 
         progress = run_jobs(tuning.out, cells, lambda cell: cell.job(), args.jobs, ranks, tuning.name)
     if ranks.rank == 0:
-        from shodh.study.tuning.report import write_tuning_report
+        from shodh.experiments.finetuning.report import write_tuning_report
 
         sys.stdout.write(write_tuning_report(tuning, cells))
         sys.stdout.write(f"\nreport: {tuning.out / 'report' / 'index.html'}\n")

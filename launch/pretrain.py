@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shodh.cli import training_parser
 from shodh.config import load_config
-from shodh.distributed import rank
+from shodh.core.cli import training_parser
+from shodh.core.distributed import rank
 from shodh.train.runtime import quiet_logs, run_ranks
 
 EXAMPLES = """examples:

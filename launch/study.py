@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shodh.cli import choose_names
-from shodh.errors import ConfigError
-from shodh.study.cells import expand
-from shodh.study.settings import load_study
+from shodh.core.cli import choose_names
+from shodh.core.errors import ConfigError
+from shodh.experiments.transfer.cells import expand
+from shodh.experiments.transfer.settings import load_study
 from shodh.train.runtime import run_ranks
 
 EXAMPLES = """examples:
@@ -61,17 +61,17 @@ def main(argv: list[str] | None = None) -> int:
     chosen = choose_names([cell.name for cell in every], args.only, "cell")
     cells = [cell for cell in every if cell.name in chosen]
     if args.dry_run:
-        from shodh.study.costs import describe_costs
+        from shodh.experiments.transfer.costs import describe_costs
 
         sys.stdout.write(describe_costs(study, cells) if ranks.rank == 0 else "")
         return 0
     progress = Progress()
     if not args.report_only:
-        from shodh.study.runner import run_cells
+        from shodh.experiments.transfer.runner import run_cells
 
         progress = run_cells(study, cells, args.jobs, ranks, args.keep_checkpoints)
     if ranks.rank == 0:
-        from shodh.study.report import write_study_report
+        from shodh.experiments.transfer.report import write_study_report
 
         sys.stdout.write(write_study_report(study, every))
         sys.stdout.write(f"\nreport: {study.folder / 'report' / 'index.html'}\n")

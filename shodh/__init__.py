@@ -5,12 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def from_pretrained(path_or_hub_id: Any, *, device: Any = "cpu", **download: Any) -> Any:
-    """Load a model from a converted folder or the hub: a `shodh.models.pretrained.ShodhModel`.
+    """Load a model from a converted folder or the hub: a `shodh.checkpoint.pretrained.ShodhModel`.
 
     torch is imported by the call, not by ``import shodh``.
     """
-    return import_module("shodh.models.pretrained").from_pretrained(path_or_hub_id, device=device, **download)
+    return import_module("shodh.checkpoint.pretrained").from_pretrained(path_or_hub_id, device=device, **download)

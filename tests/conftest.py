@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from shodh.data import write_trajectories
-from shodh.fields import Boundary, Field, RegimeSchema, Trajectories
+from shodh.schema.fields import Boundary, Field, RegimeSchema, Trajectories
 
 TINY_GRID = (16, 16, 16)
 TINY_FIELDS = (

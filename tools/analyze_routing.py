@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
-from shodh.analysis.page import Section, text_table, write_page
-from shodh.analysis.probe.sections import SECTIONS, probe_sections
-from shodh.analysis.routing import analyse, find_traces, read_traces
-from shodh.cli import field_maps, named_paths, run_main
-from shodh.devices import pick_device
-from shodh.errors import ConfigError
+from shodh.core.cli import field_maps, named_paths, run_main
+from shodh.core.devices import pick_device
+from shodh.core.errors import ConfigError
+from shodh.report.page import Section, text_table, write_page
+from shodh.routing import analyse, find_traces, read_traces
+from shodh.routing.probe.sections import SECTIONS, probe_sections
 from shodh.train.run_folder import RunFolder
 from shodh.train.runtime import quiet_logs
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shodh.cli import run_main
-from shodh.strict_json import write_json
+from shodh.core.cli import run_main
+from shodh.core.strict_json import write_json
 
 EXAMPLES = """examples:
   python tools/convert_checkpoint.py runs/demo converted/demo --verify
@@ -47,7 +47,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    from shodh.exchange.convert import convert, parse_size, push_to_hub
+    from shodh.checkpoint.convert import convert, parse_size, push_to_hub
 
     done = convert(
         args.source,

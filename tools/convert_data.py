@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shodh.cli import run_main
+from shodh.core.cli import run_main
 
 EPILOG = """examples:
   python tools/convert_data.py 3D_CFD_Rand_M1.0_periodic_Train.hdf5 data/cfd
@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     from tqdm import tqdm
 
+    from shodh.core.errors import ConfigError
     from shodh.data.formats import FileHints
     from shodh.data.formats.convert import convert, plan_conversion
-    from shodh.errors import ConfigError
 
     if args.shard_mib < 1 or min(args.split) < 0 or sum(args.split) <= 0:
         raise ConfigError("--shard-mib and --split must be positive; see --help")

@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shodh.cli import run_main
+from shodh.core.cli import run_main
 
 EPILOG = """examples:
   python tools/export_fields.py data/demo/open_channel/data/test/open_channel_00000.hdf5 --out vtk
@@ -40,9 +40,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def from_file(args: argparse.Namespace) -> Iterator[Part]:
+    from shodh.core.errors import ConfigError
     from shodh.data.formats import open_file
     from shodh.data.formats.probe import probe
-    from shodh.errors import ConfigError
 
     probe(args.source)
     file = open_file(args.source)
@@ -65,9 +65,9 @@ def from_file(args: argparse.Namespace) -> Iterator[Part]:
 def from_run(args: argparse.Namespace) -> Iterator[Part]:
     import torch
 
-    from shodh.devices import pick_device
-    from shodh.errors import ConfigError
-    from shodh.train.evaluation import evaluate, open_run
+    from shodh.core.devices import pick_device
+    from shodh.core.errors import ConfigError
+    from shodh.evaluate.evaluation import evaluate, open_run
 
     evaluator = open_run(args.source, None, torch.device(pick_device("auto")))
     regimes = evaluator.regimes

@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from shodh.cli import run_main
-from shodh.errors import ConfigError, DataError
-from shodh.files import atomic_path
+from shodh.core.cli import run_main
+from shodh.core.errors import ConfigError, DataError
+from shodh.core.files import atomic_path
+from shodh.core.strict_json import write_json
+from shodh.core.weights import read_json
 from shodh.physics.rock import JOINS, rock_cubes
-from shodh.strict_json import write_json
-from shodh.weights import read_json
 
 PACKAGE, VERSION = "porespy", "3.2.0"
 MOST_BYTES = 64 << 20

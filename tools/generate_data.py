@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shodh.cli import run_main
-from shodh.devices import pick_device
-from shodh.errors import ConfigError
+from shodh.core.cli import run_main
+from shodh.core.devices import pick_device
+from shodh.core.errors import ConfigError
 from shodh.generation import (
     Interval,
     Request,

@@ -14,8 +14,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shodh.cli import run_main
-from shodh.strict_json import dumps
+from shodh.core.cli import run_main
+from shodh.core.strict_json import dumps
 
 EPILOG = """examples:
   python tools/inspect_data.py data/demo/open_channel

@@ -17,9 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shodh.cli import run_main
-from shodh.errors import ConfigError
-from shodh.strict_json import write_json
+from shodh.core.cli import run_main
+from shodh.core.errors import ConfigError
+from shodh.core.strict_json import write_json
 
 EXAMPLES = """examples:
   python tools/merge_experts.py --anchor conv/anchor --low conv/low --high conv/high --alpha 0.3 --out conv/merged
@@ -102,9 +102,9 @@ def source_and_value(text: str) -> tuple[Path, float | None]:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    from shodh.exchange.convert import parse_size
-    from shodh.exchange.merge import diagnose_experts, merge_experts, open_family
-    from shodh.exchange.recipe import make_recipe
+    from shodh.checkpoint.convert import parse_size
+    from shodh.merge.folders import diagnose_experts, merge_experts, open_family
+    from shodh.merge.recipe import make_recipe
 
     between = [source_and_value(text) for text in args.between]
     paths = args.corners or [args.low, *(path for path, _ in between), args.high]
@@ -144,8 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(report: dict[str, Any]) -> None:
-    from shodh.analysis.page import Table, text_table
     from shodh.merge.diagnostics import table
+    from shodh.report.page import Table, text_table
 
     for kind in ("components", "layers", "experts"):
         header, rows = table(report, kind)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shodh.analysis.gallery import COLUMNS, draw_contact_sheet
-from shodh.cli import run_main
-from shodh.errors import ConfigError
+from shodh.core.cli import run_main
+from shodh.core.errors import ConfigError
+from shodh.report.gallery import COLUMNS, draw_contact_sheet
 
 EXAMPLES = """\
 examples:

@@ -16,11 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from shodh.errors import CheckpointError
-from shodh.files import PARTIAL_SUFFIX, sync_to_disk, write_atomically
-from shodh.reading import read_text
-from shodh.strict_json import write_json
-from shodh.weights import read_json
+from shodh.core.errors import CheckpointError
+from shodh.core.files import PARTIAL_SUFFIX, sync_to_disk, write_atomically
+from shodh.core.reading import read_text
+from shodh.core.strict_json import write_json
+from shodh.core.weights import read_json
 
 log = logging.getLogger("shodh")
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from shodh.checkpoint.shares import Place, flat_tensors, places, shares
-from shodh.errors import CheckpointError
-from shodh.reading import parse_json
-from shodh.strict_json import dumps
-from shodh.weights import StoredTensor, check_fit, open_file, persistent_buffers, read_metadata, write_file
+from shodh.core.errors import CheckpointError
+from shodh.core.reading import parse_json
+from shodh.core.strict_json import dumps
+from shodh.core.weights import StoredTensor, check_fit, open_file, persistent_buffers, read_metadata, write_file
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

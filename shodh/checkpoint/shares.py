@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shodh.distributed import SharedError
-from shodh.errors import CheckpointError
+from shodh.core.distributed import SharedError
+from shodh.core.errors import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from shodh.checkpoint.folder import (
 from shodh.checkpoint.optimizer_state import Fragments, load_training_state, write_fragments
 from shodh.checkpoint.shares import check_cover, check_masters
 from shodh.checkpoint.weights import create_weights, fill_weights
-from shodh.distributed import gather, together
-from shodh.errors import CheckpointError
-from shodh.files import sync_to_disk
-from shodh.weights import WEIGHTS, open_file
+from shodh.core.distributed import gather, together
+from shodh.core.errors import CheckpointError
+from shodh.core.files import sync_to_disk
+from shodh.core.weights import WEIGHTS, open_file
 
 FORMAT = 2
 

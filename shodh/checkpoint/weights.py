@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shodh.checkpoint.description import METADATA_KEY, is_pretrained, read_description
 from shodh.checkpoint.folder import MANIFEST, checksum, read_manifest, verify_file
 from shodh.checkpoint.shares import places, shares
-from shodh.errors import CheckpointError
-from shodh.models.description import METADATA_KEY, is_pretrained, read_description
-from shodh.weights import (
+from shodh.core.errors import CheckpointError
+from shodh.core.weights import (
     INDEX,
     WEIGHTS,
     Layout,

@@ -21,9 +21,9 @@ from shodh.config.base import (
     Section,
     Weight,
 )
-from shodh.errors import ConfigError
-from shodh.fields import Boundary, Placement, StaticScale
-from shodh.fields import Field as PhysicalField
+from shodh.core.errors import ConfigError
+from shodh.schema.fields import Boundary, Placement, StaticScale
+from shodh.schema.fields import Field as PhysicalField
 
 
 class FieldConfig(Section):

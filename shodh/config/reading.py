@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from shodh.config.base import Section
 from shodh.config.run import RunConfig
-from shodh.errors import ConfigError
-from shodh.reading import MAX_DEPTH, parse_yaml, read_yaml
+from shodh.core.errors import ConfigError
+from shodh.core.reading import MAX_DEPTH, parse_yaml, read_yaml
 
 MAX_MESSAGES = 10  # of one configuration
 

@@ -15,7 +15,7 @@ from shodh.data.stats import compute_statistics, read_stats, write_stats
 from shodh.data.well import write_trajectories
 from shodh.data.well_reader import WellFile
 from shodh.data.windows import WindowDataset
-from shodh.files import atomic_path, remove_partial_files
+from shodh.core.files import atomic_path, remove_partial_files
 
 __all__ = [
     "SPLITS",

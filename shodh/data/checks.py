@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shodh.errors import DataError
-from shodh.fields import Field, mask_names
+from shodh.core.errors import DataError
+from shodh.schema.fields import Field, mask_names
 
 if TYPE_CHECKING:
     from shodh.data.source import RegimeSource

@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from shodh.errors import DataError
+from shodh.core.errors import DataError
 
 # What h5py raises on a damaged structure, besides OSError.
 H5PY_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError, OverflowError, MemoryError)

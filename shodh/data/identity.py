@@ -16,10 +16,10 @@ from shodh.data.formats.fingerprints import fingerprint
 from shodh.data.formats.splits import SPLITS, Former, Split, data_folder, find_files, list_files
 from shodh.data.formats.views import FileView
 from shodh.data.source import RegimeSource
-from shodh.errors import DataError
-from shodh.files import write_atomically
-from shodh.reading import read_json
-from shodh.strict_json import dumps
+from shodh.core.errors import DataError
+from shodh.core.files import write_atomically
+from shodh.core.reading import read_json
+from shodh.core.strict_json import dumps
 
 log = logging.getLogger("shodh")
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from shodh.data.latents import latent_path, read_manifest, static_path
 from shodh.data.windows import WindowIndex, require_windows
-from shodh.errors import DataError
+from shodh.core.errors import DataError
 
 
 class LatentWindowDataset(Dataset[dict[str, Any]]):

@@ -27,10 +27,10 @@ from shodh.data.formats import TrajectoryFile
 from shodh.data.identity import describe_source
 from shodh.data.normalize import FieldNormalizer
 from shodh.data.source import RegimeSource, Split
-from shodh.errors import DataError
-from shodh.files import atomic_path
-from shodh.strict_json import dumps
-from shodh.reading import read_json
+from shodh.core.errors import DataError
+from shodh.core.files import atomic_path
+from shodh.core.strict_json import dumps
+from shodh.core.reading import read_json
 
 Encode = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 FORMAT_VERSION = 1

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shodh.data.mixture import MixtureSampler, Sample
 from shodh.data.ring import Filled, SharedRing
-from shodh.errors import DataError, ShodhError
+from shodh.core.errors import DataError, ShodhError
 
 Batch = dict[str, torch.Tensor]
 

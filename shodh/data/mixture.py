@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shodh.errors import ConfigError, DataError, TopologyError
+from shodh.core.errors import ConfigError, DataError, TopologyError
 
 Sample = tuple[int, int]  # (number of the regime, index in its dataset)
 

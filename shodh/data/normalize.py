@@ -14,8 +14,8 @@ from torch import Tensor
 from shodh.data.checks import channel_ranges
 from shodh.data.source import RegimeSource
 from shodh.data.stats import Moments, Statistics
-from shodh.errors import DataError
-from shodh.fields import OUTSIDE, Field
+from shodh.core.errors import DataError
+from shodh.schema.fields import OUTSIDE, Field
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from shodh.data.formats.splits import Former, Split, find_files, open_splits
 from shodh.data.formats.views import FileView
 from shodh.data.checks import channel_ranges, require_constant, require_mask
 from shodh.data.stats import KEYS, WHERE, Statistics, compute_statistics, read_stats
-from shodh.errors import ConfigError, DataError
-from shodh.fields import Boundary, Field, Placement, RegimeSchema, mask_names
+from shodh.core.errors import ConfigError, DataError
+from shodh.schema.fields import Boundary, Field, Placement, RegimeSchema, mask_names
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ import numpy as np
 import yaml
 
 from shodh.data.formats import TrajectoryFile, open_file
-from shodh.errors import DataError
-from shodh.fields import Field, RegimeSchema
-from shodh.files import atomic_path
-from shodh.reading import read_yaml
+from shodh.core.errors import DataError
+from shodh.schema.fields import Field, RegimeSchema
+from shodh.core.files import atomic_path
+from shodh.core.reading import read_yaml
 
 Statistics = dict[str, dict[str, Any]]
 KEYS = ("mean", "std", "mean_delta", "std_delta")

@@ -23,9 +23,9 @@ from collections.abc import Iterable, Mapping
 import h5py
 import numpy as np
 
-from shodh.errors import DataError
-from shodh.fields import AXES, Boundary, Field, Trajectories
-from shodh.files import atomic_path
+from shodh.core.errors import DataError
+from shodh.schema.fields import AXES, Boundary, Field, Trajectories
+from shodh.core.files import atomic_path
 
 TENSOR_GROUPS = ("t0_fields", "t1_fields", "t2_fields")
 BOUNDARY_CODES: dict[Boundary, str] = {"wall": "WALL", "periodic": "PERIODIC", "open": "OPEN"}
@@ -44,7 +44,7 @@ def write_trajectories(
     path : path-like
         File to write, customarily ``*.hdf5``; its folder is made if necessary.
     trajectories : Trajectories
-        All fields of its schema, finite, in the shapes that `shodh.fields.Trajectories` states.
+        All fields of its schema, finite, in the shapes that `shodh.schema.fields.Trajectories` states.
     attributes : mapping, optional
         Further root attributes, for example the settings a generator wants to find again.
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from shodh.data import hdf5
 from shodh.data.well import BOUNDARY_CODES, TENSOR_GROUPS
-from shodh.errors import DataError
-from shodh.fields import Boundary, Field
+from shodh.core.errors import DataError
+from shodh.schema.fields import Boundary, Field
 
 KINDS: dict[str, Boundary] = {code: kind for kind, code in BOUNDARY_CODES.items()}
 

@@ -13,8 +13,8 @@ from shodh.data.formats.base import DescribedFile, rescale_
 from shodh.data.hdf5 import H5PY_ERRORS, PlainSnapshots, damaged, open_hdf5
 from shodh.data.well import is_finite
 from shodh.data.well_header import StoredField, WellHeader, read_header
-from shodh.errors import DataError
-from shodh.fields import Boundary, Field
+from shodh.core.errors import DataError
+from shodh.schema.fields import Boundary, Field
 from shodh.ops.reading import can_read_into, read_snapshot
 
 

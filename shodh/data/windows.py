@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from shodh.data.normalize import FieldNormalizer
 from shodh.data.source import RegimeSource, Split
-from shodh.errors import ConfigError, DataError
+from shodh.core.errors import ConfigError, DataError
 
 
 class WindowIndex:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from shodh.errors import UnstableError
-from shodh.fields import Field, Trajectories
+from shodh.core.errors import UnstableError
 from shodh.physics import Regime
 from shodh.physics.bounds import STABLE, Energy, Range
+from shodh.schema.fields import Field, Trajectories
 
 Report = dict[str, dict[str, Any]]
 

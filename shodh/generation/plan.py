@@ -12,12 +12,12 @@ from typing import Any
 
 import h5py
 
+from shodh.core.errors import ConfigError, DataError
+from shodh.core.reading import parse_json
+from shodh.core.strict_json import to_json
 from shodh.data import SPLITS, Split, WellFile, remove_partial_files
-from shodh.errors import ConfigError, DataError
 from shodh.generation.variation import Interval
 from shodh.physics import REGIMES, get_regime
-from shodh.reading import parse_json
-from shodh.strict_json import to_json
 
 # Root attribute of every file that holds the settings it was made with.
 SETTINGS = "generation_settings"

@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
+from shodh.core.errors import ConfigError, DataError
+from shodh.core.seeding import stable_seed
+from shodh.core.strict_json import dumps
 from shodh.data import compute_statistics, write_stats, write_trajectories
 from shodh.data.formats.inspection import DIAGNOSTICS
-from shodh.errors import ConfigError, DataError
-from shodh.fields import Trajectories
 from shodh.generation.checking import Report, check
 from shodh.generation.plan import SETTINGS, Job, Part, trajectory_name
 from shodh.generation.variation import join
-from shodh.seeding import stable_seed
-from shodh.strict_json import dumps
+from shodh.schema.fields import Trajectories
 
 Progress = Callable[[str, float], None]
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from shodh.errors import ConfigError
-from shodh.fields import Trajectories
-from shodh.seeding import generator
+from shodh.core.errors import ConfigError
+from shodh.core.seeding import generator
+from shodh.schema.fields import Trajectories
 
 # Intervals that span more than this factor are drawn from uniformly in the logarithm.
 LOGARITHMIC_FROM = 10.0

@@ -12,11 +12,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
+from shodh.core.seeding import Key, generator
+from shodh.core.weights import LazyTensor, LazyWeights
 from shodh.merge.lazy import BLOCK, ComputedTensor, blocks, check_alike
 from shodh.merge.span import Update, difference
-from shodh.seeding import Key, generator
-from shodh.weights import LazyTensor, LazyWeights
 
 # Factors that the papers recommend where none is chosen on validation.
 TASK_ARITHMETIC_SCALING = 0.4

@@ -16,10 +16,10 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from shodh.config import Section
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
+from shodh.core.reading import read_yaml
+from shodh.core.weights import LazyWeights
 from shodh.merge.components import ROUTED_EXPERTS, component
-from shodh.reading import read_yaml
-from shodh.weights import LazyWeights
 
 ParameterMap = Literal["linear", "log"]
 MAPS: Mapping[str, Callable[[float], float]] = {"linear": float, "log": math.log}

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shodh.core.weights import LazyTensor, LazyWeights, Progress, ignore
 from shodh.merge.components import COMPONENTS, ROUTED_EXPERTS, component, layer
 from shodh.merge.lazy import blocks, check_alike
-from shodh.weights import LazyTensor, LazyWeights, Progress, ignore
 
 
 @dataclass

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from shodh.errors import CheckpointError
-from shodh.weights import LazyTensor, LazyWeights, StoredTensor, Weights
+from shodh.core.errors import CheckpointError
+from shodh.core.weights import LazyTensor, LazyWeights, StoredTensor, Weights
 
 BLOCK = 2**20  # values computed at once; random numbers are drawn by block, so changing it changes them
 
@@ -68,7 +68,7 @@ class FileTensor(BlockTensor):
 
 
 def from_files(tensors: Weights) -> dict[str, LazyTensor]:
-    """The tensors of opened safetensors files (`shodh.weights.open_weights`), to be read block by block."""
+    """The tensors of opened safetensors files (`shodh.core.weights.open_weights`), to be read block by block."""
     return {name: FileTensor(stored, name) for name, stored in tensors.items()}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize, minimize_scalar
 
-from shodh.errors import ConfigError, DataError
+from shodh.core.errors import ConfigError, DataError
 from shodh.merge.coordinates import LIMIT, ParameterMap, clip, coordinate, extrapolation, mapped
 
 log = logging.getLogger("shodh")

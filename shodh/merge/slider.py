@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
+from shodh.core.weights import LazyWeights, load_into
 from shodh.merge.components import ROUTED_EXPERTS, component, layer
 from shodh.merge.coordinates import Coordinates, Rule
 from shodh.merge.lazy import from_memory, to_memory
 from shodh.merge.span import Update, compose
-from shodh.weights import LazyWeights, load_into
 
 Grouping = Literal["all", "layer", "expert"]
 

@@ -28,10 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
+from shodh.core.weights import LazyTensor, LazyWeights
 from shodh.merge.coordinates import Alpha, Coordinates, as_coordinates
 from shodh.merge.lazy import ComputedTensor, check_alike
-from shodh.weights import LazyTensor, LazyWeights
 
 #: Coordinates ``[d, ...]`` -> factors of the checkpoints ``[m, ...]``.
 Factors = Callable[[np.ndarray], np.ndarray]

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from shodh.config import ExpertsConfig, OperatorConfig
+from shodh.core.seeding import Key, generator
 from shodh.models.field_space import CONVOLUTIONS, TRANSPOSED, FieldSpace, coordinates
 from shodh.models.fourier import FourierMixing
 from shodh.models.operator import ExpertLayerFactory, OperatorOutput, PositionTable
 from shodh.moe.experts import ExpertLayerReference, build_dense
 from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing
-from shodh.seeding import Key, generator
 
 GROUPS = 8  # of every group norm, as published
 

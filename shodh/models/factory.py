@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from shodh.config import RunConfig
-from shodh.models.domain import num_static_features
 from shodh.models.field_space import FieldSpace
 from shodh.models.kernels import Kernels
 from shodh.models.operator import ExpertLayerFactory, LatentTransformer
 from shodh.models.registry import FieldOperator, build_field_operator
 from shodh.models.tokenizer import Tokenizer
 from shodh.moe.experts import ExpertLayerReference
+from shodh.schema.domain import num_static_features
 
 
 def build_tokenizer(config: RunConfig) -> Tokenizer:

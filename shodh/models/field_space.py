@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from shodh.config import RunConfig
-from shodh.fields import Field
-from shodh.models.domain import Domain
+from shodh.schema.domain import Domain
+from shodh.schema.fields import Field
 
 CONVOLUTIONS: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED: dict[int, type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]] = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shodh.seeding import Key, generator
+from shodh.core.seeding import Key, generator
 
 
 def kept_frequencies(grid: Sequence[int], modes: int | None) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from shodh.seeding import generator
+from shodh.core.seeding import generator
 
 
 def _reset_affine(module: nn.Module, seed: int, name: str) -> None:

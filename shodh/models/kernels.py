@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from shodh.devices import uses_cuda
-from shodh.errors import ExtensionError
+from shodh.core.devices import uses_cuda
+from shodh.core.errors import ExtensionError
 
 Kernels = Literal["auto", "torch", "apex"]
 

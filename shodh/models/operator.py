@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shodh.config import ExpertsConfig, OperatorConfig
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
+from shodh.core.seeding import Key, generator
 from shodh.models.blocks import Block, rotary_angles
 from shodh.models.fourier import FourierMixing
 from shodh.models.kernels import Kernels
 from shodh.moe.experts import ExpertLayerReference, build_dense, output_width
 from shodh.moe.routing import RouterInputs, Routing
-from shodh.seeding import Key, generator
 
 ExpertLayerFactory = Callable[[ExpertsConfig, int], nn.Module]
 

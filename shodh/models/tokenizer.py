@@ -5,7 +5,7 @@ constant per periodic axis) of its divergence-free part, and `shodh.ops.decode_v
 whose discrete divergence is zero. A network that emits the potential itself learns the large scales far more slowly.
 
 Regimes may have different fields. The channels are those of the whole vocabulary; which of them exist is said by
-constant channels of the geometry (`shodh.models.domain.add_walls`), which every convolution of the networks sees. The
+constant channels of the geometry (`shodh.schema.domain.add_walls`), which every convolution of the networks sees. The
 networks are shared; each set of fields has its own linear basis and its own statistics of latents (`SchemaBasis`).
 Absent channels enter as zeros and leave as zeros.
 """
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh.config import TokenizerConfig
-from shodh.errors import ConfigError
-from shodh.fields import Field
+from shodh.core.errors import ConfigError
 from shodh.models.basis import PATCH, PatchBasis, SchemaBasis
-from shodh.models.domain import NUM_WALL_CHANNELS, Domain, extend_into_solids
 from shodh.ops import decode_velocity, helmholtz_potential
+from shodh.schema.domain import NUM_WALL_CHANNELS, Domain, extend_into_solids
+from shodh.schema.fields import Field
 
 __all__ = ["PATCH", "PatchBasis", "Potential", "Tokenizer", "existing_channels", "field_slices", "relative_spacing"]
 

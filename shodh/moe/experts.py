@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh.config import ExpertsConfig
+from shodh.core.seeding import Key, generator
 from shodh.moe.gates import Gate
 from shodh.moe.grouped import ALIGNMENT, grouped_linear, mix_experts
 from shodh.moe.router import SemanticRouter
 from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing
-from shodh.seeding import Key, generator
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

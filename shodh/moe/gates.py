@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh.config import RouterConfig
-from shodh.seeding import Key, generator
+from shodh.core.seeding import Key, generator
 
 REDUCTION = 16  # of the channel attention in the convolutional gate
 

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh.config import ExpertsConfig
+from shodh.core.seeding import Key, generator
 from shodh.moe.gates import Gate, make_gate
 from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing, count_assignments
-from shodh.seeding import Key, generator
 
 
 class SemanticRouter(nn.Module):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shodh.seeding import stable_seed
+from shodh.core.seeding import stable_seed
 
 
 class Routing(NamedTuple):

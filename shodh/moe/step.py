@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from shodh.config import ExpertsConfig
+from shodh.core.seeding import Key, stable_seed
 from shodh.moe.balance import update_selection_bias
 from shodh.moe.router import SemanticRouter
-from shodh.seeding import Key, stable_seed
 
 
 def router_arguments(

@@ -29,8 +29,8 @@ import torch
 from msgspec import UNSET, UnsetType
 from torch import Tensor
 
-from shodh.errors import DataError
-from shodh.files import cut_lines
+from shodh.core.errors import DataError
+from shodh.core.files import cut_lines
 from shodh.moe.routing import Routing, count_by_regime
 
 VERSION = 2

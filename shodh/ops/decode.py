@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from shodh.errors import NonFiniteError
+from shodh.core.errors import NonFiniteError
 from shodh.ops import reference
 from shodh.ops.extension import choose_implementation, require_implementation
 from shodh.ops.grid import (

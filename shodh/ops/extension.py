@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from shodh.errors import ExtensionError
+from shodh.core.errors import ExtensionError
 from shodh.ops import build, library
 
 IMPLEMENTATIONS = ("reference", "cpp", "cuda")

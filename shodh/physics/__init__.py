@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from pydantic import TypeAdapter, ValidationError
 
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
 from shodh.physics import regimes
 from shodh.physics.regime import Regime
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.fields import RegimeSchema
 from shodh.physics.regime import Progress, check_finite, check_healthy
+from shodh.schema.fields import RegimeSchema
 
 
 class FrameStore:
@@ -28,7 +28,7 @@ class FrameStore:
     Attributes
     ----------
     values : dict
-        As `shodh.fields.Trajectories.values`.
+        As `shodh.schema.fields.Trajectories.values`.
     """
 
     def __init__(

@@ -15,10 +15,10 @@ from scipy import ndimage
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from shodh.errors import DataError
-from shodh.images import Solid, load_image
+from shodh.core.errors import DataError
+from shodh.core.seeding import generator
+from shodh.physics.images import Solid, load_image
 from shodh.physics.regime import smooth_noise
-from shodh.seeding import generator
 
 __all__ = [
     "GENERATORS",

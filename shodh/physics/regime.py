@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError, NonFiniteError
-from shodh.fields import Boundary, Field, RegimeSchema, Trajectories
+from shodh.core.errors import ConfigError, NonFiniteError
+from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds
-from shodh.seeding import generator
+from shodh.schema.fields import Boundary, Field, RegimeSchema, Trajectories
 
 Progress = Callable[[float], None]
 

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from shodh.errors import ConfigError, DataError
+from shodh.core.errors import ConfigError, DataError
 from shodh.physics.geometry import Solid, pore_space
 
 JOINS = ("mirror", "buffer")

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from shodh.config import DataConfig, RegimeConfig, RunConfig
+from shodh.core.devices import uses_cuda
+from shodh.core.distributed import rank
+from shodh.core.errors import DataError
+from shodh.core.topology import Topology
 from shodh.data import FieldNormalizer, MixtureLoader, MixtureSampler, RegimeSource, Split
 from shodh.data.checks import check_masks
 from shodh.data.formats import FileHints
 from shodh.data.identity import Choose
 from shodh.data.loader import SampleDataset
 from shodh.data.mixture import temperature_shares
-from shodh.devices import uses_cuda
-from shodh.distributed import rank
-from shodh.errors import DataError
-from shodh.fields import Boundary, Field
-from shodh.models.domain import Domain
 from shodh.models.tokenizer import existing_channels, field_slices
-from shodh.topology import Topology
+from shodh.schema.domain import Domain
+from shodh.schema.fields import Boundary, Field
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import nn
 
 from shodh.config import TrainConfig
-from shodh.distributed import gather
-from shodh.errors import ConfigError
+from shodh.core.distributed import gather
+from shodh.core.errors import ConfigError
+from shodh.core.reading import read_json
+from shodh.core.topology import Topology
 from shodh.models.kernels import Kernels, adamw, describe_kernels
-from shodh.reading import read_json
-from shodh.topology import Topology
 
 log = logging.getLogger("shodh")
 

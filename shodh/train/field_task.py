@@ -7,20 +7,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shodh.checkpoint.description import METADATA_KEY, is_pretrained, read_description
 from shodh.config import RunConfig
+from shodh.core.errors import CheckpointError, DataError
+from shodh.core.strict_json import write_json
+from shodh.core.topology import Topology
+from shodh.core.weights import read_json, read_metadata
 from shodh.data import FieldNormalizer, Split, WindowDataset
 from shodh.data.identity import Choose
-from shodh.errors import CheckpointError, DataError
-from shodh.models.description import METADATA_KEY, is_pretrained, read_description
 from shodh.models.field_space import channel_mask, existing_cells, pad_absent
-from shodh.strict_json import write_json
-from shodh.topology import Topology
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.loop import Batch
 from shodh.train.losses import mean_over, relative_l2_by_channel
 from shodh.train.operator_task import OpenSplit, OperatorTask
 from shodh.train.run_folder import RunFolder
-from shodh.weights import read_json, read_metadata
 
 SPACE_FILE = "space.json"
 

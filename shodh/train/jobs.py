@@ -19,20 +19,21 @@ from shodh.checkpoint.folder import read_manifest, remove_leftovers, verify_chec
 from shodh.checkpoint.optimizer_state import set_masters
 from shodh.checkpoint.weights import read_initial_weights, read_weights, source_checksum
 from shodh.config import RunConfig, TrainConfig, to_dict
+from shodh.core.distributed import rank, together, world_size
+from shodh.core.errors import CheckpointError, ConfigError
+from shodh.core.files import atomic_path
+from shodh.core.precision import ieee_float32, keep_ieee
+from shodh.core.strict_json import write_json
+from shodh.core.topology import Topology, plan_topology
+from shodh.core.weights import load_into
 from shodh.data import FieldNormalizer, WindowDataset
 from shodh.data.identity import RECORD, DataRecord
-from shodh.distributed import rank, together, world_size
-from shodh.errors import CheckpointError, ConfigError
-from shodh.files import atomic_path
 from shodh.models.basis import PATCH, PatchBasis
-from shodh.models.domain import add_walls
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
 from shodh.models.tokenizer import Tokenizer
 from shodh.moe.groups import added_weights, freeze_others
-from shodh.precision import ieee_float32, keep_ieee
-from shodh.strict_json import write_json
-from shodh.topology import Topology, plan_topology
+from shodh.schema.domain import add_walls
 from shodh.train.data_identity import kept_choice, new_choice
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.engine import build_engine, load_deepspeed_config
@@ -51,7 +52,6 @@ from shodh.train.operator_task import OpenSplit, OperatorTask
 from shodh.train.run_folder import RunFolder
 from shodh.train.runtime import start_distributed
 from shodh.train.tokenizer_task import TokenizerTask
-from shodh.weights import load_into
 
 log = logging.getLogger("shodh")
 

@@ -15,17 +15,17 @@ from tqdm import tqdm
 
 from shodh.checkpoint.folder import checksum
 from shodh.config import RunConfig
+from shodh.core.distributed import rank, together, world_size
+from shodh.core.errors import CheckpointError, DataError
+from shodh.core.precision import ieee_float32
+from shodh.core.weights import load_into, load_weights, read_json
 from shodh.data import FieldNormalizer, LatentWindowDataset, Split, file_stems, latent_key, split_folder, write_latents
 from shodh.data.identity import Choose
-from shodh.distributed import rank, together, world_size
-from shodh.errors import CheckpointError, DataError
-from shodh.models.domain import Domain, add_walls, static_features
 from shodh.models.factory import build_tokenizer
 from shodh.models.tokenizer import Tokenizer
-from shodh.precision import ieee_float32
+from shodh.schema.domain import Domain, add_walls, static_features
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.run_folder import RunFolder
-from shodh.weights import load_into, load_weights, read_json
 
 log = logging.getLogger("shodh")
 

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from shodh.checkpoint.folder import read_manifest
 from shodh.checkpoint.training import load_checkpoint, save_checkpoint
 from shodh.config import TrainConfig
-from shodh.devices import uses_cuda
-from shodh.distributed import SharedError, gather, rank, together
-from shodh.errors import ShodhError
-from shodh.topology import Topology
+from shodh.core.devices import uses_cuda
+from shodh.core.distributed import SharedError, gather, rank, together
+from shodh.core.errors import ShodhError
+from shodh.core.topology import Topology
 from shodh.train.engine import MovementCheck, find_nonfinite
 from shodh.train.metrics import Metrics, MetricWriter, StepRecord, mean_over_ranks, reduce_metrics
 from shodh.train.run_folder import RunFolder, describe_environment

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shodh.files import cut_lines
-from shodh.strict_json import dumps
+from shodh.core.files import cut_lines
+from shodh.core.strict_json import dumps
 
 Reduction = Literal["mean", "sum", "max"]
 Metrics = dict[str, tuple[Tensor | float, Reduction]]

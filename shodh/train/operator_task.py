@@ -12,17 +12,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shodh.config import RunConfig
+from shodh.core.distributed import rank
+from shodh.core.errors import DataError
+from shodh.core.seeding import generator
+from shodh.core.topology import Topology
 from shodh.data import Split
 from shodh.data.loader import SampleDataset
-from shodh.distributed import rank
-from shodh.errors import DataError
 from shodh.models.operator import OperatorOutput
 from shodh.moe.balance import GlobalBalance, entropy
 from shodh.moe.routing import Routing, count_by_regime, regime_information
 from shodh.moe.step import finish_step, router_arguments
 from shodh.moe.trace import TraceWriter, cut_traces_of_others, thinning
-from shodh.seeding import generator
-from shodh.topology import Topology
 from shodh.train.datasets import Regimes, mixture_loader, training_splits
 from shodh.train.loop import Batch
 from shodh.train.metrics import Metrics, MetricWriter, RegimeMeans, nonfinite_regimes

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from shodh.config import RunConfig
+from shodh.core.topology import Topology, plan_topology
 from shodh.models.factory import build_operator
 from shodh.models.field_space import FieldSpace
 from shodh.models.fno import PROJECTION
 from shodh.moe.groups import decay_groups, is_routed_expert
-from shodh.topology import Topology, plan_topology
 from shodh.train.engine import load_deepspeed_config
 
 GPU_MEMORY_GIB = 80.0

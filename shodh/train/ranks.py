@@ -10,8 +10,8 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-from shodh.devices import local_world_size
-from shodh.strict_json import dumps
+from shodh.core.devices import local_world_size
+from shodh.core.strict_json import dumps
 
 WAIT = timedelta(days=30)  # a job may take as long as it takes
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun itself listens on the port, and its ranks must not

@@ -15,12 +15,12 @@ import torch
 from shodh import __version__
 from shodh.checkpoint.folder import latest_checkpoint
 from shodh.config import RunConfig, dump_config, load_config
-from shodh.devices import uses_cuda
-from shodh.errors import ConfigError
-from shodh.files import lock_file, write_atomically
-from shodh.precision import float32_products
-from shodh.strict_json import dumps, write_json
-from shodh.weights import read_json
+from shodh.core.devices import uses_cuda
+from shodh.core.errors import ConfigError
+from shodh.core.files import lock_file, write_atomically
+from shodh.core.precision import float32_products
+from shodh.core.strict_json import dumps, write_json
+from shodh.core.weights import read_json
 
 START = "init_from.json"
 LOCK = ".lock"

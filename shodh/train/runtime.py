@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from shodh.cli import EXIT_USAGE, error_line
-from shodh.devices import CardsError, check_ranks, count_cards, local_rank, local_world_size, uses_cuda
-from shodh.distributed import SharedError, rank, world_size
+from shodh.core.cli import EXIT_USAGE, error_line
+from shodh.core.devices import CardsError, check_ranks, count_cards, local_rank, local_world_size, uses_cuda
+from shodh.core.distributed import SharedError, rank, world_size
 
 log = logging.getLogger("shodh")
 
@@ -83,7 +83,7 @@ def quiet_logs(verbose: bool = False) -> None:
 
 
 def run_ranks(main: Callable[[], int]) -> None:
-    """`shodh.cli.run_main` for a program that may run on many ranks.
+    """`shodh.core.cli.run_main` for a program that may run on many ranks.
 
     Bad input ends every rank with exit code 2, and one rank prints the line. Before the ranks are connected they all
     meet the same error, and rank 0 speaks (of too few cards, the first rank of a machine that has none); afterwards a

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from shodh.config import RunConfig
+from shodh.core.topology import Topology
 from shodh.data import WindowDataset
-from shodh.models.domain import Domain, add_walls
-from shodh.topology import Topology
+from shodh.schema.domain import Domain, add_walls
 from shodh.train.datasets import Regimes, mixture_loader, training_splits
 from shodh.train.loop import Batch
 from shodh.train.losses import reconstruction_loss, reconstruction_terms, weigh_fields

@@ -21,11 +21,11 @@ from typing import Any
 import torch.distributed as dist
 
 import shodh
-from shodh.devices import card_environment, check_ranks
-from shodh.errors import ConfigError
-from shodh.strict_json import write_json
+from shodh.core.devices import card_environment, check_ranks
+from shodh.core.errors import ConfigError
+from shodh.core.strict_json import write_json
+from shodh.core.weights import read_json
 from shodh.train.ranks import Ranks
-from shodh.weights import read_json
 
 ROOT = Path(shodh.__file__).resolve().parents[1]
 FAILURES = "failures.json"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from shodh.analysis.comparison import compare, holm, sign_flip, what_seeds_can_show
+from shodh.report.comparison import compare, holm, sign_flip, what_seeds_can_show
 
 
 def test_ratio_interval_and_p_are_those_of_a_paired_t_test_on_logs() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from shodh.analysis.page import SHOWN_ROWS, Headline, Section, Table, text_table, write_page
+from shodh.report.page import SHOWN_ROWS, Headline, Section, Table, text_table, write_page
 
 
 def figure() -> Figure:

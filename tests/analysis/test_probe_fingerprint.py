@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shodh.analysis.fingerprint import logistic, nearest_mean, read_regimes
+from shodh.routing.fingerprint import logistic, nearest_mean, read_regimes
 
 ROWS = 20
 

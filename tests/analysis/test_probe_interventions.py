@@ -9,8 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from shodh.analysis.probe.causality import Intervention, changes_nothing, interventions
-from shodh.analysis.probe.interventions import (
+from shodh.config import ExpertsConfig, OperatorConfig
+from shodh.core.seeding import generator
+from shodh.models.init import initialise
+from shodh.models.operator import LatentTransformer, OperatorOutput
+from shodh.routing.probe.causality import Intervention, changes_nothing, interventions
+from shodh.routing.probe.interventions import (
     Override,
     at_layer,
     force,
@@ -21,10 +25,6 @@ from shodh.analysis.probe.interventions import (
     sparse_layers,
     transplant,
 )
-from shodh.config import ExpertsConfig, OperatorConfig
-from shodh.models.init import initialise
-from shodh.models.operator import LatentTransformer, OperatorOutput
-from shodh.seeding import generator
 
 EXPERTS, LAYERS, SAMPLES, TOKENS = 4, 2, 3, 8
 

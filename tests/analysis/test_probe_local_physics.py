@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from shodh.analysis.probe.local_physics import (
+from shodh.routing.probe.local_physics import (
     LocalPhysics,
     token_means,
     velocity_gradient,
     vorticity_and_strain,
     wall_distance,
 )
-from shodh.fields import Boundary
+from shodh.schema.fields import Boundary
 
 Flow = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 PERIODIC: tuple[Boundary, ...] = ("periodic",) * 3

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from shodh.analysis.probe.interventions import sparse_layers
-from shodh.analysis.probe.matching import agreement, assignment_overlap, joint_counts, match_experts
-from shodh.analysis.probe.similarity import cka_matrix, expert_outputs
 from shodh.config import ExpertsConfig, OperatorConfig
+from shodh.core.seeding import generator
 from shodh.models.init import initialise
 from shodh.models.operator import LatentTransformer
-from shodh.seeding import generator
+from shodh.routing.probe.interventions import sparse_layers
+from shodh.routing.probe.matching import agreement, assignment_overlap, joint_counts, match_experts
+from shodh.routing.probe.similarity import cka_matrix, expert_outputs
 
 EXPERTS = 5
 

@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from shodh.analysis.page import Section, write_page
-from shodh.analysis.probe import probe_model
-from shodh.analysis.probe.causality import measure_effects
-from shodh.analysis.probe.expert_sections import match_section, similarity_section
-from shodh.analysis.probe.record import Recording, record
-from shodh.analysis.probe.windows import held_out_splits, left_out_regimes, spread, trained_regimes
 from shodh.config import RunConfig, load_config
+from shodh.core.errors import ConfigError, DataError
 from shodh.data import write_trajectories
-from shodh.errors import ConfigError, DataError
-from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.evaluate.evaluation import Evaluator
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
+from shodh.report.page import Section, write_page
+from shodh.routing.probe import probe_model
+from shodh.routing.probe.causality import measure_effects
+from shodh.routing.probe.expert_sections import match_section, similarity_section
+from shodh.routing.probe.record import Recording, record
+from shodh.routing.probe.windows import held_out_splits, left_out_regimes, spread, trained_regimes
+from shodh.schema.fields import Field, RegimeSchema, Trajectories
 from shodh.train.datasets import open_regimes
-from shodh.train.evaluation import Evaluator
 from shodh.train.latents import TrainedTokenizer
 from shodh.train.run_folder import RunFolder
 

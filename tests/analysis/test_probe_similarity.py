@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from shodh.analysis.probe.similarity import (
+from shodh.core.seeding import generator
+from shodh.moe.experts import ExpertStack
+from shodh.routing.probe.similarity import (
     bilinear_pairing,
     cka_matrix,
     expert_outputs,
@@ -15,8 +17,6 @@ from shodh.analysis.probe.similarity import (
     linear_cka,
     tensor_similarity,
 )
-from shodh.moe.experts import ExpertStack
-from shodh.seeding import generator
 
 EXPERTS, DIM, HIDDEN = 3, 6, 8
 

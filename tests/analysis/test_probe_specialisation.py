@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from shodh.analysis.probe.specialisation import (
+from shodh.routing.probe.specialisation import (
     BINS,
     conditional_information,
     count_bins,

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from routing_traces import GRID, TOKENS, line, megatron_trace, sample, validation, write
 
-from shodh.analysis.page import Headline, Section, write_page
-from shodh.analysis.routing import analyse, find_traces, read_traces
-from shodh.analysis.routing.verdict import classify
-from shodh.errors import DataError
+from shodh.core.errors import DataError
+from shodh.report.page import Headline, Section, write_page
+from shodh.routing import analyse, find_traces, read_traces
+from shodh.routing.verdict import classify
 
 Choose = Callable[[int, np.random.Generator], np.ndarray]
 PAIR = ("channel", "porous")

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from routing_traces import GRID, line, sample, write
 
-from shodh.analysis.routing import find_traces, read_traces
-from shodh.analysis.routing import tables as tables_module
-from shodh.analysis.routing.samples import SampleStore
-from shodh.analysis.routing.tables import CountTables
-from shodh.errors import DataError
+from shodh.core.errors import DataError
+from shodh.routing import find_traces, read_traces
+from shodh.routing import tables as tables_module
+from shodh.routing.samples import SampleStore
+from shodh.routing.tables import CountTables
 
 A, B = {"channel": [3, 1]}, {"porous": [0, 4], "channel": [1, 1]}
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from shodh.analysis.routing.resampling import Units, estimate_information, share_intervals
-from shodh.analysis.routing.statistics import (
+from shodh.routing.resampling import Units, estimate_information, share_intervals
+from shodh.routing.statistics import (
     bifurcation_step,
     changed,
     co_activation,

@@ -9,9 +9,9 @@ from typing import Any
 
 from known_family import known_study
 
-from shodh.ccm.evaluate import measured_settings
-from shodh.ccm.results import Results, SeedResult
-from shodh.ccm.settings import CCMConfig
+from shodh.experiments.composition.evaluate import measured_settings
+from shodh.experiments.composition.results import Results, SeedResult
+from shodh.experiments.composition.settings import CCMConfig
 from shodh.merge import coordinate
 from shodh.merge.readout import BANK
 

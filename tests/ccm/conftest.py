@@ -10,10 +10,10 @@ import pytest
 import torch
 from known_family import MOE_POT, build_known
 
-from shodh.ccm.bench import Bench
-from shodh.ccm.evaluate import evaluate_seed
-from shodh.ccm.members import Case, open_members, read_case
-from shodh.ccm.settings import CCMConfig
+from shodh.experiments.composition.bench import Bench
+from shodh.experiments.composition.evaluate import evaluate_seed
+from shodh.experiments.composition.members import Case, open_members, read_case
+from shodh.experiments.composition.settings import CCMConfig
 
 CPU = torch.device("cpu")
 

@@ -15,21 +15,21 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from shodh.ccm.settings import CCMConfig
+from shodh.checkpoint.convert import convert
+from shodh.checkpoint.description import read_pretrained
+from shodh.checkpoint.pretrained import FieldModel, from_pretrained
 from shodh.config import dump_config
 from shodh.config.reading import section_from_dict
+from shodh.core.seeding import generator
+from shodh.core.weights import expected_shapes, load_into
 from shodh.data import FieldNormalizer, write_trajectories
-from shodh.exchange.convert import convert
-from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.experiments.composition.settings import CCMConfig
 from shodh.merge import compose, coordinate, decompose, from_files, from_memory, to_memory
-from shodh.models.description import read_pretrained
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
-from shodh.models.pretrained import FieldModel, from_pretrained
-from shodh.seeding import generator
+from shodh.schema.fields import Field, RegimeSchema, Trajectories
 from shodh.train.field_task import SPACE_FILE
 from shodh.train.run_folder import RunFolder
-from shodh.weights import expected_shapes, load_into
 
 GRID = (16, 16)
 REGIME = "vorticity_2d"

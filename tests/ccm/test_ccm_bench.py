@@ -9,9 +9,9 @@ import pytest
 import torch
 from known_family import HISTORY, MEAN, PREFIX, REGIME, ROLLOUT, SCALE
 
-from shodh.ccm.bench import Bench, Line, persistence, unroll
-from shodh.ccm.members import Case
-from shodh.errors import DataError
+from shodh.core.errors import DataError
+from shodh.experiments.composition.bench import Bench, Line, persistence, unroll
+from shodh.experiments.composition.members import Case
 
 
 def test_unrolled_steps_are_the_model_s_rollout(bench: Bench, case: Case) -> None:

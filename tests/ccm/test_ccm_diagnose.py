@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 
-from shodh.ccm.bench import Bench
-from shodh.ccm.diagnose import diagnose_family, routing_along, share_moved, usage_divergence
-from shodh.ccm.evaluate import evaluate_seed
-from shodh.ccm.members import open_members, read_case
-from shodh.ccm.settings import CCMConfig
+from shodh.core.weights import LazyWeights
+from shodh.experiments.composition.bench import Bench
+from shodh.experiments.composition.diagnose import diagnose_family, routing_along, share_moved, usage_divergence
+from shodh.experiments.composition.evaluate import evaluate_seed
+from shodh.experiments.composition.members import open_members, read_case
+from shodh.experiments.composition.settings import CCMConfig
 from shodh.merge import from_memory, to_memory
-from shodh.weights import LazyWeights
 
 CPU = torch.device("cpu")
 

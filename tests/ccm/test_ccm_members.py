@@ -13,11 +13,11 @@ import pytest
 import torch
 from known_family import GRID, REGIME, known_study
 
-from shodh.ccm.bench import Bench
-from shodh.ccm.evaluate import evaluate_seed
-from shodh.ccm.members import Family, open_members, read_case
-from shodh.ccm.settings import CCMConfig
-from shodh.errors import CheckpointError, ConfigError, DataError
+from shodh.core.errors import CheckpointError, ConfigError, DataError
+from shodh.experiments.composition.bench import Bench
+from shodh.experiments.composition.evaluate import evaluate_seed
+from shodh.experiments.composition.members import Family, open_members, read_case
+from shodh.experiments.composition.settings import CCMConfig
 
 CPU = torch.device("cpu")
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from known_family import EXTRAPOLATION, HIGH, HISTORY, LOW, PREFIX
 
-from shodh.ccm.bench import Bench, Line
-from shodh.ccm.calibrate import Chosen, TaskVectors, fine_tune
-from shodh.ccm.members import Case, read_case
-from shodh.ccm.methods import METHODS, Trial, possible
-from shodh.ccm.settings import CCMConfig
+from shodh.experiments.composition.bench import Bench, Line
+from shodh.experiments.composition.calibrate import Chosen, TaskVectors, fine_tune
+from shodh.experiments.composition.members import Case, read_case
+from shodh.experiments.composition.methods import METHODS, Trial, possible
+from shodh.experiments.composition.settings import CCMConfig
 from shodh.merge.readout import Calibration
 
 FAR = EXTRAPOLATION[0]

@@ -14,9 +14,13 @@ import numpy as np
 import pytest
 from known_family import MEAN, SCALE, study_tree
 
-from shodh.ccm.data import join_support, make_data, missing_files, requests
-from shodh.ccm.evaluate import measured_settings
-from shodh.ccm.pipeline import (
+from shodh.config import dump_config
+from shodh.config.reading import section_from_dict
+from shodh.core.errors import CheckpointError, ConfigError
+from shodh.data import SPLITS, WellFile, compute_statistics, read_stats
+from shodh.experiments.composition.data import join_support, make_data, missing_files, requests
+from shodh.experiments.composition.evaluate import measured_settings
+from shodh.experiments.composition.pipeline import (
     Stage,
     check_forerunners,
     check_same,
@@ -26,11 +30,7 @@ from shodh.ccm.pipeline import (
     stage_job,
     stages,
 )
-from shodh.ccm.settings import CCMConfig
-from shodh.config import dump_config
-from shodh.config.reading import section_from_dict
-from shodh.data import SPLITS, WellFile, compute_statistics, read_stats
-from shodh.errors import CheckpointError, ConfigError
+from shodh.experiments.composition.settings import CCMConfig
 from shodh.train.field_task import inherited_normalizer
 from shodh.train.ranks import Ranks
 

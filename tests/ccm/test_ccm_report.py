@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from composition_cases import HIGH, LOW, case_study, plain_errors, results_of, seed_result, write_results
 
-from shodh.ccm import plots, tables
-from shodh.ccm.report import write_ccm_report
-from shodh.ccm.results import BEST_ENDPOINT, read_results
-from shodh.ccm.settings import METHODS, CCMConfig
-from shodh.errors import CheckpointError, ConfigError
+from shodh.core.errors import CheckpointError, ConfigError
+from shodh.experiments.composition import plots, tables
+from shodh.experiments.composition.report import write_ccm_report
+from shodh.experiments.composition.results import BEST_ENDPOINT, read_results
+from shodh.experiments.composition.settings import METHODS, CCMConfig
 
 
 def rows(path: Path) -> list[dict[str, str]]:

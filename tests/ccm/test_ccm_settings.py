@@ -9,8 +9,8 @@ import pytest
 import yaml
 from known_family import FNO, HIGH, LOW, MOE_POT, study_tree
 
-from shodh.ccm.settings import MEMBERS, CCMConfig, load_ccm
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
+from shodh.experiments.composition.settings import MEMBERS, CCMConfig, load_ccm
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted((ROOT / "launch" / "configs").glob("ccm_*.yaml"))

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from composition_cases import COMPOSED, HIGH, LOW, Errors, case_study, plain_alpha, plain_errors, results_of
 
-from shodh.ccm import verdict
-from shodh.ccm.results import BEST_ENDPOINT, Results
-from shodh.ccm.settings import CCMConfig
-from shodh.ccm.tables import correlate
+from shodh.experiments.composition import verdict
+from shodh.experiments.composition.results import BEST_ENDPOINT, Results
+from shodh.experiments.composition.settings import CCMConfig
+from shodh.experiments.composition.tables import correlate
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def test_bad_input_is_answered_in_one_line(tmp_path: Path) -> None:
     code = (
         "import json, sys; sys.path.insert(0, 'tools')\n"
         "import analyze_routing\n"
-        "from shodh.cli import run_main\n"
+        "from shodh.core.cli import run_main\n"
         "for arguments, _ in json.loads(sys.argv[1]):\n"
         "    try:\n"
         "        run_main(lambda: analyze_routing.main(['--out', sys.argv[2], *arguments]))\n"

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from helper import ON_CPU, ROOT, Finished, free_port, run_script
 
-from shodh.cli import run_main
 from shodh.config import dump_config, load_config
+from shodh.core.cli import run_main
 
 PRETRAIN, TOKENIZER = "launch/pretrain.py", "launch/train_tokenizer.py"
 
@@ -267,7 +267,7 @@ def test_reader_of_the_output_that_leaves_is_no_error() -> None:
     """``| head -1``: no traceback, and no second one when Python flushes at its end."""
     code = (
         "import sys; sys.path.insert(0, '.')\n"
-        "from shodh.cli import run_main\n"
+        "from shodh.core.cli import run_main\n"
         "run_main(lambda: print('x' * 70000, flush=True) or print('y' * 10**6) or 0)\n"
     )
     with subprocess.Popen(

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from helper import ROOT
 
-from shodh.cli import run_main
+from shodh.core.cli import run_main
 
 VALUES: list[Any] = [
     None, True, -1, 0, 1, 3, 2**200, 10**9, 65536, 1e300, -0.5, float("nan"), float("inf"), "", "x" * 5000, "no",

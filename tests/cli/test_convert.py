@@ -12,10 +12,10 @@ from helper import run_script
 from safetensors.torch import save_file
 
 from shodh.config import dump_config, load_config
+from shodh.core.weights import expected_shapes
 from shodh.data import FieldNormalizer
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
-from shodh.weights import expected_shapes
 
 SCRIPT = "tools/convert_checkpoint.py"
 

@@ -15,10 +15,10 @@ sys.path.insert(0, str(ROOT / "tests" / "data"))
 
 from layouts import LAYOUTS, dpot_single, pdebench_cfd, pdebench_incompressible  # noqa: E402
 
+from shodh.core.errors import DataError  # noqa: E402
 from shodh.data import WellFile, read_stats  # noqa: E402
 from shodh.data.formats import convert as conversion  # noqa: E402
 from shodh.data.formats.convert import convert, plan_conversion  # noqa: E402
-from shodh.errors import DataError  # noqa: E402
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shodh.errors import DataError
+from shodh.core.errors import DataError
 from shodh.physics import get_regime
 from shodh.physics.geometry import blobs
 from tools import fetch_rock

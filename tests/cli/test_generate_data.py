@@ -25,17 +25,17 @@ import psutil
 import pytest
 import torch
 
-from shodh.cli import run_main
+from shodh.core.cli import run_main
+from shodh.core.seeding import stable_seed
 from shodh.data import RegimeSource, WellFile, read_stats
 from shodh.data.formats.inspection import DIAGNOSTICS, inspect_file
-from shodh.fields import Trajectories
 from shodh.generation import Interval
 from shodh.generation.plan import FIRST
 from shodh.physics import REGIMES, get_regime
-from shodh.physics.mac import ChannelFlow
 from shodh.physics.regimes.open_channel import OpenChannel
-from shodh.physics.scalar import ScalarTransport
-from shodh.seeding import stable_seed
+from shodh.physics.solvers.mac import ChannelFlow
+from shodh.physics.solvers.scalar import ScalarTransport
+from shodh.schema.fields import Trajectories
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "generate_data.py"
@@ -173,7 +173,7 @@ def test_full_disk_is_reported_and_leaves_no_half_file(
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     arguments = ["--regime", "open_channel", "--out", str(tmp_path), *SMALL, *QUICK]
-    monkeypatch.setattr("shodh.files.sync_to_disk", full)
+    monkeypatch.setattr("shodh.core.files.sync_to_disk", full)
     assert "no disk space" in fail(tool, capsys, *arguments)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
     monkeypatch.undo()

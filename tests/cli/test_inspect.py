@@ -19,7 +19,7 @@ from layouts import LAYOUTS, dpot_scattered, pdebench_cfd, pdebench_incompressib
 from shodh.data import write_trajectories  # noqa: E402
 from shodh.data.formats import FileHints  # noqa: E402
 from shodh.data.formats.inspection import inspect_file, inspect_folder  # noqa: E402
-from shodh.fields import Field, RegimeSchema, Trajectories  # noqa: E402
+from shodh.schema.fields import Field, RegimeSchema, Trajectories  # noqa: E402
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:

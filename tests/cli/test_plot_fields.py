@@ -10,10 +10,10 @@ import h5py
 import numpy as np
 import pytest
 
-from shodh.analysis.gallery import find_files, middle_slice
-from shodh.cli import run_main
+from shodh.core.cli import run_main
 from shodh.data import WellFile, write_trajectories
 from shodh.physics import get_regime
+from shodh.report.gallery import find_files, middle_slice
 
 TOOL = Path(__file__).parents[2] / "tools" / "plot_fields.py"
 

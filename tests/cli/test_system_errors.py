@@ -17,7 +17,7 @@ import pytest
 import torch
 from helper import ROOT, Finished, run_script
 
-from shodh.cli import error_line, run_main
+from shodh.core.cli import error_line, run_main
 
 
 def assert_one_line(finished: Finished, *expected: str) -> None:
@@ -74,7 +74,7 @@ def test_limit_on_the_size_of_files(library: str, tmp_path: Path) -> None:
     """In a process of its own, whose files may have 64 KiB."""
     code = (
         "import resource, sys; sys.path.insert(0, '.')\n"
-        "import h5py, numpy, torch\nfrom safetensors.torch import save_file\nfrom shodh.cli import run_main\n"
+        "import h5py, numpy, torch\nfrom safetensors.torch import save_file\nfrom shodh.core.cli import run_main\n"
         "path = sys.argv[2]\n"
         "def h5py_():\n"
         "    with h5py.File(path, 'w') as file:\n        file['a'] = numpy.ones(10**6)\n"

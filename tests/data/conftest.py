@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from shodh.data import write_trajectories
-from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
 FIELDS = (
     Field("velocity", "vector", units="u_tau", placement="face", solenoidal=True),

@@ -26,7 +26,7 @@ from layouts import LAYOUTS, Fields
 
 from shodh.data.formats import FORMATS, open_file
 from shodh.data.formats.probe import probe
-from shodh.errors import ShodhError
+from shodh.core.errors import ShodhError
 
 MEMORY = 3 << 30
 TIMEOUT = 20.0
@@ -34,7 +34,7 @@ TIMEOUT = 20.0
 
 def write_well(path: Path, seed: int = 0) -> Fields:
     from shodh.data import write_trajectories
-    from shodh.fields import Field, RegimeSchema, Trajectories
+    from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
     rng = np.random.default_rng(seed)
     schema = RegimeSchema("box", (Field("velocity", "vector"), Field("heat")), ("periodic", "periodic", "wall"))

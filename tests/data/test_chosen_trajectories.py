@@ -10,8 +10,8 @@ import torch
 
 from shodh.data import FieldNormalizer, RegimeSource, WindowDataset, write_trajectories
 from shodh.data.latents import data_identity
-from shodh.errors import DataError
-from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.core.errors import DataError
+from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
 FIELDS = (Field("heat"),)
 LEVELS = {"train": (10.0, 20.0, 30.0, 40.0, 50.0), "valid": (1e3,), "test": (1e4, 2e4)}

@@ -11,7 +11,7 @@ import pytest
 
 from shodh.data import WellFile, write_trajectories
 from shodh.data.formats.probe import probe
-from shodh.errors import DataError
+from shodh.core.errors import DataError
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from shodh.data import RegimeSource
 from shodh.data.formats import FileHints
 from shodh.data.formats.splits import SPLITS
 from shodh.data.identity import RECORD, Choose, DataRecord, inherited
-from shodh.errors import DataError
-from shodh.fields import Field
+from shodh.core.errors import DataError
+from shodh.schema.fields import Field
 
 FIELDS = (Field("vorticity"),)
 

@@ -11,7 +11,7 @@ import pytest
 from layouts import LAYOUTS, dpot_single, fno_hdf5, jhtdb, pdebench_cfd, pdebench_groups, random
 
 from shodh.data.formats import FileHints, TrajectoryFile, detect_format, open_file
-from shodh.errors import ConfigError, DataError
+from shodh.core.errors import ConfigError, DataError
 
 
 def read_all(file: TrajectoryFile, name: str) -> np.ndarray:

@@ -14,8 +14,8 @@ from shodh.data import RegimeSource, WindowDataset
 from shodh.data.formats import open_file
 from shodh.data.formats.names import natural_key, stated_split, words
 from shodh.data.formats.splits import SPLITS, Key, Split, deal, find_files, open_splits, time_blocks
-from shodh.errors import DataError
-from shodh.fields import Field
+from shodh.core.errors import DataError
+from shodh.schema.fields import Field
 
 SHARES = {"train": 0.8, "valid": 0.1, "test": 0.1}
 FLOW = (Field("velocity", "vector", placement="center"), Field("pressure"))

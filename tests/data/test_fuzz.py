@@ -14,7 +14,7 @@ from layouts import pdebench_cfd
 from shodh.data import hdf5
 from shodh.data.formats import open_file
 from shodh.data.formats.probe import probe
-from shodh.errors import DataError
+from shodh.core.errors import DataError
 
 EVERY_PAIR = len(fuzz.ALL) * len(fuzz.DAMAGES)
 

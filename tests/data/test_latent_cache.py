@@ -25,7 +25,7 @@ from shodh.data import (
     write_latents,
     write_trajectories,
 )
-from shodh.errors import DataError
+from shodh.core.errors import DataError
 
 GRID = (4, 6, 8)
 

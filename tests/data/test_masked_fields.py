@@ -14,8 +14,8 @@ import yaml
 from shodh.data import FieldNormalizer, RegimeSource, WindowDataset, compute_statistics, write_stats, write_trajectories
 from shodh.data.formats.inspection import inspect_file
 from shodh.data.checks import check_masks, looks_inverted, mask_problem
-from shodh.errors import DataError
-from shodh.fields import OUTSIDE, Field, Trajectories
+from shodh.core.errors import DataError
+from shodh.schema.fields import OUTSIDE, Field, Trajectories
 
 VELOCITY = Field("velocity", "vector", placement="face", solenoidal=True)
 TRACER, SOLID = Field("tracer", masked_by="solid"), Field("solid", static=True)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from shodh.data import FieldNormalizer, MixtureLoader, MixtureSampler, RegimeSource, WindowDataset
 from shodh.data.loader import _next
-from shodh.errors import DataError, TopologyError
+from shodh.core.errors import DataError, TopologyError
 
 FRAMES = 5
 

@@ -8,7 +8,7 @@ import pytest
 
 from shodh.data import MixtureSampler, batch_counts
 from shodh.data.mixture import temperature_shares
-from shodh.errors import ConfigError, DataError, TopologyError
+from shodh.core.errors import ConfigError, DataError, TopologyError
 
 SIZES, SHARES = [37, 11, 101], [2.0, 1.0, 5.0]
 

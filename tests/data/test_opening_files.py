@@ -17,8 +17,8 @@ from layouts import dpot_single, pdebench_cfd
 from shodh.data import RegimeSource, WellFile, write_trajectories
 from shodh.data.formats import FileHints, open_file
 from shodh.data.hdf5 import open_hdf5
-from shodh.errors import DataError
-from shodh.fields import Field
+from shodh.core.errors import DataError
+from shodh.schema.fields import Field
 
 
 @pytest.fixture

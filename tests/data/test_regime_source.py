@@ -10,8 +10,8 @@ import pytest
 
 from shodh.data import RegimeSource, WindowDataset, write_trajectories
 from shodh.data.source import average_to_faces
-from shodh.errors import ConfigError, DataError
-from shodh.fields import Field
+from shodh.core.errors import ConfigError, DataError
+from shodh.schema.fields import Field
 
 MAPPING = {"velocity": "vel", "tracer": "dye", "solid": "rock"}
 

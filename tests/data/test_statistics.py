@@ -21,8 +21,8 @@ from shodh.data import (
     write_trajectories,
 )
 from shodh.data.normalize import power_of_two
-from shodh.errors import DataError
-from shodh.fields import Field
+from shodh.core.errors import DataError
+from shodh.schema.fields import Field
 
 
 def test_statistics_equal_those_of_all_values_at_once(make_folder, make_trajectories):

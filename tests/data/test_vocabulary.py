@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from shodh.data import FieldNormalizer, RegimeSource, WindowDataset, write_trajectories
-from shodh.errors import DataError
-from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.core.errors import DataError
+from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
 VOCABULARY = (
     Field("velocity", "vector", placement="face", optional=True),

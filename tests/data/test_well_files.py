@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from shodh.data import WellFile, compute_statistics, remove_partial_files, write_stats, write_trajectories
-from shodh.errors import DataError
-from shodh.fields import Field
+from shodh.core.errors import DataError
+from shodh.schema.fields import Field
 from shodh.ops import extension
 from shodh.ops.reading import read_snapshot
 

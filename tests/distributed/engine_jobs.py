@@ -43,9 +43,9 @@ def error_of_gradient(deepspeed_json: Path, accumulation: int) -> float:
     Of the elements that this rank keeps.
     """
     from shodh.config import TrainConfig
-    from shodh.distributed import rank, world_size
+    from shodh.core.distributed import rank, world_size
+    from shodh.core.topology import Topology
     from shodh.moe.groups import decay_groups
-    from shodh.topology import Topology
     from shodh.train.engine import _moments, build_engine, load_deepspeed_config
     from shodh.train.runtime import start_distributed
 

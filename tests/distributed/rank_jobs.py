@@ -30,8 +30,8 @@ def probe_input(history: int, latent_channels: int, static_channels: int) -> tup
 
 def describe_engine(engine: Any, config: Any) -> dict[str, Any]:
     """Outputs for the probe, and the dtype of every parameter and buffer."""
-    from shodh.models.domain import num_static_features
     from shodh.moe.step import regime_arguments
+    from shodh.schema.domain import num_static_features
 
     static = num_static_features(sum(f.static for f in config.data.fields), len(config.data.optional))
     if config.operator.in_field_space:
@@ -150,7 +150,7 @@ def resume_many(
     moved to ``rewritten/<number>``. Returned are the metrics of the steps, and the settings of the optimiser.
     """
     from shodh.config import load_config
-    from shodh.distributed import rank
+    from shodh.core.distributed import rank
     from shodh.train import jobs, operator_task
     from shodh.train.loop import Trainer
     from shodh.train.metrics import read_metrics
@@ -269,13 +269,13 @@ def start_from(config_path: Path, overrides: list[str], weights: Path) -> dict[s
 def products_of_every_entry(config_path: Path, overrides: list[str], folder: Path) -> dict[str, Any]:
     """Float32 products as the networks meet them and as they are left behind, by entry; the user has allowed TF32."""
     import shodh
+    from shodh.checkpoint.convert import convert
     from shodh.config import load_config
-    from shodh.exchange.convert import convert
+    from shodh.core.precision import float32_products
+    from shodh.evaluate.evaluation import evaluate, open_run
     from shodh.models.tokenizer import Tokenizer
     from shodh.moe import router
-    from shodh.precision import float32_products
     from shodh.train import jobs
-    from shodh.train.evaluation import evaluate, open_run
 
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     config, seen = load_config(config_path, overrides), {"user": [float32_products()]}

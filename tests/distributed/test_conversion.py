@@ -13,12 +13,12 @@ from laboratory import Laboratory, Run, assert_same_output
 from safetensors.torch import load_file
 
 import shodh
+from shodh.checkpoint.convert import convert
+from shodh.checkpoint.description import read_pretrained
+from shodh.checkpoint.pretrained import ShodhModel
 from shodh.checkpoint.weights import source_checksum
-from shodh.exchange.convert import convert
-from shodh.models.description import read_pretrained
-from shodh.models.domain import num_static_features
 from shodh.models.operator import OperatorOutput
-from shodh.models.pretrained import ShodhModel
+from shodh.schema.domain import num_static_features
 from shodh.train.run_folder import RunFolder
 
 pytestmark = pytest.mark.distributed

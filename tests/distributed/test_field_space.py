@@ -15,17 +15,17 @@ from helper import ROOT, run_ranks
 from laboratory import Run
 
 import shodh
-from shodh.analysis.page import write_page
-from shodh.analysis.probe.sections import probe_model
-from shodh.analysis.report import write_report
+from shodh.checkpoint.convert import convert
 from shodh.config import load_config
+from shodh.core.errors import CheckpointError
 from shodh.data import write_trajectories
-from shodh.errors import CheckpointError
-from shodh.exchange.convert import convert
-from shodh.fields import Boundary, Field, RegimeSchema, Trajectories
+from shodh.evaluate.evaluation import Evaluator, evaluate, open_run
+from shodh.evaluate.field_evaluation import FieldEvaluation
+from shodh.evaluate.report import write_report
 from shodh.moe.trace import read_trace
-from shodh.train.evaluation import Evaluator, evaluate, open_run
-from shodh.train.field_evaluation import FieldEvaluation
+from shodh.report.page import write_page
+from shodh.routing.probe.sections import probe_model
+from shodh.schema.fields import Boundary, Field, RegimeSchema, Trajectories
 from shodh.train.field_task import FieldTask, Presence
 from shodh.train.jobs import open_data
 from shodh.train.plan import describe_plan, make_plan

@@ -15,17 +15,17 @@ from helper import ROOT, run_ranks
 from laboratory import Laboratory, Run
 
 import shodh
+from shodh.checkpoint.convert import convert
 from shodh.checkpoint.weights import read_initial_weights
 from shodh.config import config_from_dict, load_config
+from shodh.core.errors import CheckpointError
+from shodh.core.weights import load_into, load_weights
 from shodh.data import FieldNormalizer
-from shodh.errors import CheckpointError
-from shodh.exchange.convert import convert
+from shodh.evaluate.evaluation import evaluate, open_run
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
 from shodh.moe.groups import added_weights, is_added, is_routed_expert
-from shodh.train.evaluation import evaluate, open_run
 from shodh.train.latents import open_for_operator
-from shodh.weights import load_into, load_weights
 
 pytestmark = pytest.mark.distributed
 
@@ -221,7 +221,7 @@ def test_configuration_refuses_what_cannot_be_trained(tuning: Tuning) -> None:
         if expected is None:
             config_from_dict(changed)
             continue
-        with pytest.raises(shodh.errors.ConfigError, match=expected):
+        with pytest.raises(shodh.core.errors.ConfigError, match=expected):
             config_from_dict(changed)
 
 

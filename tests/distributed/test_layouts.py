@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from shodh.checkpoint.folder import OPTIMIZER
 from shodh.checkpoint.optimizer_state import MOMENTS, Fragments
-from shodh.weights import WEIGHTS
+from shodh.core.weights import WEIGHTS
 
 pytestmark = pytest.mark.distributed
 

@@ -13,9 +13,9 @@ from helper import run_ranks, run_script
 from laboratory import Laboratory, Run, assert_same_output
 
 import shodh
-from shodh.exchange.convert import convert
-from shodh.models.domain import num_static_features
-from shodh.weights import load_weights
+from shodh.checkpoint.convert import convert
+from shodh.core.weights import load_weights
+from shodh.schema.domain import num_static_features
 
 pytestmark = pytest.mark.distributed
 

@@ -15,11 +15,11 @@ import torch
 from helper import ROOT, run_ranks
 from scipy.io import netcdf_file
 
-from shodh.analysis.report import write_report
 from shodh.config import load_config
 from shodh.data import write_trajectories
-from shodh.fields import Boundary, Field, RegimeSchema, Trajectories
-from shodh.train.evaluation import evaluate, open_run
+from shodh.evaluate.evaluation import evaluate, open_run
+from shodh.evaluate.report import write_report
+from shodh.schema.fields import Boundary, Field, RegimeSchema, Trajectories
 from shodh.train.latents import open_for_operator
 from shodh.train.metrics import read_metrics
 

@@ -7,9 +7,9 @@ import torch
 from laboratory import Laboratory, Run, assert_same_output
 from rank_jobs import probe_input
 
-from shodh.models.domain import num_static_features
+from shodh.core.weights import load_into, load_weights
 from shodh.models.factory import build_operator
-from shodh.weights import load_into, load_weights
+from shodh.schema.domain import num_static_features
 
 pytestmark = pytest.mark.distributed
 

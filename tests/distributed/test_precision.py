@@ -12,9 +12,9 @@ import torch
 from helper import run_ranks
 from laboratory import Laboratory
 
-from shodh.precision import OPERATIONS
+from shodh.core.precision import OPERATIONS
+from shodh.core.weights import load_weights
 from shodh.train.metrics import read_metrics
-from shodh.weights import load_weights
 
 pytestmark = pytest.mark.distributed
 

@@ -11,8 +11,8 @@ from helper import RankError, run_ranks
 from laboratory import Laboratory, Run
 
 from shodh.checkpoint.folder import read_manifest
+from shodh.core.weights import load_weights
 from shodh.train.schedule import learning_rate
-from shodh.weights import load_weights
 
 pytestmark = pytest.mark.distributed
 EXPERT = "feed_forward.experts.w2"

@@ -18,11 +18,11 @@ from laboratory import Laboratory, Run
 from safetensors.torch import load_file, save_file
 
 import shodh
-from shodh.errors import CheckpointError, ConfigError, DataError
-from shodh.exchange.convert import convert, parse_size, push_to_hub
-from shodh.exchange.deepspeed_folder import read_deepspeed_folder
-from shodh.models.description import read_pretrained
-from shodh.weights import INDEX, WEIGHTS
+from shodh.checkpoint.convert import convert, parse_size, push_to_hub
+from shodh.checkpoint.description import read_pretrained
+from shodh.checkpoint.foreign.deepspeed_folder import read_deepspeed_folder
+from shodh.core.errors import CheckpointError, ConfigError, DataError
+from shodh.core.weights import INDEX, WEIGHTS
 
 pytestmark = pytest.mark.distributed
 
@@ -187,7 +187,7 @@ def test_loads_and_predicts_in_a_process_without_deepspeed_and_extension(
         "assert 'torch' not in sys.modules\n"
         "import doctest, torch\n"
         "torch.set_num_threads(1)\n"
-        "import shodh.ops.extension as extension, shodh.models.pretrained as pretrained\n"
+        "import shodh.ops.extension as extension, shodh.checkpoint.pretrained as pretrained\n"
         "extension.choose_implementation = lambda *a, **k: 'reference'\n"
         f"finder = doctest.DocTestFinder().find(pretrained.ShodhModel, globs={{'folder': {str(tmp_path / 'out')!r}}})\n"
         "runner = doctest.DocTestRunner()\n"
@@ -219,8 +219,8 @@ def test_rollout_of_physical_fields_is_what_the_evaluation_computes(
     runs: Callable[..., Run], laboratory: Laboratory, tmp_path: Path
 ) -> None:
     """Decoded one-step prediction against the path through the run's own data set, normalisation and domain."""
-    from shodh.models.domain import add_walls, static_features
-    from shodh.train.evaluation import open_run
+    from shodh.evaluate.evaluation import open_run
+    from shodh.schema.domain import add_walls, static_features
 
     run = runs(1)
     convert(run.path, tmp_path / "out")
@@ -280,13 +280,13 @@ def test_hub_model_is_downloaded_and_a_missing_one_is_one_line(
     runs: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     convert(runs(1).path, tmp_path / "out")
-    monkeypatch.setattr("shodh.models.pretrained_base.snapshot_download", lambda name, **_: str(tmp_path / "out"))
+    monkeypatch.setattr("shodh.checkpoint.pretrained_base.snapshot_download", lambda name, **_: str(tmp_path / "out"))
     assert shodh.from_pretrained("someone/model").regimes == ("open_channel", "porous_media")
 
     def absent(name: str, **_: Any) -> str:
         raise OSError("no such repository\nand more")
 
-    monkeypatch.setattr("shodh.models.pretrained_base.snapshot_download", absent)
+    monkeypatch.setattr("shodh.checkpoint.pretrained_base.snapshot_download", absent)
     with pytest.raises(CheckpointError, match="no folder, and no model of the hub: no such repository$"):
         shodh.from_pretrained("someone/model")
 

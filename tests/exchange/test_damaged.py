@@ -17,15 +17,15 @@ from laboratory import Laboratory, Run
 from safetensors.torch import load_file, save_file
 
 import shodh
+from shodh.checkpoint.convert import convert
 from shodh.checkpoint.folder import checksum
+from shodh.checkpoint.foreign.pickles import read_pt, refuse_foreign_globals
 from shodh.checkpoint.optimizer_state import Fragments
 from shodh.checkpoint.training import load_checkpoint
 from shodh.checkpoint.weights import read_initial_weights, source_checksum
-from shodh.errors import CheckpointError, ShodhError
-from shodh.exchange.convert import convert
-from shodh.pickles import read_pt, refuse_foreign_globals
-from shodh.train.evaluation import open_run
-from shodh.weights import INDEX, WEIGHTS
+from shodh.core.errors import CheckpointError, ShodhError
+from shodh.core.weights import INDEX, WEIGHTS
+from shodh.evaluate.evaluation import open_run
 
 pytestmark = pytest.mark.distributed
 
@@ -291,7 +291,7 @@ def test_failure_while_writing_leaves_nothing(
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("shodh.weights.sync_to_disk", full)
+    monkeypatch.setattr("shodh.core.weights.sync_to_disk", full)
     with pytest.raises(OSError, match="No space"):
         convert(runs(1).path, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -300,7 +300,7 @@ def test_failure_while_writing_leaves_nothing(
 def test_verification_finds_a_bit_that_was_written_wrong(
     runs: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from shodh.exchange import convert as module
+    from shodh.checkpoint import convert as module
 
     write = module.write_pretrained
 

@@ -12,15 +12,15 @@ import torch
 from expert_weights import State
 from safetensors.torch import save_file
 
+from shodh.checkpoint.convert import convert
+from shodh.checkpoint.description import read_pretrained
 from shodh.config import RunConfig, dump_config, load_config
+from shodh.core.seeding import generator
+from shodh.core.weights import expected_shapes
 from shodh.data import FieldNormalizer
-from shodh.exchange.convert import convert
-from shodh.models.description import read_pretrained
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
-from shodh.seeding import generator
 from shodh.train.run_folder import RunFolder
-from shodh.weights import expected_shapes
 
 
 @pytest.fixture(scope="module", autouse=True)

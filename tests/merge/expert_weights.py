@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shodh.seeding import generator
+from shodh.core.seeding import generator
 
 State = dict[str, Tensor]
 EXPERTS = "operator.blocks.0.feed_forward.experts.w1"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from expert_weights import EXPERTS, State
 
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
 from shodh.merge import (
     Update,
     average,

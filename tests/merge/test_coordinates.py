@@ -10,7 +10,7 @@ import pytest
 import torch
 from expert_weights import EXPERTS
 
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
 from shodh.merge import Coordinates, Range, coordinate, extrapolation, from_memory, read_coord, read_coordinates
 from shodh.merge.components import component, layer
 from shodh.merge.coordinates import Rule

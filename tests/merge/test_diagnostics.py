@@ -6,7 +6,7 @@ import pytest
 import torch
 from expert_weights import EXPERTS, State
 
-from shodh.errors import CheckpointError
+from shodh.core.errors import CheckpointError
 from shodh.merge import diagnose, from_memory, lazy
 from shodh.merge.diagnostics import table
 

@@ -14,13 +14,13 @@ from expert_weights import same_bits
 from safetensors.torch import load_file
 
 import shodh
-from shodh.errors import CheckpointError, ConfigError
-from shodh.exchange.experts import open_expert
-from shodh.exchange.merge import merge_experts, open_family
-from shodh.exchange.recipe import make_recipe
+from shodh.checkpoint.description import read_pretrained
+from shodh.core.errors import CheckpointError, ConfigError
+from shodh.core.weights import open_weights
 from shodh.merge import lazy
-from shodh.models.description import read_pretrained
-from shodh.weights import open_weights
+from shodh.merge.experts import open_expert
+from shodh.merge.folders import merge_experts, open_family
+from shodh.merge.recipe import make_recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from shodh.errors import ConfigError, DataError
+from shodh.core.errors import ConfigError, DataError
 from shodh.merge import (
     calibrate,
     check_prefix,

@@ -13,11 +13,11 @@ from conftest import random_operator
 from torch import Tensor, nn
 
 from shodh.config import load_config
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
+from shodh.core.weights import LazyWeights
 from shodh.merge import Slider, compose, decompose, from_memory, read_gradient, to_memory
-from shodh.models.domain import num_static_features
 from shodh.models.factory import build_operator
-from shodh.weights import LazyWeights
+from shodh.schema.domain import num_static_features
 
 
 class Line(NamedTuple):

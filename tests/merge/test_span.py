@@ -10,10 +10,10 @@ import torch
 from expert_weights import EXPERTS, State, same_bits, wild_weights
 from torch import Tensor
 
-from shodh.errors import CheckpointError, ConfigError
+from shodh.core.errors import CheckpointError, ConfigError
+from shodh.core.weights import LazyWeights
 from shodh.merge import Coordinates, compose, curve, decompose, from_memory, lazy, plane, to_memory
 from shodh.merge.coordinates import Rule
-from shodh.weights import LazyWeights
 
 
 def family(dtype: torch.dtype = torch.float32) -> tuple[State, State, State]:

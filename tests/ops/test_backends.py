@@ -16,7 +16,7 @@ from ops.cases import Case, random_case
 from torch import Tensor
 
 import shodh
-from shodh.errors import ExtensionError
+from shodh.core.errors import ExtensionError
 from shodh.ops import build, decode_velocity, divergence, extension
 from shodh.ops.grid import Grid
 from shodh.ops.reference import decode_adjoint_reference

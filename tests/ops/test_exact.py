@@ -9,7 +9,7 @@ import pytest
 import torch
 from ops.cases import random_case, smooth_noise
 
-from shodh.errors import NonFiniteError
+from shodh.core.errors import NonFiniteError
 from shodh.ops import checked, decode_velocity, divergence, extension, face_flux
 
 BUILT = ["reference", *(["cpp"] if extension.unavailable_reason("cpp") is None else [])]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
 from shodh.physics import get_regime
-from shodh.physics.acoustics import SoundField, stable_steps
+from shodh.physics.solvers.acoustics import SoundField, stable_steps
 
 SPACE, SPACING = (12, 10, 9), (0.1, 0.13, 0.08)
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from shodh.errors import UnstableError
-from shodh.fields import Trajectories
+from shodh.core.errors import UnstableError
 from shodh.generation.checking import check
 from shodh.physics import REGIMES, Regime, get_regime
 from shodh.physics.bounds import Energy, Range
+from shodh.schema.fields import Trajectories
 
 QUICK: dict[str, dict[str, float]] = {"porous_media": {"grain": 0.4}, "darcy": {"wells": 2}}
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError, NonFiniteError
+from shodh.core.errors import ConfigError, NonFiniteError
 from shodh.physics import get_regime
 from shodh.physics.regimes.burgers import BurgersFlow
-from shodh.physics.spectral import SpectralGrid, step
+from shodh.physics.solvers.spectral import SpectralGrid, step
 
 TIME = 1.0
 

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from shodh.physics.mac import ChannelFlow
-from shodh.physics.operators import inner
-from shodh.physics.scalar import ScalarTransport
+from shodh.physics.solvers.mac import ChannelFlow
+from shodh.physics.solvers.operators import inner
+from shodh.physics.solvers.scalar import ScalarTransport
 
 PI = math.pi
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
 from shodh.physics import get_regime
 from shodh.physics.regimes.compressible_2d import AMPLITUDE, Compressible2d
 

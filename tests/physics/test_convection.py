@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
 from shodh.physics import get_regime
-from shodh.physics.convection import Convection
+from shodh.physics.solvers.convection import Convection
 
 CRITICAL_RAYLEIGH, CRITICAL_WAVENUMBER = 1707.762, 3.117
 

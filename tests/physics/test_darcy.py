@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from shodh.errors import ConfigError, NonFiniteError
-from shodh.fields import Trajectories
+from shodh.core.errors import ConfigError, NonFiniteError
 from shodh.physics import get_regime
-from shodh.physics.conduction import HeterogeneousDiffusion
 from shodh.physics.regimes.darcy import WellRates
+from shodh.physics.solvers.conduction import HeterogeneousDiffusion
+from shodh.schema.fields import Trajectories
 
 GRID = (16, 12, 20)
 

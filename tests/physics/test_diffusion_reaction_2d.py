@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
 from shodh.physics import get_regime
 from shodh.physics.regimes.diffusion_reaction_2d import EDGE, DiffusionReaction2d, fitzhugh_nagumo
 

@@ -8,9 +8,9 @@ import functools
 import numpy as np
 import pytest
 
-from shodh.errors import ConfigError
-from shodh.fields import RegimeSchema, Trajectories
+from shodh.core.errors import ConfigError
 from shodh.physics import REGIMES, get_regime
+from shodh.schema.fields import RegimeSchema, Trajectories
 
 # Changes that make a tiny run cheap where the defaults are long; a spin-up is shortened for all.
 FAST = {"porous_media": {"grain": 0.4}}

@@ -11,9 +11,9 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from shodh.physics.finite_volume import FiniteVolume, hllc_flux, physical_flux, to_conserved
 from shodh.physics.regimes.compressible_2d import IdealGas, NewtonianStress
 from shodh.physics.regimes.shallow_water_2d import ShallowFluid
+from shodh.physics.solvers.finite_volume import FiniteVolume, hllc_flux, physical_flux, to_conserved
 
 WATER, AIR = ShallowFluid(1.0), IdealGas(1.4)
 

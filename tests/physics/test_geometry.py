@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shodh.errors import DataError
+from shodh.core.errors import DataError
 from shodh.physics.geometry import (
     GENERATORS,
     crop_image,

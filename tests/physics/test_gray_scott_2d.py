@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from shodh.physics import get_regime
-from shodh.physics.reaction_diffusion import ReactionDiffusion
 from shodh.physics.regimes.gray_scott import REACTION_RADIUS, gray_scott_reaction
+from shodh.physics.solvers.reaction_diffusion import ReactionDiffusion
 
 
 def uniform_state(feed: float, kill: float) -> tuple[float, float]:

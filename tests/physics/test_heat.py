@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
 from shodh.physics import get_regime
-from shodh.physics.conduction import HeterogeneousDiffusion
 from shodh.physics.regime import smooth_noise
 from shodh.physics.regimes.heat import TravellingSources, mixture
-from shodh.physics.stabilized import legendre_step, legendre_steps
+from shodh.physics.solvers.conduction import HeterogeneousDiffusion
+from shodh.physics.solvers.stabilized import legendre_step, legendre_steps
 
 SPACE, SPACING = (8, 10, 6), (0.1, 0.12, 0.2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
 from shodh.physics import get_regime
 
 

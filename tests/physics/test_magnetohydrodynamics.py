@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
 from shodh.physics import get_regime
 from shodh.physics.regimes.isotropic_turbulence import random_velocity
 from shodh.physics.regimes.magnetohydrodynamics import InductionFlow
-from shodh.physics.spectral import SpectralGrid, step
-from shodh.physics.spectral_flow import IncompressibleFlow, kinetic_energy
+from shodh.physics.solvers.spectral import SpectralGrid, step
+from shodh.physics.solvers.spectral_flow import IncompressibleFlow, kinetic_energy
 
 TAU = 2.0 * math.pi
 

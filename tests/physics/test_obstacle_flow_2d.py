@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
 from shodh.physics import get_regime
 from shodh.physics.regimes.obstacle_flow_2d import ObstacleFlow2d
-from shodh.physics.through_flow import ThroughFlow
+from shodh.physics.solvers.through_flow import ThroughFlow
 
 
 def centres(cells: int, length: float) -> Tensor:

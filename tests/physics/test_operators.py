@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shodh.physics.operators import divergence_padded, fill_periodic, inner, padded_like, subtract_gradient
-from shodh.physics.poisson import ChannelPoisson, PeriodicPoisson, closed_faces, project_around_solids
+from shodh.physics.solvers.operators import divergence_padded, fill_periodic, inner, padded_like, subtract_gradient
+from shodh.physics.solvers.poisson import ChannelPoisson, PeriodicPoisson, closed_faces, project_around_solids
 
 SPACE, SPACING = (5, 7, 6), (0.3, 0.2, 0.5)
 

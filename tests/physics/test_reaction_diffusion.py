@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from shodh.errors import NonFiniteError
+from shodh.core.errors import NonFiniteError
 from shodh.physics import get_regime
-from shodh.physics.reaction_diffusion import ReactionDiffusion, laplacian
 from shodh.physics.regimes.gray_scott import gray_scott_reaction
-from shodh.physics.stabilized import legendre_stages, legendre_step, legendre_steps, stability_limit
+from shodh.physics.solvers.reaction_diffusion import ReactionDiffusion, laplacian
+from shodh.physics.solvers.stabilized import legendre_stages, legendre_step, legendre_steps, stability_limit
 
 FEED, KILL = 0.04, 0.055
 DIFFUSIVITY = (2e-5, 1e-5)

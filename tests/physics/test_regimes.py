@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shodh.errors import ConfigError, DataError
-from shodh.fields import Trajectories
+from shodh.core.errors import ConfigError, DataError
 from shodh.physics import get_regime, parse_parameter
+from shodh.schema.fields import Trajectories
 
 FAST = {"open_channel": {"spin_up": 0.08, "frame_interval": 0.04}, "porous_media": {"grain": 0.4}}
 GRID = (13, 12, 15)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shodh.errors import ConfigError, DataError
+from shodh.core.errors import ConfigError, DataError
 from shodh.physics.geometry import blobs, percolates
 from shodh.physics.rock import connects, cut_shape, join, mirrored, rock_cubes, with_buffer
 

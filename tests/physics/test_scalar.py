@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from shodh.physics.operators import fill_periodic, inner, padded_like
-from shodh.physics.poisson import closed_faces, project_around_solids
-from shodh.physics.scalar import SSP_RK3, ScalarTransport
+from shodh.physics.solvers.operators import fill_periodic, inner, padded_like
+from shodh.physics.solvers.poisson import closed_faces, project_around_solids
+from shodh.physics.solvers.scalar import SSP_RK3, ScalarTransport
 
 PI = math.pi
 

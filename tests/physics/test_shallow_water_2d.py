@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
 from shodh.physics import get_regime
 from shodh.physics.regimes.shallow_water_2d import ShallowWater2d
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
 from shodh.physics import get_regime
 from shodh.physics.regimes.shear_layer import AMPLIFIED, mean_profile
-from shodh.physics.spectral import SpectralGrid, step
-from shodh.physics.spectral_flow import IncompressibleFlow
+from shodh.physics.solvers.spectral import SpectralGrid, step
+from shodh.physics.solvers.spectral_flow import IncompressibleFlow
 
 # Across: the two layers, half of it apart, shift each other's growth rate by about exp(-k * 24) / 2, 1e-5.
 LENGTH = 48.0

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shodh.physics.operators import divergence
-from shodh.physics.spectral import (
+from shodh.physics.solvers.operators import divergence
+from shodh.physics.solvers.spectral import (
     COURANT_LIMIT,
     BlowUp,
     SpectralGrid,
@@ -18,8 +18,8 @@ from shodh.physics.spectral import (
     random_vector,
     step,
 )
-from shodh.physics.spectral_flow import IncompressibleFlow, enstrophy, kinetic_energy
-from shodh.physics.stability import Clock
+from shodh.physics.solvers.spectral_flow import IncompressibleFlow, enstrophy, kinetic_energy
+from shodh.physics.solvers.stability import Clock
 
 TAU = 2.0 * math.pi
 BOX = (TAU, TAU, TAU)

@@ -9,17 +9,17 @@ import pytest
 import torch
 from fine_grids import EXPLICIT, fine
 
-from shodh.errors import UnstableError
+from shodh.core.errors import UnstableError
 from shodh.generation.checking import check
-from shodh.physics.convection import PlateTemperature
-from shodh.physics.finite_volume import FiniteVolume
-from shodh.physics.mac import ChannelFlow
-from shodh.physics.operators import fill_periodic, inner, padded_like
 from shodh.physics.regimes.compressible_2d import IdealGas
-from shodh.physics.scalar import SSP_RK2, SSP_RK3, ScalarTransport
-from shodh.physics.spectral import COURANT_LIMIT, SpectralGrid, step
-from shodh.physics.spectral_flow import IncompressibleFlow
-from shodh.physics.stability import (
+from shodh.physics.solvers.convection import PlateTemperature
+from shodh.physics.solvers.finite_volume import FiniteVolume
+from shodh.physics.solvers.mac import ChannelFlow
+from shodh.physics.solvers.operators import fill_periodic, inner, padded_like
+from shodh.physics.solvers.scalar import SSP_RK2, SSP_RK3, ScalarTransport
+from shodh.physics.solvers.spectral import COURANT_LIMIT, SpectralGrid, step
+from shodh.physics.solvers.spectral_flow import IncompressibleFlow
+from shodh.physics.solvers.stability import (
     IMAGINARY_RK3,
     REAL_RK2,
     REAL_RK3,
@@ -29,8 +29,8 @@ from shodh.physics.stability import (
     diffusion_rate,
     upwind_rate,
 )
-from shodh.physics.stabilized import legendre_step, stability_limit
-from shodh.physics.through_flow import ThroughFlow
+from shodh.physics.solvers.stabilized import legendre_step, stability_limit
+from shodh.physics.solvers.through_flow import ThroughFlow
 
 SPACE, SPACING = (4, 8, 6), (0.25, 0.1, 0.17)  # cells of three different edges
 ALTERNATING = (torch.arange(4)[:, None, None] + torch.arange(8)[:, None] + torch.arange(6)) % 2 * -2.0 + 1.0

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from shodh.physics.geometry import pore_space, sphere_pack
-from shodh.physics.poisson import closed_faces
-from shodh.physics.stokes import StokesSolver
+from shodh.physics.solvers.poisson import closed_faces
+from shodh.physics.solvers.stokes import StokesSolver
 
 
 def permeability(solid: torch.Tensor, spacing: float, **options: object) -> torch.Tensor:

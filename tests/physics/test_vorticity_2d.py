@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
 from shodh.physics import get_regime
 from shodh.physics.regimes.vorticity_2d import Vorticity2d, VorticityEquation
-from shodh.physics.spectral import SpectralGrid, advance, step
+from shodh.physics.solvers.spectral import SpectralGrid, advance, step
 
 CELLS = 32
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shodh.study.results import Result, Results
+from shodh.experiments.transfer.results import Result, Results
 
 REGIMES = ("a", "b")
 

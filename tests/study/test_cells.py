@@ -11,13 +11,13 @@ import torch
 import yaml
 
 from shodh.config import RunConfig, config_from_dict, to_dict
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
+from shodh.experiments.transfer.cells import Cell, expand
+from shodh.experiments.transfer.flops import BACKWARD, flop_counter, forward_flops, sample_inputs, step_flops
+from shodh.experiments.transfer.settings import StudyConfig, load_study
+from shodh.experiments.transfer.sizes import TOLERANCE, model_size
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
-from shodh.study.cells import Cell, expand
-from shodh.study.flops import BACKWARD, flop_counter, forward_flops, sample_inputs, step_flops
-from shodh.study.settings import StudyConfig, load_study
-from shodh.study.sizes import TOLERANCE, model_size
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = ["sparse", "dense_active", "dense_total", "specialist", "specialist_share", "sparse_hash", "sparse_frozen"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from shodh.checkpoint.folder import MANIFEST
-from shodh.errors import CheckpointError
-from shodh.study.measure import prune_checkpoints, scheduled_checkpoints, seconds_per_step
+from shodh.core.errors import CheckpointError
+from shodh.experiments.transfer.measure import prune_checkpoints, scheduled_checkpoints, seconds_per_step
 from shodh.train.run_folder import RunFolder
 
 

@@ -8,9 +8,17 @@ import pytest
 import torch
 
 from shodh.config import RunConfig, config_from_dict
+from shodh.experiments.transfer.probe import (
+    GROUPS,
+    Probe,
+    _gradients,
+    gradient_cosines,
+    group_of,
+    learning_curve,
+    plasticity,
+)
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
-from shodh.study.probe import GROUPS, Probe, _gradients, gradient_cosines, group_of, learning_curve, plasticity
 
 CPU = torch.device("cpu")
 
@@ -109,7 +117,7 @@ def test_fresh_regime_is_learned_with_the_biases_of_the_run(
     changed = config.operator.model_copy(update={"experts": experts.model_copy(update={"balance": balance})})
     config = config.model_copy(update={"operator": changed})
     probe, learners = Probe(config, CPU), []
-    monkeypatch.setattr("shodh.study.probe.copy.deepcopy", lambda m: learners.append(m) or m)
+    monkeypatch.setattr("shodh.experiments.transfer.probe.copy.deepcopy", lambda m: learners.append(m) or m)
     learning_curve(probe, model_of(config), 1, 1e-2)
     probe.close()
     biases = [b for name, b in learners[0].named_buffers() if name.endswith("selection_bias")]

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from results_cases import REGIMES, result, study_of
 
-from shodh.study import plots, tables
-from shodh.study.report import write_study_report
-from shodh.study.results import Results
-from shodh.study.settings import StudyConfig
-from shodh.study.verdict import (
+from shodh.experiments.transfer import plots, tables
+from shodh.experiments.transfer.report import write_study_report
+from shodh.experiments.transfer.results import Results
+from shodh.experiments.transfer.settings import StudyConfig
+from shodh.experiments.transfer.verdict import (
     conclude_transfer,
     decide_cause,
     does_routing_help,

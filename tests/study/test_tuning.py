@@ -12,14 +12,21 @@ import yaml
 from safetensors.torch import save_file
 
 from shodh.config import load_config, to_dict
-from shodh.errors import CheckpointError, ConfigError, TopologyError
+from shodh.core.errors import CheckpointError, ConfigError, TopologyError
+from shodh.experiments.finetuning.base import Base, open_base, regimes_of
+from shodh.experiments.finetuning.cells import (
+    SCRATCH,
+    ZERO_SHOT,
+    TuningCell,
+    describe_cells,
+    draw_trajectories,
+    expand_tuning,
+)
+from shodh.experiments.finetuning.measure import count_trained
+from shodh.experiments.finetuning.report import write_tuning_report
+from shodh.experiments.finetuning.settings import TuningConfig, load_tuning
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
-from shodh.study.tuning.base import Base, open_base, regimes_of
-from shodh.study.tuning.cells import SCRATCH, ZERO_SHOT, TuningCell, describe_cells, draw_trajectories, expand_tuning
-from shodh.study.tuning.measure import count_trained
-from shodh.study.tuning.report import write_tuning_report
-from shodh.study.tuning.settings import TuningConfig, load_tuning
 
 OPERATOR: dict[str, Any] = {
     "kind": "moe_pot",

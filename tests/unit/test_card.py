@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shodh.models.card import model_card
+from shodh.checkpoint.card import model_card
 
 
 def description(*parts: str, dtype: str = "fp32") -> dict[str, Any]:

@@ -26,11 +26,11 @@ from shodh.checkpoint.folder import (
     remove_leftovers,
     verify_checkpoint,
 )
-from shodh.errors import CheckpointError, ConfigError
-from shodh.files import write_atomically
+from shodh.core.errors import CheckpointError, ConfigError
+from shodh.core.files import write_atomically
+from shodh.core.weights import load_into, load_weights
 from shodh.train.jobs import find_start
 from shodh.train.run_folder import RunFolder
-from shodh.weights import load_into, load_weights
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_file_systems_without_locks_are_used_without(
     def flock(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("shodh.files.fcntl.flock", flock)
+    monkeypatch.setattr("shodh.core.files.fcntl.flock", flock)
     folders = [RunFolder(tmp_path / "run") for _ in range(2)]
     for folder in folders:
         folder.own()
@@ -296,7 +296,7 @@ def test_small_files_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatc
     def fail(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("shodh.files.os.fsync", fail)
+    monkeypatch.setattr("shodh.core.files.os.fsync", fail)
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, "new")
     assert path.read_text() == "old"

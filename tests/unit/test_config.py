@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from shodh.config import apply_overrides, config_from_dict, dump_config, load_config
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO_LEVEL = {"router": {"kind": "two_level", "groups": 2}}

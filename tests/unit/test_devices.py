@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shodh import devices
-from shodh.errors import ConfigError
+from shodh.core import devices
+from shodh.core.errors import ConfigError
 from shodh.train.runtime import start_distributed
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from shodh.config import ExpertsConfig, OperatorConfig, RouterConfig, TrainConfig
-from shodh.errors import ConfigError
+from shodh.core.errors import ConfigError
+from shodh.core.topology import Topology
 from shodh.models.operator import LatentTransformer
 from shodh.moe.groups import decay_groups
-from shodh.topology import Topology
 from shodh.train.engine import check_groups, keep_float32, load_deepspeed_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shodh.config import RunConfig, load_config
-from shodh.study.tuning.settings import load_tuning
+from shodh.experiments.finetuning.settings import load_tuning
 from shodh.train.plan import describe_plan, make_plan
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from shodh.precision import OPERATIONS, float32_products, ieee_float32, keep_ieee
+from shodh.core.precision import OPERATIONS, float32_products, ieee_float32, keep_ieee
 
 EXACT = dict.fromkeys(OPERATIONS, "ieee")
 

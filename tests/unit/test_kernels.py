@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shodh.errors import ExtensionError
+from shodh.core.errors import ExtensionError
 from shodh.models import kernels
 from shodh.models.kernels import adamw, apex_attribute, describe_kernels, rms_norm
 

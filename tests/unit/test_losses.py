@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shodh.config import TokenizerLoss
-from shodh.fields import Field
+from shodh.schema.fields import Field
 from shodh.train.losses import (
     field_slices,
     reconstruction_loss,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from shodh.evaluate.regime_evaluation import Means, RegimeEvaluation
 from shodh.models.field_space import existing_cells
 from shodh.train.losses import mean_square, physical_relative_l2, relative_l2, relative_l2_by_channel, vrmse
-from shodh.train.regime_evaluation import Means, RegimeEvaluation
 
 
 def pair(channels: int = 1) -> tuple[Tensor, Tensor, Tensor]:

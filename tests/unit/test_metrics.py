@@ -81,7 +81,7 @@ def test_a_kill_while_cutting_loses_nothing(tmp_path: Path, monkeypatch: pytest.
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("shodh.files.os.replace", killed)
+    monkeypatch.setattr("shodh.core.files.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         MetricWriter(tmp_path / "run", 3)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from shodh.errors import CheckpointError
-from shodh.pickles import flat_values, read_pt, refuse_foreign_globals
+from shodh.checkpoint.foreign.pickles import flat_values, read_pt, refuse_foreign_globals
+from shodh.core.errors import CheckpointError
 
 START, CALL, END = b"\x80\x02", b"R", b"."
 

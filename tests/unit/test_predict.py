@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from shodh.checkpoint.description import ModelDescription, Source
+from shodh.checkpoint.pretrained import FieldModel, ShodhModel
+from shodh.checkpoint.pretrained_base import PretrainedModel
 from shodh.config import to_dict
 from shodh.config.reading import config_from_dict
+from shodh.core.errors import DataError
 from shodh.data import FieldNormalizer
-from shodh.errors import DataError
-from shodh.fields import OUTSIDE
-from shodh.models.description import ModelDescription, Source
-from shodh.models.domain import Domain
 from shodh.models.init import initialise
-from shodh.models.pretrained import FieldModel, ShodhModel
-from shodh.models.pretrained_base import PretrainedModel
+from shodh.schema.domain import Domain
+from shodh.schema.fields import OUTSIDE
 
 FIELDS = [
     {"name": "velocity", "kind": "vector", "solenoidal": True},

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shodh.errors import DataError
+from shodh.core.errors import DataError
 from shodh.moe import trace
 from shodh.moe.routing import Routing, count_assignments
 from shodh.moe.trace import RoutingRecord, TraceWriter, cut_traces_of_others, read_trace, thinning

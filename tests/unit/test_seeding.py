@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from shodh.seeding import generator, stable_seed
+from shodh.core.seeding import generator, stable_seed
 
 
 def test_seed_of_a_key_never_changes() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from shodh.config import OperatorConfig, TokenizerConfig
-from shodh.fields import Field
-from shodh.models.domain import Domain, add_walls, extend_into_solids
 from shodh.models.init import initialise
 from shodh.models.operator import LatentTransformer
 from shodh.models.tokenizer import PATCH, PatchBasis, Tokenizer
+from shodh.schema.domain import Domain, add_walls, extend_into_solids
+from shodh.schema.fields import Field
 from shodh.train.losses import relative_l2
 
 FIELDS = (Field("velocity", "vector", placement="face", solenoidal=True), Field("tracer", masked_by="solid"))

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shodh.strict_json import dumps, to_json, write_json
+from shodh.core.strict_json import dumps, to_json, write_json
 from shodh.train.metrics import MetricWriter, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 # Their own writer; and a copy in memory, in which a setting that is not finite must stay what it is.
-EXEMPT = {"shodh/strict_json.py", "shodh/config/reading.py"}
+EXEMPT = {"shodh/core/strict_json.py", "shodh/config/reading.py"}
 
 
 def bypasses(text: str) -> list[int]:

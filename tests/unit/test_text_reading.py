@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from shodh.errors import ConfigError, DataError
-from shodh.reading import MAX_DEPTH, MAX_YAML, parse_json, parse_yaml, read_json, read_text, read_yaml
+from shodh.core.errors import ConfigError, DataError
+from shodh.core.reading import MAX_DEPTH, MAX_YAML, parse_json, parse_yaml, read_json, read_text, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 BOMB = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
@@ -112,7 +112,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 #: Not written by users: what a process tells another, its own lines, files of the system, results of a benchmark.
 OWN = {
-    "shodh/reading.py",
+    "shodh/core/reading.py",
     "shodh/train/metrics.py",
     "shodh/train/ranks.py",
     "shodh/train/workers.py",

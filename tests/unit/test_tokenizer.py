@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from shodh.config import TokenizerConfig
-from shodh.fields import Field
-from shodh.models.domain import Domain, add_walls, num_static_features, static_features
 from shodh.models.init import initialise
 from shodh.models.tokenizer import PATCH, Tokenizer, relative_spacing
 from shodh.ops import divergence
+from shodh.schema.domain import Domain, add_walls, num_static_features, static_features
+from shodh.schema.fields import Field
 from shodh.train import jobs
 
 GRID = (16, 8, 24)

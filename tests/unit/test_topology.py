@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from shodh.errors import TopologyError
-from shodh.topology import plan_topology
+from shodh.core.errors import TopologyError
+from shodh.core.topology import plan_topology
 
 
 def test_every_accepted_layout_covers_the_batch_and_the_experts() -> None:

@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from shodh import weights
-from shodh.errors import CheckpointError
-from shodh.weights import (
+from shodh.core import weights
+from shodh.core.errors import CheckpointError
+from shodh.core.weights import (
     INDEX,
     WEIGHTS,
     StoredTensor,

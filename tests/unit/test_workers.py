@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from shodh.devices import CardsError
-from shodh.errors import ConfigError
+from shodh.core.devices import CardsError
+from shodh.core.errors import ConfigError
 from shodh.train.ranks import Ranks
 from shodh.train.workers import Job, Progress, Workers, read_failures, what_ended
 

@@ -28,11 +28,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from shodh.config import RunConfig, config_from_dict, dump_config
+from shodh.core.strict_json import dumps
+from shodh.core.weights import expected_shapes, persistent_buffers
 from shodh.data import FieldNormalizer
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
-from shodh.strict_json import dumps
-from shodh.weights import expected_shapes, persistent_buffers
 
 EXAMPLES = """examples:
   python tools/bench/convert_memory.py --json tools/bench/results/convert_memory_cpu.json
@@ -146,7 +146,7 @@ def write_deepspeed(config: RunConfig, folder: Path, stage: int) -> int:
 
 def measure(source: Path, out: Path, dtype: str, limit: int, verify: bool) -> dict[str, Any]:
     """Convert in this process; the peaks of its memory, and what it had before."""
-    from shodh.exchange.convert import convert
+    from shodh.checkpoint.convert import convert
 
     before, start = read_counters(), time.perf_counter()
     with peak_memory() as peaks:

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from shodh.core.strict_json import dumps
 from shodh.ops import decode_velocity, divergence
 from shodh.ops.extension import choose_implementation, unavailable_reason
-from shodh.strict_json import dumps
 
 EXAMPLES = """examples:
   python tools/bench/decode.py                                  128^3, batch 2, CPU

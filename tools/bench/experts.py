@@ -22,11 +22,11 @@ from all_experts import AllExperts
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from shodh.cli import run_main
 from shodh.config import ExpertsConfig
+from shodh.core.cli import run_main
+from shodh.core.strict_json import write_json
 from shodh.models.init import initialise
 from shodh.moe.experts import build_dense
-from shodh.strict_json import write_json
 from shodh.train.run_folder import describe_environment
 from shodh.train.runtime import start_distributed
 

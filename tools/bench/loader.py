@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from shodh.core.strict_json import dumps
 from shodh.data import FieldNormalizer, MixtureLoader, MixtureSampler, RegimeSource, WindowDataset, write_trajectories
-from shodh.fields import Field, RegimeSchema, Trajectories
-from shodh.strict_json import dumps
+from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
 EXAMPLES = """examples:
   python tools/bench/loader.py --json tools/bench/results/loader_cpu.json

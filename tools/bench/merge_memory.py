@@ -23,12 +23,12 @@ import torch
 from memory import peak_memory, read_counters
 from tqdm import tqdm
 
+from shodh.checkpoint.description import ModelDescription, Source, build_parts, count_parameters, write_pretrained
 from shodh.config import RunConfig, config_from_dict, to_dict
+from shodh.core.seeding import generator
+from shodh.core.strict_json import dumps
+from shodh.core.weights import LazyWeights, StoredTensor, expected_shapes, target_dtypes
 from shodh.data import FieldNormalizer
-from shodh.models.description import ModelDescription, Source, build_parts, count_parameters, write_pretrained
-from shodh.seeding import generator
-from shodh.strict_json import dumps
-from shodh.weights import LazyWeights, StoredTensor, expected_shapes, target_dtypes
 
 EXAMPLES = """examples:
   python tools/bench/merge_memory.py --json tools/bench/results/merge_memory_cpu.json
@@ -87,8 +87,8 @@ def _repeated(values: torch.Tensor, shape: tuple[int, ...], path: Path) -> Store
 
 def measure(folder: Path, method: str, shard: int) -> dict[str, Any]:
     """Merge, or diagnose, in this process; the peaks of its memory, and what it had before."""
-    from shodh.exchange.merge import diagnose_experts, merge_experts, open_family
-    from shodh.exchange.recipe import ALONG, make_recipe
+    from shodh.merge.folders import diagnose_experts, merge_experts, open_family
+    from shodh.merge.recipe import ALONG, make_recipe
 
     before, start = read_counters(), time.perf_counter()
     with peak_memory() as peaks:

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from shodh.cli import run_main
-from shodh.errors import ConfigError
-from shodh.fields import Trajectories
+from shodh.core.cli import run_main
+from shodh.core.errors import ConfigError
+from shodh.core.strict_json import write_json
 from shodh.physics import REGIMES, Regime, get_regime
-from shodh.strict_json import write_json
+from shodh.schema.fields import Trajectories
 from shodh.train.run_folder import describe_environment
 
 EXAMPLES = """examples:

@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "physics")]
 import torch  # noqa: E402
 from fine_grids import EXPLICIT, fine  # noqa: E402
 
-from shodh.cli import run_main  # noqa: E402
+from shodh.core.cli import run_main  # noqa: E402
 from shodh.generation.checking import check  # noqa: E402
 
 

@@ -25,19 +25,19 @@ from all_experts import AllExperts
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from shodh.cli import run_main
 from shodh.config import RunConfig, config_from_dict, load_config, to_dict
 from shodh.config.reading import merge_trees
-from shodh.errors import ConfigError
+from shodh.core.cli import run_main
+from shodh.core.errors import ConfigError
+from shodh.core.strict_json import write_json
+from shodh.experiments.transfer.flops import sample_inputs
+from shodh.experiments.transfer.sizes import widened_dense
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
 from shodh.models.kernels import adamw
 from shodh.moe.balance import GlobalBalance
 from shodh.moe.groups import decay_groups
 from shodh.moe.step import router_arguments
-from shodh.strict_json import write_json
-from shodh.study.flops import sample_inputs
-from shodh.study.sizes import widened_dense
 from shodh.train.run_folder import describe_environment
 from shodh.train.runtime import start_distributed
 

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from shodh.analysis.routing import find_traces, read_traces
-from shodh.cli import run_main
-from shodh.strict_json import dumps, write_json
+from shodh.core.cli import run_main
+from shodh.core.strict_json import dumps, write_json
+from shodh.routing import find_traces, read_traces
 from shodh.train.run_folder import describe_environment
 
 TARGET = 10**8

@@ -15,7 +15,7 @@ from shodh.data.formats.arrays import ArrayFile
 from shodh.data.formats.base import FileHints, TrajectoryFile
 from shodh.data.hdf5 import H5PY_ERRORS, damaged, open_hdf5
 from shodh.data.well_reader import WellFile
-from shodh.errors import ConfigError, DataError
+from shodh.core.errors import ConfigError, DataError
 
 FORMATS: tuple[str, ...] = tuple(f for f in get_args(FileFormat) if f != "auto")
 HDF5_SUFFIXES = (".hdf5", ".h5", ".nc")

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import numpy as np
 
 from shodh.data.formats.base import TrajectoryFile
-from shodh.errors import DataError
+from shodh.core.errors import DataError
 
 
 def time_steps(file: TrajectoryFile) -> np.ndarray:

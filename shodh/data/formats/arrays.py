@@ -15,8 +15,8 @@ import numpy as np
 from shodh.data.formats.base import DescribedFile, FileHints, rescale_
 from shodh.data.hdf5 import H5PY_ERRORS, check_dataset, damaged, member, open_hdf5
 from shodh.data.well import is_finite
-from shodh.errors import ConfigError, DataError
-from shodh.fields import AXES, Boundary, Field
+from shodh.core.errors import ConfigError, DataError
+from shodh.schema.fields import AXES, Boundary, Field
 
 # An open HDF5 file, or arrays by name.
 Store: TypeAlias = Mapping[str, Any]

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from shodh.errors import ConfigError
-from shodh.fields import Boundary, Field
+from shodh.core.errors import ConfigError
+from shodh.schema.fields import Boundary, Field
 
 
 class TrajectoryFile(Protocol):
@@ -191,7 +191,7 @@ class FileHints:
     axes : str, optional
         Letters of the axes of an array in order: n (trajectory), t, x, y, z, c (channel), for example "nxytc".
     image_shape, image_dtype, pore_value : optional
-        Of a voxel image; see `shodh.images.load_image`.
+        Of a voxel image; see `shodh.physics.images.load_image`.
 
     Raises
     ------

@@ -25,9 +25,9 @@ from shodh.data.formats.splits import SPLITS, Split, find_files, open_splits
 from shodh.data.stats import compute_statistics, write_stats
 from shodh.data.well import create_layout
 from shodh.data.well_reader import WellFile
-from shodh.errors import ConfigError, DataError
-from shodh.fields import Field, RegimeSchema, Trajectories
-from shodh.files import atomic_path, remove_partial_files
+from shodh.core.errors import ConfigError, DataError
+from shodh.schema.fields import Field, RegimeSchema, Trajectories
+from shodh.core.files import atomic_path, remove_partial_files
 
 SHARD_BYTES = 1 << 30
 BLOCK_BYTES = 64 << 20

@@ -16,8 +16,8 @@ import numpy as np
 from shodh.data import hdf5
 from shodh.data.formats.arrays import ArrayField, ArrayHeader
 from shodh.data.formats.base import FileHints
-from shodh.errors import ConfigError, DataError
-from shodh.fields import AXES, Boundary, Field
+from shodh.core.errors import ConfigError, DataError
+from shodh.schema.fields import AXES, Boundary, Field
 
 # Word in the path, space axes, channels -> names (a vector repeats its name), boundary. The first that fits is taken.
 KNOWN: tuple[tuple[str, int, int, tuple[str, ...], Boundary], ...] = (

@@ -13,9 +13,9 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
-from shodh.errors import DataError
-from shodh.fields import AXES
-from shodh.files import atomic_path, write_atomically
+from shodh.core.errors import DataError
+from shodh.schema.fields import AXES
+from shodh.core.files import atomic_path, write_atomically
 
 # Classic NetCDF holds no variable of 2^32 bytes or more a record.
 MAX_NETCDF_BYTES = (1 << 32) - 4

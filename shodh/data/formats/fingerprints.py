@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from shodh.errors import DataError
+from shodh.core.errors import DataError
 
 # Files of up to 1 MiB are read whole.
 BLOCKS, BLOCK_BYTES = 16, 1 << 16

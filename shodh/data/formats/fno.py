@@ -16,8 +16,8 @@ import numpy as np
 from shodh.data import hdf5
 from shodh.data.formats.arrays import ArrayField, ArrayHeader, Store
 from shodh.data.formats.base import FileHints
-from shodh.errors import DataError
-from shodh.fields import Field
+from shodh.core.errors import DataError
+from shodh.schema.fields import Field
 
 # MATLAB 5 files cannot be larger, nor hold larger variables; compressed ones may claim more than they should.
 MAX_MATLAB5_BYTES = 2 << 30

@@ -21,8 +21,8 @@ from shodh.data.formats.probe import probe
 from shodh.data.formats.splits import SPLITS, Split, find_files
 from shodh.data.stats import Moments
 from shodh.data.well_reader import WellFile
-from shodh.errors import DataError, ShodhError
-from shodh.fields import Boundary
+from shodh.core.errors import DataError, ShodhError
+from shodh.schema.fields import Boundary
 
 # A field whose divergence is below this part of its gradient is taken as solenoidal: float32 gives 1e-6 and less,
 # compressible or differently discretised ones 1e-2 and more.

@@ -17,8 +17,8 @@ from shodh.data import hdf5
 from shodh.data.formats.arrays import ArrayField, ArrayHeader
 from shodh.data.formats.base import FileHints
 from shodh.data.well_header import axis_length
-from shodh.errors import DataError
-from shodh.fields import AXES, Field
+from shodh.core.errors import DataError
+from shodh.schema.fields import AXES, Field
 
 COORDINATES = ("xcoor", "ycoor", "zcoor")
 NAME = re.compile(r"([A-Za-z]+)_(\d+)")

@@ -10,7 +10,7 @@ import re
 from pathlib import PurePath
 from typing import Literal, get_args
 
-from shodh.errors import DataError
+from shodh.core.errors import DataError
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)

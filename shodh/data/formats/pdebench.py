@@ -23,8 +23,8 @@ from shodh.data.formats.arrays import ArrayField, ArrayHeader
 from shodh.data.formats.base import FileHints
 from shodh.data.formats.names import words
 from shodh.data.well_header import axis_length
-from shodh.errors import DataError
-from shodh.fields import AXES, Boundary, Field
+from shodh.core.errors import DataError
+from shodh.schema.fields import AXES, Boundary, Field
 
 VELOCITY = ("Vx", "Vy", "Vz")
 # Of `data` in the groups, by the number of channels.

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from shodh.data.formats.base import FileHints
-from shodh.errors import DataError, ShodhError
+from shodh.core.errors import DataError, ShodhError
 
 TIMEOUT = 60.0
 # Beyond the memory that the process has already, and four snapshots.

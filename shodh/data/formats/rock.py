@@ -14,9 +14,9 @@ import numpy as np
 
 from shodh.data.formats.arrays import ArrayField, ArrayHeader, Store
 from shodh.data.formats.base import FileHints
-from shodh.errors import DataError
-from shodh.fields import Field
-from shodh.images import read_image, solid_mask
+from shodh.core.errors import DataError
+from shodh.schema.fields import Field
+from shodh.physics.images import read_image, solid_mask
 
 # Words of a name.
 DTYPES = {"uint8": "uint8", "uint16": "<u2", "8bit": "uint8", "16bit": "<u2", "u8": "uint8", "u16": "<u2"}

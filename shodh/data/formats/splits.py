@@ -34,7 +34,7 @@ from shodh.data.formats.names import Split as Split
 from shodh.data.formats.names import natural_key, stated_split
 from shodh.data.formats.parts import TIMELESS, leaders
 from shodh.data.formats.views import FileView
-from shodh.errors import DataError
+from shodh.core.errors import DataError
 
 GAP = 0.05
 # 2^64 over the golden ratio: multiples of it fill a circle of 2^64 points evenly, however many there are.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from shodh.data.formats.base import TrajectoryFile
-from shodh.fields import Boundary, Field
+from shodh.schema.fields import Boundary, Field
 
 
 class FileView:

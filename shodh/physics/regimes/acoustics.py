@@ -5,7 +5,7 @@ box is periodic along x and y and has rigid walls at both ends of z. Units: the 
 sound are 1.
 
 A trajectory starts from random pressure and random irrotational velocity of equal energy, in a medium that varies
-smoothly at random between ``1`` and ``contrast``. Scheme: :mod:`shodh.physics.acoustics`. The velocity is not
+smoothly at random between ``1`` and ``contrast``. Scheme: :mod:`shodh.physics.solvers.acoustics`. The velocity is not
 solenoidal, and is therefore called ``acoustic_velocity``; pressure and velocity have both signs.
 """
 
@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError
-from shodh.fields import Field, RegimeSchema, Trajectories
-from shodh.physics.acoustics import SoundField, stable_steps, wave_rate
+from shodh.core.errors import ConfigError
 from shodh.physics.bounds import Bounds, Limit, Range
 from shodh.physics.regime import Progress, SolvedRegime, check_finite, check_positive, smooth_noise
-from shodh.physics.stability import Clock
+from shodh.physics.solvers.acoustics import SoundField, stable_steps, wave_rate
+from shodh.physics.solvers.stability import Clock
+from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
 # The sound speed is positive.
 FIELDS = (

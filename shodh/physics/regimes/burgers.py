@@ -1,7 +1,8 @@
 """Regime ``burgers``: the three-dimensional Burgers equation, steepening into sheets, filaments and knots.
 
 ``du/dt + (u . grad) u = nu lap u`` in a periodic box of edge ``2 pi``, without pressure; the initial root-mean-square
-velocity component is 1. The advective term is ``grad |u|^2 / 2 - u x curl u``; scheme of :mod:`shodh.physics.spectral`.
+velocity component is 1. The advective term is ``grad |u|^2 / 2 - u x curl u``; scheme of
+:mod:`shodh.physics.solvers.spectral`.
 A flow that starts as the gradient of a potential stays one, and has the exact solution of Cole and Hopf
 ``u = -2 nu grad log theta`` with ``theta`` obeying the heat equation; ``rotational`` is the share of the initial energy
 in a solenoidal part beside the gradient.
@@ -20,13 +21,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError
-from shodh.fields import Field
+from shodh.core.errors import ConfigError
 from shodh.physics.bounds import Bounds, Range
 from shodh.physics.regime import check_positive
-from shodh.physics.spectral import SpectralGrid, courant_rate, random_vector
-from shodh.physics.spectral_flow import kinetic_energy
-from shodh.physics.spectral_regime import SpectralRegime
+from shodh.physics.solvers.spectral import SpectralGrid, courant_rate, random_vector
+from shodh.physics.solvers.spectral_flow import kinetic_energy
+from shodh.physics.solvers.spectral_regime import SpectralRegime
+from shodh.schema.fields import Field
 
 BURGERS_VELOCITY = Field("burgers_velocity", kind="vector")
 # Standard deviations that the initial velocity may reach, with what unresolved shocks overshoot.
@@ -41,7 +42,7 @@ class BurgersFlow:
         self.decay = (viscosity * space.square)[None]
 
     def tendency(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """See :class:`shodh.physics.spectral.Equations`."""
+        """See :class:`shodh.physics.solvers.spectral.Equations`."""
         space = self.space
         velocity, vorticity = space.inverse(state), space.inverse(space.curl(state))
         result = space.forward(torch.linalg.cross(velocity, vorticity, dim=1))
@@ -56,7 +57,7 @@ class Burgers(SpectralRegime):
     Parameters
     ----------
     frame_interval, spin_up, courant, double
-        See :class:`shodh.physics.spectral_regime.SpectralRegime`.
+        See :class:`shodh.physics.solvers.spectral_regime.SpectralRegime`.
     viscosity : float
         Shocks are about ``4 viscosity`` over their jump thick.
     rotational : float

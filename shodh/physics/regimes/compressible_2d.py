@@ -12,7 +12,7 @@ unit time. Initial fields follow its generator ("rand"): sums of plane waves up 
 second trajectory (at random) a smooth window, outside of which the gas is at rest and uniform. Where a wave sum would
 undershoot it, density and pressure start from ``FLOOR`` of their means; PDEBench drops such solutions.
 
-Scheme: :mod:`shodh.physics.finite_volume`. Density and pressure stay positive.
+Scheme: :mod:`shodh.physics.solvers.finite_volume`. Density and pressure stay positive.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError
-from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.core.errors import ConfigError
+from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds, Limit, Range
-from shodh.physics.finite_volume import FiniteVolume
 from shodh.physics.frames import FrameStore, run_frames
 from shodh.physics.regime import Progress, SolvedRegime, check_positive
-from shodh.seeding import generator
+from shodh.physics.solvers.finite_volume import FiniteVolume
+from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
 DENSITY = TEMPERATURE = (0.1, 10.0)
 AMPLITUDE = (0.01, 0.2)

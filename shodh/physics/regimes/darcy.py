@@ -9,8 +9,8 @@ decades: it is stored as it is, take its logarithm as an input. Each trajectory 
 Gaussians whose rates wander smoothly about zero and sum to zero at every time. The flux is not solenoidal, ``div q``
 is the source; hence its name is ``flux``. The pressure has zero mean.
 
-The potential of each well is solved once (:mod:`shodh.physics.conduction`); frames combine them, since Darcy's law is
-linear.
+The potential of each well is solved once (:mod:`shodh.physics.solvers.conduction`); frames combine them, since
+Darcy's law is linear.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError, NonFiniteError
-from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.core.errors import ConfigError, NonFiniteError
+from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds, Limit, Range
-from shodh.physics.conduction import HeterogeneousDiffusion
-from shodh.physics.operators import divergence
 from shodh.physics.regime import Progress, SolvedRegime, check_positive, smooth_noise
-from shodh.seeding import generator
+from shodh.physics.solvers.conduction import HeterogeneousDiffusion
+from shodh.physics.solvers.operators import divergence
+from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
 # The permeability is positive; the pressure has both signs.
 FIELDS = (

@@ -5,7 +5,7 @@
 on the square [-1, 1]^2 without flux through its ends. Defaults are PDEBench's: D_u = 1e-3, D_v = 5e-3, k = 5e-3, both
 fields start from independent N(0, 1) in every cell (so the initial state belongs to a grid), 101 frames in 5 units of
 time. The uniform state u = v = -k^(1/3) is unstable for wavenumbers between 5.1 and 26.2, most at 13.9. Both fields
-take both signs. Scheme: :mod:`shodh.physics.reaction_diffusion`.
+take both signs. Scheme: :mod:`shodh.physics.solvers.reaction_diffusion`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError
-from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.core.errors import ConfigError
+from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds, Range
 from shodh.physics.frames import FrameStore, run_frames
-from shodh.physics.reaction_diffusion import Reaction, ReactionDiffusion
 from shodh.physics.regime import Progress, SolvedRegime, check_positive
-from shodh.physics.stability import Clock
-from shodh.seeding import generator
+from shodh.physics.solvers.reaction_diffusion import Reaction, ReactionDiffusion
+from shodh.physics.solvers.stability import Clock
+from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
 EDGE = 2.0
 # Standard deviations that the initial noise may reach in a cell: one in 5e6 cells goes beyond.

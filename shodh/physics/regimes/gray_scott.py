@@ -1,7 +1,8 @@
 """Regime ``gray_scott``: the Gray-Scott reaction in a periodic box, self-replicating spots, waves and labyrinths.
 
 ``du/dt = D_u lap u - u v^2 + F (1 - u)`` (substrate) and ``dv/dt = D_v lap v + u v^2 - (F + k) v`` (autocatalyst),
-Pearson (Science 261, 1993). Scheme: :mod:`shodh.physics.reaction_diffusion`. Units: lengths and times are those of
+Pearson (Science 261, 1993). Scheme: :mod:`shodh.physics.solvers.reaction_diffusion`. Units: lengths and times are
+those of
 The Well's data set of the same name, so its ``(F, k)`` give its patterns: gliders (.014, .054), bubbles (.098, .057),
 maze (.029, .057), worms (.058, .065), spirals (.018, .051), spots (.030, .062). Its box of length 2 has 128 cells
 across; the default box of 0.5 resolves the same fronts with 32 cells.
@@ -20,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError
-from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.core.errors import ConfigError
 from shodh.physics.bounds import Bounds, Range
-from shodh.physics.reaction_diffusion import Reaction, ReactionDiffusion
 from shodh.physics.regime import Progress, SolvedRegime, check_finite, check_positive, smooth_noise
-from shodh.physics.stability import Clock
+from shodh.physics.solvers.reaction_diffusion import Reaction, ReactionDiffusion
+from shodh.physics.solvers.stability import Clock
+from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
 # Both concentrations are positive.
 FIELDS = (Field("substrate"), Field("autocatalyst"))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shodh.fields import RegimeSchema
 from shodh.physics.regimes.gray_scott import FIELDS, GrayScott
+from shodh.schema.fields import RegimeSchema
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ heat content stays what it was, and no trajectory runs out of life. The strength
 
 A trajectory starts from smooth noise and is stored after ``spin_up``.
 
-Scheme: harmonic means at the faces (:mod:`shodh.physics.conduction`), stabilised steps
-(:mod:`shodh.physics.stabilized`).
+Scheme: harmonic means at the faces (:mod:`shodh.physics.solvers.conduction`), stabilised steps
+(:mod:`shodh.physics.solvers.stabilized`).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError
-from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.core.errors import ConfigError
+from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds, Range
-from shodh.physics.conduction import HeterogeneousDiffusion
 from shodh.physics.regime import Progress, SolvedRegime, check_finite, check_positive, smooth_noise
-from shodh.physics.stability import Clock, diffusion_rate
-from shodh.physics.stabilized import legendre_step, legendre_steps, stability_limit
-from shodh.seeding import generator
+from shodh.physics.solvers.conduction import HeterogeneousDiffusion
+from shodh.physics.solvers.stability import Clock, diffusion_rate
+from shodh.physics.solvers.stabilized import legendre_step, legendre_steps, stability_limit
+from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
 # The conductivity is positive; the temperature has both signs.
 FIELDS = (Field("temperature"), Field("conductivity", static=True))

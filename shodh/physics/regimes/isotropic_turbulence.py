@@ -4,7 +4,8 @@ Units: the box has edge ``2 pi``. Forced turbulence takes its time unit from the
 0.1, much like the forced set of the Johns Hopkins database), decaying turbulence from an initial root-mean-square
 velocity component of 1.
 
-Equations and scheme are those of :mod:`shodh.physics.spectral_flow`. Both start from a random solenoidal field with the
+Equations and scheme are those of :mod:`shodh.physics.solvers.spectral_flow`. Both start from a random solenoidal
+field with the
 energy spectrum ``E(k) ~ k^4 exp(-2 (k / k_0)^2)``, run ``spin_up`` time units to develop, and are then stored; the
 tracer is set to patches of dye at the first frame, the pressure has zero mean. The initial modes do not depend on the
 grid. ``k_max_eta_min`` among the diagnostics tells how well a run is resolved: 1.5 and more is a direct simulation.
@@ -20,13 +21,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError
-from shodh.fields import Field
+from shodh.core.errors import ConfigError
 from shodh.physics.bounds import Bounds
 from shodh.physics.regime import check_positive
-from shodh.physics.spectral import SpectralGrid, random_scalar, random_vector
-from shodh.physics.spectral_flow import IncompressibleFlow, derivative_skewness, flow_statistics, overshoot
-from shodh.physics.spectral_regime import (
+from shodh.physics.solvers.spectral import SpectralGrid, random_scalar, random_vector
+from shodh.physics.solvers.spectral_flow import IncompressibleFlow, derivative_skewness, flow_statistics, overshoot
+from shodh.physics.solvers.spectral_regime import (
     KINETIC_ENERGY,
     PRESSURE,
     TRACER,
@@ -35,6 +35,7 @@ from shodh.physics.spectral_regime import (
     VELOCITY,
     SpectralRegime,
 )
+from shodh.schema.fields import Field
 
 
 def random_velocity(space: SpectralGrid, seed: int, peak: float, purpose: str = "initial velocity") -> Tensor:
@@ -117,7 +118,8 @@ class ForcedTurbulence(_IsotropicTurbulence):
     Parameters
     ----------
     frame_interval, spin_up, courant, double
-        See :class:`shodh.physics.spectral_regime.SpectralRegime`. A turnover takes about 2.5 time units by default.
+        See :class:`shodh.physics.solvers.spectral_regime.SpectralRegime`. A turnover takes about 2.5 time units by
+        default.
     viscosity : float
         Kinematic; the Kolmogorov length is ``(viscosity^3 / injection)^(1/4)``.
     schmidt : float
@@ -179,7 +181,8 @@ class DecayingTurbulence(_IsotropicTurbulence):
     Parameters
     ----------
     frame_interval, spin_up, courant, double
-        See :class:`shodh.physics.spectral_regime.SpectralRegime`. The first turnover takes about 0.5 time units.
+        See :class:`shodh.physics.solvers.spectral_regime.SpectralRegime`. The first turnover takes about 0.5 time
+        units.
     viscosity : float
         Kinematic; the initial Taylor Reynolds number is ``2 / (peak_wavenumber * viscosity)``.
     schmidt : float

@@ -6,8 +6,8 @@ Alfven units (``b / sqrt(mu_0 rho)``, a velocity). Equations::
     du/dt = u x curl u + (curl b) x b - grad P + nu lap u,   div u = 0
     db/dt = curl (u x b) + eta lap b,                        div b = 0
 
-with the scheme of :mod:`shodh.physics.spectral`. The curl keeps ``div b = 0``, and the mean of ``b`` is constant: the
-parameter ``mean_field``, along z. Both fields start from independent random solenoidal fields with
+with the scheme of :mod:`shodh.physics.solvers.spectral`. The curl keeps ``div b = 0``, and the mean of ``b`` is
+constant: the parameter ``mean_field``, along z. Both fields start from independent random solenoidal fields with
 ``E(k) ~ k^4 exp(-2 (k / k_0)^2)`` and equal energy, run ``spin_up``, and decay. Both are stored on faces and are
 discretely divergence-free. A frozen-in passive tracer would add nothing, so there is none.
 """
@@ -22,14 +22,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError
-from shodh.fields import Field
+from shodh.core.errors import ConfigError
 from shodh.physics.bounds import Bounds, Energy
 from shodh.physics.regime import check_positive
 from shodh.physics.regimes.isotropic_turbulence import random_velocity
-from shodh.physics.spectral import SpectralGrid, courant_rate
-from shodh.physics.spectral_flow import enstrophy, kinetic_energy
-from shodh.physics.spectral_regime import VELOCITY, SpectralRegime
+from shodh.physics.solvers.spectral import SpectralGrid, courant_rate
+from shodh.physics.solvers.spectral_flow import enstrophy, kinetic_energy
+from shodh.physics.solvers.spectral_regime import VELOCITY, SpectralRegime
+from shodh.schema.fields import Field
 
 MAGNETIC_FIELD = Field("magnetic_field", kind="vector", placement="face", solenoidal=True)
 
@@ -42,7 +42,7 @@ class InductionFlow:
         self.decay = torch.stack([rate * space.square for rate in [viscosity] * 3 + [resistivity] * 3])
 
     def tendency(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """See :class:`shodh.physics.spectral.Equations`; the Alfven speed counts in the rate."""
+        """See :class:`shodh.physics.solvers.spectral.Equations`; the Alfven speed counts in the rate."""
         space = self.space
         velocity, field = space.inverse(state[:, :3]), space.inverse(state[:, 3:])
         vorticity, current = space.inverse(space.curl(state[:, :3])), space.inverse(space.curl(state[:, 3:]))
@@ -69,7 +69,7 @@ class Magnetohydrodynamics(SpectralRegime):
     Parameters
     ----------
     frame_interval, spin_up, courant, double
-        See :class:`shodh.physics.spectral_regime.SpectralRegime`.
+        See :class:`shodh.physics.solvers.spectral_regime.SpectralRegime`.
     viscosity : float
         Kinematic.
     magnetic_prandtl : float

@@ -5,7 +5,8 @@ outflow is open. The Reynolds number is that of the mean speed and the nominal s
 the flow past one obstacle goes from steady to periodic shedding. Obstacles lie in the first half of the channel, away
 from its walls and from each other; a trajectory starts at rest behind them and is stored after ``spin_up``.
 
-Scheme: :mod:`shodh.physics.through_flow`. The discrete divergence is zero in every cell, but what flows through the
+Scheme: :mod:`shodh.physics.solvers.through_flow`. The discrete divergence is zero in every cell, but what flows
+through the
 open ends makes the velocity one that no potential with zero flux at the ends represents; so the field is called
 ``flow_velocity`` and is not declared solenoidal. Obstacles are staircases of cells: for accurate forces resolve one
 with 10 cells or more.
@@ -22,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError
-from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.core.errors import ConfigError
+from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds, Limit, Range
 from shodh.physics.frames import FrameStore, run_frames
 from shodh.physics.regime import Progress, SolvedRegime, check_positive
-from shodh.physics.through_flow import ThroughFlow
-from shodh.seeding import generator
+from shodh.physics.solvers.through_flow import ThroughFlow
+from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
 KINDS = ("cylinder", "rectangle")
 ATTEMPTS = 1000

@@ -5,7 +5,8 @@ and a statistically steady flow has a mean bed shear of 1. The box is ``lengths`
 x and y. The free surface is a rigid lid without shear, the usual model of an open channel at small Froude number; a
 deforming surface is not modelled.
 
-Equations and scheme are those of :mod:`shodh.physics.mac` (momentum) and :mod:`shodh.physics.scalar` (tracer).
+Equations and scheme are those of :mod:`shodh.physics.solvers.mac` (momentum) and :mod:`shodh.physics.solvers.scalar`
+(tracer).
 A trajectory starts from Reichardt's mean profile with strong smooth noise and streamwise rolls, runs ``spin_up``
 time units, and is then stored every ``frame_interval``. The tracer is set to patches of dye at the first frame.
 
@@ -26,10 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError
-from shodh.fields import RegimeSchema, Trajectories
+from shodh.core.errors import ConfigError
 from shodh.physics.bounds import Bounds, Energy
-from shodh.physics.mac import ADVECTION_LIMIT, ChannelFlow
 from shodh.physics.regime import (
     Progress,
     SolvedRegime,
@@ -39,7 +38,9 @@ from shodh.physics.regime import (
     smooth_noise,
     tracer_blobs,
 )
-from shodh.physics.scalar import TRACER_RANGE, ScalarTransport
+from shodh.physics.solvers.mac import ADVECTION_LIMIT, ChannelFlow
+from shodh.physics.solvers.scalar import TRACER_RANGE, ScalarTransport
+from shodh.schema.fields import RegimeSchema, Trajectories
 
 # A Courant number that no turbulent fluctuation explains: the flow has blown up.
 BLOWN_UP = 3.0

@@ -3,8 +3,8 @@
 Equations. Steady Stokes flow ``-nu lap u + grad p = f(t)``, ``div u = 0``, no-slip on the solids, in a periodic box.
 The force changes slowly against the viscous time of a pore (small Womersley number, the rule in rocks and filters), so
 the flow follows it quasi-steadily, and because Stokes flow is linear it is the superposition of three unit flows that
-:mod:`shodh.physics.stokes` solves once a geometry. Inertia is neglected. The tracer obeys
-``dc/dt + div(u c) = D lap c`` in the pores with zero flux into the solids (:mod:`shodh.physics.scalar`).
+:mod:`shodh.physics.solvers.stokes` solves once a geometry. Inertia is neglected. The tracer obeys
+``dc/dt + div(u c) = D lap c`` in the pores with zero flux into the solids (:mod:`shodh.physics.solvers.scalar`).
 
 Units: the longest edge of the box is 1. Velocity is in units of the root-mean-square pore velocity for a force of unit
 strength, averaged over its directions; time follows. The permeability of each sample, in squares of the longest edge,
@@ -28,17 +28,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError, DataError
-from shodh.fields import RegimeSchema, Trajectories
+from shodh.core.errors import ConfigError, DataError
+from shodh.core.seeding import generator, stable_seed
 from shodh.physics.bounds import Bounds
 from shodh.physics.geometry import GENERATORS, Solid, crop_image, load_image, pore_space
-from shodh.physics.operators import divergence, fill_periodic, inner, padded_like
-from shodh.physics.poisson import closed_faces
 from shodh.physics.regime import Progress, SolvedRegime, check_positive, flow_schema, tracer_blobs
-from shodh.physics.scalar import SSP_RK2, TRACER_RANGE, ScalarTransport
-from shodh.physics.stability import REAL_RK2, Clock, advection_rate
-from shodh.physics.stokes import StokesSolver
-from shodh.seeding import generator, stable_seed
+from shodh.physics.solvers.operators import divergence, fill_periodic, inner, padded_like
+from shodh.physics.solvers.poisson import closed_faces
+from shodh.physics.solvers.scalar import SSP_RK2, TRACER_RANGE, ScalarTransport
+from shodh.physics.solvers.stability import REAL_RK2, Clock, advection_rate
+from shodh.physics.solvers.stokes import StokesSolver
+from shodh.schema.fields import RegimeSchema, Trajectories
 
 ATTEMPTS = 50
 # The step is chosen anew after at most this angle of the force's turn, at whose ends and middle the velocity is known,

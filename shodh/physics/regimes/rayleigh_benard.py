@@ -2,7 +2,7 @@
 
 Free-fall units: plate distance, temperature difference and free-fall speed ``sqrt(g alpha dT H)`` are 1. The box is
 periodic along x and y; no-slip plates at both ends of z have the temperatures 1 (below) and 0 (above). Equations and
-scheme: :mod:`shodh.physics.convection`.
+scheme: :mod:`shodh.physics.solvers.convection`.
 
 A trajectory starts from conduction with smooth random disturbances of the temperature, runs ``spin_up`` time units,
 and is then stored every ``frame_interval``. The Kolmogorov length is ``(Pr^2 / ((Nu - 1) Ra))^(1/4)``: 0.03 at the
@@ -24,12 +24,12 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from shodh.errors import ConfigError
-from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.core.errors import ConfigError
 from shodh.physics.bounds import Bounds, Energy, Range
-from shodh.physics.convection import Convection
-from shodh.physics.mac import ADVECTION_LIMIT
 from shodh.physics.regime import FIELDS, Progress, SolvedRegime, check_healthy, check_positive, smooth_noise
+from shodh.physics.solvers.convection import Convection
+from shodh.physics.solvers.mac import ADVECTION_LIMIT
+from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
 # A Courant number that no plume explains: the flow has blown up.
 BLOWN_UP = 3.0

@@ -6,7 +6,7 @@ on a flat bottom in a square of edge ``length``, whose ends let waves out (the l
 water of depth ``depth_inside`` and random radius stands in the middle of water of depth ``depth_outside``.
 Defaults are PDEBench's: g = 1, 2 over 1, R ~ U(0.3, 0.7), edge 5, and 101 frames in unit time. PDEBench keeps the
 height alone; here the discharge ``h u`` is stored with it. Cells that the rim of the column cuts start with their mean
-depth. Scheme: :mod:`shodh.physics.finite_volume`. The height stays positive.
+depth. Scheme: :mod:`shodh.physics.solvers.finite_volume`. The height stays positive.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError
-from shodh.fields import Field, RegimeSchema, Trajectories
+from shodh.core.errors import ConfigError
+from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds, Limit, Range
-from shodh.physics.finite_volume import FiniteVolume
 from shodh.physics.frames import FrameStore, run_frames
 from shodh.physics.regime import Progress, SolvedRegime, check_positive
-from shodh.seeding import generator
+from shodh.physics.solvers.finite_volume import FiniteVolume
+from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
 # Points along each edge of a cell that give the mean depth of cells on the rim.
 SUBCELLS = 8

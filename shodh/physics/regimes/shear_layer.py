@@ -6,7 +6,8 @@ are 1; ``reynolds`` is ``1 / nu``. A periodic box needs two layers, of opposite 
 wave (``k = 0.4446``, Michalke 1964) along x and y, so that each layer rolls up into one vortex; with twice the
 ``length_x``, and twice the cells along x, two vortices form and pair.
 
-Equations and scheme are those of :mod:`shodh.physics.spectral_flow`. The seed draws a solenoidal disturbance that lives
+Equations and scheme are those of :mod:`shodh.physics.solvers.spectral_flow`. The seed draws a solenoidal disturbance
+that lives
 in the layers and, by up to half a box, where along z they lie. The tracer is 1 in one stream and 0 in the other.
 """
 
@@ -20,14 +21,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError
-from shodh.fields import Field
+from shodh.core.errors import ConfigError
+from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds
 from shodh.physics.regime import check_positive
-from shodh.physics.spectral import SpectralGrid, random_vector
-from shodh.physics.spectral_flow import IncompressibleFlow, flow_statistics, overshoot
-from shodh.physics.spectral_regime import KINETIC_ENERGY, TRACER, TRACER_ENERGY, TRACER_RANGE, VELOCITY, SpectralRegime
-from shodh.seeding import generator
+from shodh.physics.solvers.spectral import SpectralGrid, random_vector
+from shodh.physics.solvers.spectral_flow import IncompressibleFlow, flow_statistics, overshoot
+from shodh.physics.solvers.spectral_regime import (
+    KINETIC_ENERGY,
+    TRACER,
+    TRACER_ENERGY,
+    TRACER_RANGE,
+    VELOCITY,
+    SpectralRegime,
+)
+from shodh.schema.fields import Field
 
 #: The most amplified wavenumber of the tanh layer (Michalke 1964).
 AMPLIFIED = 0.4446
@@ -51,7 +59,7 @@ class ShearLayer(SpectralRegime):
     Parameters
     ----------
     frame_interval, spin_up, courant, double
-        See :class:`shodh.physics.spectral_regime.SpectralRegime`. The layers roll up after about 15 time units.
+        See :class:`shodh.physics.solvers.spectral_regime.SpectralRegime`. The layers roll up after about 15 time units.
     reynolds : float
         ``U delta / nu``, with half the velocity difference and half the vorticity thickness.
     schmidt : float

@@ -1,7 +1,8 @@
 """Regime ``taylor_green``: breakdown of the Taylor-Green vortex (Taylor and Green 1937), the transition to turbulence.
 
 Units: the box has edge ``2 pi``, the vortex the wavenumber 1 and the speed 1; the Reynolds number is ``1 / nu``.
-Equations and scheme are those of :mod:`shodh.physics.spectral_flow`. The initial velocity is a member of the family
+Equations and scheme are those of :mod:`shodh.physics.solvers.spectral_flow`. The initial velocity is a member of the
+family
 
 ``u = (2 / sqrt 3) (sin(a + 2 pi / 3) sin x cos y cos z, sin(a - 2 pi / 3) cos x sin y cos z, sin a cos x cos y sin z)``
 
@@ -19,13 +20,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from shodh.fields import Field
+from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds
 from shodh.physics.regime import check_positive
-from shodh.physics.spectral import SpectralGrid
-from shodh.physics.spectral_flow import IncompressibleFlow, enstrophy, flow_statistics
-from shodh.physics.spectral_regime import KINETIC_ENERGY, PRESSURE, VELOCITY, SpectralRegime
-from shodh.seeding import generator
+from shodh.physics.solvers.spectral import SpectralGrid
+from shodh.physics.solvers.spectral_flow import IncompressibleFlow, enstrophy, flow_statistics
+from shodh.physics.solvers.spectral_regime import KINETIC_ENERGY, PRESSURE, VELOCITY, SpectralRegime
+from shodh.schema.fields import Field
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class TaylorGreen(SpectralRegime):
     Parameters
     ----------
     frame_interval, spin_up, courant, double
-        See :class:`shodh.physics.spectral_regime.SpectralRegime`.
+        See :class:`shodh.physics.solvers.spectral_regime.SpectralRegime`.
     reynolds : float
         ``U / (k nu)``.
     classical : bool

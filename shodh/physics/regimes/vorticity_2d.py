@@ -8,7 +8,8 @@ sets: nu = 1e-3 (50 frames), 1e-4 (30), 1e-5 (20), 64^2. The initial vorticity i
 does the default here. Versions of the generator whose real and imaginary parts of a mode have unit variance each, as
 those for older PyTorch, give ``2 * 7^3``: set ``initial_scale=686`` for data like theirs.
 
-Scheme: :mod:`shodh.physics.spectral` (fourth order in time, viscosity exact), where the originals are Crank-Nicolson
+Scheme: :mod:`shodh.physics.solvers.spectral` (fourth order in time, viscosity exact), where the originals are
+Crank-Nicolson
 and first-order explicit with a step of 1e-4. With a tenth of the default Courant number the solution changes by less
 than 1e-5 over a frame (the test shows it), so the steps, which are about a hundred times longer, cost no accuracy.
 """
@@ -23,12 +24,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from shodh.errors import ConfigError
-from shodh.fields import Field
+from shodh.core.errors import ConfigError
 from shodh.physics.bounds import Bounds, Energy
 from shodh.physics.regime import check_positive
-from shodh.physics.spectral import NOISE_POINTS, SpectralGrid, courant_rate
-from shodh.physics.spectral_regime import SpectralRegime
+from shodh.physics.solvers.spectral import NOISE_POINTS, SpectralGrid, courant_rate
+from shodh.physics.solvers.spectral_regime import SpectralRegime
+from shodh.schema.fields import Field
 
 # Shape of the initial spectrum: covariance proportional to (k^2 + INVERSE_LENGTH^2)^-EXPONENT.
 INVERSE_LENGTH = 7.0

@@ -1,5 +1,0 @@
-"""Probing a trained operator: what its experts do, where, and whether they matter."""
-
-from shodh.analysis.probe.sections import probe_model, probe_sections
-
-__all__ = ["probe_model", "probe_sections"]

@@ -1,0 +1,1 @@
+"""Folders that other programs wrote, read without running what is in them."""

@@ -1,0 +1,279 @@
+"""From a path that a user names to the weights of a whole model and what is known about them."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shodh.checkpoint.description import (
+    ModelDescription,
+    Part,
+    Source,
+    build_parts,
+    count_parameters,
+    is_pretrained,
+    read_pretrained,
+)
+from shodh.checkpoint.folder import LATEST, MANIFEST, checksum, latest_checkpoint, read_manifest, verify_checkpoint
+from shodh.checkpoint.foreign.deepspeed_folder import is_deepspeed_folder, read_deepspeed_folder
+from shodh.checkpoint.weights import open_verified
+from shodh.config import RunConfig, load_config, to_dict
+from shodh.core.errors import CheckpointError
+from shodh.core.reading import read_text
+from shodh.core.strict_json import dumps
+from shodh.core.weights import (
+    StoredTensor,
+    Weights,
+    check_fit,
+    check_kinds,
+    expected_shapes,
+    open_file,
+    open_weights,
+    read_json,
+    read_metadata,
+)
+from shodh.train.field_task import SPACE_FILE
+from shodh.train.latents import TOKENIZER_FILE
+from shodh.train.run_folder import RunFolder, describe_environment
+
+KINDS = (
+    "a run folder, a checkpoint folder of one, a folder that DeepSpeed wrote (ZeRO 1, 2, 3 or universal), "
+    "a safetensors file, or a converted folder"
+)
+_DEPTH = 3  # RUN/checkpoints/TAG: how far above the weights a run's config.yaml may lie
+
+
+@dataclass(frozen=True)
+class Model:
+    """A whole model: description, and weights by full name, not yet read."""
+
+    description: ModelDescription
+    tensors: Weights
+    numbers: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """Weights of an operator, and where they came from."""
+
+    tensors: dict[str, StoredTensor]
+    source: Source
+
+
+def open_source(
+    path: Path,
+    dtype: str,
+    *,
+    tokenizer: Path | None = None,
+    tag: str | None = None,
+    config_path: Path | None = None,
+) -> Model:
+    """Find out what ``path`` is, and map its weights.
+
+    Parameters
+    ----------
+    dtype : {"fp32", "bf16", "fp16"}
+        What is to be written: float32 is taken from the master weights of a run in lower precision.
+    tokenizer : Path, optional
+        Run folder of the tokenizer; by default the one that the run's configuration names.
+    tag : str, optional
+        Checkpoint of a run folder; by default the newest.
+    config_path : Path, optional
+        ``config.yaml`` of the run, where it does not lie at or above ``path``.
+
+    Raises
+    ------
+    CheckpointError, ConfigError
+        One line that names the file, and what is wrong with it.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; expected {KINDS}")
+    if is_pretrained(path) or (path.suffix == ".safetensors" and path.is_file() and "shodh" in read_metadata(path)):
+        description, tensors = read_pretrained(path)
+        return Model(description.model_copy(update={"dtype": dtype}), tensors)
+    if (path / TOKENIZER_FILE).is_file():
+        return _tokenizer_alone(path, dtype)
+    path = _checkpoint_of(path, tag)
+    config, run = _run_config(path, config_path)
+    if run is not None and (run / TOKENIZER_FILE).is_file():
+        raise CheckpointError(f"{path} is a checkpoint of a tokenizer; convert its run folder {run}")
+    operator = _open_operator(path, dtype)
+    source = operator.source.model_copy(update={"init_from": None if run is None else RunFolder(run).started_from()})
+    parts: tuple[Part, ...] = ("operator",)
+    tensors = {f"operator.{name}": t for name, t in operator.tensors.items()}
+    if config.operator.in_field_space:
+        space = _space_file(path, run, tokenizer)
+    else:
+        parts = ("tokenizer", "operator")
+        folder = _tokenizer_folder(config, run, tokenizer)
+        tensors = {f"tokenizer.{name}": t for name, t in _tokenizer_weights(folder).items()} | tensors
+        # A run on regimes that its tokenizer did not learn has its own normalisation and domains.
+        space = folder / TOKENIZER_FILE if run is None or not (run / SPACE_FILE).is_file() else run / SPACE_FILE
+    description = _describe(config, space, parts, dtype, source, tensors, path)
+    return Model(description, tensors, _numbers(run, path.name))
+
+
+def _checkpoint_of(path: Path, tag: str | None) -> Path:
+    """The folder or file with the weights."""
+    if path.is_file() or (path / MANIFEST).is_file() or is_deepspeed_folder(path):
+        if tag is not None:
+            raise CheckpointError(f"--tag chooses a checkpoint of a run folder, and {path} is one already")
+        return path
+    newest, latest = latest_checkpoint(path), path / LATEST
+    if tag is None and newest is not None:
+        return newest
+    if tag is None and (path / "config.yaml").is_file() and not latest.is_file():
+        raise CheckpointError(f"{path} is a run without a complete checkpoint; name one with --tag, or train on")
+    base = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if tag is None and latest.is_file():  # DeepSpeed's own folder of folders
+        tag = read_text(latest, "name of a checkpoint", CheckpointError).strip()
+    if not tag or Path(tag).name != tag or not (base / tag).is_dir():
+        known = sorted(p.name for p in base.iterdir() if p.is_dir() and p.name[0] != ".") if tag else []
+        what = f"has no checkpoint {tag!r} (there are {known})" if tag else f"is not {KINDS}"
+        raise CheckpointError(f"{path} {what}")
+    return base / tag
+
+
+def _run_config(path: Path, given: Path | None) -> tuple[RunConfig, Path | None]:
+    """The configuration of the run that wrote ``path``, and its folder if it was found there."""
+    if given is not None:
+        return load_config(given), None
+    for folder in [path, *path.absolute().parents[:_DEPTH]]:
+        if (folder / "config.yaml").is_file():
+            return RunFolder(folder).config(), folder
+    raise CheckpointError(f"no config.yaml at or above {path}; name the one of its run with --config")
+
+
+def _open_operator(path: Path, dtype: str) -> _Operator:
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{path} is not {KINDS}")
+        return _Operator(open_file(path), Source(name=path.name, sha256=checksum(path)))
+    if (path / MANIFEST).is_file() and "format" in read_manifest(path):
+        return _open_checkpoint(path, dtype)
+    if is_deepspeed_folder(path):
+        return _open_deepspeed(path)
+    return _Operator(open_weights(path), Source(name=path.name, sha256=_digest(path)))
+
+
+def _open_deepspeed(path: Path) -> _Operator:
+    """Somebody's folder of DeepSpeed, or a checkpoint of an older version of this project, which has a manifest."""
+    if (path / MANIFEST).is_file():
+        verify_checkpoint(path)
+    state = read_deepspeed_folder(path)
+    masters = state.lower_precision and not _in_lower_precision(state.tensors)
+    return _Operator(state.tensors, Source(name=path.name, sha256=_digest(path), step=state.step, masters=masters))
+
+
+def _open_checkpoint(path: Path, dtype: str) -> _Operator:
+    """Our own checkpoint, its weights compared with its manifest: float32, whatever the run computed in."""
+    tensors, manifest = open_verified(path), read_manifest(path)
+    step, masters = manifest["state"].get("step"), dtype == "fp32" and manifest.get("precision", "fp32") != "fp32"
+    return _Operator(tensors, Source(name=path.name, sha256=checksum(path / MANIFEST), step=step, masters=masters))
+
+
+def _in_lower_precision(tensors: Mapping[str, StoredTensor]) -> bool:
+    return any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors.values())
+
+
+def _digest(folder: Path) -> str:
+    """Of a folder without manifest: names, sizes and the checksums that its archives keep of their parts."""
+    parts: list[Any] = []
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        parts.append((str(file.relative_to(folder)), file.stat().st_size))
+        if file.suffix == ".pt":
+            with zipfile.ZipFile(file) as archive:
+                parts.append([(part.filename, part.file_size, part.CRC) for part in archive.infolist()])
+    return hashlib.sha256(dumps(parts).encode()).hexdigest()
+
+
+def _tokenizer_folder(config: RunConfig, run: Path | None, given: Path | None) -> Path:
+    """The run folder of the tokenizer: as given, as configured, or beside a run that was moved."""
+    configured = config.tokenizer_dir
+    candidates = [given] if given is not None else [configured, *([run.parent / configured.name] if run else [])]
+    for folder in candidates:
+        if (folder / TOKENIZER_FILE).is_file():
+            return folder
+    raise CheckpointError(f"no trained tokenizer in {' or '.join(map(str, candidates))}; name its run with --tokenizer")
+
+
+def _space_file(path: Path, run: Path | None, tokenizer: Path | None) -> Path:
+    """Where a run of an operator on fields keeps its normalisation and domains."""
+    if tokenizer is not None:
+        raise CheckpointError(f"{path} holds an operator on fields, which has no tokenizer; leave out --tokenizer")
+    if run is None or not (run / SPACE_FILE).is_file():
+        raise CheckpointError(
+            f"{path} holds an operator on fields; convert it within its run folder, with {SPACE_FILE}"
+        )
+    return run / SPACE_FILE
+
+
+def _tokenizer_weights(folder: Path) -> dict[str, StoredTensor]:
+    name = read_json(folder / TOKENIZER_FILE).get("weights")
+    if not isinstance(name, str) or Path(name).name != name:
+        raise CheckpointError(f"{folder / TOKENIZER_FILE} is damaged: it names no weights beside it")
+    return open_file(folder / name)
+
+
+def _tokenizer_alone(folder: Path, dtype: str) -> Model:
+    config = RunFolder(folder).config()
+    tensors = {f"tokenizer.{name}": t for name, t in _tokenizer_weights(folder).items()}
+    weights = folder / read_json(folder / TOKENIZER_FILE)["weights"]
+    source = Source(name=folder.name, sha256=checksum(weights), step=config.tokenizer.train.steps)
+    return Model(_describe(config, folder / TOKENIZER_FILE, ("tokenizer",), dtype, source, tensors, folder), tensors)
+
+
+def _describe(
+    config: RunConfig,
+    space: Path,
+    parts: tuple[Part, ...],
+    dtype: str,
+    source: Source,
+    tensors: Weights,
+    path: Path,
+) -> ModelDescription:
+    content = read_json(space)
+    if "domains" not in content:
+        raise CheckpointError(
+            f"{space} lacks the domains of its regimes: an older version wrote it; 'launch/train_tokenizer.py "
+            f"--config {space.parent / 'config.yaml'} --resume auto' writes it anew, without training"
+        )
+    regimes = [r.name for r in config.data.regimes]
+    unknown = [name for name in regimes if name not in content["domains"]]
+    if unknown:
+        raise CheckpointError(
+            f"the tokenizer in {space.parent} was not trained on the regimes {unknown}; use --tokenizer"
+        )
+    with torch.device("meta"):
+        model = build_parts(config, parts)
+    check_fit(expected_shapes(model), {name: t.shape for name, t in tensors.items()}, path)
+    check_kinds(tensors, path)
+    environment = describe_environment()
+    resolved = to_dict(config)
+    return ModelDescription(
+        parts=parts,
+        dtype=dtype,
+        regimes=tuple(regimes),
+        fields=tuple(resolved["data"]["fields"]),
+        domains=content["domains"],
+        normalizer=content["normalizer"],
+        run=resolved,
+        parameters=count_parameters(config, parts),
+        versions={"shodh": environment["shodh"], "python": environment["python"], **environment["packages"]},
+        source=source,
+    )
+
+
+def _numbers(run: Path | None, tag: str) -> dict[str, Any] | None:
+    """What an evaluation of this very checkpoint measured."""
+    path = None if run is None else run / "report" / "metrics.json"
+    if path is None or not path.is_file():
+        return None
+    numbers = read_json(path)
+    return numbers if numbers.get("checkpoint") == tag else None

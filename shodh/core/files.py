@@ -1,0 +1,138 @@
+"""Files that are either whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from shodh.core.errors import ConfigError
+
+log = logging.getLogger("shodh")
+
+PARTIAL_SUFFIX = ".partial"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary name in the folder of ``path`` to write to; publish it as ``path`` when the block succeeds.
+
+    The temporary file is flushed to disk before the rename and the folder after it, so that a reader, or a machine
+    that lost power, sees the old file, the whole new one, or none. When the block raises, the temporary file is
+    removed. A killed process may leave one behind, with a hidden name that no reader matches: see
+    `remove_partial_files`.
+
+    Parameters
+    ----------
+    path : path-like
+        Final name; its folder is made if necessary.
+
+    Yields
+    ------
+    Path
+        The name to write to.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    try:
+        yield temporary
+        sync_to_disk(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_to_disk(target.parent)
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Write a small file whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
+def remove_partial_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """Remove what killed writers left under ``folder`` (recursively); call it while no writer is at work there."""
+    leftovers = sorted(Path(folder).rglob(f".*{PARTIAL_SUFFIX}"))
+    for leftover in leftovers:
+        leftover.unlink(missing_ok=True)
+    return leftovers
+
+
+def cut_lines(path: Path, number_of: Callable[[bytes], int], stop: int) -> int:
+    """Keep the lines of a file whose number is below ``stop``; returns how many are left.
+
+    Written aside and renamed, so that a killed process loses nothing. A line that ``number_of`` cannot read
+    (`ValueError`, `KeyError`, `TypeError`) is dropped, which is said.
+    """
+    if not path.exists():
+        return 0
+    kept = damaged = 0
+    with path.open("rb") as source, atomic_path(path) as aside, aside.open("wb") as target:
+        for line in source:
+            try:
+                if number_of(line) < stop:
+                    target.write(line.rstrip(b"\n") + b"\n")
+                    kept += 1
+            except (ValueError, KeyError, TypeError):
+                damaged += 1
+    if damaged:
+        log.warning("%s: damaged lines that were dropped: %d", path, damaged)
+    return kept
+
+
+def lock_file(path: Path) -> IO[str]:
+    """Lock a file, made if necessary, until the answer is closed or the process ends.
+
+    Where the file system has no locks the file is opened, and protects nothing.
+
+    Raises
+    ------
+    ConfigError
+        Another process holds the lock; it is named.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return file
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise ConfigError(
+            f"{path.parent} is in use by {owner}; wait until it ends, or choose another --set name=..."
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    # A child would keep the lock when this process is killed.
+    os.register_at_fork(after_in_child=partial(_close, weakref.ref(file)))
+    return file
+
+
+def _close(reference: weakref.ref[IO[str]]) -> None:
+    file = reference()
+    if file is not None:
+        file.close()
+
+
+def sync_to_disk(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

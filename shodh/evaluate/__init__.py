@@ -1,0 +1,1 @@
+"""Errors, divergence and spectra of a run on held-out trajectories."""

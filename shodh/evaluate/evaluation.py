@@ -1,0 +1,149 @@
+"""Held-out evaluation of a run: errors, rollouts, divergence and routing, by regime.
+
+Runs on one device with the plain-torch twin, from the exchange-format weights; DeepSpeed is not needed. Every error is
+set beside that of persistence (the last known frame) on the same windows, and beside what the tokenizer alone loses.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from shodh.checkpoint.weights import read_initial_weights, read_weights
+from shodh.config import RunConfig
+from shodh.core.errors import CheckpointError
+from shodh.core.precision import float32_products, ieee_float32
+from shodh.core.weights import load_into
+from shodh.data import FieldNormalizer, Split
+from shodh.data.identity import Choose
+from shodh.evaluate.field_evaluation import FieldEvaluation
+from shodh.evaluate.latent_evaluation import LatentEvaluation
+from shodh.evaluate.regime_evaluation import Evaluation, Evaluator, Example, Means, RegimeEvaluation
+from shodh.models.factory import build_operator
+from shodh.moe.routing import regime_information
+from shodh.train.data_identity import kept_choice, new_choice
+from shodh.train.field_task import open_fields, read_normalizer
+from shodh.train.latents import TrainedTokenizer, open_for_operator, prepare_latents
+from shodh.train.run_folder import RunFolder
+
+__all__ = ["Evaluation", "Evaluator", "Example", "Means", "RegimeEvaluation", "evaluate", "open_run"]
+
+
+def open_run(run: Path, checkpoint: str | None, device: torch.device) -> Evaluator:
+    """Open a run folder with its newest, or a named, checkpoint.
+
+    Raises
+    ------
+    ConfigError, CheckpointError, DataError
+        One line that names what is missing or does not fit.
+    """
+    folder = RunFolder(run)
+    config = folder.config()
+    tag = checkpoint or folder.latest()
+    if tag is None:
+        raise CheckpointError(f"{run} has no complete checkpoint yet")
+    source = folder.checkpoints / tag
+    normalizer = read_normalizer(run) if config.operator.in_field_space else None
+    choose = kept_choice(run)
+    return _opened(config, folder, tag, read_weights(source), source, normalizer, device, choose)
+
+
+def open_given(config: RunConfig, weights: Path, device: torch.device) -> Evaluator:
+    """Weights of an operator (`read_initial_weights`) on the regimes of a configuration, which they need not know.
+
+    Fields are normalised by the regimes' own training statistics.
+    """
+    folder = RunFolder(config.run_dir)
+    choose = new_choice(config, weights)
+    return _opened(config, folder, weights.name, read_initial_weights(weights), weights, None, device, choose)
+
+
+def _opened(
+    config: RunConfig,
+    folder: RunFolder,
+    checkpoint: str,
+    state: Mapping[str, Tensor],
+    source: Path,
+    normalizer: FieldNormalizer | None,
+    device: torch.device,
+    choose: Choose | None,
+) -> Evaluator:
+    operator = build_operator(config)
+    load_into(operator, state, source)
+    trained: TrainedTokenizer | None = None
+    if config.operator.in_field_space:
+        regimes = open_fields(config, normalizer, choose)
+    else:
+        regimes, trained = open_for_operator(config, choose)
+        trained.model.to(device)
+    return Evaluator(config, folder, checkpoint, regimes, trained, operator.to(device).eval(), device)
+
+
+def _measures(evaluator: Evaluator, split: Split) -> Callable[[int], RegimeEvaluation]:
+    """What measures a regime, by its number: on latents, which are written first where they are missing, or fields."""
+    if evaluator.trained is None:
+        return partial(FieldEvaluation, evaluator, split=split)
+    cache = prepare_latents(evaluator.config, evaluator.regimes, evaluator.trained, evaluator.device)
+    return partial(LatentEvaluation, evaluator, split=split, cache=cache)
+
+
+@torch.no_grad()
+@ieee_float32()
+def evaluate(evaluator: Evaluator, split: Split) -> Evaluation:
+    """Evaluate a run on a split, regime by regime."""
+    names, size = evaluator.regimes.names, evaluator.config.evaluation.batch
+    measure = _measures(evaluator, split)
+    by_regime: dict[str, Any] = {}
+    windows: dict[str, int] = {}
+    result = Evaluation({})
+    table: Tensor | None = None
+    hidden = not sys.stderr.isatty()
+    for number, name in enumerate(names):
+        part = measure(number)
+        windows[name] = part.num_windows
+        total = -(-part.num_windows // size)
+        for batch in tqdm(part.windows(), total=total, desc=name, unit="batch", disable=hidden):
+            part.add(*batch)
+        for batch in part.rollouts():
+            part.rollout(*batch)
+        by_regime[name] = part.result()
+        if part.example is not None:
+            result.examples.append(part.example)
+        if part.table is not None:
+            table = part.table if table is None else table + part.table
+    result.metrics = {
+        "run": str(evaluator.folder.path),
+        "checkpoint": evaluator.checkpoint,
+        "split": split,
+        "windows": windows,
+        "float32_products": float32_products(),
+        "regimes": by_regime,
+        "routing": routing_summary(table, names),
+    }
+    return result
+
+
+def routing_summary(table: Tensor | None, names: list[str]) -> dict[str, Any] | None:
+    """Shares of each regime's tokens by expert, U and NMI, layer by layer; None for a dense model."""
+    if table is None:
+        return None
+    layers = []
+    for counts in table:
+        u, nmi = regime_information(counts)
+        shares = (counts.double() / counts.sum(1, keepdim=True)).tolist()
+        layers.append(
+            {
+                "regime_information": u,
+                "nmi": nmi,
+                "shares": dict(zip(names, shares, strict=True)),
+                "counts": dict(zip(names, counts.tolist(), strict=True)),
+            }
+        )
+    return {"num_experts": table.shape[-1], "layers": layers}

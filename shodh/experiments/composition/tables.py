@@ -1,0 +1,256 @@
+"""The tables of a composition study's report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from scipy import stats
+
+from shodh.experiments.composition.results import BEST_ENDPOINT, Results, SeedResult, mean, spread
+from shodh.experiments.composition.settings import Role
+from shodh.merge.coordinates import ParameterMap, mapped
+from shodh.report.page import Table, format_cell
+
+#: What a method looks at beside the weights of anchor and experts.
+USES = {
+    "persistence": "last frame",
+    BEST_ENDPOINT: "hindsight",
+    "task_arithmetic": "validation",
+    "ties": "validation",
+    "dare": "validation",
+    "coord": "parameter",
+    "coord_log": "parameter",
+    "scale": "parameter, validation",
+    "scale_wide": "parameter, validation",
+    "prefix": "prefix",
+    "prefix_each": "prefix, each trajectory",
+    "prefix_wide": "prefix",
+    "line_search": "prefix",
+    "gradient": "prefix",
+    "gradient_by_layer": "prefix",
+    "gradient_by_expert": "prefix",
+    "oracle": "hindsight",
+    "wrong_sign": "control",
+    "random_direction": "control",
+    "ensemble": "parameter, validation",
+    "prefix_finetune": "prefix, validation",
+}
+OUT: Role = "extrapolation"
+
+
+def with_spread(values: list[float | None]) -> str:
+    """``0.12 +- 0.01`` over seeds."""
+    if any(v is None for v in values):
+        return "diverged"
+    error = spread(values)
+    return format_cell(mean(values)) + ("" if error is None else f" ± {format_cell(error)}")
+
+
+def summary_table(results: Results, published: float | None) -> Table:
+    """A row a method: mean error by role, improvement over the anchor outside the support, and cost."""
+    roles = results.roles
+    far = OUT if OUT in roles else roles[-1]
+    header = [
+        "method",
+        "uses",
+        *roles,
+        f"{far}, % below anchor",
+        "spread",
+        "lower in",
+        "p",
+        "prefix passes",
+        "networks",
+    ]
+    rows: list[list[Any]] = []
+    for method in results.methods:
+        gains = results.improvements(method, far)
+        paired = None if method == "anchor" else results.paired(method, "anchor", far)
+        wins = None if paired is None else f"{paired.wins} of {paired.seeds}"
+        p = None if paired is None or paired.seeds < 2 else paired.p_t
+        cost = _cost(results, method)
+        errors = [mean(results.role_errors(method, role)) for role in roles]
+        rows.append([method, USES.get(method, "-"), *errors, mean(gains), spread(gains), wins, p, *cost])
+    if published is not None:
+        rows.append(["published composition", "-", *[None] * len(roles), published, *[None] * 5])
+    return Table(header, rows)
+
+
+def _cost(results: Results, method: str) -> list[Any]:
+    """Rollouts over the prefix, forward and backward, the mean over seeds and values; networks that are deployed."""
+    entries = [v["methods"][method] for s in results.seeds for v in s.values["values"] if method in v["methods"]]
+    if not entries:
+        return [None, None]
+    forward, backward = (mean(float(e[k]) for e in entries) for k in ("forward", "backward"))
+    assert forward is not None and backward is not None
+    passes = f"{forward:.0f}" + (f" + {backward:.0f} back" if backward else "")
+    return [passes, entries[0]["networks"]]
+
+
+def value_table(results: Results) -> Table:
+    """A row a method, a column a value: mean and spread over seeds."""
+    header = ["method", *(f"{value:g} ({role[:5]}.)" for value, role in results.values)]
+    rows = [
+        [
+            method,
+            *(with_spread(results.errors(method, v)) if results.has(method, v) else None for v, _ in results.values),
+        ]
+        for method in results.methods
+    ]
+    return Table(header, rows)
+
+
+def long_table(results: Results) -> Table:
+    """A row a method, value and seed, numbers in full."""
+    header = ["method", "value", "role", "seed", "error", "alpha", "forward", "backward", "networks"]
+    rows: list[list[Any]] = []
+    for seed in results.seeds:
+        for entry in seed.values["values"]:
+            for method, m in entry["methods"].items():
+                alpha = m["alpha"] if isinstance(m["alpha"], float) else None
+                cost = [m["forward"], m["backward"], m["networks"]]
+                rows.append([method, entry["value"], entry["role"], seed.seed, m["error"], alpha, *cost])
+    return Table(header, rows)
+
+
+def step_table(results: Results) -> Table:
+    """Mean error by counted step, a row a method, role and step."""
+    rows: list[list[Any]] = []
+    for method in results.methods:
+        for role in results.roles:
+            for step, error in enumerate(step_errors(results, method, role), 1):
+                rows.append([method, role, step, error])
+    return Table(["method", "role", "counted step", "error"], rows)
+
+
+def step_errors(results: Results, method: str, role: Role) -> list[float | None]:
+    """Mean over seeds and values of a role, by counted step."""
+    curves = [
+        seed.at(value)["methods"][method]["by_step"]
+        for seed in results.seeds
+        for value in results.of_role(role)
+        if method in seed.at(value)["methods"]
+    ]
+    return [mean(steps) for steps in zip(*curves, strict=True)]
+
+
+def comparison_table(results: Results) -> Table:
+    """Read-outs and merges against anchor, better endpoint and average, paired over seeds, by role."""
+    rows: list[list[Any]] = []
+    others = ("anchor", BEST_ENDPOINT, "average")
+    for role in results.roles:
+        for method in results.methods:
+            for other in others:
+                if method in (*others, "persistence") or other not in results.methods:
+                    continue
+                c = results.paired(method, other, role)
+                if c is not None:
+                    interval = [c.low, c.high] if c.seeds > 1 else [None, None]
+                    p = [c.p_t, c.p_sign] if c.seeds > 1 else [None, None]
+                    rows.append([role, method, other, c.ratio, *interval, *p, f"{c.wins} of {c.seeds}", c.verdict])
+    header = ["role", "method", "against", "ratio", "from", "to", "p (t)", "p (signs)", "lower in", "verdict"]
+    return Table(header, rows)
+
+
+def alpha_table(results: Results) -> Table:
+    """Coordinates by value and read-out, mean and spread over seeds; and how far outside the experts' range it lies."""
+    names = [m for m in results.methods if results.alphas(m) and m not in ("wrong_sign", "random_direction")]
+    rows: list[list[Any]] = []
+    for value, role in results.values:
+        found = {m: [a for v, _, a in results.alphas(m) if v == value] for m in names}
+        told = (with_spread(list(a)) if a else None for a in found.values())
+        rows.append([f"{value:g}", role, results.outside(value), *told])
+    return Table([results.parameter, "role", "outside, of the range", *names], rows)
+
+
+def correlation_table(results: Results) -> Table:
+    """How far the coordinate that each read-out found follows the parameter, over values and seeds."""
+    rows: list[list[Any]] = []
+    for method in ("oracle", "prefix", "line_search", "gradient"):
+        for scale in maps_of(results):
+            found = correlate(results, method, scale)
+            if found is not None:
+                rows.append([method, scale, len(results.alphas(method)), *found])
+    return Table(["read-out", "map", "points", "Pearson", "Spearman"], rows)
+
+
+def maps_of(results: Results) -> list[ParameterMap]:
+    """Maps on which all values lie."""
+    return ["linear", "log"] if all(value > 0 for value, _ in results.values) else ["linear"]
+
+
+def correlate(results: Results, method: str, scale: ParameterMap) -> tuple[float, float] | None:
+    """Pearson's and Spearman's correlation of a method's coordinates with the mapped parameter.
+
+    None of fewer than three values, or where the coordinate is the same for all.
+    """
+    points = results.alphas(method)
+    x = [mapped(value, scale) for value, _, _ in points]
+    y = [alpha for *_, alpha in points]
+    if len(set(x)) < 3 or len(set(y)) < 2:
+        return None
+    return float(stats.pearsonr(x, y).statistic), float(stats.spearmanr(x, y).statistic)
+
+
+_KEYS = {
+    "parameters": "parameters",
+    "relative_direction": "|direction| / |anchor|",
+    "cosine": "cosine of updates",
+    "share_of_direction": "share of direction^2",
+    "share_of_shared": "share of shared^2",
+}
+
+
+def update_table(results: Results, kind: str) -> Table:
+    """Where the updates live, mean over seeds; ``kind``: ``components``, ``layers`` or ``experts``."""
+    parts = _parts(results.seeds[0], kind)
+    rows = [[name, *(results.mean_of(_figure(kind, name, key)) for key in _KEYS)] for name in parts]
+    return Table([kind[:-1], *_KEYS.values()], rows)
+
+
+def _parts(seed: SeedResult, kind: str) -> dict[str, dict[str, Any]]:
+    updates = seed.diagnostics["updates"]
+    if kind == "experts":
+        return {f"{e['layer']} expert {e['expert']}": e for e in updates["experts"]}
+    parts: dict[str, dict[str, Any]] = updates[kind]
+    return parts
+
+
+def _figure(kind: str, name: str, key: str) -> Callable[[SeedResult], float | None]:
+    return lambda seed: _parts(seed, kind)[name][key]
+
+
+def routing_table(results: Results) -> Table:
+    """Change of routing along the direction, mean over seeds: a row a layer and coordinate."""
+    rows: list[list[Any]] = []
+    if results.sparse:
+        first = results.seeds[0].diagnostics["routing"]
+        for layer in range(len(first["divergence"])):
+            for number, alpha in enumerate(first["alphas"]):
+                figures = [
+                    mean(s.diagnostics["routing"][key][layer][number] for s in results.seeds)
+                    for key in ("divergence", "moved")
+                ]
+                rows.append([layer, alpha, *figures])
+    return Table(["sparse layer", "alpha", "usage divergence, bits", "assignments moved"], rows)
+
+
+def chosen_table(results: Results) -> Table:
+    """What validation chose, by seed."""
+    rows: list[list[Any]] = []
+    for seed in results.seeds:
+        chosen = seed.values["chosen"]
+        scalings = ", ".join(f"{name} {value:g}" for name, value in chosen["scalings"].items())
+        line = chosen["line"]
+        rows.append([seed.seed, line["scale"], line["gamma"], line["loss"], scalings or None, chosen["rate"]])
+    return Table(["seed", "map", "gamma", "validation error", "scalings", "fine-tuning rate"], rows)
+
+
+def bank_table(results: Results) -> Table:
+    """Mean error over seeds at each coordinate of the bank, by value."""
+    rows: list[list[Any]] = []
+    for value, role in results.values:
+        banks = [seed.at(value)["bank"] for seed in results.seeds]
+        for number, alpha in enumerate(banks[0]["alphas"]):
+            rows.append([value, role, alpha, *(mean(b[key][number] for b in banks) for key in ("observed", "later"))])
+    return Table([results.parameter, "role", "alpha", "error on the prefix", "error after it"], rows)

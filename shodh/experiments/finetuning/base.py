@@ -1,0 +1,145 @@
+"""The trained run that fine-tuning starts from: its configuration, its weights, and the regimes it is to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from shodh.checkpoint.description import is_pretrained, read_pretrained
+from shodh.checkpoint.folder import read_manifest
+from shodh.config import RegimeConfig, RunConfig, dump_config
+from shodh.core.cli import field_maps, named_paths
+from shodh.core.errors import CheckpointError, ConfigError
+from shodh.core.files import atomic_path, write_atomically
+from shodh.core.strict_json import write_json
+from shodh.data.formats.splits import open_splits
+from shodh.routing.probe.windows import describe_regime
+from shodh.train.latents import TOKENIZER_FILE
+from shodh.train.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Base:
+    """A trained run: ``weights`` is what `shodh.train.jobs.pretrain` takes as ``init_from``."""
+
+    path: Path
+    config: RunConfig
+    weights: Path
+
+
+def open_base(path: Path, checkpoint: str | None = None) -> Base:
+    """Open a run folder at a checkpoint, by default the newest, or a converted folder.
+
+    Raises
+    ------
+    CheckpointError, ConfigError
+        It is neither, it has no such checkpoint, or it holds a tokenizer alone.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; expected a run folder or one of tools/convert_checkpoint.py")
+    if is_pretrained(path):
+        description, _ = read_pretrained(path)
+        if checkpoint is not None:
+            raise CheckpointError(f"{path} is a converted folder, which has no checkpoints; leave out {checkpoint!r}")
+        if "operator" not in description.parts:
+            raise CheckpointError(f"{path} holds a tokenizer alone; expected an operator")
+        return Base(path, description.config, path)
+    folder = RunFolder(path)
+    config = folder.config()
+    if (path / TOKENIZER_FILE).exists():
+        raise CheckpointError(f"{path} is the run of a tokenizer; expected the one of an operator")
+    tag = checkpoint or folder.latest()
+    if tag is None:
+        raise CheckpointError(f"{path} has no complete checkpoint yet")
+    read_manifest(folder.checkpoints / tag)
+    return Base(path, config, folder.checkpoints / tag)
+
+
+def find_tokenizer(base: Base, out: Path) -> Path | None:
+    """Run folder of the base's tokenizer; one that travelled with a converted folder is unpacked below ``out``.
+
+    None for an operator on fields.
+
+    Raises
+    ------
+    CheckpointError
+        There is none.
+    """
+    if base.config.operator.in_field_space:
+        return None
+    if not is_pretrained(base.path):
+        beside = base.path.parent / base.config.tokenizer_dir.name
+        for folder in (base.config.tokenizer_dir, beside):
+            if (folder / TOKENIZER_FILE).is_file():
+                return folder
+        raise CheckpointError(f"no trained tokenizer in {base.config.tokenizer_dir} or {beside}")
+    folder = out / "tokenizer"
+    if not (folder / TOKENIZER_FILE).is_file():
+        _unpack_tokenizer(base, folder)
+    return folder
+
+
+def _unpack_tokenizer(base: Base, folder: Path) -> None:
+    description, tensors = read_pretrained(base.path)
+    prefix = "tokenizer."
+    state = {n.removeprefix(prefix): t.read().float().contiguous() for n, t in tensors.items() if n.startswith(prefix)}
+    if not state:
+        raise CheckpointError(f"{base.path} holds an operator on latents without its tokenizer; convert its run again")
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(folder / "tokenizer.safetensors") as partial:
+        save_file(state, str(partial))
+    write_atomically(folder / "config.yaml", dump_config(base.config))
+    content = {
+        "weights": "tokenizer.safetensors",
+        "normalizer": description.normalizer,
+        "regimes": list(description.regimes),
+        "domains": description.domains,
+    }
+    write_json(folder / TOKENIZER_FILE, content)
+
+
+def check_regime(regime: RegimeConfig, base: Base) -> None:
+    """Refuse a regime that the base has learned."""
+    learned = [r.name for r in base.config.data.regimes]
+    if regime.name in learned:
+        raise ConfigError(f"{base.path} was trained on {learned}; give the unseen regime {regime.name!r} another name")
+
+
+def regimes_of(settings: Sequence[str], maps: Sequence[str], base: Base) -> list[RegimeConfig]:
+    """The regimes of ``NAME=PATH``, with those of the base's fields that the files have.
+
+    Parameters
+    ----------
+    maps : sequence of str
+        ``NAME.OURS=THEIRS`` where a field has another name in the files.
+
+    Raises
+    ------
+    ConfigError
+        A setting has another form, or the files have fields that the base's vocabulary lacks.
+    DataError
+        There are no files, or they are damaged.
+    """
+    paths = named_paths("--regime", settings)
+    renamed = field_maps(maps, paths)
+    for name, path in paths.items():
+        if not path.exists():
+            raise ConfigError(f"--regime {name}={path}: it does not exist; expected a folder or file of trajectories")
+        _check_vocabulary(name, path, base, set(renamed.get(name, {}).values()))
+    return [describe_regime(name, path, base.config.data, renamed.get(name)) for name, path in paths.items()]
+
+
+def _check_vocabulary(name: str, path: Path, base: Base, mapped: set[str]) -> None:
+    files = open_splits(path)["train"]
+    known = [f.name for f in base.config.data.fields]
+    stored = {} if not files else files[0].fields
+    unknown = sorted(f for f, what in stored.items() if not what.static and f not in known and f not in mapped)
+    if unknown:
+        raise ConfigError(
+            f"regime {name!r}: {path} has the fields {unknown}, which the vocabulary of {base.path} lacks ({known}); "
+            f"say which of ours they are with --map {name}.OURS=THEIRS, or leave them out in a file for --config "
+            "(regimes[..].only)"
+        )

@@ -1,0 +1,227 @@
+"""From a study to its cells: every combination of model, mix, variant and seed, as the configuration of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+from shodh.config import ExpertsConfig, RunConfig, config_from_dict, to_dict
+from shodh.config.reading import merge_trees
+from shodh.core.topology import fitting_ep_size
+from shodh.experiments.transfer.settings import StudyConfig
+
+#: Balance terms by name, with the weights of the project's own experiments.
+BALANCES: dict[str, dict[str, float]] = {
+    "switch": {"switch": 0.01, "information": 0.0},
+    "information": {"switch": 0.0, "information": 0.05},
+    "both": {"switch": 0.01, "information": 0.05},
+    "none": {"switch": 0.0, "information": 0.0},
+}
+CONTROLS = {"sparse_hash": "hash", "sparse_frozen": "frozen", "sparse_oracle": "oracle"}
+SPECIALISTS = ("specialist", "specialist_share")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    Attributes
+    ----------
+    model : str
+        A `shodh.experiments.transfer.settings.ModelName`.
+    mix : str
+        Name of the mix; of a specialist, its regime. ``share`` is the number of regimes of the mix whose steps a
+        regime a specialist is given (1: all steps of the study).
+    variant : dict
+        What the axes set: router, balance, experts, groups.
+    """
+
+    name: str
+    model: str
+    mix: str
+    regimes: tuple[str, ...]
+    variant: dict[str, Any]
+    share: int
+    seed: int
+    config: RunConfig
+
+    @property
+    def label(self) -> str:
+        """Model and variant: what is compared over seeds."""
+        return label_of(self.model, self.variant)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able, without the configuration."""
+        return {**{k: v for k, v in asdict(self).items() if k != "config"}, "label": self.label}
+
+
+def label_of(model: str, variant: Mapping[str, Any]) -> str:
+    """``sparse-context-information-e8-g4``."""
+    parts = [model, *(str(variant[k]) for k in ("router", "balance") if k in variant)]
+    return "-".join([*parts, *(f"{k[0]}{variant[k]}" for k in ("experts", "groups") if k in variant)])
+
+
+def expand(study: StudyConfig, world_size: int = 1) -> list[Cell]:
+    """Every cell of a study for a number of ranks, seeds outermost.
+
+    So after any number of finished cells the models have had about the same seeds.
+
+    Raises
+    ------
+    ConfigError
+        A cell's configuration is impossible; the message names it.
+    """
+    tree = to_dict(study.base_config())
+    changes: dict[tuple[str, int], dict[str, Any]] = {}
+    cells = []
+    for seed in range(study.seeds):
+        for model, mix, regimes, variant, share in _combinations(study):
+            name = f"{mix}-{label_of(model, variant)}{share if share > 1 else ''}-s{seed}"
+            key = label_of(model, variant), len(regimes)
+            if key not in changes:
+                changes[key] = operator_changes(study, tree, name, model, variant, len(regimes))
+            config = _configure(study, tree, name, changes[key], regimes, share, seed, world_size)
+            cells.append(Cell(name, model, mix, regimes, variant, share, seed, config))
+    return cells
+
+
+Combination = tuple[str, str, tuple[str, ...], dict[str, Any], int]
+
+
+def _combinations(study: StudyConfig) -> Iterator[Combination]:
+    """(model, mix, regimes, variant, share) without repetition."""
+    for mix, regimes in study.mixes.items():
+        for model in study.models:
+            if model in SPECIALISTS or (model == "dense_active" and len(regimes) == 1 and "specialist" in study.models):
+                continue  # A dense model of one regime is its specialist.
+            for variant in _variants(study) if model == "sparse" else [{}]:
+                yield model, mix, regimes, variant, 1
+    for regime in dict.fromkeys(r for mix in study.mixes.values() for r in mix):
+        if "specialist" in study.models:
+            yield "specialist", regime, (regime,), {}, 1
+        if "specialist_share" in study.models:
+            for share in sorted({len(mix) for mix in study.mixes.values() if regime in mix and len(mix) > 1}):
+                yield "specialist_share", regime, (regime,), {}, share
+
+
+def _variants(study: StudyConfig) -> list[dict[str, Any]]:
+    """Settings of the sparse model: the product of the axes; groups, where they fit, for two_level routers alone."""
+    variants: list[dict[str, Any]] = []
+    axes = {"router": study.routers, "balance": study.balances, "experts": study.experts}
+    used = {name: values for name, values in axes.items() if values}
+    for values in product(*used.values()):
+        variant = dict(zip(used, values, strict=True))
+        if variant.get("router") == "two_level" and study.groups:
+            fitting = [g for g in study.groups if variant.get("experts", g) % g == 0]
+            variants += [{**variant, "groups": groups} for groups in fitting]
+        else:
+            variants.append(variant)
+    return variants
+
+
+def operator_changes(
+    study: StudyConfig, tree: Mapping[str, Any], name: str, model: str, variant: Mapping[str, Any], num_regimes: int
+) -> dict[str, Any]:
+    """What a model changes in the operator of the base run (a tree).
+
+    What the sparse model is compared with has the experts and the balance of its first variant, the compared one.
+
+    Raises
+    ------
+    ConfigError
+        No dense model is as large as the sparse one.
+    """
+    base = config_from_dict(dict(tree), name)
+    compared = _variants(study)[0]
+    if model in ("dense_router", "dpot"):
+        from shodh.experiments.transfer.sizes import (
+            widened_dense,  # Builds models, so it needs torch; nothing else here does.
+        )
+
+        experts = expert_changes("sparse", compared, base.operator.experts, num_regimes)
+        sparse = config_from_dict(merge_trees(tree, {"operator": {"experts": experts}}), name)
+        return widened_dense(sparse, as_dpot=model == "dpot")
+    if model != "sparse":
+        variant = {key: compared[key] for key in ("balance", "experts") if key in compared}
+    return {"experts": expert_changes(model, variant, base.operator.experts, num_regimes)}
+
+
+def expert_changes(model: str, variant: Mapping[str, Any], experts: ExpertsConfig, num_regimes: int) -> dict[str, Any]:
+    """What a model changes in the base run's experts.
+
+    ``dense_active`` and the specialists have as many feed-forward weights as a token meets, ``dense_total`` as many as
+    there are; the router's own weights, which they lack, are the only difference in size.
+    """
+    num_experts = variant.get("experts", experts.num_experts)
+    if model in ("dense_active", *SPECIALISTS):
+        return {"num_experts": 0}
+    if model == "dense_total":
+        return {"num_experts": 0, "num_shared": experts.num_shared + num_experts - experts.top_k}
+    changes: dict[str, Any] = {"router": {}, "balance": dict(BALANCES.get(variant.get("balance", ""), {}))}
+    if "router" in variant:
+        changes["router"]["kind"] = variant["router"]
+    if "experts" in variant:
+        changes["num_experts"] = variant["experts"]
+    if "groups" in variant:
+        changes["router"]["groups"] = variant["groups"]
+    if model in CONTROLS:
+        changes["router"]["kind"] = CONTROLS[model]
+    if model == "sparse_hash":
+        changes["router"]["granularity"] = "token"
+    if model == "sparse_oracle":
+        changes["router"]["groups"] = num_regimes
+        of_group = max(experts.top_k, math.ceil(num_experts / num_regimes))
+        changes["num_experts"] = num_regimes * of_group
+    return changes
+
+
+def _configure(
+    study: StudyConfig,
+    tree: Mapping[str, Any],
+    name: str,
+    operator: Mapping[str, Any],
+    regimes: tuple[str, ...],
+    share: int,
+    seed: int,
+    world_size: int,
+) -> RunConfig:
+    base = config_from_dict(dict(tree), name)
+    num_experts = operator["experts"].get("num_experts", base.operator.experts.num_experts)
+    by_name = {r["name"]: r for r in tree["data"]["regimes"]}
+    steps = max(1, base.operator.train.steps // share)
+    every = max(1, steps // study.checkpoints)
+    train = {
+        "steps": steps,
+        "warmup": base.operator.train.warmup // share,
+        "valid_every": every,
+        "checkpoint_every": every,
+        "keep_checkpoints": steps,  # All; they are dropped when the cell is measured.
+    }
+    changed = merge_trees(
+        tree,
+        {
+            "name": name,
+            "seed": seed,
+            "out": str(study.folder / "cells"),
+            "data": {"regimes": [by_name[r] for r in regimes]},
+            "tokenizer": {"run": str(tokenizer_dir(study, base))},
+            "operator": {**operator, "train": train},
+            "parallel": {"ep_size": fitting_ep_size(world_size, base.parallel.ep_size, num_experts)},
+        },
+    )
+    return config_from_dict(changed, f"study {study.name}, cell {name}")
+
+
+def tokenizer_config(study: StudyConfig) -> RunConfig:
+    """The run whose tokenizer all cells share: the base, with all its regimes."""
+    tree = to_dict(study.base_config())
+    tree["tokenizer"]["run"] = str(tokenizer_dir(study, config_from_dict(tree)))
+    return config_from_dict({**tree, "name": study.name, "out": str(study.out), "parallel": {}})
+
+
+def tokenizer_dir(study: StudyConfig, base: RunConfig) -> Any:
+    """The one that the base run names, or one of the study's own."""
+    return base.tokenizer.run or study.folder / "tokenizer"

@@ -1,0 +1,79 @@
+"""Floating-point work of an operator, as routed: what a token really passes through.
+
+Counted by `torch.utils.flop_counter` on the meta device, of the dense model of equal active size: it does the work of a
+sparse one but for the router, whose matrices are added. Fourier transforms, norms and activations are not counted; they
+are the same in all models of a study.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from shodh.config import RunConfig
+from shodh.models.factory import build_operator
+from shodh.models.field_space import FieldSpace
+from shodh.moe.router import SemanticRouter
+from shodh.schema.domain import num_static_features
+
+BACKWARD = 2  # a backward pass costs twice the forward's products: gradients of inputs and of weights
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, with the grouped GEMM that it does not know."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops})
+
+
+def _grouped_flops(rows: tuple[int, int], weight: tuple[int, int, int], *_: Any, **__: Any) -> int:
+    """Of ``[N, D] x [E, D, O] -> [N, O]``."""
+    return 2 * rows[0] * rows[1] * weight[-1]
+
+
+def forward_flops(config: RunConfig) -> int:
+    """Multiplications and additions of one sample's forward pass through the operator."""
+    sparse = config.operator.experts.num_experts > 0
+    experts = config.operator.experts.model_copy(update={"num_experts": 0})
+    active = config.model_copy(update={"operator": config.operator.model_copy(update={"experts": experts})})
+    with torch.device("meta"):
+        model = build_operator(active if sparse else config)
+    inputs = sample_inputs(config, "meta")
+    with flop_counter() as counter, torch.no_grad():
+        model(*inputs)
+    return int(counter.get_total_flops()) + (_router_flops(config) if sparse else 0)
+
+
+def step_flops(config: RunConfig) -> int:
+    """Work of one optimiser step over all ranks: forward and backward of the global batch."""
+    return (1 + BACKWARD) * config.operator.train.global_batch * forward_flops(config)
+
+
+def sample_inputs(config: RunConfig, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sample's history and static input as the operator of a run is given them; their values are arbitrary."""
+    if config.operator.in_field_space:
+        space = FieldSpace.of(config)
+        shapes = (space.history, space.channels, *space.grid), (space.static, *space.grid)
+    else:
+        num_static = sum(f.build().num_components(3) for f in config.data.fields if f.static)
+        features = num_static_features(num_static, len(config.data.optional))
+        grid = config.latent_grid
+        shapes = (config.data.history, config.tokenizer.latent_channels, *grid), (features, *grid)
+    history, static = (torch.empty(1, *shape, device=device) for shape in shapes)
+    return history, static
+
+
+def _router_flops(config: RunConfig) -> int:
+    """Two a weight and decision, for a token or a sample."""
+    with torch.device("meta"):
+        model = build_operator(config)
+    routers = [m for m in model.modules() if isinstance(m, SemanticRouter)]
+    gates = sum(t.numel() for r in routers for t in (*r.parameters(), *_frozen(r)) if t.ndim == 2)
+    decisions = 1 if config.operator.experts.router.granularity == "sample" else math.prod(model.token_grid)
+    return 2 * gates * decisions
+
+
+def _frozen(router: SemanticRouter) -> list[torch.Tensor]:
+    """Weights of a gate that is not trained, which are buffers."""
+    return list(router.buffers()) if router.kind == "frozen" else []

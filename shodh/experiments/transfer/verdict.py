@@ -1,0 +1,212 @@
+"""The two questions of a study, answered by rules from its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from shodh.experiments.transfer.results import ROLLOUT, TEST, Result, Results
+from shodh.report.comparison import (
+    LEVEL,
+    MARGIN,
+    MIN_SEEDS,
+    Comparison,
+    Verdict,
+    brief,
+    compare,
+    describe,
+    holm,
+)
+from shodh.report.page import Tone
+
+RULE = (
+    f"A model has a lower error if the paired t test over seeds gives p < {LEVEL} and the geometric mean of the "
+    f"regimes' errors differs by more than {MARGIN:.0%}; the errors are equal if the 95 % interval of their ratio lies "
+    f"within {MARGIN:.0%} of 1; all else, and all with fewer than {MIN_SEEDS} seeds, is undecided. The headline's "
+    "comparison is the one the study was made for, and its p is as it is; of regimes, and of tables of all pairs, it "
+    "is adjusted for their number (Holm)."
+)
+
+Cause = Literal[
+    "separation",
+    "separation, not learned",
+    "finer specialisation",
+    "sharing between regimes",
+    "capacity",
+    "neither",
+    "undecided",
+    "not asked",
+]
+SAID: dict[Verdict, str] = {
+    "lower": "lower",
+    "higher": "higher",
+    "equal": f"equal within {MARGIN:.0%}",
+    "open": "undecided",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A verdict in a few words, the sentences that give its reasons, and the seeds it rests on."""
+
+    verdict: str
+    text: str
+    tone: Tone
+    seeds: int = 0
+
+
+def paired(results: Results, mix: str, label: str, other: str, reading: str = TEST) -> Comparison | None:
+    """One model against another on a mix, over the seeds that both have finished."""
+    first, second = results.of(mix, label), results.of(mix, other)
+    pairs = [
+        (results.mean_error(first[s], reading), results.mean_error(second[s], reading)) for s in first if s in second
+    ]
+    known = [(a, b) for a, b in pairs if a is not None and b is not None]
+    return compare([a for a, _ in known], [b for _, b in known]) if known else None
+
+
+def compared_sparse(results: Results, mix: str) -> str | None:
+    """The learned router that is compared: ``sparse``, or the first of its variants in the order of the study."""
+    return next((label for label in results.labels(mix) if label.split("-")[0] == "sparse"), None)
+
+
+def does_routing_help(results: Results, mix: str) -> Answer:
+    """Sparse against dense of equal active size, and both against specialists."""
+    sparse, dense = compared_sparse(results, mix), results.dense(mix)
+    against = None if sparse is None else paired(results, mix, sparse, dense)
+    if sparse is None or against is None:
+        return Answer("Not asked", f"{mix}: no finished pair of sparse and {dense} with the same seed.", "neutral")
+    text = [f"{describe(sparse, against, dense)}.", *_other_readings(results, mix, sparse, dense)]
+    text += negative_transfer(results, mix, sparse, dense, against.verdict)
+    total = paired(results, mix, sparse, "dense_total")
+    if total is not None:
+        text.append(f"{describe(sparse, total, 'dense_total')}.")
+    verdicts: dict[Verdict, tuple[str, Tone]] = {
+        "lower": ("Sparse routing lowers the error at equal active size", "good"),
+        "higher": ("Dense wins at equal active size", "bad"),
+        "equal": (f"No difference above {MARGIN:.0%} at equal active size", "fair"),
+        "open": ("Undecided: no difference that these seeds can show", "fair"),
+    }
+    return Answer(verdicts[against.verdict][0], "\n".join(text), verdicts[against.verdict][1], against.seeds)
+
+
+def _other_readings(results: Results, mix: str, sparse: str, dense: str) -> list[str]:
+    """One sentence on equal work, equal time and rollouts."""
+    names = {"flops": "at equal work", "seconds": "at equal time", ROLLOUT: "on rollouts"}
+    found = {name: paired(results, mix, sparse, dense, reading) for reading, name in names.items()}
+    told = [f"{name} {brief(c)} ({SAID[c.verdict]})" for name, c in found.items() if c is not None]
+    return [f"Other readings of the same runs: {', '.join(told)}."] if told else []
+
+
+def transfer_by_regime(results: Results, mix: str, label: str) -> dict[str, Comparison]:
+    """Transfer index of each regime: a mixed model against the specialist with as many steps, paired over seeds.
+
+    The p values hold for all regimes of the mix at once.
+    """
+    found: dict[str, Comparison] = {}
+    seeds = list(results.of(mix, label).values())
+    for regime in seeds[0].regimes if seeds else []:
+        pairs = [(r.test_error(regime), results.specialist(regime, r.seed)) for r in seeds]
+        known = [(ours, s.test_error(regime)) for ours, s in pairs if s is not None]
+        both = [(ours, theirs) for ours, theirs in known if ours is not None and theirs is not None]
+        if both:
+            found[regime] = compare([a for a, _ in both], [b for _, b in both])
+    return dict(zip(found, holm(list(found.values())), strict=True))
+
+
+def negative_transfer(results: Results, mix: str, sparse: str, dense: str, against: Verdict) -> list[str]:
+    """Sentences: which regimes mixing harms without and with routing, and whether routing ends it.
+
+    ``against`` is the verdict of sparse against dense.
+    """
+    without, routed = (transfer_by_regime(results, mix, label) for label in (dense, sparse))
+    if not without or not routed:
+        return []
+    told = [_transfer_sentence(dense, without), _transfer_sentence(sparse, routed)]
+    verdicts = [{regime: c.verdict for regime, c in by.items()} for by in (without, routed)]
+    return [*told, conclude_transfer(verdicts[0], verdicts[1], against)]
+
+
+def conclude_transfer(dense: dict[str, Verdict], sparse: dict[str, Verdict], against: Verdict) -> str:
+    """Whether routing ends negative transfer, from the verdicts of each regime's index without and with routing."""
+    harmed = [regime for regime, verdict in dense.items() if verdict == "higher"]
+    still = [regime for regime, verdict in sparse.items() if verdict == "higher"]
+    if not harmed and "open" in dense.values():
+        return "Whether there is negative transfer without routing is undecided, and so is whether routing ends it."
+    if not harmed:
+        made = f", and with it there is, in {', '.join(still)}" if still else ""
+        return f"Without routing there is no negative transfer to end{made}."
+    if still:
+        return f"Routing does not end negative transfer{', but lessens it' if against == 'lower' else ''}."
+    if all(sparse.get(regime) in ("lower", "equal") for regime in harmed):
+        return "Routing ends negative transfer."
+    return "Whether routing ends negative transfer is undecided."
+
+
+def _transfer_sentence(label: str, by_regime: Mapping[str, Comparison]) -> str:
+    words: dict[Verdict, str] = {"higher": "harm", "lower": "gain", "equal": "neither", "open": "undecided"}
+    told = [f"{regime} {c.ratio:.3f} ({words[c.verdict]})" for regime, c in by_regime.items()]
+    return f"Transfer index of {label} against specialists with as many steps: {', '.join(told)}."
+
+
+def what_lowers_the_error(results: Results, mix: str) -> tuple[Cause, str]:
+    """Is separation of regimes what lowers the error, or finer specialisation, or neither?
+
+    In this order: without a sparse model, a dense one, an oracle (which separates perfectly) and hash routing (which
+    has the weights and separates nothing), it is not asked. If the learned router is not better than dense, then
+    separation lowers the error and is not learned where the oracle is better than dense, and neither does where it is
+    not. If the learned router is not better than hash: capacity, weights without meaning. If it is better than the
+    oracle: finer specialisation; or sharing of experts between regimes, where the oracle has several for each and
+    chooses among them. If it is equal to, or worse than the oracle: separation. Otherwise undecided.
+    """
+    sparse, dense = compared_sparse(results, mix), results.dense(mix)
+    if sparse is None:
+        return "not asked", "no learned router in this mix"
+    found = {other: paired(results, mix, sparse, other) for other in (dense, "sparse_hash", "sparse_oracle")}
+    against, hashed, oracle = found.values()
+    bound = paired(results, mix, "sparse_oracle", dense)
+    if against is None or hashed is None or oracle is None or bound is None:
+        missing = [other for other, c in found.items() if c is None] or [f"sparse_oracle and {dense} with one seed"]
+        return "not asked", f"{mix}: needs finished cells of {', '.join(missing)}"
+    reasons = [f"{brief(c)} that of {other}" for other, c in found.items() if c is not None]
+    reasons.append(f"and that of sparse_oracle {brief(bound)} that of {dense}")
+    chooses = oracle_chooses(results, mix)
+    if chooses:
+        reasons.append("sparse_oracle has several experts for each regime and learns to choose among them")
+    cause = decide_cause(against.verdict, hashed.verdict, oracle.verdict, bound.verdict, chooses)
+    return cause, f"{mix}: the error of {sparse} is {', '.join(reasons)}"
+
+
+def oracle_chooses(results: Results, mix: str) -> bool:
+    """Whether a regime's group of the oracle has more experts than a token meets."""
+    for r in results.of(mix, "sparse_oracle").values():
+        return int(r.values["evaluation"]["routing"]["num_experts"]) > len(r.regimes) * int(r.values["top_k"])
+    return False
+
+
+def decide_cause(dense: Verdict, hashed: Verdict, oracle: Verdict, bound: Verdict, chooses: bool = False) -> Cause:
+    """The rule of `what_lowers_the_error`.
+
+    The first three are verdicts of the learned router against each, ``bound`` is that of the oracle against dense.
+    """
+    if dense in ("higher", "equal"):
+        of_bound: dict[Verdict, Cause] = {"lower": "separation, not learned", "open": "undecided"}
+        return of_bound.get(bound, "neither")
+    if dense == "open" or hashed == "open":
+        return "undecided"
+    if hashed in ("higher", "equal"):
+        return "capacity"
+    if oracle == "lower":
+        return "sharing between regimes" if chooses else "finer specialisation"
+    return "separation" if oracle in ("higher", "equal") else "undecided"
+
+
+def separation_and_error(results: Results) -> list[tuple[Result, float, float]]:
+    """(result, U, mean error) of every sparse cell."""
+    found = []
+    for result in results.mixed:
+        u, error = result.routing("regime_information"), results.mean_error(result)
+        if u is not None and error is not None:
+            found.append((result, u, error))
+    return found

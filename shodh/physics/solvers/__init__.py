@@ -1,0 +1,1 @@
+"""Discretisations and their stability limits; the regimes are built of them."""
