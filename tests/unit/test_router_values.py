@@ -1,4 +1,4 @@
-"""Every kind of router: names in checkpoints, initial weights, outputs and gradients, as recorded in router_values.json.
+"""Every kind of router: names in checkpoints, initial weights, outputs, gradients, as recorded in router_values.json.
 
 The numbers were recorded before routers became one class a kind. To record a new kind beside them:
 ``python tests/unit/test_router_values.py CASE``, with the case added to `CASES`, prints its line.
