@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "data"))
-
 from layouts import LAYOUTS, dpot_single, pdebench_cfd, pdebench_incompressible  # noqa: E402
 
 from shodh.core.errors import DataError  # noqa: E402

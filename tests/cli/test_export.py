@@ -13,8 +13,6 @@ import pytest
 from scipy.io import netcdf_file
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "data"))
-
 from layouts import pdebench_cfd  # noqa: E402
 
 from shodh.data.formats.export import write_vti  # noqa: E402

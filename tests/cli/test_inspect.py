@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "data"))
-
 from layouts import LAYOUTS, dpot_scattered, pdebench_cfd, pdebench_incompressible  # noqa: E402
 
 from shodh.data import write_trajectories  # noqa: E402

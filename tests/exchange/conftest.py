@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
-
 from laboratory import Laboratory, Run, make_laboratory
 
 SHORT = ("operator.train.steps=2", "operator.train.checkpoint_every=0", "operator.train.valid_every=0")
