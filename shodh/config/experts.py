@@ -1,71 +1,13 @@
-"""Settings of routed experts: router, balance, experts."""
+"""Settings of routed experts and of what balances them."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, model_validator
 
 from shodh.config.base import Few, Many, Section, Weight, Width
-
-
-class TemperatureSchedule(Section):
-    """Temperature that divides the router's logits: ``max(end, start * decay^steps)`` after so many optimiser steps."""
-
-    start: PositiveFloat = 2.0
-    end: PositiveFloat = 0.5
-    decay: PositiveFloat = Field(0.99, le=1.0, description="factor of one optimiser step")
-
-    @model_validator(mode="after")
-    def _check(self) -> TemperatureSchedule:
-        if self.end > self.start:
-            raise ValueError(f"end={self.end} is above start={self.start}; the temperature falls")
-        return self
-
-
-class RouterConfig(Section):
-    """How a token finds its experts."""
-
-    kind: Literal["token", "context", "two_level", "noisy_topk", "hash", "frozen", "oracle"] = Field(
-        "token", description="hash, frozen and oracle are controls: by position, random and untrained, by regime label"
-    )
-    score: Literal["cosine", "softmax"] = "cosine"
-    gate: Literal["linear", "conv"] = Field("linear", description="conv: MoE-POT's gate network; needs score softmax")
-    normalise: Literal["before", "after"] = Field(
-        "before", description="softmax over all experts before the top-k, or over the chosen ones after it"
-    )
-    temperature_schedule: TemperatureSchedule | None = Field(None, description="null: logits are not divided")
-    granularity: Literal["token", "sample"] = "token"
-    semantic_dim: Width = Field(
-        16, ge=2, description="width of the space in which tokens meet expert prototypes; of one, a cosine is a sign"
-    )
-    temperature: PositiveFloat = Field(8.0, description="initial inverse temperature of cosine scores, learned")
-    context_weight: Weight = Field(4.0, description="kind context: weight of the sample mean beside the token")
-    groups: Width = Field(
-        2, description="expert groups: two_level chooses one by the sample mean; oracle has one for each regime"
-    )
-
-    @property
-    def grouped(self) -> bool:
-        """Whether a token meets the experts of one group alone."""
-        return self.kind in ("two_level", "oracle")
-
-    @model_validator(mode="after")
-    def _check(self) -> RouterConfig:
-        if self.gate == "conv" and self.score != "softmax":
-            raise ValueError(f"gate conv gives logits; use score softmax with it, not {self.score}")
-        if self.kind == "noisy_topk" and (self.score, self.normalise) != ("softmax", "after"):
-            raise ValueError(
-                "kind noisy_topk is a linear gate and a softmax over the top k: use score softmax, normalise after"
-            )
-        if self.kind == "hash" and self.granularity == "sample":
-            raise ValueError("kind hash goes by the token's position, so it needs granularity token; use kind frozen")
-        if self.kind == "two_level" and self.groups > 1 and self.normalise == "after":
-            raise ValueError(
-                "kind two_level with normalise after never weights an expert by its group, and the gate of the groups "
-                "would get no gradient; use normalise before"
-            )
-        return self
+from shodh.config.routers import RouterConfig
 
 
 class BalanceConfig(Section):
@@ -114,20 +56,19 @@ class ExpertsConfig(Section):
             return self
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}")
-        learns = self.router.kind == "noisy_topk" or (
-            self.num_experts > 1 and self.router.kind not in ("hash", "frozen")
-        )
+        traits = self.router.traits
+        learns = traits.trained and (traits.noisy or self.num_experts > 1)
         if self.top_k == 1 and self.router.normalise == "after" and learns:
             raise ValueError(
                 "top_k=1 with router.normalise after gives every chosen expert the weight 1, and the router would get "
                 "no gradient; use router.normalise=before, or a larger top_k"
             )
-        if self.balance.load and self.router.kind != "noisy_topk":
+        if self.balance.load and not traits.noisy:
             raise ValueError(f"balance.load is defined by the noise of router.kind noisy_topk, not {self.router.kind}")
         groups = self.router.groups
-        if self.router.grouped and self.num_experts % groups:
+        if traits.grouped and self.num_experts % groups:
             raise ValueError(f"num_experts={self.num_experts} is not divisible by router.groups={groups}")
-        if self.router.grouped and self.top_k > self.num_experts // groups:
+        if traits.grouped and self.top_k > self.num_experts // groups:
             raise ValueError(
                 f"top_k={self.top_k} is more than the {self.num_experts // groups} experts of a group; "
                 "use fewer router.groups"

@@ -2,42 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from shodh.config.base import Layers, Many, Section, Weight, Width
 from shodh.config.experts import ExpertsConfig
 from shodh.config.training import TrainConfig
-
-#: What a configuration of MoE-POT need not say: the expert layer of its public code (arXiv 2510.25803).
-MOE_POT_EXPERTS: dict[str, Any] = {
-    "num_experts": 16,
-    "top_k": 4,
-    "form": "linear",
-    "num_shared": 2,
-    "shared_combine": "mean",
-    "router": {
-        "score": "softmax",
-        "gate": "conv",
-        "normalise": "after",
-        "granularity": "sample",
-        "temperature_schedule": {"start": 2.0, "end": 0.5, "decay": 0.99},
-    },
-    "balance": {"switch": 0.0, "information": 0.0, "z_loss": 0.0, "cv2": 0.1},
-}
-
-
-def _with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """``given`` completed from ``defaults``, nested mappings key by key."""
-    merged = dict(given)
-    for key, value in defaults.items():
-        if key not in merged:
-            merged[key] = value
-        elif isinstance(value, Mapping) and isinstance(merged[key], Mapping):
-            merged[key] = _with_defaults(merged[key], value)
-    return merged
 
 
 class FieldSpaceConfig(Section):
@@ -70,7 +41,7 @@ class OperatorConfig(Section):
     loss: Literal["mse", "over_persistence", "relative_l2"] = Field(
         "mse",
         description="error of a sample as it is, over the mean change of its regime in one step, or its norm over that "
-        "of the target, by channel (of fields alone, and their default)",
+        "of the target, by channel (of fields alone)",
     )
     input_noise: Weight = Field(
         0.0, description="standard deviation added to the normalised history; of fields: times each channel's rms"
@@ -83,18 +54,6 @@ class OperatorConfig(Section):
     def in_field_space(self) -> bool:
         """Whether it works on the fields themselves, without a tokenizer."""
         return self.kind != "latent_transformer"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults_of_kind(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping) or given.get("kind", "latent_transformer") == "latent_transformer":
-            return given
-        defaults: dict[str, Any] = {"loss": "relative_l2", "random_shifts": False}
-        if given["kind"] == "moe_pot":
-            defaults["experts"] = {**MOE_POT_EXPERTS, "hidden": given.get("dim", 128)}
-        else:
-            defaults["experts"] = {"num_experts": 0}
-        return _with_defaults(given, defaults)
 
     @model_validator(mode="after")
     def _check(self) -> OperatorConfig:
@@ -115,6 +74,13 @@ class OperatorConfig(Section):
 
     def _check_field_space(self) -> None:
         experts = self.experts
+        # The defaults are those of latents: of fields they are refused, not run unseen.
+        example = "moe_pot_tiny" if self.kind == "moe_pot" else "dpot_tiny"
+        if missing := [name for name in ("loss", "random_shifts", "experts") if name not in self.model_fields_set]:
+            raise ValueError(
+                f"kind {self.kind} needs {', '.join(missing)}, which have no default of fields; published models have "
+                f"loss relative_l2, random_shifts false and experts as in launch/configs/{example}.yaml"
+            )
         if self.kind != "moe_pot" and experts.num_experts:
             raise ValueError(f"kind {self.kind} is dense: use experts.num_experts 0, or kind moe_pot")
         if self.kind == "moe_pot" and experts.form == "linear" and experts.hidden != self.dim:

@@ -90,9 +90,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_oracle(self) -> RunConfig:
         router, regimes = self.operator.experts.router, len(self.data.regimes)
-        if self.operator.experts.num_experts and router.kind == "oracle" and router.groups != regimes:
+        if self.operator.experts.num_experts and router.traits.labelled and router.groups != regimes:
             raise ValueError(
-                f"operator.experts.router: an oracle has one group a regime, and there are {regimes}, not "
+                f"operator.experts.router: kind {router.kind} has one group a regime, and there are {regimes}, not "
                 f"{router.groups}; use groups={regimes}"
             )
         return self

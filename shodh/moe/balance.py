@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shodh.config import BalanceConfig
-from shodh.moe.router import SemanticRouter
+from shodh.moe.routers import Router
 from shodh.moe.routing import Routing
 
 
@@ -149,7 +149,7 @@ class GlobalBalance:
         return means_of_terms._replace(cv2=len(terms) * means_of_terms.importance)
 
 
-def update_selection_bias(router: SemanticRouter, counts: Tensor, rate: float) -> None:
+def update_selection_bias(router: Router, counts: Tensor, rate: float) -> None:
     """Loss-free balance: move each expert's selection bias by ``rate`` towards the mean load.
 
     Parameters

@@ -27,7 +27,7 @@ from shodh.config import ExpertsConfig
 from shodh.core.seeding import Key, generator
 from shodh.moe.gates import Gate
 from shodh.moe.grouped import ALIGNMENT, grouped_linear, mix_experts
-from shodh.moe.router import SemanticRouter
+from shodh.moe.routers import make_router
 from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing
 
 
@@ -231,7 +231,7 @@ class ExpertLayerReference(nn.Module):
     def __init__(self, config: ExpertsConfig, dim: int) -> None:
         super().__init__()
         self.width = output_width(config, dim)
-        self.router = SemanticRouter(config, dim)
+        self.router = make_router(config, dim)
         self.experts = build_stack(config, dim, config.num_experts)
         self.shared_experts = build_dense(config, dim, config.num_shared) if config.num_shared else None
         self.added_experts = build_added(config, dim)

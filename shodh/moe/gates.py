@@ -132,7 +132,7 @@ def make_gate(config: RouterConfig, dim: int, choices: int, alternatives: int) -
         gate = ConvGate(dim, choices)
     else:
         gate = Gate(dim, choices, config.score, config.semantic_dim, config.temperature)
-    if alternatives == 1 or config.kind == "frozen":
+    if alternatives == 1:
         freeze(gate)
     return gate
 

@@ -24,7 +24,7 @@ from shodh.config import ExpertsConfig
 from shodh.moe.experts import build_added, build_dense, build_stack, output_width
 from shodh.moe.grouped import Order, mix_experts
 from shodh.moe.groups import decay_groups
-from shodh.moe.router import SemanticRouter
+from shodh.moe.routers import make_router
 from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing
 
 
@@ -95,7 +95,7 @@ class ExpertLayer(AutoEPMoELayer):
     def __init__(self, config: ExpertsConfig, dim: int, ep_size: int, ep_rank: int) -> None:
         super().__init__(_spec(config, dim), _Source(config, dim), ep_size, ep_rank, AutoEPConfig())
         self.width = output_width(config, dim)
-        self.router = SemanticRouter(config, dim)
+        self.router = make_router(config, dim)
         _mark_replicated(self.router)
         with torch.device("meta"):
             stack = build_stack(config, dim, self.num_local_experts, self.first_expert)

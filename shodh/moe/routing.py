@@ -59,7 +59,7 @@ class RouterInputs(NamedTuple):
     Attributes
     ----------
     regime : Tensor [B], int64, optional
-        Regime of each sample, for the oracle alone.
+        Regime of each sample, for `labelled` kinds alone: the oracle, a control.
     noise : tuple of int, optional
         A seed for each sample, for the noisy top-k in training alone; see `shodh.moe.step.router_arguments`.
     """

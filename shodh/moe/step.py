@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shodh.config import ExpertsConfig
 from shodh.core.seeding import Key, stable_seed
 from shodh.moe.balance import update_selection_bias
-from shodh.moe.router import SemanticRouter
+from shodh.moe.routers import Router
 
 
 def router_arguments(
@@ -22,17 +22,18 @@ def router_arguments(
     Parameters
     ----------
     regime : Tensor [B]
-        Labels, given to an oracle alone.
+        Labels, given to the kinds that are `labelled` alone.
     samples : iterable of tuple
         A name for each sample, as (regime, trajectory, frame).
     noise_key : int or str
         The seed and the step in training, for the noise of the noisy top-k; empty in evaluation, which has none.
     """
-    if config.num_experts and config.router.kind == "oracle":
-        return {"regime": regime}
-    if config.num_experts and config.router.kind == "noisy_topk" and noise_key:
-        return {"noise": tuple(stable_seed("router noise", *noise_key, *name) for name in samples)}
-    return {}
+    given: dict[str, Any] = {}
+    if config.num_experts and config.router.traits.labelled:
+        given["regime"] = regime
+    if config.num_experts and config.router.traits.noisy and noise_key:
+        given["noise"] = tuple(stable_seed("router noise", *noise_key, *name) for name in samples)
+    return given
 
 
 def regime_arguments(config: ExpertsConfig, regime: int, like: Tensor) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def finish_step(model: nn.Module, config: ExpertsConfig, counts: Callable[[], Te
     counts : callable
         Gives the assignments ``[layers, E]`` of the step's global batch. Collective; called only if it is needed.
     """
-    routers = [m for m in model.modules() if isinstance(m, SemanticRouter)]
+    routers = [m for m in model.modules() if isinstance(m, Router)]
     if config.balance.bias_rate:
         for router, load in zip(routers, counts(), strict=True):
             update_selection_bias(router, load, config.balance.bias_rate)

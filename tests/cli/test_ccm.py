@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from helper import ROOT, run_script
+from published import published
 
 STUDY = "launch/ccm.py"
 
@@ -25,13 +26,15 @@ def study_file(tmp_path: Path) -> Path:
             "fields": [{"name": "vorticity"}],
             "regimes": [{"name": "vorticity_2d", "path": "unset"}],
         },
-        "operator": {
-            "kind": "fno",
-            "dim": 8,
-            "modes": 4,
-            "depth": 1,
-            "train": {"steps": 1, "warmup": 1, "global_batch": 4, "log_every": 1, "valid_batches": 1},
-        },
+        "operator": published(
+            {
+                "kind": "fno",
+                "dim": 8,
+                "modes": 4,
+                "depth": 1,
+                "train": {"steps": 1, "warmup": 1, "global_batch": 4, "log_every": 1, "valid_batches": 1},
+            }
+        ),
     }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     study = {

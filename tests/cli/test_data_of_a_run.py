@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import yaml
+from published import published
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             "fields": [{"name": "vorticity"}],
             "regimes": [{"name": "ns", "path": str(data), "format": "dpot"}],
         },
-        "operator": {"kind": "fno", "dim": 8, "modes": 2, "depth": 1, "train": train},
+        "operator": published({"kind": "fno", "dim": 8, "modes": 2, "depth": 1, "train": train}),
         "evaluation": {"rollout": 3},
     }
     config = folder / "ns.yaml"

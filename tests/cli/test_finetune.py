@@ -9,18 +9,21 @@ from pathlib import Path
 import pytest
 import yaml
 from helper import run_script
+from published import published
 
 FINETUNE = "launch/finetune.py"
-OPERATOR = {
-    "kind": "moe_pot",
-    "dim": 16,
-    "depth": 1,
-    "heads": 2,
-    "patch": 8,
-    "field": {"mlp": 16, "decoder": 8},
-    "experts": {"num_experts": 4, "top_k": 2},
-    "train": {"steps": 1, "warmup": 1, "global_batch": 4},
-}
+OPERATOR = published(
+    {
+        "kind": "moe_pot",
+        "dim": 16,
+        "depth": 1,
+        "heads": 2,
+        "patch": 8,
+        "field": {"mlp": 16, "decoder": 8},
+        "experts": {"num_experts": 4, "top_k": 2},
+        "train": {"steps": 1, "warmup": 1, "global_batch": 4},
+    }
+)
 
 
 @pytest.fixture

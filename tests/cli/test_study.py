@@ -15,19 +15,22 @@ from typing import Any
 import pytest
 import yaml
 from helper import ROOT, run_script
+from published import published
 
 STUDY = "launch/study.py"
-OPERATOR = {
-    "kind": "moe_pot",
-    "dim": 16,
-    "depth": 1,
-    "heads": 2,
-    "patch": 8,
-    "loss": "mse",
-    "field": {"mlp": 16, "decoder": 8},
-    "experts": {"num_experts": 4, "top_k": 2},
-    "train": {"steps": 2, "warmup": 1, "global_batch": 4},
-}
+OPERATOR = published(
+    {
+        "kind": "moe_pot",
+        "dim": 16,
+        "depth": 1,
+        "heads": 2,
+        "patch": 8,
+        "loss": "mse",
+        "field": {"mlp": 16, "decoder": 8},
+        "experts": {"num_experts": 4, "top_k": 2},
+        "train": {"steps": 2, "warmup": 1, "global_batch": 4},
+    }
+)
 
 
 @pytest.fixture

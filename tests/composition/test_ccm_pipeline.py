@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 from known_family import MEAN, SCALE, study_tree
+from published import published
 
 from shodh.config import dump_config
 from shodh.config.reading import section_from_dict
@@ -34,7 +35,7 @@ from shodh.experiments.composition.settings import CCMConfig
 from shodh.train.field_task import inherited_normalizer
 from shodh.train.ranks import Ranks
 
-SMALL: dict[str, Any] = {"kind": "fno", "dim": 8, "depth": 1, "modes": 2}
+SMALL: dict[str, Any] = published({"kind": "fno", "dim": 8, "depth": 1, "modes": 2})
 
 
 def make_study(root: Path, family: dict[str, Any] | None = None, **changes: Any) -> CCMConfig:

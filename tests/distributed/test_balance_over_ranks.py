@@ -12,7 +12,7 @@ from torch import Tensor
 from shodh.config import ExpertsConfig
 from shodh.models.init import initialise
 from shodh.moe.balance import BalanceTerms, GlobalBalance
-from shodh.moe.router import SemanticRouter
+from shodh.moe.routers import Router, make_router
 from shodh.moe.routing import RouterInputs
 
 pytestmark = pytest.mark.distributed
@@ -36,9 +36,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_routers(name: str) -> list[SemanticRouter]:
+def make_routers(name: str) -> list[Router]:
     config = ExpertsConfig(num_experts=6, **SETTINGS[name])
-    routers = [SemanticRouter(config, DIM) for _ in range(2)]
+    routers = [make_router(config, DIM) for _ in range(2)]
     for seed, router in enumerate(routers):
         initialise(torch.nn.ModuleDict({"router": router}), seed)
     return routers
@@ -52,7 +52,7 @@ def samples() -> Tensor:
     return x
 
 
-def evaluate(routers: list[SemanticRouter], x: Tensor, balance: GlobalBalance) -> BalanceTerms:
+def evaluate(routers: list[Router], x: Tensor, balance: GlobalBalance) -> BalanceTerms:
     routings = []
     for router in routers:
         seeds = tuple(int(1e6 * sample.abs().sum()) for sample in x) if router.kind == "noisy_topk" else None
@@ -60,7 +60,7 @@ def evaluate(routers: list[SemanticRouter], x: Tensor, balance: GlobalBalance) -
     return balance(routings)
 
 
-def gradients(routers: list[SemanticRouter], loss: Tensor) -> list[Tensor]:
+def gradients(routers: list[Router], loss: Tensor) -> list[Tensor]:
     parameters = [p for router in routers for p in router.parameters()]
     if not loss.requires_grad:  # A term that this router does not have.
         return [torch.zeros_like(p) for p in parameters]

@@ -13,6 +13,7 @@ import rank_jobs
 import torch
 from helper import ROOT, run_ranks
 from laboratory import Run
+from published import published
 
 import shodh
 from shodh.checkpoint.convert import convert
@@ -44,27 +45,29 @@ VOCABULARY = [
     {"name": "dye", "optional": True},
     {"name": "solid", "static": True, "optional": True},
 ]
-OPERATOR = {
-    "kind": "moe_pot",
-    "dim": 16,
-    "depth": 2,
-    "heads": 2,
-    "patch": 4,
-    "field": {"mlp": 16},
-    "input_noise": 0.05,
-    "experts": {"num_experts": 4, "top_k": 2, "hidden": 16, "router": {"kind": "token"}},
-    "train": {
-        "steps": STEPS,
-        "global_batch": 4,
-        "lr": 2.0e-3,
-        "schedule": "one_cycle",
-        "warmup": 2,
-        "log_every": 1,
-        "valid_every": 3,
-        "checkpoint_every": 3,
-        "valid_batches": 1,
-    },
-}
+OPERATOR = published(
+    {
+        "kind": "moe_pot",
+        "dim": 16,
+        "depth": 2,
+        "heads": 2,
+        "patch": 4,
+        "field": {"mlp": 16},
+        "input_noise": 0.05,
+        "experts": {"num_experts": 4, "top_k": 2, "hidden": 16, "router": {"kind": "token"}},
+        "train": {
+            "steps": STEPS,
+            "global_batch": 4,
+            "lr": 2.0e-3,
+            "schedule": "one_cycle",
+            "warmup": 2,
+            "log_every": 1,
+            "valid_every": 3,
+            "checkpoint_every": 3,
+            "valid_batches": 1,
+        },
+    }
+)
 
 
 def trajectories(name: str, batch: int, seed: int) -> Trajectories:

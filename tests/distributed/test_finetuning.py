@@ -13,6 +13,7 @@ import torch
 import yaml
 from helper import ROOT, run_ranks
 from laboratory import Laboratory, Run
+from published import published
 
 import shodh
 from shodh.checkpoint.convert import convert
@@ -30,25 +31,27 @@ from shodh.train.latents import open_for_operator
 pytestmark = pytest.mark.distributed
 
 STEPS = 3
-OPERATOR = {
-    "kind": "moe_pot",
-    "dim": 16,
-    "depth": 2,
-    "heads": 2,
-    "patch": 8,
-    "field": {"mlp": 16, "decoder": 8},
-    "experts": {"num_experts": 4, "top_k": 2, "hidden": 16},
-    "train": {
-        "steps": STEPS,
-        "warmup": 1,
-        "global_batch": 4,
-        "lr": 1e-2,
-        "weight_decay": 0.1,
-        "log_every": 1,
-        "checkpoint_every": 2,
-        "valid_batches": 1,
-    },
-}
+OPERATOR = published(
+    {
+        "kind": "moe_pot",
+        "dim": 16,
+        "depth": 2,
+        "heads": 2,
+        "patch": 8,
+        "field": {"mlp": 16, "decoder": 8},
+        "experts": {"num_experts": 4, "top_k": 2, "hidden": 16},
+        "train": {
+            "steps": STEPS,
+            "warmup": 1,
+            "global_batch": 4,
+            "lr": 1e-2,
+            "weight_decay": 0.1,
+            "log_every": 1,
+            "checkpoint_every": 2,
+            "valid_batches": 1,
+        },
+    }
+)
 TRAIN = {
     "all": ["finetune.train=all"],
     "experts": ["finetune.train=experts"],

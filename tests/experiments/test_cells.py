@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from published import published
 
 from shodh.config import RunConfig, config_from_dict, to_dict
 from shodh.core.errors import ConfigError
@@ -88,7 +89,7 @@ def test_dense_router_makes_up_for_the_large_gate_of_moe_pot(study_file: Callabl
     tree = yaml.safe_load(base.read_text())
     operator = {"kind": "moe_pot", "dim": 64, "depth": 2, "heads": 4, "patch": 8, "field": {"mlp": 64, "decoder": 8}}
     operator["experts"] = {"router": {"gate": "conv", "score": "softmax"}}
-    base.write_text(yaml.safe_dump({**tree, "operator": {**operator, "train": {"steps": 5}}}))
+    base.write_text(yaml.safe_dump({**tree, "operator": {**published(operator), "train": {"steps": 5}}}))
     cells = by_name(expand(load_study(study_file(seeds=1, models=["sparse", "dense_active", "dense_router"]))))
     sparse, narrow, wide = (
         model_size(cells[f"both-{m}-s0"].config)["active_parameters"]
@@ -183,7 +184,7 @@ def test_every_study_of_the_project_expands(path: Path, scale: Any, monkeypatch:
 
 def moe_pot(tree: dict[str, Any], **experts: Any) -> RunConfig:
     operator = {"kind": "moe_pot", "dim": 32, "depth": 2, "heads": 2, "patch": 4, "field": {"mlp": 32, "decoder": 8}}
-    return config_from_dict({**tree, "operator": {**operator, "experts": experts, "train": {"steps": 1}}})
+    return config_from_dict({**tree, "operator": published({**operator, "experts": experts, "train": {"steps": 1}})})
 
 
 @pytest.mark.parametrize("kind", ["token", "context", "frozen", "hash"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from published import published
 
 from shodh.config import RunConfig, config_from_dict
 from shodh.experiments.transfer.probe import (
@@ -27,7 +28,9 @@ def config_of(tree: dict[str, Any], kind: str) -> RunConfig:
     experts = {"num_experts": 4, "top_k": 1, "router": {"kind": kind, "groups": 2, "normalise": "before"}}
     operator = {"kind": "moe_pot", "dim": 16, "depth": 2, "heads": 2, "patch": 8, "experts": experts}
     train = {"steps": 3, "global_batch": 4}
-    return config_from_dict({**tree, "operator": {**operator, "field": {"mlp": 16, "decoder": 8}, "train": train}})
+    return config_from_dict(
+        {**tree, "operator": published({**operator, "field": {"mlp": 16, "decoder": 8}, "train": train})}
+    )
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from published import published
 from safetensors.torch import save_file
 
 from shodh.config import load_config, to_dict
@@ -28,16 +29,18 @@ from shodh.experiments.finetuning.settings import TuningConfig, load_tuning
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
 
-OPERATOR: dict[str, Any] = {
-    "kind": "moe_pot",
-    "dim": 16,
-    "depth": 1,
-    "heads": 2,
-    "patch": 8,
-    "field": {"mlp": 16, "decoder": 8},
-    "experts": {"num_experts": 4, "top_k": 2},
-    "train": {"steps": 2, "warmup": 1, "global_batch": 4, "lr": 1e-3},
-}
+OPERATOR: dict[str, Any] = published(
+    {
+        "kind": "moe_pot",
+        "dim": 16,
+        "depth": 1,
+        "heads": 2,
+        "patch": 8,
+        "field": {"mlp": 16, "decoder": 8},
+        "experts": {"num_experts": 4, "top_k": 2},
+        "train": {"steps": 2, "warmup": 1, "global_batch": 4, "lr": 1e-3},
+    }
+)
 
 
 @pytest.fixture

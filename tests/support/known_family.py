@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from published import published
 from safetensors.torch import save_file
 
 from shodh.checkpoint.convert import convert
@@ -42,15 +43,17 @@ MEAN, SCALE = 0.25, 2.0
 
 Changes = dict[str, Any]
 
-FNO: Changes = {"kind": "fno", "dim": 8, "depth": 2, "modes": 4}
-MOE_POT: Changes = {
-    "kind": "moe_pot",
-    "dim": 16,
-    "depth": 1,
-    "heads": 2,
-    "patch": 4,
-    "experts": {"num_experts": 4, "top_k": 2, "num_shared": 1, "hidden": 16},
-}
+FNO: Changes = published({"kind": "fno", "dim": 8, "depth": 2, "modes": 4})
+MOE_POT: Changes = published(
+    {
+        "kind": "moe_pot",
+        "dim": 16,
+        "depth": 1,
+        "heads": 2,
+        "patch": 4,
+        "experts": {"num_experts": 4, "top_k": 2, "num_shared": 1, "hidden": 16},
+    }
+)
 
 
 def study_tree(root: Path, operator: Changes, family: Changes | None = None, **changes: Any) -> dict[str, Any]:

@@ -233,15 +233,15 @@ def pretrain_with_frozen_experts(config_path: Path, overrides: list[str]) -> dic
 
 def pretrain_with_idle_experts(config_path: Path, overrides: list[str]) -> dict[str, Any]:
     """As `pretrain`; no token goes to the experts of the last rank."""
-    from shodh.moe.router import SemanticRouter
+    from shodh.moe.routers import Router
 
-    reset = SemanticRouter.__init__
+    reset = Router.__init__
 
-    def biased(router: SemanticRouter, *arguments: Any) -> None:
+    def biased(router: Router, *arguments: Any) -> None:
         reset(router, *arguments)
         router.selection_bias[router.num_experts // 2 :] = -9.0
 
-    SemanticRouter.__init__ = biased  # type: ignore[method-assign]
+    Router.__init__ = biased  # type: ignore[method-assign]
     return pretrain(config_path, overrides)
 
 
@@ -274,7 +274,7 @@ def products_of_every_entry(config_path: Path, overrides: list[str], folder: Pat
     from shodh.core.precision import float32_products
     from shodh.evaluate.evaluation import evaluate, open_run
     from shodh.models.tokenizer import Tokenizer
-    from shodh.moe import router
+    from shodh.moe.routers import Router
     from shodh.train import jobs
 
     torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -291,7 +291,7 @@ def products_of_every_entry(config_path: Path, overrides: list[str], folder: Pat
 
     note(Tokenizer, "emit")
     note(Tokenizer, "encode")
-    note(router.SemanticRouter, "forward")
+    note(Router, "forward")
 
     def predict() -> None:
         model = shodh.from_pretrained(folder)

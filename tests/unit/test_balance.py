@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shodh.config import BalanceConfig, ExpertsConfig
 from shodh.moe.balance import BalanceTerms, GlobalBalance, entropy, update_selection_bias
-from shodh.moe.router import SemanticRouter
+from shodh.moe.routers import make_router
 from shodh.moe.routing import Routing, count_assignments
 
 EXPERTS = 6
@@ -194,7 +194,7 @@ def test_validation_leaves_the_step_alone() -> None:
 
 
 def test_selection_bias_moves_by_its_rate_towards_the_mean_load() -> None:
-    router = SemanticRouter(ExpertsConfig(num_experts=4, router={"kind": "token"}), 8)
+    router = make_router(ExpertsConfig(num_experts=4, router={"kind": "token"}), 8)
     update_selection_bias(router, torch.tensor([10, 5, 0, 5]), 1e-3)
     assert torch.equal(router.selection_bias, torch.tensor([-1e-3, 0.0, 1e-3, 0.0]))
     update_selection_bias(router, torch.tensor([10, 2, 2, 2]), 1e-3)
@@ -203,12 +203,12 @@ def test_selection_bias_moves_by_its_rate_towards_the_mean_load() -> None:
 
 def test_selection_bias_evens_out_a_skewed_load() -> None:
     """The loss-free rule alone, on fixed scores: 2408.15664, figure 1."""
-    router = SemanticRouter(ExpertsConfig(num_experts=EXPERTS, router={"kind": "token"}), 8)
+    router = make_router(ExpertsConfig(num_experts=EXPERTS, router={"kind": "token"}), 8)
     draw = torch.Generator().manual_seed(0)
     probs = (torch.randn(600, EXPERTS, generator=draw) + torch.tensor([1.5, 0, 0, 0, -0.5, -1])).softmax(-1)
 
     def load() -> Tensor:
-        return count_assignments(router._select(probs, probs[:, :0]), EXPERTS).float()
+        return router.choose(probs.log(), probs).counts.float()
 
     worst = load().max() / 100
     for _ in range(400):

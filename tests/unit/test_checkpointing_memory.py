@@ -66,6 +66,8 @@ def latent(layer: str) -> Build:
 def fields(depth: int, checkpointing: bool) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     config = OperatorConfig(
         kind="moe_pot",
+        loss="relative_l2",
+        random_shifts=False,
         dim=32,
         heads=4,
         depth=depth,

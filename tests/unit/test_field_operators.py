@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from published import published
 from torch import Tensor
 
 from shodh.config import OperatorConfig
@@ -23,11 +26,12 @@ from shodh.schema.fields import Field
 
 PUBLISHED = FieldSpace(channels=4, static=0, grid=(128, 128), history=10)
 SPACES = [FieldSpace(3, 1, (16, 8), 4), FieldSpace(3, 1, (8, 8, 16), 4)]
+CONFIGS = Path(__file__).parents[2] / "launch" / "configs"
 KINDS = ["dpot", "moe_pot", "fno", "unet"]
 
 
 def build(space: FieldSpace, **settings: Any) -> FieldOperator:
-    return build_field_operator(OperatorConfig(**settings), space, ExpertLayerReference)
+    return build_field_operator(OperatorConfig(**published(settings)), space, ExpertLayerReference)
 
 
 def tiny(kind: str, space: FieldSpace = SPACES[0], **changes: Any) -> FieldOperator:
@@ -210,11 +214,13 @@ def test_coordinates_go_from_zero_to_one() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"kind": "dpot", "experts": {"num_experts": 4}}, ["dense", "moe_pot"]),
-        ({"kind": "moe_pot", "dim": 64, "experts": {"hidden": 32}}, ["experts.hidden=32", "dim=64"]),
-        ({"kind": "fno"}, ["modes"]),
-        ({"kind": "unet", "random_shifts": True}, ["random_shifts"]),
-        ({"kind": "unet", "loss": "over_persistence"}, ["over_persistence", "relative_l2"]),
+        (published({"kind": "dpot", "experts": {"num_experts": 4}}), ["dense", "moe_pot"]),
+        (published({"kind": "moe_pot", "dim": 64, "experts": {"hidden": 32}}), ["experts.hidden=32", "dim=64"]),
+        (published({"kind": "fno"}), ["modes"]),
+        (published({"kind": "unet", "random_shifts": True}), ["random_shifts"]),
+        (published({"kind": "unet", "loss": "over_persistence"}), ["over_persistence", "relative_l2"]),
+        ({"kind": "fno", "modes": 4}, ["loss, random_shifts, experts", "dpot_tiny.yaml"]),
+        ({"kind": "moe_pot", "loss": "mse", "random_shifts": False}, ["needs experts", "moe_pot_tiny.yaml"]),
         ({"loss": "relative_l2"}, ["relative_l2", "latent"]),
     ],
 )
@@ -224,9 +230,13 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], 
     assert all(word in str(caught.value) for word in words)
 
 
-def test_moe_pot_without_settings_is_the_published_one() -> None:
-    config = OperatorConfig(kind="moe_pot", dim=64, experts={"router": {"granularity": "token"}})
-    experts = config.experts
-    assert (experts.num_experts, experts.top_k, experts.num_shared, experts.hidden) == (16, 4, 2, 64)
-    assert (experts.router.granularity, experts.router.gate, experts.balance.cv2) == ("token", "conv", 0.1)
-    assert config.loss == "relative_l2" and OperatorConfig.model_validate(config.model_dump()) == config
+@pytest.mark.parametrize("name", ["moe_pot_tiny", "moe_pot_small", "moe_pot_paper"])
+def test_files_of_moe_pot_say_what_was_published(name: str) -> None:
+    said = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["operator"]
+    experts = OperatorConfig(**said).experts
+    assert (experts.num_experts, experts.top_k, experts.num_shared, experts.hidden) == (16, 4, 2, said["dim"])
+    assert (experts.form, experts.shared_combine, experts.balance.cv2) == ("linear", "mean", 0.1)
+    assert (experts.router.granularity, experts.router.gate, experts.router.normalise) == ("sample", "conv", "after")
+    assert (experts.balance.switch, experts.balance.information, experts.balance.z_loss) == (0, 0, 0)
+    schedule = experts.router.temperature_schedule
+    assert schedule is not None and (schedule.start, schedule.end, schedule.decay) == (2.0, 0.5, 0.99)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from published import published
 
 from shodh.checkpoint.description import ModelDescription, Source
 from shodh.checkpoint.pretrained import FieldModel, ShodhModel
@@ -28,7 +29,7 @@ FIELDS = [
 ]
 OPERATORS: dict[str, dict[str, Any]] = {
     "latents": {"dim": 32, "depth": 1, "heads": 2, "experts": {"hidden": 32}},
-    "fields": {"kind": "fno", "dim": 8, "depth": 1, "modes": 2},
+    "fields": published({"kind": "fno", "dim": 8, "depth": 1, "modes": 2}),
 }
 CONSTANTS = {"velocity": (0.0, 2.0), "temperature": (300.0, 5.0), "ambient": (101325.0, 0.0)}
 

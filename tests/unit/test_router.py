@@ -10,22 +10,22 @@ from torch import Tensor
 
 from shodh.config import ExpertsConfig
 from shodh.models.init import initialise
-from shodh.moe.router import SemanticRouter
+from shodh.moe.routers import Router, make_router
 from shodh.moe.routing import Routing
 
 DIM, SAMPLES, TOKENS, EXPERTS = 10, 3, 7, 6
 KINDS = ("token", "context", "two_level")
 
 
-def make(seed: int = 0, **settings: Any) -> SemanticRouter:
+def make(seed: int = 0, **settings: Any) -> Router:
     router = settings.pop("router", {})
     config = ExpertsConfig(num_experts=EXPERTS, router={"kind": "token", "groups": 3, **router}, **settings)
-    module = SemanticRouter(config, DIM)
+    module = make_router(config, DIM)
     initialise(torch.nn.ModuleDict({"router": module}), seed)
     return module
 
 
-def route(router: SemanticRouter, x: Tensor) -> tuple[Tensor, Routing]:
+def route(router: Router, x: Tensor) -> tuple[Tensor, Routing]:
     routing: Routing = router(x)
     return routing.weights, routing
 

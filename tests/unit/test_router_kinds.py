@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shodh.config import ExpertsConfig
 from shodh.models.init import initialise
-from shodh.moe.router import SemanticRouter
+from shodh.moe.routers import Router, make_router
 from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing
 
 DIM, SAMPLES, TOKENS, EXPERTS = 10, 3, 7, 6
@@ -20,13 +20,13 @@ NOISY = {"kind": "noisy_topk", **AFTER}
 SEEDS = RouterInputs(noise=(11, 12, 13))
 
 
-def make(router: dict[str, Any], top_k: int = 2, seed: int = 0, **settings: Any) -> SemanticRouter:
-    module = SemanticRouter(ExpertsConfig(num_experts=EXPERTS, top_k=top_k, router=router, **settings), DIM)
+def make(router: dict[str, Any], top_k: int = 2, seed: int = 0, **settings: Any) -> Router:
+    module = make_router(ExpertsConfig(num_experts=EXPERTS, top_k=top_k, router=router, **settings), DIM)
     initialise(torch.nn.ModuleDict({"router": module}), seed)
     return module
 
 
-def route(router: SemanticRouter, x: Tensor, inputs: RouterInputs = NO_INPUTS) -> Routing:
+def route(router: Router, x: Tensor, inputs: RouterInputs = NO_INPUTS) -> Routing:
     routing: Routing = router(x, inputs)
     return routing
 
@@ -35,7 +35,7 @@ def tokens(seed: int = 1, samples: int = SAMPLES) -> Tensor:
     return torch.randn(samples, TOKENS, DIM, generator=torch.Generator().manual_seed(seed))
 
 
-def trained(router: SemanticRouter) -> SemanticRouter:
+def trained(router: Router) -> Router:
     """A noisy router whose gates are no longer zero."""
     with torch.no_grad():
         for number, parameter in enumerate(router.parameters()):

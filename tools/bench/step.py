@@ -46,7 +46,7 @@ PHASES = ("forward", "backward", "optimizer")
 KINDS = ("sparse", "dense", "all_experts")
 EXAMPLES = """examples:
   python tools/bench/step.py --config launch/configs/demo.yaml --out bench/step_demo.json
-  python tools/bench/step.py --config launch/configs/moe_pot_tiny.yaml --set operator.dim=256 operator.field.mlp=256
+  python tools/bench/step.py --config launch/configs/moe_pot_tiny.yaml --set operator.field.mlp=256
   python tools/bench/step.py --batch 1 --set "data.grid=[128, 128, 128]" operator.dim=256 operator.experts.num_experts=8
 """
 

@@ -62,8 +62,9 @@ def expand_tuning(tuning: TuningConfig, base: Base, world_size: int = 1) -> list
         cell's configuration is impossible; the message names it.
     """
     experts = base.config.operator.experts
-    if experts.num_experts and experts.router.kind == "oracle":
-        raise ConfigError(f"{base.path} has an oracle router, which has no experts for a regime it was not trained on")
+    if experts.num_experts and experts.router.traits.labelled:
+        kind = experts.router.kind
+        raise ConfigError(f"{base.path}: its router kind {kind} has no experts for a regime it was not trained on")
     if experts.num_added and "new_expert" in tuning.train:
         raise ConfigError(f"{base.path} has added experts already; leave out new_expert")
     tree = apply_overrides(to_dict(base.config), tuning.set)

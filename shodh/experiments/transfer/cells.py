@@ -110,7 +110,7 @@ def _combinations(study: StudyConfig) -> Iterator[Combination]:
 def _variants(study: StudyConfig) -> list[dict[str, Any]]:
     """Settings of the sparse model: the product of the axes; groups, where they fit, for two_level routers alone."""
     variants: list[dict[str, Any]] = []
-    axes = {"router": study.routers, "balance": study.balances, "experts": study.experts}
+    axes: dict[str, tuple[Any, ...]] = {"router": study.routers, "balance": study.balances, "experts": study.experts}
     used = {name: values for name, values in axes.items() if values}
     for values in product(*used.values()):
         variant = dict(zip(used, values, strict=True))

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from shodh.config import RunConfig
 from shodh.models.factory import build_operator
 from shodh.models.field_space import FieldSpace
-from shodh.moe.router import SemanticRouter
+from shodh.moe.routers import Router
 from shodh.schema.domain import num_static_features
 
 BACKWARD = 2  # a backward pass costs twice the forward's products: gradients of inputs and of weights
@@ -68,12 +68,12 @@ def _router_flops(config: RunConfig) -> int:
     """Two a weight and decision, for a token or a sample."""
     with torch.device("meta"):
         model = build_operator(config)
-    routers = [m for m in model.modules() if isinstance(m, SemanticRouter)]
+    routers = [m for m in model.modules() if isinstance(m, Router)]
     gates = sum(t.numel() for r in routers for t in (*r.parameters(), *_frozen(r)) if t.ndim == 2)
     decisions = 1 if config.operator.experts.router.granularity == "sample" else math.prod(model.token_grid)
     return 2 * gates * decisions
 
 
-def _frozen(router: SemanticRouter) -> list[torch.Tensor]:
+def _frozen(router: Router) -> list[torch.Tensor]:
     """Weights of a gate that is not trained, which are buffers."""
-    return list(router.buffers()) if router.kind == "frozen" else []
+    return [] if router.traits.trained else list(router.buffers())

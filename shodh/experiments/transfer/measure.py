@@ -154,7 +154,7 @@ def _plasticity(
     experts = config.operator.experts
     if fresh is None or fresh[1].name in [r.name for r in config.data.regimes]:
         return None
-    if experts.num_experts and experts.router.kind == "oracle":
+    if experts.num_experts and experts.router.traits.labelled:
         return None
     settings, regime = fresh
     probe = Probe(_learning_only(config, regime), device)

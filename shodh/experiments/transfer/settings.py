@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, model_validator
 
 from shodh.config import RegimeConfig, RunConfig, Section, apply_overrides, config_from_dict, load_config, to_dict
 from shodh.config.base import PositiveInt, Seeds, Width
 from shodh.config.reading import section_from_dict
+from shodh.config.routers import ROUTERS
 from shodh.core.errors import ConfigError
 from shodh.core.reading import read_yaml
 
@@ -26,7 +27,17 @@ ModelName = Literal[
     "sparse_frozen",
     "sparse_oracle",
 ]
-RouterName = Literal["token", "context", "two_level"]
+
+
+def _learned(kind: str) -> str:
+    """A kind of router that a study may compare: no control."""
+    kinds = [name for name, traits in ROUTERS.items() if traits.trained and not traits.labelled]
+    if kind not in kinds:
+        raise ValueError(f"expected a kind of router that learns: one of {', '.join(kinds)}")
+    return kind
+
+
+RouterName = Annotated[str, AfterValidator(_learned)]
 BalanceName = Literal["switch", "information", "both", "none"]
 ScaleName = Literal["tiny", "small", "paper"]
 

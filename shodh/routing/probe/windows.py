@@ -46,9 +46,9 @@ class ProbeRegime:
         return self.regimes.domains[self.number]
 
     def router_arguments(self, experts: ExpertsConfig, like: Tensor) -> dict[str, Any]:
-        """What the operator's routers are told of ``like.shape[0]`` samples; nothing, unless they are oracles."""
-        if self.left_out and experts.num_experts and experts.router.kind == "oracle":
-            raise DataError(f"{self.name} was not trained on, and an oracle router has no experts for it")
+        """What the operator's routers are told of ``like.shape[0]`` samples; nothing, unless they are labelled."""
+        if self.left_out and experts.num_experts and experts.router.traits.labelled:
+            raise DataError(f"{self.name} was not trained on, and a router that goes by labels has no experts for it")
         return regime_arguments(experts, self.number, like)
 
     def by_name(self, channels: Tensor, *, static: bool = False) -> dict[str, Tensor]:
