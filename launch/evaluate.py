@@ -1,47 +1,7 @@
-"""Evaluate a run on held-out trajectories: errors by regime, rollouts, divergence, routing, as table, JSON and page."""
+"""The command ``shodh evaluate``."""
 
-from __future__ import annotations
-
-import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
-
+from shodh.commands.evaluate import main
 from shodh.core.cli import run_main
-from shodh.core.devices import pick_device
-from shodh.evaluate.evaluation import evaluate, open_run
-from shodh.evaluate.report import write_report
-from shodh.train.runtime import quiet_logs
-
-EXAMPLES = """examples:
-  python launch/evaluate.py --run runs/demo
-  python launch/evaluate.py --run runs/demo --checkpoint step_00000200 --split valid
-"""
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", required=True, type=Path, help="run folder; the report is written to RUN/report")
-    parser.add_argument("--checkpoint", help="tag of a checkpoint (default: the newest)")
-    parser.add_argument("--split", choices=("valid", "test"), help="default: what the run's configuration says")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    quiet_logs()
-    evaluator = open_run(args.run, args.checkpoint, torch.device(pick_device(args.device)))
-    evaluation = evaluate(evaluator, args.split or evaluator.config.evaluation.split)
-    sys.stdout.write(write_report(evaluator.folder, evaluation))
-    sys.stdout.write(f"\nreport: {evaluator.folder.report / 'index.html'}\n")
-    return 0
-
 
 if __name__ == "__main__":
     run_main(main)

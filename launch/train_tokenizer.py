@@ -1,31 +1,7 @@
-"""Train the tokenizer: the autoencoder between fields and latents."""
+"""The command ``shodh tokenizer``."""
 
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from shodh.config import load_config
-from shodh.core.cli import training_parser
-from shodh.train.runtime import quiet_logs, run_ranks
-
-EXAMPLES = """examples:
-  deepspeed --num_gpus 2 launch/train_tokenizer.py --config launch/configs/demo.yaml
-  deepspeed --num_gpus 2 launch/train_tokenizer.py --config launch/configs/demo.yaml --resume auto
-  python launch/train_tokenizer.py --config launch/configs/demo.yaml --set tokenizer.train.steps=50
-"""
-
-
-def main() -> int:
-    args = training_parser(__doc__, EXAMPLES).parse_args()
-    quiet_logs(args.verbose)
-    config = load_config(args.config, args.set)
-    from shodh.train.jobs import train_tokenizer
-
-    return 0 if train_tokenizer(config, args.resume) else 3
-
+from shodh.commands.tokenizer import main
+from shodh.train.runtime import run_ranks
 
 if __name__ == "__main__":
     run_ranks(main)

@@ -1,76 +1,7 @@
-"""Write any checkpoint as a folder of safetensors that shodh.from_pretrained loads: tokenizer and operator together.
+"""The command ``shodh convert``."""
 
-SRC is a run folder (its newest checkpoint, or --tag), a checkpoint folder, a folder that DeepSpeed itself wrote (ZeRO
-1, 2 or 3 at any expert-parallel degree, or universal), a safetensors file, or a converted folder (to change its dtype
-or its shards). OUT gets model.safetensors (or shards and their index), config.json and a model card. DeepSpeed is not
-needed, and nothing in a .pt file is run. fp32 takes the float32 master weights where a run trained in lower precision;
-bf16 and fp16 are rounded from the same, which gives the bits that the run computed with. Buffers (statistics, bases,
-selection biases) stay float32.
-"""
-
-from __future__ import annotations
-
-import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from shodh.commands.convert import main
 from shodh.core.cli import run_main
-from shodh.core.strict_json import write_json
-
-EXAMPLES = """examples:
-  python tools/convert_checkpoint.py runs/demo converted/demo --verify
-  python tools/convert_checkpoint.py runs/demo/checkpoints/step_00000400 converted/demo-bf16 --dtype bf16
-  python tools/convert_checkpoint.py converted/demo converted/shards --max-shard-size 500MB
-  deepspeed launch/pretrain.py --config C --set name=next --init-from converted/demo      back again
-"""
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", metavar="SRC", type=Path, help="what to convert")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="default: %(default)s")
-    parser.add_argument("--verify", action="store_true", help="read OUT and compare every tensor with SRC, bit by bit")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: %(default)s)")
-    parser.add_argument("--tokenizer", type=Path, metavar="RUN", help="the tokenizer's run (default: as configured)")
-    parser.add_argument("--config", type=Path, help="the run's config.yaml, if it is not at or above SRC")
-    parser.add_argument("--tag", help="checkpoint of a run folder (default: the newest)")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if this command wrote it")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload OUT to the hub as owner/name")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was done as JSON")
-    return parser.parse_args(argv)
-
-
-def main() -> int:
-    args = parse()
-    from shodh.checkpoint.convert import convert, parse_size, push_to_hub
-
-    done = convert(
-        args.source,
-        args.out,
-        args.dtype,
-        max_shard_size=parse_size(args.max_shard_size),
-        tokenizer=args.tokenizer,
-        tag=args.tag,
-        config_path=args.config,
-        verify=args.verify,
-        overwrite=args.overwrite,
-    )
-    if args.json is not None:
-        write_json(args.json, done.to_dict())
-    masters = ", from the float32 master weights" if done.masters else ""
-    checked = ", verified bit by bit" if done.verified else ""
-    print(f"{done.out}: {done.tensors} tensors, {done.bytes / 1e6:,.1f} MB in {done.dtype}{masters}{checked}")
-    print(f"parameters: {done.parameters['total']:,} total, {done.parameters['active']:,} active a token")
-    print(f"load it: shodh.from_pretrained({done.out!r})")
-    if args.push_to_hub:
-        print(f"pushed: {push_to_hub(args.out, args.push_to_hub)}")
-    return 0
-
 
 if __name__ == "__main__":
     run_main(main)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from shodh.config.base import Section
 from shodh.config.run import RunConfig
 from shodh.core.errors import ConfigError
-from shodh.core.reading import MAX_DEPTH, parse_yaml, read_yaml
+from shodh.core.reading import MAX_DEPTH, parse_yaml, read_settings
 
 MAX_MESSAGES = 10  # of one configuration
 
@@ -136,15 +136,14 @@ def config_from_dict(tree: Any, source: str = "configuration") -> RunConfig:
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a YAML file, apply ``--set`` overrides and validate.
+    """Read a YAML file or the packaged one of that name, apply ``--set`` overrides and validate.
 
     Raises
     ------
     ConfigError
         The file cannot be read, is not YAML, or has unknown, missing or impossible settings.
     """
-    path = Path(path)
-    tree = read_yaml(path)
+    tree = read_settings(path)
     if isinstance(tree, dict):
         tree = apply_overrides(tree, overrides)
     return config_from_dict(tree, str(path))

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from shodh.core.errors import ConfigError, ShodhError
+from shodh.core.presets import find_preset, presets
 
 MAX_YAML = 1 << 20  # bytes; a configuration has a few thousand
 MAX_JSON = 1 << 28  # an index of shards or a manifest may be long, and JSON is read fast
@@ -191,6 +192,14 @@ def read_text(path: Path, what: str = "file", error: ErrorKind = ConfigError, li
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as cause:
         raise error(f"{path} is not UTF-8 text (byte {cause.start}); save it as UTF-8") from cause
+
+
+def read_settings(path: str | Path) -> Any:
+    """The tree of a configuration, or of the packaged one of that name; raises `ConfigError`, which names it."""
+    found = find_preset(Path(path), "configs")
+    if found.parent == Path() and not found.suffix and not found.exists():
+        raise ConfigError(f"there is no file {path}, and no packaged configuration of that name; they are {presets()}")
+    return read_yaml(found)
 
 
 def read_yaml(path: Path, what: str = "configuration", error: ErrorKind = ConfigError) -> Any:

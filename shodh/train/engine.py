@@ -16,6 +16,7 @@ from torch import nn
 from shodh.config import TrainConfig
 from shodh.core.distributed import gather
 from shodh.core.errors import ConfigError
+from shodh.core.presets import find_preset
 from shodh.core.reading import read_json
 from shodh.core.topology import Topology
 from shodh.models.kernels import Kernels, adamw, describe_kernels
@@ -57,7 +58,7 @@ def load_deepspeed_config(path: Path, train: TrainConfig, topology: Topology) ->
         The file cannot be read, contradicts the run's configuration, rounds gradients or lets those that are not
         finite pass, or asks for ZeRO stage 0 (whose gradient norm is wrong with experts spread over ranks).
     """
-    config = read_json(path, "DeepSpeed configuration")
+    config = read_json(find_preset(path, "ds_configs"), "DeepSpeed configuration")
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: expected a JSON object of settings, got {type(config).__name__}")
     of_run = {

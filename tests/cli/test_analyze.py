@@ -65,12 +65,12 @@ def test_bad_input_is_answered_in_one_line(tmp_path: Path) -> None:
     ]
     listed = [[[str(a) for a in arguments], text] for arguments, text in cases]
     code = (
-        "import json, sys; sys.path.insert(0, 'tools')\n"
-        "import analyze_routing\n"
+        "import json, sys\n"
+        "from shodh.commands import analyze\n"
         "from shodh.core.cli import run_main\n"
         "for arguments, _ in json.loads(sys.argv[1]):\n"
         "    try:\n"
-        "        run_main(lambda: analyze_routing.main(['--out', sys.argv[2], *arguments]))\n"
+        "        run_main(lambda: analyze.main(['--out', sys.argv[2], *arguments]))\n"
         "    except SystemExit as end:\n"
         "        sys.stdout.write(f'{end.code}\\n')\n"
     )

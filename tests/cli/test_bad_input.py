@@ -266,7 +266,6 @@ def test_launcher_refuses_more_ranks_than_cards(config: Path, out: Path) -> None
 def test_reader_of_the_output_that_leaves_is_no_error() -> None:
     """``| head -1``: no traceback, and no second one when Python flushes at its end."""
     code = (
-        "import sys; sys.path.insert(0, '.')\n"
         "from shodh.core.cli import run_main\n"
         "run_main(lambda: print('x' * 70000, flush=True) or print('y' * 10**6) or 0)\n"
     )

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shodh.commands import fetch_rock
 from shodh.core.errors import DataError
 from shodh.physics import get_regime
 from shodh.physics.geometry import blobs
-from tools import fetch_rock
 
 SHAPE = (24, 24, 24)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
-import importlib.util
+import importlib
 import io
 import json
 import multiprocessing
@@ -45,12 +45,7 @@ QUICK = ["--set", "open_channel.spin_up=0", "open_channel.frame_interval=0.02"]
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_data", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["generate_data"] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("shodh.commands.generate")
 
 
 @pytest.fixture

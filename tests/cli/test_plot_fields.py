@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from pathlib import Path
 from types import ModuleType
 
@@ -15,16 +15,10 @@ from shodh.data import WellFile, write_trajectories
 from shodh.physics import get_regime
 from shodh.report.gallery import find_files, middle_slice
 
-TOOL = Path(__file__).parents[2] / "tools" / "plot_fields.py"
-
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plot_fields", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("shodh.commands.plot")
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def test_full_disk_is_told_by_every_library_that_writes(tmp_path: Path) -> None:
 def test_limit_on_the_size_of_files(library: str, tmp_path: Path) -> None:
     """In a process of its own, whose files may have 64 KiB."""
     code = (
-        "import resource, sys; sys.path.insert(0, '.')\n"
+        "import resource, sys\n"
         "import h5py, numpy, torch\nfrom safetensors.torch import save_file\nfrom shodh.core.cli import run_main\n"
         "path = sys.argv[2]\n"
         "def h5py_():\n"

@@ -124,7 +124,7 @@ def test_an_unknown_scale_is_refused(tmp_path: Path) -> None:
         (["data.history=3"], "history 3, prefix 2 and rollout 3 need 8"),
         (["data.stride=2"], r"data\.stride must be 1"),
         (["data.regimes.0.name=waves"], r"the one regime 'vorticity_2d', not \['waves'\]"),
-        (["operator.kind=latent_transformer"], "needs a tokenizer; use one on fields"),
+        (["operator.kind=latent_transformer", "operator.loss=mse"], "needs a tokenizer; use one on fields"),
     ],
 )
 def test_a_base_run_that_does_not_fit_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from fine_grids import EXPLICIT, fine
 
 from shodh.core.errors import UnstableError
 from shodh.generation.checking import check
@@ -31,6 +30,7 @@ from shodh.physics.solvers.stability import (
 )
 from shodh.physics.solvers.stabilized import legendre_step, stability_limit
 from shodh.physics.solvers.through_flow import ThroughFlow
+from tools.bench.fine_grids import EXPLICIT, fine
 
 SPACE, SPACING = (4, 8, 6), (0.25, 0.1, 0.17)  # cells of three different edges
 ALTERNATING = (torch.arange(4)[:, None, None] + torch.arange(8)[:, None] + torch.arange(6)) % 2 * -2.0 + 1.0

@@ -1,6 +1,6 @@
 """Steps of every explicit regime at the spacing of fine grids: length, share of the limit of stability, ranges.
 
-Each regime runs in a small box with the spacing of 128 cells an axis (tests/support/fine_grids.py), and what it makes
+Each regime runs in a small box with the spacing of 128 cells an axis (fine_grids.py), and what it makes
 is checked against its bounds as tools/generate_data.py checks it. "dt max" is the longest step, "dt/limit" the largest
 share of its limit that a step took, "limit" their quotient.
 """
@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+import torch
+from fine_grids import EXPLICIT, fine
 
-import torch  # noqa: E402
-from fine_grids import EXPLICIT, fine  # noqa: E402
-
-from shodh.core.cli import run_main  # noqa: E402
-from shodh.generation.checking import check  # noqa: E402
+from shodh.core.cli import run_main
+from shodh.generation.checking import check
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from shodh.config import RegimeConfig, RunConfig, Section, apply_overrides, conf
 from shodh.config.base import PositiveInt, Seed, Seeds
 from shodh.config.reading import merge_trees, section_from_dict
 from shodh.core.errors import ConfigError
-from shodh.core.reading import read_yaml
+from shodh.core.reading import read_settings
 from shodh.core.topology import fitting_ep_size
 from shodh.merge.coordinates import ParameterMap
 
@@ -259,7 +259,7 @@ def load_ccm(
     ConfigError
         The file cannot be read, has unknown, missing or impossible settings, or is not defined at the scale.
     """
-    tree = read_yaml(path)
+    tree = read_settings(path)
     study = section_from_dict(CCMConfig, tree, str(path))
     if scale not in study.scales:
         raise ConfigError(f"{path} is not defined at scale {scale}; it has {list(study.scales)}")

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from shodh.config import RegimeConfig, Section, to_dict
 from shodh.config.base import Few, PositiveInt, Seeds
 from shodh.config.reading import section_from_dict
-from shodh.core.reading import read_yaml
+from shodh.core.reading import read_settings
 from shodh.experiments.finetuning.base import open_base, regimes_of
 
 Way = Literal["all", "experts", "new_expert"]
@@ -80,7 +80,7 @@ def load_tuning(path: Path | None, named: Sequence[str] = (), maps: Sequence[str
         The file cannot be read, or has unknown, missing or impossible settings; or a regime does not fit the run.
     """
     source = "command line" if path is None else str(path)
-    tree = {} if path is None else read_yaml(path)
+    tree = {} if path is None else read_settings(path)
     if isinstance(tree, dict):
         tree = {**tree, **{key: value for key, value in changes.items() if value is not None}}
         if named and "run" in tree:

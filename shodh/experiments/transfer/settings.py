@@ -13,7 +13,7 @@ from shodh.config.base import PositiveInt, Seeds, Width
 from shodh.config.reading import section_from_dict
 from shodh.config.routers import ROUTERS
 from shodh.core.errors import ConfigError
-from shodh.core.reading import read_yaml
+from shodh.core.reading import read_settings
 
 ModelName = Literal[
     "sparse",
@@ -142,7 +142,7 @@ def load_study(
     ConfigError
         The file cannot be read, has unknown, missing or impossible settings, or is not defined at the scale.
     """
-    tree = read_yaml(path)
+    tree = read_settings(path)
     study = section_from_dict(StudyConfig, tree, str(path))
     preset: ScaleConfig | None = getattr(study.scales, scale)
     if preset is None:

@@ -1,0 +1,40 @@
+"""Evaluate a run on held-out trajectories: errors by regime, rollouts, divergence, routing, as table, JSON and page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from shodh.core.devices import pick_device
+from shodh.evaluate.evaluation import evaluate, open_run
+from shodh.evaluate.report import write_report
+from shodh.train.runtime import quiet_logs
+
+EXAMPLES = """examples:
+  shodh evaluate --run runs/demo
+  shodh evaluate --run runs/demo --checkpoint step_00000200 --split valid
+"""
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", required=True, type=Path, help="run folder; the report is written to RUN/report")
+    parser.add_argument("--checkpoint", help="tag of a checkpoint (default: the newest)")
+    parser.add_argument("--split", choices=("valid", "test"), help="default: what the run's configuration says")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    quiet_logs()
+    evaluator = open_run(args.run, args.checkpoint, torch.device(pick_device(args.device)))
+    evaluation = evaluate(evaluator, args.split or evaluator.config.evaluation.split)
+    sys.stdout.write(write_report(evaluator.folder, evaluation))
+    sys.stdout.write(f"\nreport: {evaluator.folder.report / 'index.html'}\n")
+    return 0
