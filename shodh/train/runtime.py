@@ -84,8 +84,10 @@ def start_distributed() -> torch.device:
         # DeepSpeed joins what is there; alone it would listen on a port that was free some seconds ago, and name no
         # device for a single rank, so that NCCL warns of its guess.
         backend, card = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        place = {"store": meet(default_pg_timeout), "rank": rank(), "world_size": world_size()}
-        dist.init_process_group(backend, timeout=default_pg_timeout, device_id=card, **place)
+        store, timeout = meet(default_pg_timeout), default_pg_timeout
+        dist.init_process_group(
+            backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout, device_id=card
+        )
         deepspeed.init_distributed(backend, verbose=False)
     return device
 

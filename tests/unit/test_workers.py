@@ -82,9 +82,7 @@ def test_failures_are_kept_until_they_fail_otherwise(tmp_path: Path) -> None:
     assert read_failures(tmp_path) == {"a": "three", "b": "two"}
 
 
-def test_jobs_side_by_side_have_a_card_each(
-    workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_jobs_side_by_side_have_a_card_each(workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SHODH_CARDS": "2", "CUDA_VISIBLE_DEVICES": "6,7"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
