@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,36 @@ def pretrain_with_failing_save(config_path: Path, overrides: list[str], save: in
 
     Snapshot.write = write  # type: ignore[method-assign]
     return pretrain(config_path, overrides)
+
+
+def pretrain_with_slow_writing(config_path: Path, overrides: list[str], save: int, until: int) -> dict[str, Any]:
+    """As `pretrain`; the last rank writes checkpoint number ``save`` (from 1) when ``until`` steps are done.
+
+    ``seen["latest"]`` is what the run's file of that name holds at that moment, or None.
+    """
+    from shodh.checkpoint.snapshot import Snapshot
+    from shodh.config import load_config
+    from shodh.train.callbacks import StopSignal
+    from shodh.train.trainer import Trainer
+
+    original, step, calls, reached = Snapshot.write, StopSignal.after_step, [0], threading.Event()
+    last, seen = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1, {}
+    latest = load_config(config_path, overrides).run_dir / "latest"
+
+    def write(snapshot: Snapshot, weights: Path, fragments: Path) -> None:
+        calls[0] += 1
+        if calls[0] == save and last:
+            assert reached.wait(60), "the training waits for what is written"
+        original(snapshot, weights, fragments)
+
+    def after_step(callback: StopSignal, trainer: Trainer) -> None:
+        step(callback, trainer)
+        if trainer.step == until:
+            seen["latest"] = latest.read_text() if latest.exists() else None
+            reached.set()
+
+    Snapshot.write, StopSignal.after_step = write, after_step  # type: ignore[method-assign]
+    return {**pretrain(config_path, overrides), **seen}
 
 
 def pretrain_with_lost_update(config_path: Path, overrides: list[str]) -> dict[str, Any]:
