@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,20 +99,28 @@ def pretrain_until_signal(config_path: Path, overrides: list[str], step: int) ->
 
 
 def pretrain_with_failing_save(config_path: Path, overrides: list[str], save: int, how: str) -> dict[str, Any]:
-    """As `pretrain`; during checkpoint number ``save`` (from 1) rank 0 is killed, or its disk is full."""
+    """As `pretrain`; during checkpoint number ``save`` (from 1) rank 0 is killed, or its disk is full.
+
+    ``how``: ``kill``, or what is at work when the disk is full: ``write`` or ``publish``.
+    """
+    from shodh.checkpoint import training
     from shodh.checkpoint.snapshot import Snapshot
 
-    original, calls = Snapshot.write, [0]
+    calls = [0]
 
-    def write(snapshot: Snapshot, weights: Path, fragments: Path) -> None:
+    def failing(original: Any, *arguments: Any) -> Any:
         calls[0] += 1
         if calls[0] == save and int(os.environ["RANK"]) == 0:
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise OSError(28, "No space left on device", str(weights))
-        original(snapshot, weights, fragments)
+            raise OSError(28, "No space left on device", str(arguments[1]))
+        return original(*arguments)
 
-    Snapshot.write = write  # type: ignore[method-assign]
+    if how == "publish":
+        training.publish = partial(failing, training.publish)
+    else:
+        write = Snapshot.write
+        Snapshot.write = lambda *arguments: failing(write, *arguments)  # type: ignore[assignment]
     return pretrain(config_path, overrides)
 
 

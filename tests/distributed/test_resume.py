@@ -70,12 +70,12 @@ def test_kill_during_a_save_leaves_the_last_checkpoint_and_resume_goes_on(labora
     assert not list((folder / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("save", [1, 2])
-def test_full_disk_during_a_save_stops_all_ranks_with_one_line(laboratory: Laboratory, save: int) -> None:
+@pytest.mark.parametrize(("save", "work"), [(1, "write"), (1, "publish"), (2, "write")])
+def test_full_disk_during_a_save_stops_all_ranks_with_one_line(laboratory: Laboratory, save: int, work: str) -> None:
     """In the middle of a run at a step that follows, in the end before the run ends."""
-    overrides = laboratory.overrides(f"full{save}", 2, 1)
+    overrides = laboratory.overrides(f"full-{save}-{work}", 2, 1)
     with pytest.raises(RankError) as caught:
-        run_ranks(2, rank_jobs.pretrain_with_failing_save, laboratory.config, overrides, save, "full")
+        run_ranks(2, rank_jobs.pretrain_with_failing_save, laboratory.config, overrides, save, work)
     assert str(caught.value).count("SharedError: no disk space left while writing") == 2
     folder = laboratory.load(overrides).run_dir
     assert [p.name for p in (folder / "checkpoints").glob("step_*")] == ["step_00000005"] * (save - 1)
