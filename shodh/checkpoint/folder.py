@@ -48,6 +48,12 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted(ours, key=lambda path: int(path.name.removeprefix("step_")))
 
 
+def published_folders(run: Path) -> list[Path]:
+    """What lies under the names of checkpoints in a run folder, damaged ones too."""
+    found = (run / "checkpoints").glob("step_*")
+    return sorted(p for p in found if _TAG.fullmatch(p.name) and p.is_dir() and not p.is_symlink())
+
+
 def latest_checkpoint(run: Path) -> Path | None:
     """The checkpoint that ``latest`` names; where it names none, the newest whole one, which is said; or None."""
     file, folder = run / LATEST, run / "checkpoints"

@@ -1,4 +1,4 @@
-"""The optimiser's moments as fragments that any number of ranks, expert degree and ZeRO stage can read.
+"""Reading the optimiser's moments: fragments that any number of ranks, expert degree and ZeRO stage can read.
 
 ``optimizer/rank_NNNNN.safetensors`` holds what one rank kept: ``exp_avg/<parameter>`` and ``exp_avg_sq/<parameter>``,
 flat, and as metadata where each begins in the flat parameter of the whole model (``starts``), and the number of updates
@@ -18,37 +18,9 @@ from torch import Tensor
 from shodh.checkpoint.shares import Place, flat_tensors, places, shares
 from shodh.core.errors import CheckpointError
 from shodh.core.reading import parse_json
-from shodh.core.strict_json import dumps
-from shodh.core.weights import StoredTensor, check_fit, open_file, persistent_buffers, read_metadata, write_file
+from shodh.core.weights import StoredTensor, check_fit, open_file, persistent_buffers, read_metadata
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def _updates(optimizer: Any, flat: Tensor) -> int:
-    """Steps that a flat tensor has seen: torch counts them in its state, apex in its group."""
-    state = optimizer.state.get(flat, {})
-    if "step" in state:
-        return int(state["step"])
-    groups = [group for group in optimizer.param_groups if any(p is flat for p in group["params"])]
-    return int(groups[0].get("step", 0)) if groups else 0
-
-
-def write_fragments(engine: Any, path: Path) -> None:
-    """Write the moments that this rank keeps; before the first update they are zeros."""
-    optimizer = engine.optimizer.optimizer
-    tensors: dict[str, StoredTensor] = {}
-    starts: dict[str, int] = {}
-    for share in shares(engine):
-        if share.flat is None:
-            continue
-        starts[share.name] = share.start
-        state = optimizer.state.get(share.flat, {})
-        for key in MOMENTS:
-            moment = state[key][share.own] if key in state else torch.zeros(share.numel)
-            tensors[f"{key}/{share.name}"] = StoredTensor.of(moment, path)
-    updates = sorted({_updates(optimizer, flat) for flat in flat_tensors(engine)})
-    metadata = {"starts": dumps(starts), "updates": dumps(updates)}
-    write_file(path, tensors, dict.fromkeys(tensors, torch.float32), metadata)
 
 
 class Fragments:

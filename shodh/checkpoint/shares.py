@@ -160,7 +160,7 @@ def check_masters(engine: Any) -> None:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def check_cover(engine: Any) -> None:

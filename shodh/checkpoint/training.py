@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from shodh.checkpoint.folder import (
     OPTIMIZER,
@@ -16,10 +16,10 @@ from shodh.checkpoint.folder import (
     publish,
     read_manifest,
 )
-from shodh.checkpoint.optimizer_state import Fragments, load_training_state, write_fragments
+from shodh.checkpoint.optimizer_state import Fragments, load_training_state
 from shodh.checkpoint.shares import check_cover, check_masters
-from shodh.checkpoint.weights import create_weights, fill_weights
-from shodh.core.distributed import gather, together
+from shodh.checkpoint.snapshot import Snapshot
+from shodh.core.distributed import SharedError, gather, rank, together
 from shodh.core.errors import CheckpointError
 from shodh.core.files import sync_to_disk
 from shodh.core.weights import WEIGHTS, open_file
@@ -27,48 +27,109 @@ from shodh.core.weights import WEIGHTS, open_file
 FORMAT = 2
 
 
-def save_checkpoint(engine: Any, run: Path, record: dict[str, Any], keep: int) -> Path:
-    """Write, check, publish; then drop all but the newest ``keep`` checkpoints. Collective.
+class CheckpointWriter:
+    """Saves a run step by step: copied at once, written by a thread, published when all ranks have written.
+
+    At work is one save at most; the thread never talks to other ranks. What it has done is looked at, and agreed on by
+    all ranks, where the training calls `advance`, `save` or `join`, all of which are collective.
 
     Parameters
     ----------
     run : Path
         The run folder.
-    record : dict
-        What the manifest says beside the files: ``state`` of the loop with its ``step``, ``topology`` that wrote, and
-        more that JSON can hold.
+    keep : int
+        Checkpoints that are left; older ones are dropped.
 
     Raises
     ------
     SharedError
-        A disk is full, or the optimiser's weights are not the model's; the run's other checkpoints are as they were.
+        From each of the three: a disk is full, or a file cannot be written; the run's other checkpoints are as they
+        were.
     """
-    rank = dist.get_rank()
-    tag = f"step_{record['state']['step']:08d}"
-    partial, own = partial_folder(run, tag), f"{OPTIMIZER}/rank_{rank:05d}.safetensors"
-    with together():
-        check_masters(engine)
-    check_cover(engine)
-    with together():
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / OPTIMIZER).mkdir(parents=True)
-            create_weights(engine, partial / WEIGHTS)
-    with together():
-        write_fragments(engine, partial / own)
-        fill_weights(engine, partial / WEIGHTS)
-        sync_to_disk(partial / WEIGHTS)
-    with together():
-        # By name: what another rank wrote need not be in this machine's listing of a shared folder yet.
-        names = [own, WEIGHTS] if rank == 0 else [own]
-        sums = {n: {"size": (partial / n).stat().st_size, "sha256": checksum(partial / n)} for n in names}
-    listed = {name: entry for part in gather(sums) for name, entry in part.items()}
-    with together():
-        if rank == 0:
-            sync_to_disk(partial / OPTIMIZER)
-            publish(partial, run, tag, {"format": FORMAT, "tag": tag, "files": listed, **record})
-            prune(run, tag, keep)
-    return run / "checkpoints" / tag
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self._run, self._keep = run, keep
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._work: Future[dict[str, Any]] | None = None
+        self._record: dict[str, Any] | None = None  # None: it is being published already
+
+    def save(self, engine: Any, record: dict[str, Any]) -> None:
+        """Check and copy this rank's share, once the save before is done; the rest is the thread's.
+
+        Parameters
+        ----------
+        record : dict
+            What the manifest says beside the files: ``state`` of the loop with its ``step``, ``topology`` that wrote,
+            and more that JSON can hold.
+
+        Raises
+        ------
+        SharedError
+            Also: the optimiser's weights are not the model's.
+        """
+        self.join()
+        folder = partial_folder(self._run, _tag(record))
+        with together():
+            check_masters(engine)
+        check_cover(engine)
+        with together():
+            if rank() == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                (folder / OPTIMIZER).mkdir(parents=True)
+            snapshot = Snapshot.take(engine)
+        self._record = record
+        self._work = self._thread.submit(_write, snapshot, folder)
+
+    def advance(self) -> None:
+        """Publish what all ranks have written; fail, on all, where one could not."""
+        if self._work is None:
+            return
+        try:
+            with together():
+                done = self._work.done()
+                written = self._work.result() if done else {}
+        except SharedError:
+            self._work = None
+            raise
+        parts = gather((done, written))
+        if not all(ready for ready, _ in parts):
+            return
+        record, self._record = self._record, None
+        if record is None:
+            self._work = None
+            return
+        files = {name: entry for _, part in parts for name, entry in part.items()}
+        publishing = partial(self._publish, record, files) if rank() == 0 else dict
+        self._work = self._thread.submit(publishing)
+
+    def join(self) -> None:
+        """Wait until the last save is published."""
+        while self._work is not None:
+            wait([self._work])
+            self.advance()
+
+    def _publish(self, record: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
+        folder, tag = partial_folder(self._run, _tag(record)), _tag(record)
+        files[WEIGHTS] = _describe(folder / WEIGHTS)
+        sync_to_disk(folder / OPTIMIZER)
+        publish(folder, self._run, tag, {"format": FORMAT, "tag": tag, "files": files, **record})
+        prune(self._run, tag, self._keep)
+        return {}
+
+
+def _tag(record: dict[str, Any]) -> str:
+    return f"step_{record['state']['step']:08d}"
+
+
+def _write(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
+    """Write a rank's share; returns what the manifest says of its own file."""
+    own = f"{OPTIMIZER}/rank_{rank():05d}.safetensors"
+    snapshot.write(folder / WEIGHTS, folder / own)
+    return {own: _describe(folder / own)}
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": checksum(path)}
 
 
 def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:

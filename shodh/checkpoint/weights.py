@@ -1,64 +1,22 @@
-"""``model.safetensors`` of a checkpoint: float32, plain names, all experts stacked; each rank writes what it keeps."""
+"""Reading ``model.safetensors`` of a checkpoint: float32, plain names, all experts stacked."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from shodh.checkpoint.description import METADATA_KEY, is_pretrained, read_description
 from shodh.checkpoint.folder import MANIFEST, checksum, read_manifest, verify_file
-from shodh.checkpoint.shares import places, shares
 from shodh.core.errors import CheckpointError
 from shodh.core.weights import (
     INDEX,
     WEIGHTS,
-    Layout,
     StoredTensor,
     open_file,
     open_weights,
-    persistent_buffers,
-    plan_file,
     read_metadata,
 )
-
-
-def _layout(engine: Any) -> Layout:
-    """The file of this engine's model; the same on every rank."""
-    shapes = {place.name: place.shape for place in places(engine.module)}
-    dtypes = dict.fromkeys(shapes, torch.float32)
-    for name, buffer in persistent_buffers(engine.module):
-        shapes[name], dtypes[name] = tuple(buffer.shape), buffer.dtype
-    return plan_file(shapes, dtypes)
-
-
-def create_weights(engine: Any, path: Path) -> None:
-    """Make the file in its full size, with its header and the persistent buffers (rank 0)."""
-    layout = _layout(engine)
-    with path.open("wb") as file:
-        file.truncate(layout.size)
-        file.write(layout.header)
-        for name, buffer in persistent_buffers(engine.module):
-            file.seek(layout.offsets[name])
-            file.write(_bytes(buffer))
-
-
-def fill_weights(engine: Any, path: Path) -> None:
-    """Write the numbers that this rank keeps into a file of `create_weights`."""
-    offsets = _layout(engine).offsets
-    # Neither truncated nor read: other ranks write to it too.
-    with os.fdopen(os.open(path, os.O_WRONLY), "wb") as file:
-        for share in shares(engine):
-            file.seek(offsets[share.name] + 4 * share.start)
-            file.write(_bytes(share.master))
-
-
-def _bytes(tensor: Tensor) -> Any:
-    flat = tensor.detach().cpu().reshape(-1).contiguous()
-    return flat.view(torch.uint8).numpy().data
 
 
 def open_verified(checkpoint: Path) -> dict[str, StoredTensor]:

@@ -19,6 +19,8 @@ from shodh.core.errors import ConfigError
 log = logging.getLogger("shodh")
 
 PARTIAL_SUFFIX = ".partial"
+#: What reading a number out of a damaged line may raise: no JSON, no number in it, infinity, or a thousand brackets.
+UNREADABLE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -72,7 +74,7 @@ def cut_lines(path: Path, number_of: Callable[[bytes], int], stop: int) -> int:
     """Keep the lines of a file whose number is below ``stop``; returns how many are left.
 
     Written aside and renamed, so that a killed process loses nothing. A line that ``number_of`` cannot read
-    (`ValueError`, `KeyError`, `TypeError`) is dropped, which is said.
+    (`UNREADABLE`) is dropped, which is said.
     """
     if not path.exists():
         return 0
@@ -83,7 +85,7 @@ def cut_lines(path: Path, number_of: Callable[[bytes], int], stop: int) -> int:
                 if number_of(line) < stop:
                     target.write(line.rstrip(b"\n") + b"\n")
                     kept += 1
-            except (ValueError, KeyError, TypeError):
+            except UNREADABLE:
                 damaged += 1
     if damaged:
         log.warning("%s: damaged lines that were dropped: %d", path, damaged)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ from shodh.data.mixture import temperature_shares
 from shodh.models.tokenizer import existing_channels, field_slices
 from shodh.schema.domain import Domain
 from shodh.schema.fields import Boundary, Field
+
+OpenSplit = Callable[[Split], Sequence[SampleDataset]]  # the samples of a split, a data set a regime
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ class Regimes:
     def constants(self, number: int) -> dict[str, tuple[float, float]]:
         """Mean and scale of the fields of one regime."""
         return self.normalizer.constants[self.names[number]]
+
+    def close(self) -> None:
+        """Close the files."""
+        for source in self.sources:
+            source.close()
 
     def presence(self, index: Tensor) -> Tensor:
         """1 where a dynamic field exists in the regime of a sample: ``[B] -> [B, F]``."""
@@ -211,3 +218,8 @@ def mixture_loader(
         num_workers=config.data.workers,
         pin_memory=uses_cuda(),
     )
+
+
+def open_loaders(config: RunConfig, open_split: OpenSplit, topology: Topology) -> dict[Split, MixtureLoader]:
+    """The loaders of the splits that a training job reads."""
+    return {split: mixture_loader(open_split(split), config, topology, seed) for split, seed in training_splits(config)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,16 +12,16 @@ from shodh.checkpoint.description import METADATA_KEY, is_pretrained, read_descr
 from shodh.config import RunConfig
 from shodh.core.errors import CheckpointError, DataError
 from shodh.core.strict_json import write_json
-from shodh.core.topology import Topology
 from shodh.core.weights import read_json, read_metadata
 from shodh.data import FieldNormalizer, Split, WindowDataset
 from shodh.data.identity import Choose
+from shodh.data.loader import SampleDataset
 from shodh.models.field_space import channel_mask, existing_cells, pad_absent
 from shodh.train.datasets import Regimes, open_regimes
-from shodh.train.loop import Batch
 from shodh.train.losses import mean_over, relative_l2_by_channel
-from shodh.train.operator_task import OpenSplit, OperatorTask
+from shodh.train.operator_task import OperatorTask
 from shodh.train.run_folder import RunFolder
+from shodh.train.trainer import Batch
 
 SPACE_FILE = "space.json"
 
@@ -137,16 +138,8 @@ class FieldTask(OperatorTask):
 
     space = "field"
 
-    def __init__(
-        self,
-        config: RunConfig,
-        regimes: Regimes,
-        open_split: OpenSplit,
-        topology: Topology,
-        traces: Path,
-        resume_step: int,
-    ) -> None:
-        super().__init__(config, regimes, open_split, topology, traces, resume_step)
+    def __init__(self, config: RunConfig, regimes: Regimes, training: Sequence[SampleDataset]) -> None:
+        super().__init__(config, regimes, training)
         self.measure = "l2re" if config.operator.loss == "relative_l2" else "mse"
         self._presence = Presence(regimes)
 
@@ -165,3 +158,8 @@ class FieldTask(OperatorTask):
         """Root mean square of each channel of each sample, as DPOT and MoE-POT scale their noise."""
         axes = (1, *range(3, history.ndim))
         return history.square().mean(axes, keepdim=True).sqrt()
+
+
+def operator_task(config: RunConfig, regimes: Regimes, training: Sequence[SampleDataset]) -> OperatorTask:
+    """What an operator learns, on fields or on latents."""
+    return (FieldTask if config.operator.in_field_space else OperatorTask)(config, regimes, training)

@@ -1,175 +1,89 @@
-"""The two training jobs, from a configuration to a finished run folder; what ``launch/*.py`` call."""
+"""The two training jobs, from a configuration to a finished run folder; what ``launch/*.py`` call.
+
+Resolve, check that it is the same run, load, apply the configured settings, and only then write the record.
+"""
 
 from __future__ import annotations
 
 import logging
-import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from shodh.checkpoint.folder import read_manifest, remove_leftovers, verify_checkpoint
 from shodh.checkpoint.optimizer_state import set_masters
-from shodh.checkpoint.weights import read_initial_weights, read_weights, source_checksum
-from shodh.config import RunConfig, TrainConfig, to_dict
+from shodh.checkpoint.weights import read_initial_weights, source_checksum
+from shodh.config import RunConfig, TrainConfig
 from shodh.core.distributed import rank, together, world_size
-from shodh.core.errors import CheckpointError, ConfigError
-from shodh.core.files import atomic_path
+from shodh.core.errors import CheckpointError
 from shodh.core.precision import ieee_float32, keep_ieee
-from shodh.core.strict_json import write_json
 from shodh.core.topology import Topology, plan_topology
 from shodh.core.weights import load_into
-from shodh.data import FieldNormalizer, WindowDataset
-from shodh.data.identity import RECORD, DataRecord
-from shodh.models.basis import PATCH, PatchBasis
+from shodh.data import FieldNormalizer, MixtureLoader, Split
+from shodh.data.identity import DataRecord
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
-from shodh.models.tokenizer import Tokenizer
 from shodh.moe.groups import added_weights, freeze_others
-from shodh.schema.domain import add_walls
+from shodh.train.callbacks import (
+    Checkpoints,
+    Experts,
+    FirstStep,
+    RoutingTrace,
+    SkippedSteps,
+    StepMetrics,
+    StopSignal,
+    Validation,
+)
+from shodh.train.callbacks.checkpoints import resume as resume_from
 from shodh.train.data_identity import kept_choice, new_choice
-from shodh.train.datasets import Regimes, open_regimes
+from shodh.train.datasets import OpenSplit, Regimes, open_loaders, open_regimes
 from shodh.train.engine import build_engine, load_deepspeed_config
 from shodh.train.field_task import (
     SPACE_FILE,
-    FieldTask,
     inherited_normalizer,
     open_fields,
     open_windows,
+    operator_task,
     read_normalizer,
     write_space,
 )
 from shodh.train.latents import TOKENIZER_FILE, open_for_operator, open_latents, prepare_latents
-from shodh.train.loop import Task, Trainer
-from shodh.train.operator_task import OpenSplit, OperatorTask
+from shodh.train.operator_task import OperatorTask
 from shodh.train.run_folder import RunFolder
 from shodh.train.runtime import start_distributed
-from shodh.train.tokenizer_task import TokenizerTask
+from shodh.train.start import check_memory, check_same_run, claim, find_start
+from shodh.train.tokenizer_task import TokenizerTask, open_frames
+from shodh.train.tokenizer_weights import fit_basis, publish_tokenizer
+from shodh.train.trainer import Callback, Task, Trainer
 
 log = logging.getLogger("shodh")
 
 
-def find_start(folder: RunFolder, resume: str | None) -> Path | None:
-    """The checkpoint to go on from, or None for a new run.
+@dataclass(frozen=True)
+class Job:
+    """A training before its ranks connect: what is asked, where it is kept, and the checkpoint it goes on from."""
 
-    Raises
-    ------
-    CheckpointError
-        ``resume`` names no complete checkpoint.
-    ConfigError
-        A new run would overwrite an old one.
-    """
-    if resume is not None and resume != "auto":
-        path = Path(resume)
-        read_manifest(path)
-        return path
-    tag = folder.latest()
-    if tag is not None and resume is None:
-        raise ConfigError(
-            f"{folder.path} already holds a run (checkpoint {tag}); go on with --resume auto, choose another "
-            "--set name=..., or remove the folder"
-        )
-    return None if tag is None else folder.checkpoints / tag
+    train: TrainConfig
+    topology: Topology
+    deepspeed: dict[str, Any]
+    folder: RunFolder
+    start: Path | None
 
-
-def _claim(folder: RunFolder, resume: str | None, start: Path | None) -> None:
-    """Make this job the only one that writes to the run folder, and check what it goes on from. Collective.
-
-    Raises
-    ------
-    SharedError
-        Another job is at work there, or a file of the checkpoint is missing or damaged.
-    """
-    with together():
-        if rank() == 0 and folder.path.exists():  # A new folder is made, and owned, when all is checked.
-            folder.own()
-            remove_leftovers(folder.path)
-            if find_start(folder, resume) != start:
-                raise CheckpointError(f"{folder.path} changed while this job started; run the same command again")
-    with together():
+    @classmethod
+    def of(
+        cls, config: RunConfig, train: TrainConfig, topology: Topology, folder: RunFolder, resume: str | None
+    ) -> Job:
+        """Resolve and compare with the run that goes on; nothing is written. Errors as `find_start`."""
+        deepspeed = load_deepspeed_config(config.deepspeed, train, topology)
+        start = find_start(folder, resume)
         if start is not None:
-            verify_checkpoint(start, (rank(), world_size()))
-
-
-def _check_same_run(config: RunConfig, folder: RunFolder) -> None:
-    """A resumed run must learn the same thing from the same batches; where its data lie may change.
-
-    Checked before anything is written into its folder.
-    """
-    if not (folder.path / "config.yaml").exists():
-        return
-    old, new = to_dict(folder.config()), to_dict(config)
-    for tree in (old, new):
-        for stage in ("tokenizer", "operator"):
-            del tree[stage]["train"]  # How long and how fast may change; what is learned, and from what, may not.
-        del tree["tokenizer"]["run"]
-        if (folder.path / RECORD).exists():
-            for regime in tree["data"]["regimes"]:
-                del regime["path"]
-    changed = [key for key in ("seed", "data", "tokenizer", "operator", "finetune") if old[key] != new[key]]
-    if changed:
-        raise ConfigError(
-            f"{folder.path} was started with other settings of {' and '.join(changed)}; resume with its own "
-            "config.yaml, or start a new run with --set name=..."
-        )
-
-
-def _check_memory(model: nn.Module, device: torch.device) -> None:
-    """Refuse a model, on the meta device, whose float32 weights alone are more than this machine's memory."""
-    needed = 4 * sum(p.numel() for p in model.parameters())
-    if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
-    else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise ConfigError(
-            f"the weights of a rank need {needed / 2**30:.4g} GiB in float32, and {device} has {there / 2**30:.4g}; "
-            "use a smaller model, or a larger parallel.ep_size"
-        )
-
-
-def _run(
-    config: RunConfig,
-    train: TrainConfig,
-    deepspeed: dict[str, Any],
-    topology: Topology,
-    folder: RunFolder,
-    model: nn.Module,
-    task: Task,
-    start: Path | None,
-    weights: Mapping[str, Tensor] | None = None,
-) -> bool:
-    """Build the engine, resume if asked, train; ``weights`` are those the model was given, in their own precision."""
-    from shodh.moe.layer import optimizer_groups
-
-    count = sum(p.numel() for p in model.parameters())
-    engine = build_engine(model, optimizer_groups(model, train.weight_decay), train, deepspeed, config.kernels)
-    keep_ieee()  # DeepSpeed or apex may have thought otherwise.
-    if weights is not None:
-        set_masters(engine, weights)
-    trainer = Trainer(task, engine, train, topology, folder, config.seed)
-    if start is not None:
-        trainer.resume(start)
-    log.info(
-        "%s: %.2f M parameters on a rank, %d ranks, EP %d, ZeRO %d, global batch %d = %d ranks x %d x %d",
-        folder.path,
-        count / 1e6,
-        topology.world_size,
-        topology.ep_size,
-        deepspeed["zero_optimization"]["stage"],
-        topology.global_batch,
-        topology.world_size,
-        topology.micro_batch,
-        topology.accumulation,
-    )
-    return trainer.step >= train.steps or trainer.fit()
+            check_same_run(config, folder)
+        return cls(train, topology, deepspeed, folder, start)
 
 
 @ieee_float32()
@@ -178,33 +92,25 @@ def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
 
     Returns False if a signal stopped it early.
     """
-    train = config.tokenizer.train
+    train, folder = config.tokenizer.train, RunFolder(config.tokenizer_dir)
     topology = plan_topology(world_size(), 1, 0, train.global_batch, train.micro_batch)
-    folder = RunFolder(config.tokenizer_dir)
-    deepspeed = load_deepspeed_config(config.deepspeed, train, topology)
-    start = find_start(folder, resume)
-    if start is not None:
-        _check_same_run(config, folder)
+    job = Job.of(config, train, topology, folder, resume)
     device = start_distributed()
-    _claim(folder, resume, start)
+    claim(folder, resume, job.start)
     with together():
         kept, choose = None, None
-        if start is not None:
+        if job.start is not None:
             kept, choose = _normalizer_of_start(config, folder), kept_choice(folder.path)
         regimes = open_regimes(config.data, kept, choose=choose)
-        task = TokenizerTask(config, regimes, topology)
-        if rank() == 0:
-            folder.create(config, deepspeed)
-            write_space(folder, regimes)
-            DataRecord.of(regimes.sources, folder.path).save()
-    with together():
+        loaders = open_loaders(config, partial(open_frames, regimes), topology)
         with torch.device("meta"):
-            _check_memory(build_tokenizer(config), device)
+            check_memory(build_tokenizer(config), device)
         model = build_tokenizer(config)
     initialise(model, config.seed)
     with together():
         fit_basis(model, regimes)
-    if not _run(config, train, deepspeed, topology, folder, model.to(device), task, start):
+    task, record = TokenizerTask(config, regimes), partial(write_space, folder, regimes)
+    if not _run(config, job, model.to(device), task, regimes, loaders, record):
         return False
     with together():
         if rank() == 0:
@@ -229,79 +135,6 @@ def _normalizer_of_start(config: RunConfig, folder: RunFolder) -> FieldNormalize
             "anew under another --set name=..., or finish it with that version"
         )
     return None
-
-
-def training_frames(regimes: Regimes, count: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """``(regime, item)`` of ``count`` frames of each regime, evenly over its training data; fewer if it has less."""
-    for number, source in enumerate(regimes.sources):
-        data = WindowDataset(source, "train", history=1, horizon=0, normalizer=regimes.normalizer)
-        share = min(count, len(data))
-        for index in torch.linspace(0, len(data) - 1, share).long().tolist():
-            yield number, data[index]
-
-
-def fit_basis(model: Tokenizer, regimes: Regimes, frames: int = 64, patches: int = 8192) -> None:
-    """Set the tokenizer's linear part from training frames; rank 0 decides, so that all ranks have the same bits
-    (another machine, or a GPU, finds the same to rounding).
-
-    ``frames`` and ``patches`` are those of a regime. Each set of fields has a basis of its own, from the regimes that
-    have these fields.
-    """
-    if rank() == 0:
-        chosen: dict[int, list[Tensor]] = {}
-        step = max(1, frames * math.prod(n // PATCH for n in regimes.sources[0].grid) // patches)
-        for index, (number, item) in enumerate(training_frames(regimes, frames)):
-            geometry = add_walls(item["static"][None], regimes.domains[number])
-            head = int(model.head(geometry))
-            fields = model.fill(item["fields"], geometry)[:, model.basis.channels[head]]
-            rows = PatchBasis.patches(fields).flatten(2)[0].T
-            # Each frame begins elsewhere: the step divides the grid, and would meet the same places in all of them.
-            chosen.setdefault(head, []).append(rows[index % step :: step])
-        for head, basis in enumerate(model.basis.heads.values()):
-            basis.fit(torch.cat(chosen[head]))  # type: ignore[operator]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        for buffer in model.basis.buffers():
-            value = buffer.to("cuda") if dist.get_backend() == "nccl" else buffer
-            dist.broadcast(value, 0)
-            buffer.copy_(value)
-
-
-@torch.no_grad()
-def _with_latent_statistics(
-    config: RunConfig, regimes: Regimes, checkpoint: Path, device: torch.device
-) -> dict[str, Tensor]:
-    """Weights with mean and standard deviation of each latent channel put in, over training frames of each head."""
-    model = build_tokenizer(config)
-    state = read_weights(checkpoint)
-    load_into(model, state, checkpoint)
-    model.to(device).eval()
-    parts: dict[int, list[Tensor]] = {}
-    for number, item in training_frames(regimes, 128):
-        geometry = add_walls(item["static"][None].to(device), regimes.domains[number])
-        latent = model.encode(item["fields"].to(device), geometry)
-        parts.setdefault(int(model.head(geometry)), []).append(latent[0].flatten(1).cpu())
-    values = [torch.cat(parts[head], 1).double() for head in range(len(parts))]
-    mean, std = (torch.stack(rows).float() for rows in ([v.mean(1) for v in values], [v.std(1) for v in values]))
-    return {**state, "latent_mean": mean, "latent_std": std.clamp(min=1e-6)}
-
-
-def publish_tokenizer(config: RunConfig, regimes: Regimes, folder: RunFolder, device: torch.device) -> None:
-    """Write ``tokenizer.safetensors`` and ``tokenizer.json`` from the newest checkpoint of a run folder."""
-    tag = folder.latest()
-    if tag is None:
-        raise CheckpointError(f"{folder.path} has no complete checkpoint to publish a tokenizer from")
-    state = _with_latent_statistics(config, regimes, folder.checkpoints / tag, device)
-    final = folder.path / "tokenizer.safetensors"
-    with atomic_path(final) as partial:
-        save_file({name: tensor.float().contiguous() for name, tensor in state.items()}, str(partial))
-    content = {
-        "weights": final.name,
-        "normalizer": regimes.normalizer.to_dict(),
-        "regimes": regimes.names,
-        "domains": {name: d.to_dict() for name, d in zip(regimes.names, regimes.domains, strict=True)},
-    }
-    write_json(folder.path / TOKENIZER_FILE, content)
-    log.info("tokenizer written to %s", final)
 
 
 def plan_operator(config: RunConfig, world_size: int) -> tuple[Topology, dict[str, Any]]:
@@ -331,32 +164,28 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
         A checkpoint folder, converted folder or safetensors file whose weights a *new* run starts from, at any number
         of ranks, EP degree and ZeRO stage.
     """
-    folder = RunFolder(config.run_dir)
-    topology, deepspeed = plan_operator(config, world_size())
-    start = find_start(folder, resume)
-    if start is not None:
-        _check_same_run(config, folder)
+    train, folder = config.operator.train, RunFolder(config.run_dir)
+    topology, _ = plan_operator(config, world_size())
+    job = Job.of(config, train, topology, folder, resume)
     if init_from is not None:
         read_initial_weights(init_from)  # Mapped, not read: what cannot be used is refused before ranks connect.
     device = start_distributed()
-    _claim(folder, resume, start)
-    regimes, open_split = open_data(config, folder if start is not None else None, device, init_from)
+    claim(folder, resume, job.start)
+    regimes, open_split = open_data(config, None if job.start is None else folder, device, init_from)
     with together():
-        if rank() == 0:
-            folder.create(config, deepspeed)
-            DataRecord.of(regimes.sources, folder.path).save()
-            if config.operator.in_field_space or config.tokenizer.unseen_regimes:
-                write_space(folder, regimes)
-            if start is None:
-                folder.record_start(None if init_from is None else source_checksum(init_from))
-    with together():
-        step = 0 if start is None else int(read_manifest(start)["state"]["step"])
-        kind = FieldTask if config.operator.in_field_space else OperatorTask
-        task = kind(config, regimes, open_split, topology, folder.routing, step)
+        task = operator_task(config, regimes, open_split("train"))
+        loaders = open_loaders(config, open_split, topology)
         with torch.device("meta"):
-            _check_memory(_bare_operator(config, topology.ep_size), device)
+            check_memory(_bare_operator(config, topology.ep_size), device)
         model, weights = _build_operator(config, topology.ep_size, init_from)
-    return _run(config, config.operator.train, deepspeed, topology, folder, model.to(device), task, start, weights)
+
+    def record() -> None:
+        if config.operator.in_field_space or config.tokenizer.unseen_regimes:
+            write_space(folder, regimes)
+        if job.start is None:
+            folder.record_start(None if init_from is None else source_checksum(init_from))
+
+    return _run(config, job, model.to(device), task, regimes, loaders, record, weights)
 
 
 def open_data(
@@ -408,3 +237,64 @@ def _build_operator(
     if config.finetune is not None:
         freeze_others(model, config.finetune)
     return model, weights
+
+
+def _run(
+    config: RunConfig,
+    job: Job,
+    model: nn.Module,
+    task: Task,
+    regimes: Regimes,
+    loaders: Mapping[Split, MixtureLoader],
+    record: Callable[[], object],
+    weights: Mapping[str, Tensor] | None = None,
+) -> bool:
+    """Build the engine, load what it goes on from, write the record of the run (rank 0), and train.
+
+    ``weights`` are those that the model was given, in their own precision.
+    """
+    from shodh.moe.layer import optimizer_groups
+
+    train, topology, folder = job.train, job.topology, job.folder
+    count = sum(p.numel() for p in model.parameters())
+    engine = build_engine(model, optimizer_groups(model, train.weight_decay), train, job.deepspeed, config.kernels)
+    keep_ieee()  # DeepSpeed or apex may have thought otherwise.
+    if weights is not None:
+        set_masters(engine, weights)
+    with closing(loaders["train"]), closing(loaders["valid"]), closing(regimes):
+        callbacks = _callbacks(config, job, task, regimes, loaders["valid"])
+        trainer = Trainer(engine, task, loaders["train"].iterate, train, topology, config.seed, callbacks)
+        if job.start is not None:
+            resume_from(trainer, job.start)
+        with together():
+            if rank() == 0:
+                folder.create(config, job.deepspeed)
+                DataRecord.of(regimes.sources, folder.path).save()
+                record()
+        log.info(
+            "%s: %.2f M parameters on a rank, %d ranks, EP %d, ZeRO %d, global batch %d = %d ranks x %d x %d",
+            folder.path,
+            count / 1e6,
+            topology.world_size,
+            topology.ep_size,
+            job.deepspeed["zero_optimization"]["stage"],
+            topology.global_batch,
+            topology.world_size,
+            topology.micro_batch,
+            topology.accumulation,
+        )
+        return trainer.finished or trainer.fit()
+
+
+def _callbacks(config: RunConfig, job: Job, task: Task, regimes: Regimes, held_out: MixtureLoader) -> list[Callback]:
+    """What happens beside the steps, in this order."""
+    train, folder, names = job.train, job.folder, regimes.names
+    metrics = StepMetrics(folder.path, train.log_every)
+    checkpoints = Checkpoints(folder, train.checkpoint_every, train.keep_checkpoints)
+    routing: list[Callback] = []
+    if isinstance(task, OperatorTask):
+        experts = Experts(config.operator.experts, names, train.log_every, metrics)
+        routing = [experts, RoutingTrace(config, names, job.topology, folder.routing)]
+    faults = [FirstStep(), SkippedSteps(names, checkpoints)]
+    validation = Validation(task.measured, held_out.iterate, names, metrics)
+    return [*routing, metrics, *faults, validation, StopSignal(), checkpoints]

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shodh.core.files import cut_lines
+from shodh.core.files import UNREADABLE, cut_lines
 from shodh.core.strict_json import dumps
 
 Reduction = Literal["mean", "sum", "max"]
@@ -162,7 +162,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         try:
             values = json.loads(text)
             int(values["step"])
-        except (ValueError, TypeError, KeyError):
+        except UNREADABLE:
             continue
         lines.append({name: math.nan if v is None else v for name, v in values.items()})
     return lines

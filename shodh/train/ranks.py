@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from datetime import timedelta
 from typing import Any
 
@@ -12,9 +11,9 @@ from torch.distributed import TCPStore
 
 from shodh.core.devices import local_world_size
 from shodh.core.strict_json import dumps
+from shodh.train.runtime import AGENT_STORE, meet
 
 WAIT = timedelta(days=30)  # a job may take as long as it takes
-AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun itself listens on the port, and its ranks must not
 
 
 class Ranks:
@@ -24,11 +23,8 @@ class Ranks:
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.world_here = local_world_size() or self.world
-        self._store: TCPStore | None = None
-        if self.world > 1:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            hosts = self.rank == 0 and os.environ.get(AGENT_STORE) != "True"
-            self._store = TCPStore(address, port, self.world, hosts, timeout=WAIT)
+        self._store = meet(WAIT) if self.world > 1 else None
+        self._store_of_job: TCPStore | None = None
 
     def agree(self, key: str, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -39,8 +35,17 @@ class Ranks:
         return json.loads(self._store.get(key))
 
     def environment(self, job: str) -> dict[str, str]:
-        """What the processes of a job need to find each other: a port of their own, where their first rank listens."""
-        return {"MASTER_PORT": str(self.agree(f"{job}/port", _free_port())), AGENT_STORE: "False"}
+        """What the processes of a job need to find each other: a port of their own, on which this process listens.
+
+        A port that is only looked up here and taken by the job could be another's by then.
+        """
+        if self._store is None:
+            return {}
+        if self.rank == 0:
+            address = os.environ["MASTER_ADDR"]
+            self._store_of_job = TCPStore(address, 0, None, is_master=True, timeout=WAIT, wait_for_workers=False)
+        port = self.agree(f"{job}/port", self._store_of_job and self._store_of_job.port)
+        return {"MASTER_PORT": str(port), AGENT_STORE: "True"}
 
     def failed(self, job: str) -> bool:
         """Whether a job has failed on some rank."""
@@ -56,9 +61,3 @@ class Ranks:
             self._store.set(f"{job}/all", "")
         self._store.wait([f"{job}/all"])
         return self._store.get(f"{job}/failed").decode() if self.failed(job) else None
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-import socket
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,10 +22,26 @@ from shodh.core.distributed import SharedError, rank, world_size
 log = logging.getLogger("shodh")
 
 
-def _free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # who started the ranks listens on the port, and they must not
+
+
+def meet(timeout: timedelta) -> dist.Store:
+    """The store through which the ranks of a job find each other; one rank alone needs no port, and takes none.
+
+    Where another job has the port, its ranks are not disturbed: what is stored is kept apart by command line.
+
+    Raises
+    ------
+    DistNetworkError
+        The port that the launcher or the user chose is in use.
+    """
+    if world_size() == 1:
+        return dist.HashStore()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listens = rank() == 0 and os.environ.get(AGENT_STORE) != "True"
+    store = dist.TCPStore(address, port, world_size(), listens, timeout, wait_for_workers=False)
+    command = [part for part in sys.argv[1:] if not part.startswith("--local_rank")]
+    return dist.PrefixStore(hashlib.sha256("\0".join(command).encode()).hexdigest(), store)
 
 
 def _skip_cpu_op_build() -> None:
@@ -45,13 +62,13 @@ def start_distributed() -> torch.device:
     ------
     CardsError
         This machine has fewer cards than ranks.
+    DistNetworkError
+        See `meet`.
     """
     check_ranks()
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = _free_port()
     import deepspeed
     from deepspeed.constants import default_pg_timeout
 
@@ -64,10 +81,14 @@ def start_distributed() -> torch.device:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // (local_world_size() or world_size())))
     if not dist.is_initialized():
-        if device.type == "cuda":
-            # DeepSpeed joins what is there; alone it names no device for a single rank, and NCCL warns of its guess.
-            dist.init_process_group("nccl", timeout=default_pg_timeout, device_id=device)
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+        # DeepSpeed joins what is there; alone it would listen on a port that was free some seconds ago, and name no
+        # device for a single rank, so that NCCL warns of its guess.
+        backend, card = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        store, timeout = meet(default_pg_timeout), default_pg_timeout
+        dist.init_process_group(
+            backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout, device_id=card
+        )
+        deepspeed.init_distributed(backend, verbose=False)
     return device
 
 

@@ -27,7 +27,7 @@ from shodh.moe.trace import read_trace
 from shodh.report.page import write_page
 from shodh.routing.probe.sections import probe_model
 from shodh.schema.fields import Boundary, Field, RegimeSchema, Trajectories
-from shodh.train.field_task import FieldTask, Presence
+from shodh.train.field_task import FieldTask
 from shodh.train.jobs import open_data
 from shodh.train.plan import describe_plan, make_plan
 from shodh.train.run_folder import RunFolder
@@ -184,11 +184,15 @@ def test_evaluation_counts_existing_fields_and_reports_every_step(opened: Evalua
     assert {"slices_dye.png", "rollout.png", "training.png", "expert_shares.png", "rollouts.csv"} <= names
 
 
+def task_of(opened: Evaluator, loss: str) -> FieldTask:
+    operator = opened.config.operator.model_copy(update={"loss": loss})
+    return FieldTask(opened.config.model_copy(update={"operator": operator}), opened.regimes, [])
+
+
 @pytest.mark.parametrize("measure", ("l2re", "mse"))
 def test_absent_fields_are_given_as_ones_and_cost_nothing(opened: Evaluator, measure: str) -> None:
-    presence = Presence(opened.regimes)
-    task = FieldTask.__new__(FieldTask)
-    task._presence, task.measure = presence, measure
+    task = task_of(opened, "relative_l2" if measure == "l2re" else "mse")
+    assert task.measure == measure
     draw = torch.Generator().manual_seed(0)
     frames, static = torch.randn(2, 3, 4, *GRID, generator=draw), torch.randn(2, 1, *GRID, generator=draw)
     regime = torch.tensor([0, 1])  # flow, height; dye
@@ -205,9 +209,10 @@ def test_absent_fields_are_given_as_ones_and_cost_nothing(opened: Evaluator, mea
     torch.testing.assert_close(errors, torch.stack((by_channel[0, :3].mean(), by_channel[1, 3])))
 
 
-def test_noise_is_relative_to_the_size_of_each_channel() -> None:
+def test_noise_is_relative_to_the_size_of_each_channel(opened: Evaluator) -> None:
     history = torch.randn(2, 3, 4, *GRID, generator=torch.Generator().manual_seed(0))
-    scale = FieldTask.__new__(FieldTask)._noise_scale(history)
+    scale = task_of(opened, "mse")._noise_scale(history)
+    assert isinstance(scale, torch.Tensor)
     assert scale.shape == (2, 1, 4, 1, 1)
     assert float(scale[1, 0, 2]) == pytest.approx(float(history[1, :, 2].square().mean().sqrt()), rel=1e-6)
 

@@ -75,14 +75,15 @@ def tune(config_path: Path, overrides: list[str], start: Path | None, resume: st
     """`pretrain` on a rank; the parameters that the optimiser was given, by name."""
     import numpy as np
 
-    from shodh.train import jobs, operator_task
+    from shodh.train import jobs
+    from shodh.train.callbacks import experts
 
-    operator_task.share_picture = lambda table, regimes: np.zeros((1, 1, 3), dtype=np.uint8)
+    experts.share_picture = lambda table, regimes: np.zeros((1, 1, 3), dtype=np.uint8)
     given: list[str] = []
     run = jobs._run
 
     def look(*arguments: Any) -> bool:
-        given.extend(name for name, p in arguments[5].named_parameters() if p.requires_grad)
+        given.extend(name for name, p in arguments[2].named_parameters() if p.requires_grad)
         return run(*arguments)
 
     jobs._run = look

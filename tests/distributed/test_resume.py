@@ -70,14 +70,52 @@ def test_kill_during_a_save_leaves_the_last_checkpoint_and_resume_goes_on(labora
     assert not list((folder / "checkpoints").glob(".*"))
 
 
-def test_full_disk_during_a_save_stops_all_ranks_with_one_line(laboratory: Laboratory) -> None:
-    overrides = laboratory.overrides("full", 2, 1)
+@pytest.mark.parametrize(("save", "work"), [(1, "write"), (1, "publish"), (2, "write")])
+def test_full_disk_during_a_save_stops_all_ranks_with_one_line(laboratory: Laboratory, save: int, work: str) -> None:
+    """In the middle of a run at a step that follows, in the end before the run ends."""
+    overrides = laboratory.overrides(f"full-{save}-{work}", 2, 1)
     with pytest.raises(RankError) as caught:
-        run_ranks(2, rank_jobs.pretrain_with_failing_save, laboratory.config, overrides, 2, "full")
+        run_ranks(2, rank_jobs.pretrain_with_failing_save, laboratory.config, overrides, save, work)
     assert str(caught.value).count("SharedError: no disk space left while writing") == 2
     folder = laboratory.load(overrides).run_dir
-    assert (folder / "latest").read_text() == "step_00000005\n"
-    verify_checkpoint(folder / "checkpoints" / "step_00000005")
+    assert [p.name for p in (folder / "checkpoints").glob("step_*")] == ["step_00000005"] * (save - 1)
+    if save == 2:
+        assert (folder / "latest").read_text() == "step_00000005\n"
+        verify_checkpoint(folder / "checkpoints" / "step_00000005")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(laboratory: Laboratory) -> None:
+    """And it is published when the last rank has written, no sooner."""
+    overrides = laboratory.overrides("beside", 2, 1)
+    ranks = run_ranks(2, rank_jobs.pretrain_with_slow_writing, laboratory.config, overrides, 1, 8)
+    assert [rank["latest"] for rank in ranks] == [None, None] and all(rank["finished"] for rank in ranks)
+    folder = laboratory.load(overrides).run_dir
+    whole = laboratory.run(2, 2, 1)
+    assert_bitwise_equal(folder, whole)
+    for name in ("model.safetensors", *(f"optimizer/rank_0000{rank}.safetensors" for rank in (0, 1))):
+        ours, theirs = (run / "checkpoints" / "step_00000005" / name for run in (folder, whole.path))
+        assert ours.read_bytes() == theirs.read_bytes(), "what was copied at step 5, and not what is there at step 8"
+
+
+def test_a_killed_run_has_the_trace_of_all_steps_that_were_saved(laboratory: Laboratory) -> None:
+    """Also where nothing was logged or validated before the save."""
+    rare = tuple(f"operator.train.{s}" for s in ("log_every=100", "valid_every=0", "checkpoint_every=3"))
+    overrides = laboratory.overrides("rarely", 2, 1, *rare)
+    with pytest.raises(RankError, match="rank 0 died"):
+        run_ranks(2, rank_jobs.pretrain_with_failing_save, laboratory.config, overrides, 2, "kill", timeout=60)
+    run_ranks(2, rank_jobs.pretrain, laboratory.config, overrides, "auto")
+    assert_bitwise_equal(laboratory.load(overrides).run_dir, laboratory.run(2, 2, 1, *rare))
+
+
+def test_the_record_of_a_run_is_written_when_its_checkpoint_was_loaded(laboratory: Laboratory) -> None:
+    run = laboratory.copy(laboratory.run(2, 2, 1), "unloadable", until=5)
+    manifest = run.checkpoint(5) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"seed": 3', '"seed": 4'))
+    before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file() and p.name != ".lock"}
+    changed = [*run.overrides, "operator.train.lr=5.0e-3"]
+    with pytest.raises(RankError, match="was trained with seed 4, and this run has seed 3"):
+        run_ranks(2, rank_jobs.pretrain, laboratory.config, changed, "auto")
+    assert {p: p.read_bytes() for p in before} == before
 
 
 def test_damaged_checkpoint_is_refused_by_all_ranks(laboratory: Laboratory) -> None:

@@ -6,11 +6,13 @@ test, which starts in milliseconds instead of seconds.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.process
 import multiprocessing.util
 import os
 import pickle
+import random
 import runpy
 import socket
 import sys
@@ -23,6 +25,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
+
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parents[2]
 PRELOAD = [
@@ -65,9 +69,11 @@ class Finished(NamedTuple):
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port for a launcher to listen on: below those that systems give to whoever asks for any."""
+    while True:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("0.0.0.0", random.randrange(20_000, 32_000)))
+            return int(s.getsockname()[1])
 
 
 def _rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
@@ -78,6 +84,7 @@ def _rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
 
 
@@ -121,12 +128,13 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout
     RankError
         With the traceback of each rank that failed, or the ranks that gave no answer in time; none is left running.
     """
-    port = free_port()
+    # This process listens, as torchrun does: a port that a rank takes later could be another's by then.
+    store = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
     payload = pickle.dumps((function, arguments))
     ranks = []
     for rank in range(world):
         receiver, sender = _context.Pipe(duplex=False)
-        process = _process(_rank_main, sender, _rank_environment(rank, world, port), payload)
+        process = _process(_rank_main, sender, _rank_environment(rank, world, store.port), payload)
         sender.close()
         ranks.append((process, receiver))
     deadline = time.monotonic() + timeout

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +55,12 @@ def describe_engine(engine: Any, config: Any) -> dict[str, Any]:
 def pretrain(config_path: Path, overrides: list[str], resume: str | None = None) -> dict[str, Any]:
     """`shodh.train.jobs.pretrain`, with `describe_engine` after the last step."""
     from shodh.config import load_config
-    from shodh.train import jobs, operator_task
-    from shodh.train.loop import Trainer
+    from shodh.train import jobs
+    from shodh.train.callbacks import experts
+    from shodh.train.trainer import Trainer
 
     # Drawing takes longer than a tiny step; a unit test looks at the picture.
-    operator_task.share_picture = lambda table, regimes: np.zeros((1, 1, 3), dtype=np.uint8)
+    experts.share_picture = lambda table, regimes: np.zeros((1, 1, 3), dtype=np.uint8)
     config = load_config(config_path, overrides)
     seen: dict[str, Any] = {}
     fit = Trainer.fit
@@ -80,50 +84,90 @@ def pretrain_in_dirty_memory(config_path: Path, overrides: list[str]) -> dict[st
 
 def pretrain_until_signal(config_path: Path, overrides: list[str], step: int) -> dict[str, Any]:
     """As `pretrain`; at the end of ``step`` the last rank alone gets SIGTERM, as a scheduler may send it."""
-    from shodh.train.operator_task import OperatorTask
+    from shodh.train.callbacks import Experts
+    from shodh.train.trainer import Trainer
 
-    finish = OperatorTask.finish_step
+    finish = Experts.after_step
 
-    def finish_and_signal(task: OperatorTask, engine: Any, now: int) -> None:
-        finish(task, engine, now)
-        if now == step and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+    def finish_and_signal(experts: Experts, trainer: Trainer) -> None:
+        finish(experts, trainer)
+        if trainer.step == step + 1 and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    OperatorTask.finish_step = finish_and_signal  # type: ignore[method-assign]
+    Experts.after_step = finish_and_signal  # type: ignore[method-assign]
     return pretrain(config_path, overrides)
 
 
 def pretrain_with_failing_save(config_path: Path, overrides: list[str], save: int, how: str) -> dict[str, Any]:
-    """As `pretrain`; during checkpoint number ``save`` (from 1) rank 0 is killed, or its disk is full."""
+    """As `pretrain`; during checkpoint number ``save`` (from 1) rank 0 is killed, or its disk is full.
+
+    ``how``: ``kill``, or what is at work when the disk is full: ``write`` or ``publish``.
+    """
     from shodh.checkpoint import training
+    from shodh.checkpoint.snapshot import Snapshot
 
-    original, calls = training.fill_weights, [0]
+    calls = [0]
 
-    def fill_weights(engine: Any, path: Path) -> None:
+    def failing(original: Any, *arguments: Any) -> Any:
         calls[0] += 1
         if calls[0] == save and int(os.environ["RANK"]) == 0:
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise OSError(28, "No space left on device", str(path))
-        original(engine, path)
+            raise OSError(28, "No space left on device", str(arguments[1]))
+        return original(*arguments)
 
-    training.fill_weights = fill_weights
+    if how == "publish":
+        training.publish = partial(failing, training.publish)
+    else:
+        write = Snapshot.write
+        Snapshot.write = lambda *arguments: failing(write, *arguments)  # type: ignore[assignment]
     return pretrain(config_path, overrides)
+
+
+def pretrain_with_slow_writing(config_path: Path, overrides: list[str], save: int, until: int) -> dict[str, Any]:
+    """As `pretrain`; the last rank writes checkpoint number ``save`` (from 1) when ``until`` steps are done.
+
+    ``seen["latest"]`` is what the run's file of that name holds at that moment, or None.
+    """
+    from shodh.checkpoint.snapshot import Snapshot
+    from shodh.config import load_config
+    from shodh.train.callbacks import StopSignal
+    from shodh.train.trainer import Trainer
+
+    original, step, calls, reached = Snapshot.write, StopSignal.after_step, [0], threading.Event()
+    last, seen = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1, {}
+    latest = load_config(config_path, overrides).run_dir / "latest"
+
+    def write(snapshot: Snapshot, weights: Path, fragments: Path) -> None:
+        calls[0] += 1
+        if calls[0] == save and last:
+            assert reached.wait(60), "the training waits for what is written"
+        original(snapshot, weights, fragments)
+
+    def after_step(callback: StopSignal, trainer: Trainer) -> None:
+        step(callback, trainer)
+        if trainer.step == until:
+            seen["latest"] = latest.read_text() if latest.exists() else None
+            reached.set()
+
+    Snapshot.write, StopSignal.after_step = write, after_step  # type: ignore[method-assign]
+    return {**pretrain(config_path, overrides), **seen}
 
 
 def pretrain_with_lost_update(config_path: Path, overrides: list[str]) -> dict[str, Any]:
     """As `pretrain`; before the first checkpoint one number of the last rank's optimiser is not the model's."""
     from shodh.checkpoint.shares import flat_tensors
-    from shodh.train.loop import Trainer
+    from shodh.train.callbacks import Checkpoints
+    from shodh.train.trainer import Trainer
 
-    save = Trainer.save
+    save = Checkpoints.save
 
-    def lose_and_save(trainer: Trainer) -> None:
+    def lose_and_save(checkpoints: Checkpoints, trainer: Trainer) -> None:
         if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
             flat_tensors(trainer.engine)[0].data[3] += 1e-3
-        save(trainer)
+        save(checkpoints, trainer)
 
-    Trainer.save = lose_and_save  # type: ignore[method-assign]
+    Checkpoints.save = lose_and_save  # type: ignore[method-assign]
     return pretrain(config_path, overrides)
 
 
@@ -141,6 +185,15 @@ def _forget(engine: Any, what: str) -> None:
             buffer.zero_()
 
 
+def save_now(trainer: Any) -> None:
+    """Save, and wait until it is published."""
+    from shodh.train.callbacks import Checkpoints
+
+    (checkpoints,) = (c for c in trainer.callbacks if isinstance(c, Checkpoints))
+    checkpoints.save(trainer)
+    checkpoints.join()
+
+
 def resume_many(
     config_path: Path, overrides: list[str], moves: list[tuple[Path, str | None]], rewritten: Path
 ) -> list[dict[str, Any]]:
@@ -151,34 +204,36 @@ def resume_many(
     """
     from shodh.config import load_config
     from shodh.core.distributed import rank
-    from shodh.train import jobs, operator_task
-    from shodh.train.loop import Trainer
+    from shodh.train import jobs
+    from shodh.train.callbacks import experts
+    from shodh.train.callbacks.checkpoints import resume
     from shodh.train.metrics import read_metrics
+    from shodh.train.trainer import Trainer
 
-    operator_task.share_picture = lambda table, regimes: np.zeros((1, 1, 3), dtype=np.uint8)
-    operator_task.OperatorTask.close = lambda task: None  # type: ignore[method-assign]
+    experts.share_picture = lambda table, regimes: np.zeros((1, 1, 3), dtype=np.uint8)
+    config = load_config(config_path, overrides)
     answers: list[dict[str, Any]] = []
-    fit = Trainer.fit
+    fit, run = Trainer.fit, config.run_dir
 
     def fit_many(trainer: Trainer) -> bool:
         for number, (checkpoint, lost) in enumerate(moves):
-            trainer.resume(checkpoint)
+            resume(trainer, checkpoint)
             start = trainer.step
             if lost is not None:
                 _forget(trainer.engine, lost)
-            trainer.save()
+            save_now(trainer)
             if rank() == 0:
                 rewritten.mkdir(exist_ok=True)
-                (trainer.folder.checkpoints / checkpoint.name).rename(rewritten / str(number))
+                (run / "checkpoints" / checkpoint.name).rename(rewritten / str(number))
             fit(trainer)
-            lines = read_metrics(trainer.folder.path / "metrics.jsonl")
+            lines = read_metrics(run / "metrics.jsonl")
             groups = trainer.engine.optimizer.param_groups
             settings = {(group["weight_decay"], tuple(group["betas"])) for group in groups}
             answers.append({"lines": [line for line in lines if line["step"] >= start], "settings": settings})
         return True
 
     Trainer.fit = fit_many  # type: ignore[method-assign]
-    jobs.pretrain(load_config(config_path, overrides))
+    jobs.pretrain(config)
     return answers
 
 
@@ -186,15 +241,15 @@ def save_with_deepspeed(config_path: Path, overrides: list[str], folder: Path) -
     """Resume a finished run, and let DeepSpeed alone write a checkpoint folder of its last step."""
     from shodh.config import load_config
     from shodh.train import jobs
-    from shodh.train.loop import Trainer
+    from shodh.train.trainer import Trainer
 
-    resume = Trainer.resume
+    resume = jobs.resume_from
 
     def resume_and_save(trainer: Trainer, checkpoint: Path) -> None:
         resume(trainer, checkpoint)
         trainer.engine.save_checkpoint(str(folder), tag=f"global_step{trainer.step}")
 
-    Trainer.resume = resume_and_save  # type: ignore[method-assign]
+    jobs.resume_from = resume_and_save
     jobs.pretrain(load_config(config_path, overrides), "auto")
 
 
@@ -250,15 +305,15 @@ def start_from(config_path: Path, overrides: list[str], weights: Path) -> dict[s
 
     from shodh.config import load_config
     from shodh.train import jobs
-    from shodh.train.loop import Trainer
+    from shodh.train.trainer import Trainer
 
     config = load_config(config_path, overrides)
     seen: dict[str, Any] = {}
 
     def look(trainer: Trainer) -> bool:
         seen.update(describe_engine(trainer.engine, config))
-        trainer.save()
-        seen["state"] = load_file(trainer.folder.checkpoints / "step_00000000" / "model.safetensors")
+        save_now(trainer)
+        seen["state"] = load_file(config.run_dir / "checkpoints" / "step_00000000" / "model.safetensors")
         return True
 
     Trainer.fit = look  # type: ignore[method-assign]
@@ -335,11 +390,11 @@ def pretrain_with_bad_steps(
     where : str
         End of the parameter's name, or ``loss``, or ``target`` for the data of the first sample.
     """
-    from shodh.train.loop import Trainer
     from shodh.train.operator_task import OperatorTask
+    from shodh.train.trainer import Trainer
 
     bad = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-    train_step, loss_of = Trainer._train_step, OperatorTask.loss
+    take_step, loss_of = Trainer._take_step, OperatorTask.loss
     changed: dict[int, list[str]] = {}
     rates: list[float] = []
 
@@ -348,44 +403,44 @@ def pretrain_with_bad_steps(
         gradient.view(-1)[-1] = value
         return gradient
 
-    def step_and_look(trainer: Trainer, *arguments: Any) -> Any:
+    def step_and_look(trainer: Trainer, *arguments: Any) -> None:
         named = dict(trainer.engine.module.named_parameters())
         chosen = [p for name, p in named.items() if name.endswith(where)][:1]
         now = trainer.step
         hooks = [p.register_hook(poison) for p in chosen if bad and now in steps]
         before = held_by_engine(trainer.engine)
-        result = train_step(trainer, *arguments)
+        take_step(trainer, *arguments)
         after = held_by_engine(trainer.engine)
         changed[now] = [name for name in before if not torch.equal(before[name], after[name])]
         rates.append(trainer.engine.optimizer.param_groups[0]["lr"])
         for hook in hooks:
             hook.remove()
-        return result
 
     def bad_loss(task: OperatorTask, engine: Any, batch: Any, step: int) -> Any:
         if where == "target" and bad and step in steps:
             batch = {**batch, "latents": batch["latents"].clone()}
             batch["latents"][0, -1] = value
-        loss, metrics = loss_of(task, engine, batch, step)
+        outcome = loss_of(task, engine, batch, step)
         # A number added to the loss has no gradient: only the loss shows it.
-        return (loss + value if where == "loss" and bad and step in steps else loss), metrics
+        return replace(outcome, loss=outcome.loss + value) if where == "loss" and bad and step in steps else outcome
 
-    Trainer._train_step, OperatorTask.loss = step_and_look, bad_loss  # type: ignore[method-assign]
+    Trainer._take_step, OperatorTask.loss = step_and_look, bad_loss  # type: ignore[method-assign]
     seen = pretrain(config_path, overrides, resume)
     return {**seen, "changed": changed, "rates": rates}
 
 
 def pretrain_with_broken_weights(config_path: Path, overrides: list[str], step: int) -> dict[str, Any]:
     """As `pretrain`; from ``step`` on an expert of the last rank has an infinite weight at the end of a step."""
-    from shodh.train.operator_task import OperatorTask
+    from shodh.train.callbacks import Experts
+    from shodh.train.trainer import Trainer
 
-    finish = OperatorTask.finish_step
+    finish = Experts.after_step
 
-    def finish_and_break(task: OperatorTask, engine: Any, now: int) -> None:
-        finish(task, engine, now)
-        if now >= step and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
-            weight = next(p for n, p in engine.module.named_parameters() if n.endswith("experts.w2"))
+    def finish_and_break(experts: Experts, trainer: Trainer) -> None:
+        finish(experts, trainer)
+        if trainer.step > step and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            weight = next(p for n, p in trainer.engine.module.named_parameters() if n.endswith("experts.w2"))
             (weight.ds_tensor if hasattr(weight, "ds_tensor") else weight).data.view(-1)[-1] = torch.inf
 
-    OperatorTask.finish_step = finish_and_break  # type: ignore[method-assign]
+    Experts.after_step = finish_and_break  # type: ignore[method-assign]
     return pretrain(config_path, [*overrides, "operator.train.max_skipped_steps=100"])

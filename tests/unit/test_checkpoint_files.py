@@ -29,8 +29,8 @@ from shodh.checkpoint.folder import (
 from shodh.core.errors import CheckpointError, ConfigError
 from shodh.core.files import write_atomically
 from shodh.core.weights import load_into, load_weights
-from shodh.train.jobs import find_start
 from shodh.train.run_folder import RunFolder
+from shodh.train.start import find_start
 
 
 @pytest.fixture
@@ -97,6 +97,10 @@ def test_start_of_a_run(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="elsewhere is not a complete checkpoint"):
         find_start(folder, str(tmp_path / "elsewhere"))
     (checkpoint / MANIFEST).unlink()
+    for asked in (None, "auto"):
+        with pytest.raises(CheckpointError, match="none of the checkpoints in .* is whole .step_00000005."):
+            find_start(folder, asked)
+    checkpoint.rename(checkpoint.with_name(".step_00000005.partial"))
     assert find_start(folder, None) is None and find_start(folder, "auto") is None, "nothing was published"
 
 

@@ -68,6 +68,7 @@ def test_a_damaged_line_costs_that_line(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     lines = path.read_bytes().splitlines()
     lines[1], lines[3] = b"\x00\x00\xff", b"7"
+    lines[2:2] = [b'{"step": Infinity}', b'{"step": 1e999}', b"[" * 10**5, b'{"step": {"step": 1}}', b'{"time": 1}']
     path.write_bytes(b"\n".join(lines))  # and the last without its end of line
     assert [line["step"] for line in read_metrics(path)] == [0, 2, 4, 5]
     write(tmp_path / "run", range(6, 7), resume_step=6)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shodh.moe.routing import count_assignments, count_by_regime, regime_information
-from shodh.train.operator_task import routing_metrics
+from shodh.train.callbacks.experts import routing_metrics
 
 
 def test_counts_by_regime_are_those_of_a_loop() -> None:

@@ -15,7 +15,7 @@ from shodh.models.tokenizer import PATCH, Tokenizer, relative_spacing
 from shodh.ops import divergence
 from shodh.schema.domain import Domain, add_walls, num_static_features, static_features
 from shodh.schema.fields import Field
-from shodh.train import jobs
+from shodh.train import tokenizer_weights
 
 GRID = (16, 8, 24)
 FIELDS = (Field("velocity", "vector", placement="face", solenoidal=True), Field("tracer", masked_by="solid"))
@@ -66,9 +66,9 @@ def test_linear_part_sees_patches_from_everywhere_where_not_all_are_taken(monkey
     patches[range(places), range(places)] = 1.0
     field = patches.view(2, 1, 8, PATCH, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5).reshape(1, 1, *grid)
     item = {"fields": field, "static": torch.zeros(0, *grid)}
-    monkeypatch.setattr(jobs, "training_frames", lambda regimes, count: ((0, item) for _ in range(count)))
+    monkeypatch.setattr(tokenizer_weights, "training_frames", lambda regimes, count: ((0, item) for _ in range(count)))
     regimes: Any = SimpleNamespace(sources=[SimpleNamespace(grid=grid)], domains=[POROUS])
-    jobs.fit_basis(model, regimes, frames=32, patches=32)
+    tokenizer_weights.fit_basis(model, regimes, frames=32, patches=32)
     head = torch.zeros(1, dtype=torch.long)
     torch.testing.assert_close(model.basis.decode(model.basis.encode(field, head), head), field, rtol=0, atol=1e-4)
 

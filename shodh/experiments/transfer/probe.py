@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +17,12 @@ from shodh.core.topology import plan_topology
 from shodh.data import Split
 from shodh.data.loader import SampleDataset
 from shodh.moe.groups import is_routed_expert
-from shodh.train.field_task import FieldTask
+from shodh.moe.step import finish_step
+from shodh.train.datasets import mixture_loader
+from shodh.train.field_task import operator_task
 from shodh.train.jobs import open_data
-from shodh.train.loop import Batch
-from shodh.train.operator_task import OperatorTask
 from shodh.train.run_folder import RunFolder
+from shodh.train.trainer import Batch
 
 GROUPS = ("router", "experts", "feed_forward", "rest")
 Gradients = dict[str, Tensor]
@@ -42,11 +41,9 @@ class Probe:
         self.config, self.device = config, device
         self.regimes, self._open = open_data(config, normalised_by, device)
         train, experts = config.operator.train, config.operator.experts
-        kind = FieldTask if config.operator.in_field_space else OperatorTask
-        topology = plan_topology(1, 1, experts.num_experts, train.global_batch)
-        with tempfile.TemporaryDirectory() as traces:  # A task opens a trace; this one is thrown away.
-            quiet = config.model_copy(update={"routing_trace": 0, "routing_samples": 0})
-            self.task: OperatorTask = kind(quiet, self.regimes, self._open, topology, Path(traces), 0)
+        training, topology = self._open("train"), plan_topology(1, 1, experts.num_experts, train.global_batch)
+        self.task = operator_task(config, self.regimes, training)
+        self._loader = mixture_loader(training, config, topology, config.seed)
 
     @property
     def measure(self) -> str:
@@ -86,8 +83,14 @@ class Probe:
             batches[name] = self.batch(data, rows)
         return batches
 
+    def training_batches(self, steps: int) -> Iterator[Batch]:
+        """The first batches that the run itself learns from."""
+        for batch in self._loader.iterate(0, steps):
+            yield {name: tensor.to(self.device) for name, tensor in batch.items()}
+
     def close(self) -> None:
-        self.task.close()
+        self._loader.close()
+        self.regimes.close()
 
 
 def group_of(name: str) -> str:
@@ -162,16 +165,17 @@ def learning_curve(probe: Probe, model: nn.Module, steps: int, lr: float) -> lis
     train = probe.config.operator.train
     optimizer = torch.optim.AdamW(learner.parameters(), lr=lr, betas=train.betas, weight_decay=train.weight_decay)
     curve = []
-    for step, batch in enumerate(probe.task.batches(0, steps)):
-        probe.task.start_step(step)
-        given = {name: tensor.to(probe.device) for name, tensor in batch.items()}
-        loss, metrics = probe.task.loss(learner, given, step)
+    for step, batch in enumerate(probe.training_batches(steps)):
+        probe.task.start_step()
+        outcome = probe.task.loss(learner, batch, step)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        outcome.loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(learner.parameters(), train.clip)
         optimizer.step()
-        probe.task.finish_step(SimpleNamespace(module=learner), step)
-        curve.append(float(metrics["train/over_persistence"][0]))
+        if outcome.routing:
+            loads = torch.stack([routing.counts for routing in outcome.routing])
+            finish_step(learner, probe.config.operator.experts, partial(torch.clone, loads))
+        curve.append(float(outcome.metrics["train/over_persistence"][0]))
     return curve
 
 

@@ -1,0 +1,111 @@
+"""A rank's own share of a run at one step, copied to host memory, and how it is written while the run goes on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shodh.checkpoint.optimizer_state import MOMENTS
+from shodh.checkpoint.shares import flat_tensors, places, shares
+from shodh.core.distributed import rank
+from shodh.core.files import sync_to_disk
+from shodh.core.strict_json import dumps
+from shodh.core.weights import Layout, StoredTensor, persistent_buffers, plan_file, write_file
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank writes of a checkpoint.
+
+    Attributes
+    ----------
+    layout : Layout
+        Of ``model.safetensors``; the same on every rank.
+    buffers : dict, optional
+        The persistent ones by name; rank 0 writes them, and the header.
+    weights : list
+        (name, start, float32 numbers) of the ranges of flat parameters that this rank keeps.
+    moments : dict
+        Both moments by ``<moment>/<name>``, flat; ``starts`` says where those of a name begin.
+    updates : list of int
+        Updates that the optimiser has made, once.
+    """
+
+    layout: Layout
+    buffers: dict[str, Tensor] | None
+    weights: list[tuple[str, int, Tensor]]
+    moments: dict[str, Tensor]
+    starts: dict[str, int]
+    updates: list[int]
+
+    @classmethod
+    def take(cls, engine: Any) -> Snapshot:
+        """Copy what this rank keeps to host memory: whole flat tensors at once, whatever lies in them."""
+        optimizer = engine.optimizer.optimizer
+        hosted: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+        for flat in flat_tensors(engine):
+            state = optimizer.state.get(flat, {})
+            # Before the first update there are no moments: they are zeros.
+            moments = {key: _to_host(state[key]) if key in state else torch.zeros(flat.shape) for key in MOMENTS}
+            hosted[id(flat)] = (_to_host(flat), moments)
+        weights, moments_of, starts = [], {}, {}
+        for share in shares(engine):
+            if share.flat is None:
+                weights.append((share.name, share.start, _to_host(share.model)))
+                continue
+            master, moments = hosted[id(share.flat)]
+            weights.append((share.name, share.start, master[share.own]))
+            starts[share.name] = share.start
+            moments_of.update({f"{key}/{share.name}": moment[share.own] for key, moment in moments.items()})
+        buffers = {name: _to_host(b) for name, b in persistent_buffers(engine.module)} if rank() == 0 else None
+        updates = sorted({_updates(optimizer, flat) for flat in flat_tensors(engine)})
+        return cls(_layout(engine), buffers, weights, moments_of, starts, updates)
+
+    def write(self, weights: Path, fragments: Path) -> None:
+        """Write into ``weights``, which all ranks write to, and ``fragments``, this rank's own; both reach the disk."""
+        # Whoever comes first makes the file; nobody cuts it off.
+        with os.fdopen(os.open(weights, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
+            if self.buffers is not None:
+                file.truncate(self.layout.size)
+                file.write(self.layout.header)
+            for name, buffer in (self.buffers or {}).items():
+                file.seek(self.layout.offsets[name])
+                file.write(_bytes(buffer))
+            for name, start, numbers in self.weights:
+                file.seek(self.layout.offsets[name] + 4 * start)
+                file.write(_bytes(numbers.float()))
+        sync_to_disk(weights)
+        stored = {name: StoredTensor.of(moment, fragments) for name, moment in self.moments.items()}
+        metadata = {"starts": dumps(self.starts), "updates": dumps(self.updates)}
+        write_file(fragments, stored, dict.fromkeys(stored, torch.float32), metadata)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _layout(engine: Any) -> Layout:
+    """The file of this engine's model; the same on every rank."""
+    shapes = {place.name: place.shape for place in places(engine.module)}
+    dtypes = dict.fromkeys(shapes, torch.float32)
+    for name, buffer in persistent_buffers(engine.module):
+        shapes[name], dtypes[name] = tuple(buffer.shape), buffer.dtype
+    return plan_file(shapes, dtypes)
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.reshape(-1).contiguous().view(torch.uint8).numpy().data
+
+
+def _updates(optimizer: Any, flat: Tensor) -> int:
+    """Steps that a flat tensor has seen: torch counts them in its state, apex in its group."""
+    state = optimizer.state.get(flat, {})
+    if "step" in state:
+        return int(state["step"])
+    groups = [group for group in optimizer.param_groups if any(p is flat for p in group["params"])]
+    return int(groups[0].get("step", 0)) if groups else 0

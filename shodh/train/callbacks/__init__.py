@@ -1,0 +1,19 @@
+"""What happens beside the steps of a training run; see `shodh.train.trainer.Callback`."""
+
+from shodh.train.callbacks.checkpoints import Checkpoints, StopSignal
+from shodh.train.callbacks.experts import Experts
+from shodh.train.callbacks.faults import FirstStep, SkippedSteps
+from shodh.train.callbacks.step_metrics import StepMetrics
+from shodh.train.callbacks.trace import RoutingTrace
+from shodh.train.callbacks.validation import Validation
+
+__all__ = [
+    "Checkpoints",
+    "Experts",
+    "FirstStep",
+    "RoutingTrace",
+    "SkippedSteps",
+    "StepMetrics",
+    "StopSignal",
+    "Validation",
+]

@@ -1,0 +1,121 @@
+"""Checkpoints, and the signals after which one is saved and the run ends."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from pathlib import Path
+
+from shodh.checkpoint.folder import read_manifest
+from shodh.checkpoint.training import CheckpointWriter, load_checkpoint
+from shodh.core.distributed import SharedError, gather, rank
+from shodh.core.errors import ShodhError
+from shodh.train.engine import find_nonfinite
+from shodh.train.metrics import reduce_metrics
+from shodh.train.run_folder import RunFolder, describe_environment
+from shodh.train.trainer import Callback, Trainer
+
+log = logging.getLogger("shodh")
+
+
+class StopSignal(Callback):
+    """Stop at SIGTERM or SIGUSR1, which schedulers send before the end, to any rank; read at a step's edge."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def start(self, trainer: Trainer) -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self._asked = True
+
+    def after_step(self, trainer: Trainer) -> None:
+        asked = float(self._asked)
+        if trainer.topology.world_size > 1:
+            asked = reduce_metrics({"stop": (asked, "max")}, trainer.engine.device)["stop"]
+        trainer.stopping = asked > 0 and not trainer.finished
+
+
+class Checkpoints(Callback):
+    """Save every so many steps, after the last one, and where the run is stopped; and go on from what was saved.
+
+    A save holds the training while this rank's share is copied to host memory; the rest is written beside the steps
+    that follow, and an error of it ends the run at the next one.
+    """
+
+    def __init__(self, folder: RunFolder, every: int, keep: int) -> None:
+        self._folder, self._every = folder, every
+        self._writer = CheckpointWriter(folder.path, keep)
+        self._environment = describe_environment() if rank() == 0 else {}
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.due(self._every) or trainer.stopping:
+            trainer.call("flush")
+            self.save(trainer)
+        else:
+            self._writer.advance()
+
+    def finish(self, trainer: Trainer) -> None:
+        self._writer.join()
+        if trainer.stopping:
+            log.info("stopped at step %d by a signal; the same command with --resume auto goes on", trainer.step)
+
+    def join(self) -> None:
+        """Wait until what was saved is published. Collective; raises `SharedError` if it cannot be."""
+        self._writer.join()
+
+    def save(self, trainer: Trainer) -> None:
+        """Save this step; raises `SharedError` if a weight is not finite. Collective."""
+        wrong = sorted({name for part in gather(find_nonfinite(trainer.engine)) for name in part})
+        if wrong:
+            raise SharedError(
+                f"no checkpoint of step {trainer.step} is written: {', '.join(wrong[:5])} not finite; {self.way_back()}"
+            )
+        record = {
+            "state": {k: getattr(trainer, k) for k in ("step", "seed", "skipped", "skipped_in_row")},
+            "topology": _layout(trainer),
+            "precision": trainer.train.precision,
+            "env": self._environment,
+        }
+        self._writer.save(trainer.engine, record)
+
+    def way_back(self) -> str:
+        """What to do after a fault: from where the run can go on. Collective."""
+        self._writer.join()
+        tag = self._folder.latest()
+        if tag is None:
+            return "there is no checkpoint yet: look at the data, or lower train.lr, and start again"
+        path = self._folder.checkpoints / tag
+        return f"the last good checkpoint is {path}: lower train.lr, and go on with --resume auto"
+
+
+def resume(trainer: Trainer, checkpoint: Path) -> None:
+    """Go on from a checkpoint folder of any layout; raises `CheckpointError` if it does not fit. Collective."""
+    state = read_manifest(checkpoint)["state"]
+    if state["seed"] != trainer.seed:
+        raise ShodhError(f"{checkpoint} was trained with seed {state['seed']}, and this run has seed {trainer.seed}")
+    written = load_checkpoint(trainer.engine, checkpoint)["topology"]
+    trainer.step = int(state["step"])
+    trainer.skipped, trainer.skipped_in_row = (int(state.get(k, 0)) for k in ("skipped", "skipped_in_row"))
+    log.info("resumed from %s at step %d of %d", checkpoint, trainer.step, trainer.train.steps)
+    before, now = (t["world_size"] * t["micro_batch"] for t in (written, _layout(trainer)))
+    if before != now:
+        log.warning(
+            "%d samples are balanced over the experts at once (ranks x micro_batch), and there were %d until now; "
+            "results differ by more than rounding: keep the product to go on as before",
+            now,
+            before,
+        )
+
+
+def _layout(trainer: Trainer) -> dict[str, int]:
+    """The layout of ranks that the manifest names."""
+    topology = trainer.topology
+    return {
+        "world_size": topology.world_size,
+        "ep_size": topology.ep_size,
+        "micro_batch": topology.micro_batch,
+        "zero_stage": int(trainer.engine.zero_optimization_stage()),
+    }

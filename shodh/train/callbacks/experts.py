@@ -1,0 +1,77 @@
+"""What expert layers need beside the optimiser: selection biases, temperatures, and a look at their load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shodh.config import ExpertsConfig
+from shodh.moe.balance import entropy
+from shodh.moe.routing import Routing, count_by_regime, regime_information
+from shodh.moe.step import finish_step
+from shodh.train.callbacks.step_metrics import StepMetrics
+from shodh.train.metrics import Metrics
+from shodh.train.pictures import share_picture
+from shodh.train.trainer import Batch, Callback, Outcome, Trainer
+
+
+class Experts(Callback):
+    """Update the routers after each step that was taken; report load and specialisation of the step where it is logged.
+
+    Stands before `StepMetrics`, which writes what is reported.
+    """
+
+    def __init__(self, config: ExpertsConfig, regimes: Sequence[str], log_every: int, metrics: StepMetrics) -> None:
+        self._config, self._regimes, self._every, self._metrics = config, regimes, log_every, metrics
+        self._table: Tensor | None = None
+
+    def after_loss(self, trainer: Trainer, batch: Batch, outcome: Outcome) -> None:
+        if outcome.routing:
+            table = regime_table(outcome.routing, batch["regime"], len(self._regimes))
+            self._table = table if self._table is None else self._table + table
+
+    def after_step(self, trainer: Trainer) -> None:
+        if self._table is None:
+            return
+        table, self._table = self._table, None
+        if trainer.applied:
+            finish_step(trainer.engine.module, self._config, lambda: sum_over_ranks(table).sum(1))
+        if trainer.due(self._every):
+            whole = sum_over_ranks(table).cpu()
+            trainer.metrics.update(routing_metrics(whole))
+            if self._metrics.writer is not None:
+                picture = share_picture(whole, self._regimes)
+                self._metrics.writer.image(trainer.step - 1, "moe/expert_shares", picture)
+
+
+def regime_table(routing: Sequence[Routing], regime: Tensor, num_regimes: int) -> Tensor:
+    """Assignments of this rank, ``[layers, regimes, experts]``, of samples with labels ``regime [B]``."""
+    return torch.stack([count_by_regime(r.selected, regime, num_regimes, r.num_experts) for r in routing])
+
+
+def sum_over_ranks(table: Tensor) -> Tensor:
+    """The table of the global batch. Collective."""
+    table = table.clone()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(table)
+    return table
+
+
+def routing_metrics(table: Tensor) -> Metrics:
+    """Load and specialisation of a global table ``[layers, regimes, experts]``; the same on every rank."""
+    load = table.sum(1).double()
+    share = load / load.sum(-1, keepdim=True)
+    experts = table.shape[-1]
+    information = [regime_information(layer) for layer in table]
+    metrics: Metrics = {
+        "moe/load_max_over_mean": (float((share.max(-1).values * experts).mean()), "max"),
+        "moe/entropy": (float(entropy(share).mean() / math.log(experts)) if experts > 1 else 0.0, "max"),
+        "moe/dead_experts": (float((share < 0.01 / experts).sum(-1).double().mean()), "max"),
+        "moe/regime_information": (sum(u for u, _ in information) / len(information), "max"),
+        "moe/nmi_regime": (sum(n for _, n in information) / len(information), "max"),
+    }
+    return metrics

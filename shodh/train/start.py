@@ -1,0 +1,100 @@
+"""What is checked before a training job begins: where it goes on, whether it is the same run, whether it fits."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from shodh.checkpoint.folder import published_folders, read_manifest, remove_leftovers, verify_checkpoint
+from shodh.config import RunConfig, to_dict
+from shodh.core.distributed import rank, together, world_size
+from shodh.core.errors import CheckpointError, ConfigError
+from shodh.data.identity import RECORD
+from shodh.train.run_folder import RunFolder
+
+
+def find_start(folder: RunFolder, resume: str | None) -> Path | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    Raises
+    ------
+    CheckpointError
+        ``resume`` names no complete checkpoint, or there are checkpoints and none is whole.
+    ConfigError
+        A new run would overwrite an old one.
+    """
+    if resume is not None and resume != "auto":
+        path = Path(resume)
+        read_manifest(path)
+        return path
+    tag = folder.latest()
+    if tag is not None and resume is None:
+        raise ConfigError(
+            f"{folder.path} already holds a run (checkpoint {tag}); go on with --resume auto, choose another "
+            "--set name=..., or remove the folder"
+        )
+    if tag is None and (broken := published_folders(folder.path)):
+        raise CheckpointError(
+            f"none of the checkpoints in {folder.checkpoints} is whole ({', '.join(p.name for p in broken[-3:])}); "
+            "remove them to begin anew, or choose another --set name=..."
+        )
+    return None if tag is None else folder.checkpoints / tag
+
+
+def claim(folder: RunFolder, resume: str | None, start: Path | None) -> None:
+    """Make this job the only one that writes to the run folder, and check what it goes on from. Collective.
+
+    Raises
+    ------
+    SharedError
+        Another job is at work there, or a file of the checkpoint is missing or damaged.
+    """
+    with together():
+        if rank() == 0 and folder.path.exists():  # A new folder is made, and owned, when all is checked.
+            folder.own()
+            remove_leftovers(folder.path)
+            if find_start(folder, resume) != start:
+                raise CheckpointError(f"{folder.path} changed while this job started; run the same command again")
+    with together():
+        if start is not None:
+            verify_checkpoint(start, (rank(), world_size()))
+
+
+def check_same_run(config: RunConfig, folder: RunFolder) -> None:
+    """A resumed run must learn the same thing from the same batches; where its data lie may change.
+
+    Checked before anything is written into its folder.
+    """
+    if not (folder.path / "config.yaml").exists():
+        return
+    old, new = to_dict(folder.config()), to_dict(config)
+    for tree in (old, new):
+        for stage in ("tokenizer", "operator"):
+            del tree[stage]["train"]  # How long and how fast may change; what is learned, and from what, may not.
+        del tree["tokenizer"]["run"]
+        if (folder.path / RECORD).exists():
+            for regime in tree["data"]["regimes"]:
+                del regime["path"]
+    changed = [key for key in ("seed", "data", "tokenizer", "operator", "finetune") if old[key] != new[key]]
+    if changed:
+        raise ConfigError(
+            f"{folder.path} was started with other settings of {' and '.join(changed)}; resume with its own "
+            "config.yaml, or start a new run with --set name=..."
+        )
+
+
+def check_memory(model: nn.Module, device: torch.device) -> None:
+    """Refuse a model, on the meta device, whose float32 weights alone are more than this machine's memory."""
+    needed = 4 * sum(p.numel() for p in model.parameters())
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ConfigError(
+            f"the weights of a rank need {needed / 2**30:.4g} GiB in float32, and {device} has {there / 2**30:.4g}; "
+            "use a smaller model, or a larger parallel.ep_size"
+        )

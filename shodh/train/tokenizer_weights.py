@@ -1,0 +1,104 @@
+"""Weights of a tokenizer beside its training: the basis that is fitted before, the statistics and the file after."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shodh.checkpoint.weights import read_weights
+from shodh.config import RunConfig
+from shodh.core.distributed import rank
+from shodh.core.errors import CheckpointError
+from shodh.core.files import atomic_path
+from shodh.core.strict_json import write_json
+from shodh.core.weights import load_into
+from shodh.data import WindowDataset
+from shodh.models.basis import PATCH, PatchBasis
+from shodh.models.factory import build_tokenizer
+from shodh.models.tokenizer import Tokenizer
+from shodh.schema.domain import add_walls
+from shodh.train.datasets import Regimes
+from shodh.train.latents import TOKENIZER_FILE
+from shodh.train.run_folder import RunFolder
+
+log = logging.getLogger("shodh")
+
+
+def training_frames(regimes: Regimes, count: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """``(regime, item)`` of ``count`` frames of each regime, evenly over its training data; fewer if it has less."""
+    for number, source in enumerate(regimes.sources):
+        data = WindowDataset(source, "train", history=1, horizon=0, normalizer=regimes.normalizer)
+        share = min(count, len(data))
+        for index in torch.linspace(0, len(data) - 1, share).long().tolist():
+            yield number, data[index]
+
+
+def fit_basis(model: Tokenizer, regimes: Regimes, frames: int = 64, patches: int = 8192) -> None:
+    """Set the tokenizer's linear part from training frames; rank 0 decides, so that all ranks have the same bits
+    (another machine, or a GPU, finds the same to rounding).
+
+    ``frames`` and ``patches`` are those of a regime. Each set of fields has a basis of its own, from the regimes that
+    have these fields.
+    """
+    if rank() == 0:
+        chosen: dict[int, list[Tensor]] = {}
+        step = max(1, frames * math.prod(n // PATCH for n in regimes.sources[0].grid) // patches)
+        for index, (number, item) in enumerate(training_frames(regimes, frames)):
+            geometry = add_walls(item["static"][None], regimes.domains[number])
+            head = int(model.head(geometry))
+            fields = model.fill(item["fields"], geometry)[:, model.basis.channels[head]]
+            rows = PatchBasis.patches(fields).flatten(2)[0].T
+            # Each frame begins elsewhere: the step divides the grid, and would meet the same places in all of them.
+            chosen.setdefault(head, []).append(rows[index % step :: step])
+        for head, basis in enumerate(model.basis.heads.values()):
+            basis.fit(torch.cat(chosen[head]))  # type: ignore[operator]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for buffer in model.basis.buffers():
+            value = buffer.to("cuda") if dist.get_backend() == "nccl" else buffer
+            dist.broadcast(value, 0)
+            buffer.copy_(value)
+
+
+@torch.no_grad()
+def _with_latent_statistics(
+    config: RunConfig, regimes: Regimes, checkpoint: Path, device: torch.device
+) -> dict[str, Tensor]:
+    """Weights with mean and standard deviation of each latent channel put in, over training frames of each head."""
+    model = build_tokenizer(config)
+    state = read_weights(checkpoint)
+    load_into(model, state, checkpoint)
+    model.to(device).eval()
+    parts: dict[int, list[Tensor]] = {}
+    for number, item in training_frames(regimes, 128):
+        geometry = add_walls(item["static"][None].to(device), regimes.domains[number])
+        latent = model.encode(item["fields"].to(device), geometry)
+        parts.setdefault(int(model.head(geometry)), []).append(latent[0].flatten(1).cpu())
+    values = [torch.cat(parts[head], 1).double() for head in range(len(parts))]
+    mean, std = (torch.stack(rows).float() for rows in ([v.mean(1) for v in values], [v.std(1) for v in values]))
+    return {**state, "latent_mean": mean, "latent_std": std.clamp(min=1e-6)}
+
+
+def publish_tokenizer(config: RunConfig, regimes: Regimes, folder: RunFolder, device: torch.device) -> None:
+    """Write ``tokenizer.safetensors`` and ``tokenizer.json`` from the newest checkpoint of a run folder."""
+    tag = folder.latest()
+    if tag is None:
+        raise CheckpointError(f"{folder.path} has no complete checkpoint to publish a tokenizer from")
+    state = _with_latent_statistics(config, regimes, folder.checkpoints / tag, device)
+    final = folder.path / "tokenizer.safetensors"
+    with atomic_path(final) as partial:
+        save_file({name: tensor.float().contiguous() for name, tensor in state.items()}, str(partial))
+    content = {
+        "weights": final.name,
+        "normalizer": regimes.normalizer.to_dict(),
+        "regimes": regimes.names,
+        "domains": {name: d.to_dict() for name, d in zip(regimes.names, regimes.domains, strict=True)},
+    }
+    write_json(folder.path / TOKENIZER_FILE, content)
+    log.info("tokenizer written to %s", final)

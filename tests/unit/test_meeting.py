@@ -1,0 +1,77 @@
+"""Ranks find each other, and nobody else, however many jobs start at once on one machine."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+
+import pytest
+from torch.distributed import DistNetworkError, DistStoreError
+
+from shodh.train.ranks import Ranks
+from shodh.train.runtime import AGENT_STORE, meet
+
+SOON = timedelta(seconds=0.3)
+
+
+def place(monkeypatch: pytest.MonkeyPatch, rank: int, world: int, *command: str, **more: object) -> None:
+    """What a launcher tells a rank."""
+    monkeypatch.setattr(sys, "argv", ["launch/pretrain.py", f"--local_rank={rank}", *command])
+    names = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", AGENT_STORE: "False", **more}
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> int:
+    """One that is free, of a study of two ranks on this machine."""
+    from torch.distributed import TCPStore
+
+    return int(TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False).port)
+
+
+def test_one_rank_takes_no_port(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    place(monkeypatch, 0, 2, MASTER_PORT=port)
+    taken = meet(SOON)
+    place(monkeypatch, 0, 1, MASTER_PORT=port)
+    meet(SOON).set("key", "mine")
+    assert not taken.check(["key"])
+
+
+def test_a_rank_that_comes_to_the_port_of_another_job_does_not_disturb_it(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place(monkeypatch, 0, 2, "--set", "name=a", MASTER_PORT=port)
+    first = meet(SOON)
+    place(monkeypatch, 1, 2, "--set", "name=a", MASTER_PORT=port)
+    second = meet(SOON)
+    place(monkeypatch, 1, 2, "--set", "name=b", MASTER_PORT=port)
+    stranger = meet(SOON)
+    stranger.set("address", "elsewhere")
+    second.set("address", "here")
+    assert first.get("address") == b"here" and stranger.get("address") == b"elsewhere"
+    first.set("answer", "")
+    with pytest.raises(DistStoreError):
+        stranger.get("answer")
+    place(monkeypatch, 0, 2, "--set", "name=b", MASTER_PORT=port)
+    with pytest.raises(DistNetworkError, match="EADDRINUSE"):
+        meet(SOON)
+
+
+def test_a_job_of_a_study_is_given_a_port_that_nobody_can_take(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    place(monkeypatch, 0, 2, MASTER_PORT=port)
+    study = Ranks()
+    given = study.environment("job")
+    place(monkeypatch, 0, 2, "job.json", **given)
+    first = meet(SOON)
+    place(monkeypatch, 1, 2, "job.json", **given)
+    meet(SOON).set("key", "value")
+    assert first.get("key") == b"value" and int(given["MASTER_PORT"]) != port
+    place(monkeypatch, 0, 2, "thief.json", **{**given, AGENT_STORE: "False"})
+    with pytest.raises(DistNetworkError, match="EADDRINUSE"):
+        meet(SOON)
+
+
+def test_jobs_on_one_rank_need_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    place(monkeypatch, 0, 1)
+    assert Ranks().environment("job") == {}
