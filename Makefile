@@ -1,4 +1,4 @@
-# Two commands: `make demo` (the main job, end to end) and `make test` (all tests). Both do all set-up themselves.
+# Two commands: `make demo` (the main job, end to end) and `make test` (all tests). Every target does its set-up itself.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -8,7 +8,7 @@ DEMO   := launch/configs/demo.yaml
 # Two expert-parallel ranks, or one on a machine with one GPU.
 RANKS  := $$(python -m shodh.core.devices --ranks 2)
 
-.PHONY: demo test lint types install clean
+.PHONY: demo test lint types docs notebooks install clean
 
 install: $(STAMP)
 
@@ -35,6 +35,17 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+$(VENV)/.docs: $(STAMP) docs/requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.lock
+	touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# Shorter than a reader's: fewer steps, the same cells.
+notebooks: $(VENV)/.docs
+	SHODH_NOTEBOOK_STEPS=40 $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 --override-ini=testpaths=docs/notebooks docs/notebooks
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

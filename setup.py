@@ -53,6 +53,8 @@ TEST = [
     "types-PyYAML",
 ]
 
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "mkdocs-jupyter>=0.25", "nbmake>=1.5", "ipykernel"]
+
 setup(
     name="shodh",
     version=VERSION.group(1),
@@ -68,5 +70,5 @@ setup(
     ext_modules=EXT_MODULES,
     cmdclass=CMDCLASS,
     install_requires=REQUIRED,
-    extras_require={"test": TEST, "images": ["tifffile>=2024.1"]},
+    extras_require={"test": TEST, "images": ["tifffile>=2024.1"], "docs": DOCS},
 )
