@@ -6,6 +6,7 @@ test, which starts in milliseconds instead of seconds.
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import multiprocessing.process
 import multiprocessing.util
@@ -21,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +33,9 @@ PRELOAD = [
     "shodh.train.jobs",
     "shodh.moe.layer",
     "torch.utils.tensorboard",
+    "matplotlib.figure",  # these three cost a command that reports four seconds
+    "scipy.stats",
+    "sklearn.linear_model",
 ]
 
 #: Tests compare ranks, resumed runs and devices to the last bit, and start more ranks than a machine may have cards:
@@ -39,8 +43,21 @@ PRELOAD = [
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
+T = TypeVar("T")
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
+
+
+def made_once(path: Path, make: Callable[[], T]) -> T:
+    """What ``make()`` returns to the first process that asks; the others read it from the file at ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            path.write_bytes(pickle.dumps(make()))
+        value: T = pickle.loads(path.read_bytes())
+        return value
 
 
 def _process(target: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
