@@ -7,6 +7,7 @@ test, which starts in milliseconds instead of seconds.
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import multiprocessing
 import multiprocessing.process
 import multiprocessing.util
@@ -208,3 +209,19 @@ def run_script(
             raise RankError(f"{script} {' '.join(map(str, argv))} did not end; stderr:\n{Path(err).read_text()}")
         assert process.exitcode is not None
         return Finished(process.exitcode, Path(out).read_text(), Path(err).read_text())
+
+
+def main_of(script: str) -> Callable[[list[str]], int]:
+    """``main(argv)`` of a command of the project, to be called in this process."""
+    path = ROOT / script
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_in_process", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def main(argv: list[str]) -> int:
+        with mock.patch.object(sys, "argv", [script, *argv]):
+            code: int = module.main()
+        return code
+
+    return main
