@@ -8,7 +8,11 @@ DEMO   := launch/configs/demo.yaml
 # Two expert-parallel ranks, or one on a machine with one GPU.
 RANKS  := $$(python -m shodh.core.devices --ranks 2)
 
-.PHONY: demo test lint types docs notebooks install clean
+# Each worker imports everything anew and takes a test file after the other; 2 GB of memory each.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-fast lint types docs notebooks install clean
 
 install: $(STAMP)
 
@@ -26,7 +30,11 @@ demo: $(STAMP)
 	$(BIN)/python launch/evaluate.py --run runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# A minute: no ranks, no commands, no solvers.
+test-fast: $(STAMP)
+	$(PYTEST) tests/unit -m "not slow and not distributed and not exhaustive"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

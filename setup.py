@@ -46,6 +46,7 @@ REQUIRED = [
 TEST = [
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "the-well>=1.2",
     "ruff>=0.8",
     "import-linter>=2.3",

@@ -36,6 +36,12 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: workers that take one file after the other then end together."""
+    long = {item.path for item in items for mark in ("slow", "distributed") if item.get_closest_marker(mark)}
+    items.sort(key=lambda item: item.path not in long)
+
+
 def _walk(rng: np.random.Generator, batch: int, frames: int, *shape: int) -> np.ndarray:
     """Random fields that change by steps, so that consecutive frames resemble each other."""
     first = rng.standard_normal((batch, 1, *shape))
@@ -126,7 +132,10 @@ def write_config(tiny_tree: dict[str, Any]) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def laboratory(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> Laboratory:
-    """A tiny trained tokenizer, and runs of the tiny configuration on ranks."""
+    """A tiny trained tokenizer, and runs of the tiny configuration on ranks; all workers of a session share them."""
+    from helper import made_once
     from laboratory import make_laboratory
 
-    return make_laboratory(tmp_path_factory.mktemp("laboratory"), write_config)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "laboratory"
+    return made_once(folder / "laboratory.pickle", lambda: make_laboratory(folder, write_config))

@@ -48,11 +48,11 @@ def _skip_cpu_op_build() -> None:
     """Keep DeepSpeed from compiling its shared-memory all-reduce just in time on a CPU.
 
     The op serves inference only. Its build takes 20 s, needs ninja, and a process killed during it leaves a lock file
-    that hangs every later run.
+    that hangs every later run. The list is set whole: to ask for it has DeepSpeed try every op with the compiler, 1 s.
     """
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 
 
 def start_distributed() -> torch.device:

@@ -375,14 +375,14 @@ def test_nan_is_kept_and_verified_bit_by_bit(runs: Callable[..., Run], tmp_path:
 
 
 def test_initial_weights_that_cannot_be_used(raw: Callable[..., Path], laboratory: Laboratory, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="convert it first: tools/convert_checkpoint.py"):
+    with pytest.raises(CheckpointError, match="tools/convert_checkpoint.py"):
         read_initial_weights(raw(1))
     with pytest.raises(CheckpointError, match="no weights at .*absent"):
         read_initial_weights(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
         read_initial_weights(tmp_path)
     save_file({"head.bias": torch.zeros(2)}, tmp_path / "w.safetensors", {"shodh": "{"})
-    with pytest.raises(CheckpointError, match="w.safetensors is damaged: its description is not valid JSON"):
+    with pytest.raises(CheckpointError, match="w.safetensors.*JSON"):
         source_checksum(tmp_path / "w.safetensors")
     convert(laboratory.load(laboratory.overrides("any", 1, 1)).tokenizer_dir, tmp_path / "tokenizer")
     with pytest.raises(CheckpointError, match="holds a tokenizer alone"):

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helper import Finished, run_script
 from routing_traces import megatron_trace
 
 from shodh.moe.trace import VERSION
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def record(step: int, layer: int) -> str:
@@ -30,14 +27,13 @@ def traces(folder: Path) -> Path:
     return folder
 
 
-def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/analyze_routing.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+def tool(*arguments: str | Path) -> Finished:
+    return run_script("tools/analyze_routing.py", *arguments)
 
 
 def test_page_of_a_run_without_checkpoint(tmp_path: Path) -> None:
     finished = tool(traces(tmp_path / "run"), "--out", tmp_path / "out")
-    assert finished.returncode == 0, finished.stderr
+    assert finished.code == 0, finished.stderr
     assert finished.stdout.startswith("Specialised.") and finished.stderr == ""
     assert str(tmp_path / "out" / "index.html") in finished.stdout
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -47,12 +43,11 @@ def test_page_of_a_run_without_checkpoint(tmp_path: Path) -> None:
 
 
 def test_bad_input_is_answered_in_one_line(tmp_path: Path) -> None:
-    """In one process: starting one a case would take most of the time."""
     run = traces(tmp_path / "run")
-    broken = tmp_path / "broken"
+    broken, out = tmp_path / "broken", tmp_path / "out"
     broken.mkdir()
     (broken / "rank0.jsonl").write_text(f"{record(0, 0)}\n{{\n{record(1, 0)}\n")
-    cases = [
+    for arguments, expected in (
         ([tmp_path / "absent"], "no such run folder"),
         ([broken], "rank0.jsonl, line 2: not a routing record"),
         ([run, "--split", "valid"], "no split 'valid'; it has train"),
@@ -62,26 +57,11 @@ def test_bad_input_is_answered_in_one_line(tmp_path: Path) -> None:
         ([run, "--windows", "0"], "--windows 0: must be at least 1"),
         ([run, "--out", run / "routing" / "rank0.jsonl"], "is a file; name a folder"),
         ([run, "--checkpoint", "step_1"], "is not a run folder: it has no config.yaml"),
-    ]
-    listed = [[[str(a) for a in arguments], text] for arguments, text in cases]
-    code = (
-        "import json, sys\n"
-        "from shodh.commands import analyze\n"
-        "from shodh.core.cli import run_main\n"
-        "for arguments, _ in json.loads(sys.argv[1]):\n"
-        "    try:\n"
-        "        run_main(lambda: analyze.main(['--out', sys.argv[2], *arguments]))\n"
-        "    except SystemExit as end:\n"
-        "        sys.stdout.write(f'{end.code}\\n')\n"
-    )
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", code, json.dumps(listed), str(out)]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert finished.stdout.split() == ["2"] * len(cases), finished.stderr
-    lines = finished.stderr.splitlines()
-    assert len(lines) == len(cases)
-    for line, (_, text) in zip(lines, cases, strict=True):
-        assert line.startswith("error: ") and text in line
+    ):
+        finished = tool("--out", out, *arguments)
+        assert finished.code == 2 and finished.stdout == ""
+        (line,) = finished.stderr.splitlines()
+        assert line.startswith("error: ") and expected in line
     assert not out.exists()
 
 
@@ -93,10 +73,10 @@ def test_a_gpu_that_is_not_there(script: str, tmp_path: Path) -> None:
     (run / "checkpoints" / "step_1").mkdir(parents=True)
     (run / "checkpoints" / "step_1" / "manifest.json").write_text("{}")
     where = [run, "--out", tmp_path / "out"] if "analyze" in script else ["--run", run]
-    command = [sys.executable, script, *map(str, where), "--device", "cuda"]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert finished.returncode == 2
-    assert finished.stderr == "error: --device cuda: no CUDA device was found; use --device cpu\n"
+    finished = run_script(script, *where, "--device", "cuda")
+    assert finished.code == 2
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("error: --device cuda") and "--device cpu" in line
 
 
 def descending(chosen: list[int]) -> list[int]:
@@ -109,7 +89,7 @@ def test_megatron_trace_that_is_sorted_says_nothing_of_first_choices(tmp_path: P
     for order in (list, sorted, descending):
         out = tmp_path / f"out-{order.__name__}"
         finished = tool(megatron_trace(tmp_path / order.__name__, order), "--out", out)
-        assert finished.returncode == 0, finished.stderr
+        assert finished.code == 0, finished.stderr
         found[order] = json.loads((out / "summary.json").read_text())
         files[order] = {p.stem for p in out.rglob("*") if "transitions" in p.name}
     assert files[list] and "transitions" in found[list]["structure"]
@@ -124,5 +104,5 @@ def test_megatron_trace_that_is_sorted_says_nothing_of_first_choices(tmp_path: P
 
 def test_one_expert_a_token_is_the_first(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert tool(megatron_trace(tmp_path / "run", sorted, top_k=1), "--out", out).returncode == 0
+    assert tool(megatron_trace(tmp_path / "run", sorted, top_k=1), "--out", out).code == 0
     assert "transitions" in json.loads((out / "summary.json").read_text())["structure"]

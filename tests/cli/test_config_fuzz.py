@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import random
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from helper import ROOT
+from helper import ROOT, main_of
 
 from shodh.core.cli import run_main
 
@@ -57,20 +55,6 @@ def mutant(text: str, draw: random.Random) -> bytes:
     return out
 
 
-def command(path: str) -> Callable[[list[str]], int]:
-    spec = importlib.util.spec_from_file_location(Path(path).stem + "_fuzzed", ROOT / path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def main(argv: list[str]) -> int:
-        sys.argv = [path, *argv]
-        code: int = module.main()
-        return code
-
-    return main
-
-
 @pytest.mark.parametrize(
     ("script", "config", "number"),
     [
@@ -91,8 +75,7 @@ def test_broken_configuration_is_answered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    main, text, path = command(script), (ROOT / "launch/configs" / f"{config}.yaml").read_text(), tmp_path / "m.yaml"
+    main, text, path = main_of(script), (ROOT / "launch/configs" / f"{config}.yaml").read_text(), tmp_path / "m.yaml"
     codes = []
     for seed in range(number):
         path.write_bytes(mutant(text, random.Random(f"{script} {config} {seed}")))

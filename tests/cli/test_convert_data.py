@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from helper import Finished, run_script
 from layouts import LAYOUTS, dpot_single, pdebench_cfd, pdebench_incompressible
 
 from shodh.core.errors import DataError
@@ -16,13 +15,9 @@ from shodh.data import WellFile, read_stats
 from shodh.data.formats import convert as conversion
 from shodh.data.formats.convert import convert, plan_conversion
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "tools/convert_data.py", *command], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+def run(*arguments: str) -> Finished:
+    return run_script("tools/convert_data.py", *arguments)
 
 
 def stored(out: Path, field: str) -> np.ndarray:
@@ -56,7 +51,7 @@ def test_command_splits_shards_and_resumes(tmp_path):
     out = tmp_path / "out"
     # 20 frames x 5 channels x 16^3 x 4 B = 1.6 MiB a trajectory
     done = run(str(tmp_path / "a.hdf5"), str(out), "--shard-mib", "4")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     assert "8 train, 1 valid, 1 test trajectories" in done.stdout and "6 of 6 shards" in done.stdout
     for field, values in expected.items():
         assert rows(stored(out, field)) == rows(values)
@@ -144,7 +139,7 @@ def test_bad_input_is_one_line(tmp_path):
         ((str(tmp_path / "a.hdf5"), str(tmp_path / "a.hdf5")), "File exists"),
     ):
         done = run(*arguments)
-        assert done.returncode == 2, done.stderr
+        assert done.code == 2, done.stderr
         assert reason in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import yaml
+from helper import ROOT, run_script
 from published import published
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def write(path: Path, seed: int, count: int, frames: int = 7) -> None:
@@ -45,12 +42,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     config = folder / "ns.yaml"
     config.write_text(yaml.safe_dump(settings))
-    assert command("launch/pretrain.py", "--config", str(config)).returncode == 0
+    assert run_script("launch/pretrain.py", "--config", str(config)).code == 0
     return {"data": data, "config": config, "run": folder / "runs" / "ns"}
-
-
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
 def test_later_files_are_left_out_and_short_trajectories_named(run: dict[str, Path]) -> None:
@@ -58,8 +51,8 @@ def test_later_files_are_left_out_and_short_trajectories_named(run: dict[str, Pa
     assert record["test_ns.hdf5"]["test"] == [0, 1] and "train" not in record["test_ns.hdf5"]
     assert sorted(record["train_ns.hdf5"]["train"] + record["train_ns.hdf5"]["valid"]) == list(range(6))
     write(run["data"] / "extra.hdf5", 5, 3)
-    evaluated = command("launch/evaluate.py", "--run", str(run["run"]))
-    assert evaluated.returncode == 0, evaluated.stderr
+    evaluated = run_script("launch/evaluate.py", "--run", str(run["run"]))
+    assert evaluated.code == 0, evaluated.stderr
     assert "extra.hdf5" in evaluated.stderr and "test_short.hdf5[0] with 4" in evaluated.stderr
     metrics = json.loads((run["run"] / "report" / "metrics.json").read_text())
     assert len(metrics["regimes"]["ns"]["rollout"]["vorticity"]["model"]) == 3
@@ -80,8 +73,8 @@ def test_changed_data_is_refused_before_anything_is_written(run: dict[str, Path]
         ("launch/pretrain.py", "--config", str(run["config"]), "--resume", "auto", "--set", "operator.train.steps=3"),
         ("launch/evaluate.py", "--run", str(run["run"])),
     ):
-        done = command(*words)
-        assert done.returncode == 2
+        done = run_script(*words)
+        assert done.code == 2
         assert [line for line in done.stderr.splitlines() if line.startswith("error: ") and "train_ns.hdf5" in line]
     assert kept(run["run"]) == before
     changed.write_bytes(content)

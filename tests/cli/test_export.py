@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from helper import Finished, run_script
 from layouts import pdebench_cfd
 from scipy.io import netcdf_file
 
 from shodh.data.formats.export import write_vti
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def read_vti(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
@@ -34,15 +31,14 @@ def read_vti(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     return dict(image.attrib), arrays
 
 
-def export(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/export_fields.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+def export(*arguments: str) -> Finished:
+    return run_script("tools/export_fields.py", *arguments)
 
 
 def test_vtk_series_holds_every_value(tmp_path):
     expected = pdebench_cfd(tmp_path / "cfd.hdf5")
     done = export(str(tmp_path / "cfd.hdf5"), "--trajectory", "1", "--out", str(tmp_path / "vtk"))
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     series = (tmp_path / "vtk" / "cfd_0001.pvd").read_text()
     names = re.findall(r'file="([^"]+)"', series)
     assert len(names) == 4 and 'timestep="0.05' in series
@@ -78,7 +74,7 @@ def test_two_dimensions_become_one_layer(tmp_path):
 def test_netcdf_holds_every_value(tmp_path):
     expected = pdebench_cfd(tmp_path / "cfd.hdf5")
     done = export(str(tmp_path / "cfd.hdf5"), "--format", "netcdf", "--frames", "1", "2", "--out", str(tmp_path / "nc"))
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     (path,) = (tmp_path / "nc").glob("*.nc")
     with netcdf_file(path, mmap=False) as file:
         np.testing.assert_array_equal(file.variables["velocity_z"][0], expected["velocity"][0, 1, ..., 2])
@@ -96,4 +92,4 @@ def test_bad_input_is_one_line(tmp_path):
         (("--out", cfd), "File exists"),
     ):
         done = export(cfd, *arguments)
-        assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert done.code == 2 and reason in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -80,7 +80,8 @@ def test_cells_are_trained_once_and_reported(run: Path, tiny_data: Path, tmp_pat
 
 def test_what_is_missing_is_said() -> None:
     finished = run_script(FINETUNE, "--run", "runs/x")
-    assert finished.code == 2 and finished.stderr == "error: give --run, --regime and --out, or a file with --config\n"
+    assert finished.code == 2 and finished.stderr.startswith("error: ") and finished.stderr.count("\n") == 1
+    assert all(option in finished.stderr for option in ("--regime", "--out", "--config"))
 
 
 def test_help_has_an_example() -> None:

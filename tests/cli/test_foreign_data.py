@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import yaml
+from helper import ROOT, run_script
 
-ROOT = Path(__file__).resolve().parents[2]
 GRID = (16, 8, 24)
 
 
@@ -89,8 +87,8 @@ def config(tmp_path: Path) -> Path:
 
 
 def run(*command: str) -> str:
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_script(*command)
+    assert done.code == 0, done.stderr[-2000:]
     return done.stdout
 
 

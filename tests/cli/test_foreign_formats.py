@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import h5py
 import numpy as np
 import yaml
+from helper import ROOT, run_script
 
-ROOT = Path(__file__).resolve().parents[2]
 GRID, FRAMES = (16, 16, 16), 6
 
 
@@ -64,8 +61,8 @@ def test_pdebench_and_dpot_files_train_together(tmp_path):
         ("launch/evaluate.py", "--run", str(tmp_path / "runs" / "mixed")),
         ("tools/export_fields.py", str(tmp_path / "runs" / "mixed"), "--out", str(tmp_path / "vtk")),
     ):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-2000:]
+        done = run_script(*command)
+        assert done.code == 0, done.stderr[-2000:]
     regimes = json.loads((tmp_path / "runs" / "mixed" / "report" / "metrics.json").read_text())["regimes"]
     assert set(regimes) == {"cfd", "dpot"}
     for regime in regimes.values():

@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from helper import run_script
 
 from shodh.core.cli import run_main
 from shodh.core.seeding import stable_seed
@@ -227,8 +228,8 @@ def test_files_say_what_their_solutions_span(generate: Callable[..., Path], vary
     assert len(solved["energy"]["kinetic"]["first"]) == 3
     if vary:
         return
-    done = subprocess.run([sys.executable, "tools/inspect_data.py", str(out)], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "limit_share" in done.stdout and "kinetic energy" in done.stdout, done.stderr
+    done = run_script("tools/inspect_data.py", out)
+    assert done.code == 0 and "limit_share" in done.stdout and "kinetic energy" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '[{"ranges": {"tracer": [[0], [NaN]]}}]', "[]"])

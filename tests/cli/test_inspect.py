@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from helper import Finished, run_script
 from layouts import LAYOUTS, dpot_scattered, pdebench_cfd, pdebench_incompressible
 
 from shodh.data import write_trajectories
@@ -17,13 +16,9 @@ from shodh.data.formats import FileHints
 from shodh.data.formats.inspection import inspect_file, inspect_folder
 from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "tools/inspect_data.py", *command], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+def run(*arguments: str) -> Finished:
+    return run_script("tools/inspect_data.py", *arguments)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -120,11 +115,11 @@ def test_image_with_a_pore_value_is_a_mask(tmp_path):
 def test_command_prints_text_and_json(tmp_path):
     pdebench_cfd(tmp_path / "3D_CFD_periodic.hdf5")
     done = run(str(tmp_path / "3D_CFD_periodic.hdf5"))
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     for part in ("pdebench", "3 trajectories of 4 frames", "step 0.05", "velocity", "assumed", "boundary: periodic"):
         assert part in done.stdout
     report = json.loads(run(str(tmp_path / "3D_CFD_periodic.hdf5"), "--json").stdout)
     assert report["grid"] == [6, 5, 4]
     assert inspect_folder(tmp_path).files == {"not split": 1}
     bad = run(str(tmp_path / "none.hdf5"))
-    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "no such file" in bad.stderr
+    assert bad.code == 2 and bad.stderr.count("\n") == 1 and "no such file" in bad.stderr

@@ -6,8 +6,6 @@ import errno
 import os
 import resource
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helper import ROOT, Finished, run_script
+from helper import Finished, run_script
 
 from shodh.core.cli import error_line, run_main
 
@@ -84,9 +82,9 @@ def test_limit_on_the_size_of_files(library: str, tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))\n"
         "run_main(lambda: write() and 0)\n"
     )
-    command = [sys.executable, "-c", code, library, str(tmp_path / "file")]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert finished.returncode == 2, finished.stderr
+    (tmp_path / "limited.py").write_text(code)
+    finished = run_script(str(tmp_path / "limited.py"), library, tmp_path / "file")
+    assert finished.code == 2, finished.stderr
     assert finished.stderr.startswith("error: ") and "Traceback" not in finished.stderr
 
 

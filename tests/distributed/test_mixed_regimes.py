@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import rank_jobs
 import torch
-from helper import ROOT, run_ranks
+from helper import ROOT, run_ranks, run_script
 from scipy.io import netcdf_file
 
 from shodh.config import load_config
@@ -92,17 +90,8 @@ def test_errors_are_reported_of_the_fields_that_exist_and_of_no_others(run: dict
 
 
 def test_export_writes_the_fields_that_exist_in_physical_units(run: dict[str, Any], tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "tools/export_fields.py",
-        str(run["folder"]),
-        "--format",
-        "netcdf",
-        "--out",
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run_script("tools/export_fields.py", run["folder"], "--format", "netcdf", "--out", tmp_path)
+    assert done.code == 0, done.stderr
     target = run["evaluator"].config.data.history
     for number, (name, scalar) in enumerate((("stream", "dye"), ("rock", "heat"), ("sheet", "dye"))):
         with netcdf_file(tmp_path / f"{run['folder'].name}_{name}_00000.nc", mmap=False) as file:

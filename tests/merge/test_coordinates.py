@@ -39,7 +39,7 @@ def test_readout_from_metadata_clips_and_warns_outside(caplog: pytest.LogCapture
         assert not caplog.records
         assert read_coord(1e-2, family).alpha == 1.5
         assert read_coord(2e-3, family, gamma=0.5).alpha == pytest.approx(0.5 * (1 + math.log10(2.0)))
-    assert "viscosity = 0.01 lies outside 1e-05 to 0.001, 0.5 of the range's length (log) away" in caplog.text
+    assert all(text in caplog.text for text in ("viscosity = 0.01", "1e-05", "0.001", "0.5 of", "log"))
     assert extrapolation(1e-2, 1e-5, 1e-3, "log") == pytest.approx(0.5) and extrapolation(2.0, 1.0, 3.0) == 0.0
 
 

@@ -192,7 +192,8 @@ def test_reading_is_bounded_whatever_the_size(family: Family, tmp_path: Path, mo
 def test_a_parameter_outside_the_range_warns_with_its_distance(family: Family, tmp_path: Path) -> None:
     finished = merge(family, "--value", "2e-3", "--map", "log", "--out", tmp_path / "out")
     assert finished.code == 0
-    assert finished.stderr.startswith("WARNING: viscosity = 0.002 lies outside 1e-05 to 0.001, 0.151 of the range")
+    assert finished.stderr.startswith("WARNING: ")
+    assert all(text in finished.stderr for text in ("viscosity", "0.002", "1e-05", "0.001", "0.151"))
     assert finished.stderr.count("\n") == 1
 
 

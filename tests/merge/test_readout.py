@@ -124,5 +124,5 @@ def test_a_range_through_zero_has_no_logarithm() -> None:
 
 def test_a_prefix_must_leave_a_step_to_compare() -> None:
     check_prefix(5, 4)
-    with pytest.raises(DataError, match="the prefix has 4 frames, and the model reads 4 before it predicts one; give"):
+    with pytest.raises(DataError, match="4 frames.* reads 4 "):
         check_prefix(4, 4)

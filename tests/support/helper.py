@@ -7,6 +7,8 @@ test, which starts in milliseconds instead of seconds.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import importlib.util
 import multiprocessing
 import multiprocessing.process
 import multiprocessing.util
@@ -23,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 from torch.distributed import TCPStore
@@ -36,6 +38,9 @@ PRELOAD = [
     "shodh.train.jobs",
     "shodh.moe.layer",
     "torch.utils.tensorboard",
+    "matplotlib.figure",  # these three cost a command that reports four seconds
+    "scipy.stats",
+    "sklearn.linear_model",
 ]
 
 #: Tests compare ranks, resumed runs and devices to the last bit, and start more ranks than a machine may have cards:
@@ -43,8 +48,21 @@ PRELOAD = [
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
+T = TypeVar("T")
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
+
+
+def made_once(path: Path, make: Callable[[], T]) -> T:
+    """What ``make()`` returns to the first process that asks; the others read it from the file at ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            path.write_bytes(pickle.dumps(make()))
+        value: T = pickle.loads(path.read_bytes())
+        return value
 
 
 def _process(target: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
@@ -199,3 +217,19 @@ def run_script(
             raise RankError(f"{script} {' '.join(map(str, argv))} did not end; stderr:\n{Path(err).read_text()}")
         assert process.exitcode is not None
         return Finished(process.exitcode, Path(out).read_text(), Path(err).read_text())
+
+
+def main_of(script: str) -> Callable[[list[str]], int]:
+    """``main(argv)`` of a command of the project, to be called in this process."""
+    path = ROOT / script
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_in_process", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def main(argv: list[str]) -> int:
+        with mock.patch.object(sys, "argv", [script, *argv]):
+            code: int = module.main()
+        return code
+
+    return main

@@ -1,7 +1,8 @@
-"""Runs of the tiny configuration, each made once a session and shared by all tests that look at it."""
+"""Runs of the tiny configuration, each made once a session and shared by all tests and workers that look at it."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 import rank_jobs
 import torch
-from helper import ROOT, run_ranks
+from helper import ROOT, made_once, run_ranks
 from msgspec import UNSET
 
 from shodh.config import RunConfig, load_config
@@ -91,9 +92,14 @@ class Laboratory:
     def run(self, world: int, ep_size: int, stage: int, *more: str) -> Run:
         key = (world, ep_size, stage, *more)
         if key not in self._runs:
-            overrides = self.overrides(f"run{len(self._runs)}", ep_size, stage, *more)
-            ranks = run_ranks(world, rank_jobs.pretrain, self.config, overrides)
-            self._runs[key] = Run(self.load(overrides).run_dir, overrides, ranks)
+            name = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+            overrides = self.overrides(name, ep_size, stage, *more)
+
+            def train() -> Run:
+                ranks = run_ranks(world, rank_jobs.pretrain, self.config, overrides)
+                return Run(self.load(overrides).run_dir, overrides, ranks)
+
+            self._runs[key] = made_once(self.config.with_name(f"{name}.pickle"), train)
         return self._runs[key]
 
     def load(self, overrides: list[str]) -> RunConfig:
@@ -102,10 +108,13 @@ class Laboratory:
     def raw(self, run: Run) -> Path:
         """What plain ``engine.save_checkpoint`` leaves of the last step of a run of `run`, beside its configuration."""
         folder = run.path.with_name(f"raw-{run.path.name}")
-        if not folder.exists():
+
+        def save() -> Path:
             run_ranks(len(run.ranks), rank_jobs.save_with_deepspeed, self.config, run.overrides, folder)
             shutil.copy(run.path / "config.yaml", folder)
-        return next(folder.glob("global_step*"))
+            return next(folder.glob("global_step*"))
+
+        return made_once(self.config.with_name(f"{folder.name}.pickle"), save)
 
     def copy(self, run: Run, name: str, until: int | None = None) -> Run:
         """A copy of a run's folder under another name; with ``until``, as if it had been lost after that step."""

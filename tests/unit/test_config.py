@@ -51,7 +51,7 @@ def test_unknown_key_is_refused_with_the_nearest_match(place: dict[str, Any], me
 def test_unknown_key_in_a_list_of_sections_is_found() -> None:
     tree = minimal()
     tree["data"]["regimes"][1]["shere"] = 2
-    with pytest.raises(ConfigError, match="unknown key 'data.regimes.1.shere': did you mean 'share'"):
+    with pytest.raises(ConfigError, match="'data.regimes.1.shere'.*'share'"):
         config_from_dict(tree)
 
 
@@ -153,7 +153,7 @@ def test_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str, m
 
 
 def test_missing_file_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read configuration .*absent.yaml: No such file"):
+    with pytest.raises(ConfigError, match="absent.yaml.*No such file"):
         load_config(tmp_path / "absent.yaml")
 
 

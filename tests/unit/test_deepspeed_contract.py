@@ -125,9 +125,11 @@ def test_grouped_gemm_runs_here_and_keeps_its_limits() -> None:
 
 
 def test_switch_for_the_just_in_time_build_is_where_we_turn_it() -> None:
-    import deepspeed.ops
+    from deepspeed.comm.torch import build_shm_op
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-    assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
+    assert ShareMemCommBuilder.NAME == "deepspeed_shm_comm"
+    assert "deepspeed.ops.__compatible_ops__.get(builder.NAME, False)" in inspect.getsource(build_shm_op)
 
 
 def test_private_places_that_checkpoints_and_checks_look_at() -> None:

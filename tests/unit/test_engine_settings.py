@@ -75,7 +75,7 @@ def test_gradients_are_summed_in_float32_whatever_the_file_leaves_out(tmp_path: 
 
 
 def test_unreadable_deepspeed_file_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read DeepSpeed configuration .*absent.json"):
+    with pytest.raises(ConfigError, match="absent.json"):
         load_deepspeed_config(tmp_path / "absent.json", TRAIN, TOPOLOGY)
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ConfigError, match="bad.json is not valid JSON"):

@@ -232,7 +232,7 @@ def test_domain_with_all_it_says_survives_json() -> None:
 
 
 def test_solenoidal_field_between_open_ends_is_refused_with_a_way_out() -> None:
-    with pytest.raises(ConfigError, match="periodic or walled.*map the vector of velocity, magnetic_field to"):
+    with pytest.raises(ConfigError, match="velocity, magnetic_field"):
         RegimeSchema("duct", DYNAMIC, ("open", "wall", "wall"))
     RegimeSchema("duct", DYNAMIC[2:], ("open", "wall", "wall"))
 

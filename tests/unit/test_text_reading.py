@@ -96,7 +96,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"a: \xff\n")
     with pytest.raises(ConfigError, match=r"file is not UTF-8 text \(byte 3\)"):
         read_yaml(path)
-    with pytest.raises(ConfigError, match="cannot read configuration .*absent: No such file"):
+    with pytest.raises(ConfigError, match="absent.*No such file"):
         read_yaml(tmp_path / "absent")
     with pytest.raises(ConfigError, match="cannot read file .*: Is a directory"):
         read_json(tmp_path)

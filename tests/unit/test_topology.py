@@ -32,7 +32,7 @@ def test_every_accepted_layout_covers_the_batch_and_the_experts() -> None:
 
 
 def test_too_few_ranks_names_the_launcher_option() -> None:
-    with pytest.raises(TopologyError, match=r"ep_size=4 needs at least 4 ranks, and there are 2.*--num_gpus 4"):
+    with pytest.raises(TopologyError, match=r"ep_size=4.* 4 ranks.* 2.*--num_gpus 4"):
         plan_topology(2, 4, 8, 16)
 
 

@@ -87,7 +87,7 @@ def test_fragments_are_one_tensor() -> None:
     split = StoredTensor((4, 6), (flat[:5], flat[5:6], flat[6:]), HERE)
     assert torch.equal(split.read(), whole)
     assert torch.equal(torch.cat(list(split.chunks(torch.float32))), flat)
-    with pytest.raises(CheckpointError, match=r"somewhere holds 23 values for a tensor of shape \[4, 6\]"):
+    with pytest.raises(CheckpointError, match=r"somewhere.* 23 .*\[4, 6\]"):
         StoredTensor((4, 6), (flat[:5], flat[6:]), HERE)
     with pytest.raises(CheckpointError, match="mixes dtypes"):
         StoredTensor((4, 6), (flat[:5].half(), flat[5:]), HERE)
