@@ -83,4 +83,4 @@ def test_bad_input_is_one_line_and_exit_code_two(run: Path, tmp_path: Path) -> N
 
 def test_help_has_examples() -> None:
     finished = run_script(SCRIPT, "--help")
-    assert finished.code == 0 and "examples:" in finished.stdout and f"{SCRIPT} runs/demo" in finished.stdout
+    assert finished.code == 0 and "examples:" in finished.stdout and "shodh convert runs/demo" in finished.stdout

@@ -304,7 +304,7 @@ def test_bad_input_is_one_line_and_exit_code_two(family: Family, tmp_path: Path)
 
 def test_help_has_examples() -> None:
     finished = run_script(SCRIPT, "--help")
-    assert finished.code == 0 and "examples:" in finished.stdout and f"{SCRIPT} --anchor" in finished.stdout
+    assert finished.code == 0 and "examples:" in finished.stdout and "shodh merge --anchor" in finished.stdout
 
 
 def test_a_lone_converted_file_will_do(family: Family) -> None:
