@@ -26,7 +26,7 @@ AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # who started the ranks listens on
 
 
 def meet(timeout: timedelta) -> dist.Store:
-    """The store through which the ranks of a job find each other; one rank alone needs no port, and takes none.
+    """The store through which the ranks of a job find each other; one rank alone listens on any port that is free.
 
     Where another job has the port, its ranks are not disturbed: what is stored is kept apart by command line.
 
@@ -36,7 +36,7 @@ def meet(timeout: timedelta) -> dist.Store:
         The port that the launcher or the user chose is in use.
     """
     if world_size() == 1:
-        return dist.HashStore()
+        return dist.TCPStore("127.0.0.1", 0, None, True, timeout, wait_for_workers=False)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     listens = rank() == 0 and os.environ.get(AGENT_STORE) != "True"
     store = dist.TCPStore(address, port, world_size(), listens, timeout, wait_for_workers=False)

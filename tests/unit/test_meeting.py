@@ -30,7 +30,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
     return int(TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False).port)
 
 
-def test_one_rank_takes_no_port(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_rank_needs_no_port_of_its_own(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     place(monkeypatch, 0, 2, MASTER_PORT=port)
     taken = meet(SOON)
     place(monkeypatch, 0, 1, MASTER_PORT=port)
