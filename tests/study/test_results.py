@@ -1,4 +1,4 @@
-"""Readings of finished cells, and the answers drawn from them."""
+"""Readings of finished runs, and the answers drawn from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shodh.experiments.transfer.verdict import (
 
 def test_errors_are_over_persistence_and_never_squares() -> None:
     for measure in ("latent_mse", "field_l2re"):
-        assert result("sparse", 0, {"a": 0.7}, measure=measure).test_error("a") == pytest.approx(0.7)
+        assert result("sparse", 0, {"a": 0.7}, measure=measure).error("a", "test") == pytest.approx(0.7)
 
 
 def test_error_at_equal_work_is_read_where_the_cheapest_model_stopped() -> None:
@@ -157,8 +157,8 @@ def test_dense_model_of_one_regime_is_its_specialist() -> None:
 
 
 def test_seconds_of_a_step_are_the_median_over_seeds() -> None:
-    cells = [result("sparse", s, {"a": 0.5}, flops=flops) for s, flops in enumerate((1.0, 1.5, 9.0))]
-    assert [r.cost_per_step("seconds") for r in Results(cells).all] == [3.0, 3.0, 3.0]
+    runs = [result("sparse", s, {"a": 0.5}, flops=flops) for s, flops in enumerate((1.0, 1.5, 9.0))]
+    assert [r.cost_per_step("seconds") for r in Results(runs).all] == [3.0, 3.0, 3.0]
 
 
 def test_specialists_of_different_shares_are_different_models() -> None:
@@ -167,13 +167,13 @@ def test_specialists_of_different_shares_are_different_models() -> None:
 
 
 def test_rollout_error_is_over_persistence_and_a_lost_one_is_not_passed_over() -> None:
-    cells = [result("sparse", s, {"a": 0.5}) for s in range(3)]
-    assert cells[0].rollout_error("a") == pytest.approx((0.5 + 1.0) / (1 + 2))
-    rows = tables.error_table(Results(cells)).rows
+    runs = [result("sparse", s, {"a": 0.5}) for s in range(3)]
+    assert runs[0].rollout_error("a") == pytest.approx((0.5 + 1.0) / (1 + 2))
+    rows = tables.error_table(Results(runs)).rows
     assert rows[0][7] == pytest.approx(0.5)
-    cells[2].values["evaluation"]["regimes"]["a"]["rollout"]["u"]["model"] = [0.5, None]
-    assert cells[2].rollout_error("a") is None
-    assert tables.error_table(Results(cells)).rows[0][7] is None
+    runs[2].values["evaluation"]["regimes"]["a"]["rollout"]["u"]["model"] = [0.5, None]
+    assert runs[2].rollout_error("a") is None
+    assert tables.error_table(Results(runs)).rows[0][7] is None
 
 
 def test_rollouts_of_specialists_stand_beside_those_of_the_mix() -> None:
@@ -182,7 +182,7 @@ def test_rollouts_of_specialists_stand_beside_those_of_the_mix() -> None:
 
 
 def test_rank_correlation_is_over_models_and_not_over_their_seeds(tmp_path: Path) -> None:
-    """Six cells of two models are two points."""
+    """Six runs of two models are two points."""
     write_study_report(study_settings(tmp_path), [], study_of([0.8, 0.9, 1.0], [1.0] * 3, sparse_hash=[1.0, 1.1, 1.2]))
     summary = json.loads((tmp_path / "s" / "report" / "summary.json").read_text())
     assert "spearman_u_error" not in summary["routers"]
@@ -196,7 +196,7 @@ def test_tables_are_json_and_have_a_cell_for_every_column() -> None:
             for f in (tables.error_table, tables.transfer_table, tables.comparison_table, tables.router_table)
         ),
         *(f(results) for f in (tables.rollout_table, tables.cosine_table, tables.number_table)),
-        tables.cell_table(results, {"lost": "out of memory"}),
+        tables.run_table(results, {"lost": "out of memory"}),
     ]
     for table in made:
         assert table.rows and all(len(row) == len(table.header) for row in table.rows)
