@@ -25,6 +25,7 @@ DPI = 110
 
 Tone = Literal["good", "fair", "bad", "neutral"]
 
+
 class Table(NamedTuple):
     """A table: names of the columns, and rows of text and numbers (None: not available)."""
 
@@ -65,7 +66,12 @@ class Section:
 
 
 def filled(
-    key: str, title: str, text: str, tables: Mapping[str, Table], files_only: tuple[str, ...] = (), **figures: Figure | None
+    key: str,
+    title: str,
+    text: str,
+    tables: Mapping[str, Table],
+    files_only: tuple[str, ...] = (),
+    **figures: Figure | None,
 ) -> Section | None:
     """A section of a study's page without tables that have no rows; None if all are such."""
     known = {stem: table for stem, table in tables.items() if table.rows}
@@ -148,7 +154,9 @@ def write_page(
 
 def render_page(title: str, headline: Headline | None, sections: Sequence[Section], images: Mapping[str, bytes]) -> str:
     """The page as HTML, by the template of all pages; `images` holds the PNG of every figure by its stem."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
     environment.filters |= {"cell": format_cell, "text_columns": text_columns}
     inlined = {stem: base64.b64encode(png).decode() for stem, png in images.items()}
     template = environment.get_template("page.html.j2")

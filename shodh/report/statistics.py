@@ -1,15 +1,16 @@
 """What a page may claim of errors over seeds: paired tests, intervals, and Holm's adjustment over all its claims.
 
-*Diverged seeds.* An error that is missing or not finite has diverged, and counts as infinite: it is the higher one of its
-pair, no mean over seeds exists with it, and ratio, interval and p are of the pairs without. A model with a diverged seed
-is never called lower or equal, and one is never called higher than a model with a diverged seed. So leaving such seeds
-out can favour nobody.
+*Diverged seeds.* An error that is missing or not finite has diverged, and counts as infinite: it is the higher one of
+its pair, no mean over seeds exists with it, and ratio, interval and p are of the pairs without. A model with a diverged
+seed is never called lower or equal, and one is never called higher than a model with a diverged seed. So leaving such
+seeds out can favour nobody.
 
-*Claims.* Whatever a page calls lower, higher or equal is a claim, and the claims of a page are one family: `holm` adjusts
-their p for the number of all of them. Other comparisons are shown as estimates with intervals, without such words.
+*Claims.* Whatever a page calls lower, higher or equal is a claim, and the claims of a page are one family: `holm`
+adjusts their p for the number of all of them. Other comparisons are shown as estimates with intervals, without such
+words.
 
-`shodh.routing.resampling` answers another question, how far few samples bias the information in one routing table, and has
-a bootstrap of its own.
+`shodh.routing.resampling` answers another question, how far few samples bias the information in one routing table, and
+has a bootstrap of its own.
 """
 
 from __future__ import annotations
@@ -103,9 +104,10 @@ class Comparison:
 
 
 def compare(errors: Errors, others: Errors) -> Comparison:
-    """Pairs in the same order of seeds; errors are positive, or diverged."""
+    """Pairs in the same order of seeds; errors are not negative, or diverged."""
     ours, theirs = (np.array([math.inf if e is None else e for e in side], float) for side in (errors, others))
-    ours, theirs = (np.where(np.isfinite(side), side, math.inf) for side in (ours, theirs))
+    tiny = np.finfo(float).tiny  # an error of zero has no logarithm
+    ours, theirs = (np.where(np.isfinite(side), np.maximum(side, tiny), math.inf) for side in (ours, theirs))
     finite = np.isfinite(ours) & np.isfinite(theirs)
     logs = np.log(ours[finite]) - np.log(theirs[finite])
     counts = (len(ours), int((ours < theirs).sum()), int(np.isinf(ours).sum()), int(np.isinf(theirs).sum()))
@@ -153,8 +155,8 @@ Key = TypeVar("Key", bound=Hashable)
 def holm(claims: Mapping[Key, Comparison]) -> dict[Key, Comparison]:
     """The claims of a page with p values that hold for all of them at once (Holm 1979).
 
-    Of a comparison either "no difference" or "a difference of the margin or more" can be true, never both, so each counts
-    once. Those with fewer than `MIN_SEEDS` pairs are no tests, and are not counted.
+    Of a comparison either "no difference" or "a difference of the margin or more" can be true, never both, so each
+    counts once. Those with fewer than `MIN_SEEDS` pairs are no tests, and are not counted.
     """
     tested = sorted((key for key, c in claims.items() if c.is_tested), key=lambda key: claims[key].p)
     adjusted, least = dict(claims), 0.0
@@ -230,9 +232,9 @@ def describe(label: str, c: Comparison, other: str) -> str:
 RULE = (
     f"A model has a lower error if the paired t test over seeds gives p < {LEVEL} and the errors differ by more than "
     f"{MARGIN:.0%}; the errors are equal if both one-sided tests do, so that the interval of their ratio lies within "
-    f"{MARGIN:.0%} of 1; all else, and all with fewer than {MIN_SEEDS} seeds, is undecided. p is adjusted for the number "
-    "of all claims of this page (Holm). A seed that diverged counts as infinitely high: a model with one is never lower "
-    "or equal."
+    f"{MARGIN:.0%} of 1; all else, and all with fewer than {MIN_SEEDS} seeds, is undecided. p is adjusted for the "
+    "number of all claims of this page (Holm). A seed that diverged counts as infinitely high: a model with one is "
+    "never lower or equal."
 )
 
 

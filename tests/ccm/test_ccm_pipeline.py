@@ -13,6 +13,8 @@ import h5py
 import numpy as np
 import pytest
 from known_family import MEAN, SCALE, study_tree
+from shodh.experiments.composition.runs import describe_study, expand, make, prepare
+from shodh.train.ranks import Ranks
 
 from shodh.config import dump_config
 from shodh.config.reading import section_from_dict
@@ -20,19 +22,8 @@ from shodh.core.errors import CheckpointError, ConfigError
 from shodh.data import SPLITS, WellFile, compute_statistics, read_stats
 from shodh.experiments.composition.data import join_support, make_data, missing_files, requests
 from shodh.experiments.composition.evaluate import measured_settings
-from shodh.experiments.composition.pipeline import (
-    Stage,
-    check_forerunners,
-    check_same,
-    describe_study,
-    is_evaluated,
-    run_stages,
-    stage_job,
-    stages,
-)
 from shodh.experiments.composition.settings import CCMConfig
 from shodh.train.field_task import inherited_normalizer
-from shodh.train.ranks import Ranks
 
 SMALL: dict[str, Any] = {"kind": "fno", "dim": 8, "depth": 1, "modes": 2}
 

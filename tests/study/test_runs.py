@@ -97,8 +97,7 @@ def test_dense_router_makes_up_for_the_large_gate_of_moe_pot(study_file: Callabl
     base.write_text(yaml.safe_dump({**tree, "operator": {**operator, "train": {"steps": 5}}}))
     runs = by_name(expand(load_study(study_file(seeds=1, models=["sparse", "dense_active", "dense_router"]))))
     sparse, narrow, wide = (
-        model_size(runs[f"both-{m}-s0"].config)["active_parameters"]
-        for m in ("sparse", "dense_active", "dense_router")
+        model_size(runs[f"both-{m}-s0"].config)["active_parameters"] for m in ("sparse", "dense_active", "dense_router")
     )
     assert wide == pytest.approx(sparse, rel=TOLERANCE)
     assert narrow < 0.95 * sparse

@@ -19,6 +19,7 @@ from shodh.experiments.composition.methods import Trial, possible
 from shodh.experiments.composition.settings import CCMConfig
 from shodh.merge.readout import BANK
 
+
 @ieee_float32()
 def evaluate_seed(study: CCMConfig, seed: int, device: torch.device) -> dict[str, Any]:
     """Every method on every value of the family: the values of ``results/seedN.json``.

@@ -11,9 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from shodh.experiments.composition.results import Results, mean
+from shodh.experiments.composition.results import Results
 from shodh.experiments.composition.settings import METHODS, Role
 from shodh.experiments.composition.tables import correlate, step_errors
+from shodh.experiments.harness.results import mean
 from shodh.report.figures import INK, MARKERS, bare
 
 #: Lines of the first panel, and of the second; the anchor stands in both.

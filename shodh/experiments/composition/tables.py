@@ -7,8 +7,9 @@ from typing import Any
 
 from scipy import stats
 
-from shodh.experiments.composition.results import BEST_ENDPOINT, Results, SeedResult, mean, spread
+from shodh.experiments.composition.results import BEST_ENDPOINT, Results, SeedResult, deviation
 from shodh.experiments.composition.settings import Role
+from shodh.experiments.harness.results import mean
 from shodh.merge.coordinates import ParameterMap, mapped
 from shodh.report.page import Table, format_cell
 
@@ -36,21 +37,19 @@ USES = {
     "ensemble": "parameter, validation",
     "prefix_finetune": "prefix, validation",
 }
-OUT: Role = "extrapolation"
 
 
 def with_spread(values: list[float | None]) -> str:
     """``0.12 +- 0.01`` over seeds."""
     if any(v is None for v in values):
         return "diverged"
-    error = spread(values)
+    error = deviation(values)
     return format_cell(mean(values)) + ("" if error is None else f" ± {format_cell(error)}")
 
 
 def summary_table(results: Results, published: float | None) -> Table:
     """A row a method: mean error by role, improvement over the anchor outside the support, and cost."""
-    roles = results.roles
-    far = OUT if OUT in roles else roles[-1]
+    roles, far = results.roles, results.far_role
     header = [
         "method",
         "uses",
@@ -67,10 +66,10 @@ def summary_table(results: Results, published: float | None) -> Table:
         gains = results.improvements(method, far)
         paired = None if method == "anchor" else results.paired(method, "anchor", far)
         wins = None if paired is None else f"{paired.wins} of {paired.seeds}"
-        p = None if paired is None or paired.seeds < 2 else paired.p_t
+        p = None if paired is None or len(paired.logs) < 2 else paired.p_differs
         cost = _cost(results, method)
         errors = [mean(results.role_errors(method, role)) for role in roles]
-        rows.append([method, USES.get(method, "-"), *errors, mean(gains), spread(gains), wins, p, *cost])
+        rows.append([method, USES.get(method, "-"), *errors, mean(gains), deviation(gains), wins, p, *cost])
     if published is not None:
         rows.append(["published composition", "-", *[None] * len(roles), published, *[None] * 5])
     return Table(header, rows)
@@ -135,7 +134,7 @@ def step_errors(results: Results, method: str, role: Role) -> list[float | None]
 
 
 def comparison_table(results: Results) -> Table:
-    """Read-outs and merges against anchor, better endpoint and average, paired over seeds, by role."""
+    """Read-outs and merges against anchor, better endpoint and average, paired over seeds, by role: estimates."""
     rows: list[list[Any]] = []
     others = ("anchor", BEST_ENDPOINT, "average")
     for role in results.roles:
@@ -145,10 +144,9 @@ def comparison_table(results: Results) -> Table:
                     continue
                 c = results.paired(method, other, role)
                 if c is not None:
-                    interval = [c.low, c.high] if c.seeds > 1 else [None, None]
-                    p = [c.p_t, c.p_sign] if c.seeds > 1 else [None, None]
-                    rows.append([role, method, other, c.ratio, *interval, *p, f"{c.wins} of {c.seeds}", c.verdict])
-    header = ["role", "method", "against", "ratio", "from", "to", "p (t)", "p (signs)", "lower in", "verdict"]
+                    tests = [c.low, c.high, c.p_differs, c.p_sign] if len(c.logs) > 1 else [None] * 4
+                    rows.append([role, method, other, c.ratio, *tests, f"{c.wins} of {c.seeds}"])
+    header = ["role", "method", "against", "ratio", "from", "to", "p (t)", "p (signs)", "lower in"]
     return Table(header, rows)
 
 

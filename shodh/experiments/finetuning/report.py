@@ -45,7 +45,7 @@ class Claim(NamedTuple):
     """One method's error against another's: by a measure, the geometric mean over fields."""
 
     regime: str
-    count: int
+    trajectories: int
     method: str
     other: str
     measure: str
@@ -68,7 +68,7 @@ class Outcomes:
             metrics = values["evaluation"]["regimes"][run["regime"]]
             labels = {key: run[key] for key in ("regime", "count", SEED)}
             for measure, keys in MEASURES.items():
-                fields = next((metrics[key] for key in keys if key in metrics), {})
+                fields: dict[str, Any] = next((metrics[key] for key in keys if key in metrics), {})
                 for (field, kinds), kind in product(fields.items(), ("model", PERSISTENCE)):
                     error = kinds[kind]
                     if isinstance(error, list):  # by autoregressive step
@@ -141,13 +141,15 @@ def _headline(outcomes: Outcomes, total: int) -> Headline:
     tuning = outcomes.tuning
     numbers = {"runs finished": f"{len(outcomes.values)} of {total}", "seeds": tuning.seeds}
     method = tuning.train[0]
-    asked = {c: v for c, v in (outcomes.claims if outcomes.values else {}).items() if c[2:] == (method, SCRATCH, "VRMSE")}
+    asked = {
+        c: v for c, v in (outcomes.claims if outcomes.values else {}).items() if c[2:] == (method, SCRATCH, "VRMSE")
+    }
     if not asked:
         text = "No run of the first method and of training from scratch is finished."
         return Headline("No result yet", text, "neutral", numbers, note=RULE)
     parts = [
-        f"{claim.regime} from {claim.count}: {c.ratio:.2f} ({WORDS[c.verdict]}, lower in {c.wins} of {c.seeds} seeds)"
-        for claim, c in asked.items()
+        f"{regime} from {count}: {c.ratio:.2f} ({WORDS[c.verdict]}, lower in {c.wins} of {c.seeds} seeds)"
+        for (regime, count, *_), c in asked.items()
     ]
     text = (
         f"One-step VRMSE of fine-tuning ({method}) over that of training the same model from scratch on the same "

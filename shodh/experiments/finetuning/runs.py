@@ -31,7 +31,7 @@ ZERO_SHOT, SCRATCH = "zero_shot", "scratch"
 def expand_tuning(tuning: TuningConfig, base: Base, world_size: int = 1) -> list[Run]:
     """Every run, seeds outermost.
 
-    Labels: ``regime``, ``method`` (``zero_shot``, ``scratch``, or one of `shodh.experiments.finetuning.settings.Method`),
+    Labels: ``regime``, ``method`` (``zero_shot``, ``scratch``, or a `shodh.experiments.finetuning.settings.Method`),
     ``count`` (training trajectories) and ``seed``.
 
     Raises

@@ -35,7 +35,7 @@ class TuningConfig(StudySettings):
     steps: PositiveInt = Field(200, description="optimiser steps of every method, and of training from scratch")
     lr: dict[Literal["all", "experts", "new_expert", "scratch"], PositiveFloat] = Field(
         {},
-        description="highest learning rate by method; else the run's, and for all, which must not forget, a tenth of it",
+        description="highest learning rate by method; else the run's; for all, which must not forget, a tenth of it",
     )
 
     @model_validator(mode="after")

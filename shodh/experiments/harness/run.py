@@ -1,7 +1,7 @@
 """One run of a study: what is trained and measured in a process of its own, and when two of them are the same.
 
-*The same run* is one with the same identity: its resolved configuration, but for where it lies and how its ranks compute
-(`FREE`), the contents of its data files, the weights it starts from or decodes with, and the settings of its
+*The same run* is one with the same identity: its resolved configuration, but for where it lies and how its ranks
+compute (`FREE`), the contents of its data files, the weights it starts from or decodes with, and the settings of its
 measurement. What lies in a run's place with another identity is never mixed in: it is refused, by the name of what
 differs.
 """

@@ -30,8 +30,8 @@ class StudySettings(Section):
     seeds: Seeds = 3
     scales: dict[Preset, dict[str, Any] | None] = Field(
         {},
-        description="presets of --scale: settings that go over those of the file, group by group; `set` is added to the "
-        "file's, unless the preset has a base run of its own; null: the study is not defined at this preset",
+        description="presets of --scale: settings that go over those of the file, group by group; `set` is added to "
+        "the file's, unless the preset has a base run of its own; null: the study is not defined at this preset",
     )
 
     @property

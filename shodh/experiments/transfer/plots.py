@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from shodh.report.figures import INK, bare, style_of
 from shodh.report.page import Table
 
+
 def index_bars(table: Table) -> Figure | None:
     """Transfer index by mix and regime, a point a model with the range over seeds; the line is no transfer."""
     rows = [row for row in table.rows if row[5] is not None]

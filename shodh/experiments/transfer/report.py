@@ -90,7 +90,9 @@ def _sections(results: Results, missing: dict[str, str]) -> list[Section | None]
     return [
         _answers(results),
         claims_section(results.claims, ("mix", "model", "against", "reading", "regime")),
-        filled("transfer", "Transfer index", TRANSFER, {"transfer": transfer}, transfer_index=plots.index_bars(transfer)),
+        filled(
+            "transfer", "Transfer index", TRANSFER, {"transfer": transfer}, transfer_index=plots.index_bars(transfer)
+        ),
         filled("errors", "Errors", ERRORS, errors, ("results",)),
         filled("comparisons", "Paired comparisons", COMPARISONS, {"comparisons": tables.comparison_table(results)}),
         *[_curves(results, reading) for reading in READINGS],

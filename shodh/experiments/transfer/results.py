@@ -199,7 +199,9 @@ class Results:
 
     def budget(self, mix: str, seed: int, reading: Reading) -> float | None:
         """What the cheapest model of a mix and seed spent, its specialists with all steps included."""
-        group = [r for r in self.mixed if r.run["mix"] == mix] + [r for r in self.specialists(mix) if r.run["share"] == 1]
+        group = [r for r in self.mixed if r.run["mix"] == mix] + [
+            r for r in self.specialists(mix) if r.run["share"] == 1
+        ]
         return min((c for r in group if r.seed == seed and (c := r.cost(reading)) is not None), default=None)
 
     @cached_property
@@ -261,7 +263,10 @@ class Results:
         sides = [{r.seed: r for r in self.of(claim.mix, name)} for name in (claim.label, claim.other)]
         seeds = sorted(set(sides[0]) & set(sides[1]))
         regimes = self.regimes(claim.mix)
-        kept = [[[side[s].values["errors"].get(g, {}).get("by_trajectory") for s in seeds] for g in regimes] for side in sides]
+        kept = [
+            [[side[s].values["errors"].get(g, {}).get("by_trajectory") for s in seeds] for g in regimes]
+            for side in sides
+        ]
         if not seeds or any(row is None for side in kept for group in side for row in group):
             return None
         found = nested_bootstrap(*([np.array(group, float) for group in side] for side in kept))

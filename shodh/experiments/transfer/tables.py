@@ -26,7 +26,7 @@ from shodh.report.page import Table
 
 ROUTED = ("sparse_hash", "sparse_frozen", "sparse_oracle")
 MODEL = ["mix", "label", "regime"]
-NAMES = {"label": "model", **{r: f"at equal {r}" for r in READINGS}}
+NAMES = {"label": "model"} | {str(r): f"at equal {r}" for r in READINGS}
 
 
 def models_of(results: Results) -> Iterator[tuple[str, str, list[Result]]]:
