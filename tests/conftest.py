@@ -1,17 +1,22 @@
-"""Tiny data and a tiny configuration that every tier of tests may use."""
+"""Tiny data, a tiny configuration and the laboratory of tiny runs, for tests of every room."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from shodh.data import write_trajectories
 from shodh.schema.fields import Boundary, Field, RegimeSchema, Trajectories
+
+if TYPE_CHECKING:
+    from laboratory import Laboratory
 
 TINY_GRID = (16, 16, 16)
 TINY_FIELDS = (
@@ -23,6 +28,12 @@ TINY_BOUNDARIES: dict[str, tuple[Boundary, Boundary, Boundary]] = {
     "open_channel": ("periodic", "periodic", "wall"),
     "porous_media": ("periodic", "periodic", "periodic"),
 }
+
+
+def pytest_configure() -> None:
+    """One thread here and in every process of a test: on tiny tensors, threads that wait cost more than they give."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 
 def _walk(rng: np.random.Generator, batch: int, frames: int, *shape: int) -> np.ndarray:
@@ -111,3 +122,11 @@ def write_config(tiny_tree: dict[str, Any]) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def laboratory(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> Laboratory:
+    """A tiny trained tokenizer, and runs of the tiny configuration on ranks."""
+    from laboratory import make_laboratory
+
+    return make_laboratory(tmp_path_factory.mktemp("laboratory"), write_config)

@@ -9,16 +9,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from layouts import LAYOUTS, dpot_single, pdebench_cfd, pdebench_incompressible
+
+from shodh.core.errors import DataError
+from shodh.data import WellFile, read_stats
+from shodh.data.formats import convert as conversion
+from shodh.data.formats.convert import convert, plan_conversion
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "data"))
-
-from layouts import LAYOUTS, dpot_single, pdebench_cfd, pdebench_incompressible  # noqa: E402
-
-from shodh.core.errors import DataError  # noqa: E402
-from shodh.data import WellFile, read_stats  # noqa: E402
-from shodh.data.formats import convert as conversion  # noqa: E402
-from shodh.data.formats.convert import convert, plan_conversion  # noqa: E402
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:

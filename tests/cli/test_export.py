@@ -10,14 +10,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from layouts import pdebench_cfd
 from scipy.io import netcdf_file
 
+from shodh.data.formats.export import write_vti
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "data"))
-
-from layouts import pdebench_cfd  # noqa: E402
-
-from shodh.data.formats.export import write_vti  # noqa: E402
 
 
 def read_vti(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:

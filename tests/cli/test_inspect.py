@@ -10,16 +10,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from layouts import LAYOUTS, dpot_scattered, pdebench_cfd, pdebench_incompressible
+
+from shodh.data import write_trajectories
+from shodh.data.formats import FileHints
+from shodh.data.formats.inspection import inspect_file, inspect_folder
+from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "data"))
-
-from layouts import LAYOUTS, dpot_scattered, pdebench_cfd, pdebench_incompressible  # noqa: E402
-
-from shodh.data import write_trajectories  # noqa: E402
-from shodh.data.formats import FileHints  # noqa: E402
-from shodh.data.formats.inspection import inspect_file, inspect_folder  # noqa: E402
-from shodh.schema.fields import Field, RegimeSchema, Trajectories  # noqa: E402
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""A few hundred damaged files of every format; ``python tests/data/fuzz.py --files 1000`` tries more."""
+"""A few hundred damaged files of every format; ``python tests/support/fuzz.py --files 1000`` tries more."""
 
 from __future__ import annotations
 

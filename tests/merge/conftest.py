@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from expert_weights import State
+from expert_weights import random_operator
 from safetensors.torch import save_file
 
 from shodh.checkpoint.convert import convert
 from shodh.checkpoint.description import read_pretrained
 from shodh.config import RunConfig, dump_config, load_config
-from shodh.core.seeding import generator
 from shodh.core.weights import expected_shapes
 from shodh.data import FieldNormalizer
-from shodh.models.factory import build_operator, build_tokenizer
+from shodh.models.factory import build_tokenizer
 from shodh.models.init import initialise
 from shodh.train.run_folder import RunFolder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def random_operator(config: RunConfig, *key: int | str) -> State:
-    """An initialised operator with another random change of every weight."""
-    model = build_operator(config)
-    initialise(model, 0)
-    state = {name: model.state_dict()[name].clone() for name in expected_shapes(model)}
-    if key:
-        for name, tensor in state.items():
-            tensor += 0.02 * torch.randn(tensor.shape, generator=generator(*key, name))
-    return state
 
 
 @pytest.fixture(scope="session")

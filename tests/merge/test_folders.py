@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from expert_weights import same_bits
+from helper import Finished, run_script
 from safetensors.torch import load_file
 
 import shodh
@@ -21,10 +21,6 @@ from shodh.merge import lazy
 from shodh.merge.experts import open_expert
 from shodh.merge.folders import merge_experts, open_family
 from shodh.merge.recipe import make_recipe
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
-
-from helper import Finished, run_script
 
 SCRIPT = "tools/merge_experts.py"
 LOW, HIGH = 1.0e-5, 1.0e-3

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import random_operator
+from expert_weights import random_operator
 from torch import Tensor, nn
 
 from shodh.config import load_config

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ops.cases import Case, random_case
+from decode_cases import FLOATS, check_gradients, random_case
 from torch import Tensor
 
 import shodh
@@ -21,8 +21,6 @@ from shodh.ops import build, decode_velocity, divergence, extension
 from shodh.ops.grid import Grid
 from shodh.ops.reference import decode_adjoint_reference
 
-FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 BOX = {"spacing": (1.0, 2.0, 0.5), "boundary": ("periodic", "wall", "periodic")}
 
 needs_cpp = pytest.mark.skipif(
@@ -31,20 +29,6 @@ needs_cpp = pytest.mark.skipif(
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available() or extension.unavailable_reason("cuda") is not None, reason="needs a CUDA device"
 )
-
-
-def check_gradients(case: Case, gradient: Tensor, found: tuple[Tensor, Tensor]) -> None:
-    """Against automatic differentiation of the reference, in units of what is summed."""
-    potential = torch.zeros(case.potential.shape, dtype=torch.float64, requires_grad=True)
-    harmonic = torch.zeros(3, case.walls.count(False), dtype=torch.float64, requires_grad=True)
-    velocity = decode_velocity(potential, harmonic, **case.box, implementation="reference")
-    wide = torch.autograd.grad(velocity, (potential, harmonic), gradient.double(), materialize_grads=True)
-    tolerance = TOLERANCE[gradient.dtype]
-    largest = float(gradient.double().abs().max()) / min(case.spacing)
-    assert (found[0].double() - wide[0]).abs().max() <= 4 * tolerance * largest
-    if harmonic.numel():
-        total = float(gradient.double().abs().flatten(2).sum(2).max())
-        assert (found[1].double() - wide[1]).abs().max() <= tolerance * total
 
 
 @needs_cpp

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ops.cases import Case, random_case
-from ops.test_backends import FLOATS, check_gradients
+from decode_cases import FLOATS, Case, check_gradients, random_case
 
 from shodh.ops import build, decode_velocity
 from shodh.ops.__main__ import main

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from ops.cases import random_case, smooth_noise
+from decode_cases import random_case, smooth_noise
 
 from shodh.core.errors import NonFiniteError
 from shodh.ops import checked, decode_velocity, divergence, extension, face_flux

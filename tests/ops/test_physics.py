@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from ops.cases import random_case
+from decode_cases import random_case
 from torch import Tensor
 
 from shodh.ops import curl, decode_velocity, divergence

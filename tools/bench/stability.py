@@ -1,6 +1,6 @@
 """Steps of every explicit regime at the spacing of fine grids: length, share of the limit of stability, ranges.
 
-Each regime runs in a small box with the spacing of 128 cells an axis (tests/physics/fine_grids.py), and what it makes
+Each regime runs in a small box with the spacing of 128 cells an axis (tests/support/fine_grids.py), and what it makes
 is checked against its bounds as tools/generate_data.py checks it. "dt max" is the longest step, "dt/limit" the largest
 share of its limit that a step took, "limit" their quotient.
 """
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "physics")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import torch  # noqa: E402
 from fine_grids import EXPLICIT, fine  # noqa: E402

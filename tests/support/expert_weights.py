@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shodh.config import RunConfig
 from shodh.core.seeding import generator
+from shodh.core.weights import expected_shapes
+from shodh.models.factory import build_operator
+from shodh.models.init import initialise
 
 State = dict[str, Tensor]
 EXPERTS = "operator.blocks.0.feed_forward.experts.w1"
@@ -34,3 +38,14 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Equal as bytes: minus zero is not zero."""
     whole = one.shape == other.shape and one.dtype == other.dtype
     return whole and torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def random_operator(config: RunConfig, *key: int | str) -> State:
+    """An initialised operator with another random change of every weight."""
+    model = build_operator(config)
+    initialise(model, 0)
+    state = {name: model.state_dict()[name].clone() for name in expected_shapes(model)}
+    if key:
+        for name, tensor in state.items():
+            tensor += 0.02 * torch.randn(tensor.shape, generator=generator(*key, name))
+    return state

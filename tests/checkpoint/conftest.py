@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
-
-from laboratory import Laboratory, Run, make_laboratory
+from laboratory import Laboratory, Run
 
 SHORT = ("operator.train.steps=2", "operator.train.checkpoint_every=0", "operator.train.valid_every=0")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def laboratory(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> Laboratory:
-    return make_laboratory(tmp_path_factory.mktemp("exchange"), write_config)
 
 
 @pytest.fixture(scope="session")

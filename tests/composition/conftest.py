@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,14 +15,6 @@ from shodh.experiments.composition.members import Case, open_members, read_case
 from shodh.experiments.composition.settings import CCMConfig
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +35,6 @@ def known_sparse(tmp_path_factory: pytest.TempPathFactory) -> CCMConfig:
 @pytest.fixture(scope="session")
 def evaluated(known: CCMConfig) -> dict[str, Any]:
     """What the evaluation of seed 0 leaves behind."""
-    torch.set_num_threads(1)
     evaluate_seed(known, 0, CPU)
     found: dict[str, Any] = json.loads(known.results_file(0).read_text())
     return found

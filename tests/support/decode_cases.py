@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shodh.ops import decode_velocity
+
 SIZES = (1, 2, 3, 5, 7, 8, 12, 17, 19)
 SCALES = (1.0, 1e6, 1e-6)
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
 @dataclass
@@ -105,3 +109,17 @@ def random_case(seed: int, dtype: torch.dtype = torch.float32, sizes: tuple[int,
     with_harmonic = draw((True, False)) and periodic > 0
     box = {"spacing": spacing, "boundary": boundary, "stencil": stencil}
     return Case(potential, harmonic.to(dtype) if with_harmonic else None, box)
+
+
+def check_gradients(case: Case, gradient: Tensor, found: tuple[Tensor, Tensor]) -> None:
+    """Against automatic differentiation of the reference, in units of what is summed."""
+    potential = torch.zeros(case.potential.shape, dtype=torch.float64, requires_grad=True)
+    harmonic = torch.zeros(3, case.walls.count(False), dtype=torch.float64, requires_grad=True)
+    velocity = decode_velocity(potential, harmonic, **case.box, implementation="reference")
+    wide = torch.autograd.grad(velocity, (potential, harmonic), gradient.double(), materialize_grads=True)
+    tolerance = TOLERANCE[gradient.dtype]
+    largest = float(gradient.double().abs().max()) / min(case.spacing)
+    assert (found[0].double() - wide[0]).abs().max() <= 4 * tolerance * largest
+    if harmonic.numel():
+        total = float(gradient.double().abs().flatten(2).sum(2).max())
+        assert (found[1].double() - wide[1]).abs().max() <= tolerance * total

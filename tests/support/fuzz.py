@@ -1,6 +1,6 @@
 """Damaged files of every format: each must be read, or refused with one line; never a traceback, a hang or a crash.
 
-    python tests/data/fuzz.py --files 1000 --out fuzz.json
+    python tests/support/fuzz.py --files 1000 --out fuzz.json
 
 Every file is opened, described and read (one snapshot of each field) in a worker process with a limit on its address
 space; a worker that is silent for longer than the timeout, or dies, is counted and replaced.
@@ -24,9 +24,9 @@ import h5py
 import numpy as np
 from layouts import LAYOUTS, Fields
 
+from shodh.core.errors import ShodhError
 from shodh.data.formats import FORMATS, open_file
 from shodh.data.formats.probe import probe
-from shodh.core.errors import ShodhError
 
 MEMORY = 3 << 30
 TIMEOUT = 20.0
