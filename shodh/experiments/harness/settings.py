@@ -70,20 +70,17 @@ def load_settings(
     own = [item.removeprefix("study.") for item in overrides if item.startswith("study.")]
     given = {key: value for key, value in changes.items() if value is not None}
     given["overrides"] = [item for item in overrides if not item.startswith("study.")]
-    file = section_from_dict(kind, {**tree, **given}, source)
+    needed = {key: value for key, value in given.items() if kind.model_fields[key].is_required()}
+    tree = {**needed, **tree}
+    file = section_from_dict(kind, tree, source)
     presets = {"tiny": {}, **file.scales}
     known = [name for name in PRESETS if presets.get(name) is not None]
     if scale not in known:
         raise ConfigError(f"{source} is not defined at scale {scale}; it has {known}")
-    found = {
-        name: section_from_dict(
-            kind,
-            apply_overrides({**_at_preset(tree, name, presets[name] or {}), **given}, own if name == scale else ()),
-            f"{source} at scale {name}" if presets[name] else source,
-        )
-        for name in known
-    }
-    return found[scale]
+    trees = {name: _at_preset(tree, name, presets[name] or {}) for name in known}
+    trees[scale] = apply_overrides({**trees[scale], **given}, own)
+    sources = {name: f"{source} at scale {name}" if presets[name] else source for name in known}
+    return {name: section_from_dict(kind, trees[name], sources[name]) for name in known}[scale]
 
 
 def _at_preset(tree: dict[str, Any], name: str, preset: dict[str, Any]) -> dict[str, Any]:
