@@ -11,8 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shodh.experiments.harness.command import Study, conduct, parse_study, study_parser
+from shodh.experiments.harness.costs import describe_costs
 from shodh.experiments.harness.settings import load_settings
-from shodh.experiments.transfer.costs import describe_costs
 from shodh.experiments.transfer.report import write_study_report
 from shodh.experiments.transfer.runs import expand, make_tokenizer
 from shodh.experiments.transfer.settings import StudyConfig
@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         Study(
             study,
             expand=lambda world: expand(study, world, args.keep_checkpoints),
-            describe=lambda runs: describe_costs(study, runs),
+            describe=lambda runs: describe_costs(
+                study, study.base, runs, lambda run: {"regimes": "+".join(run.labels["regimes"])}
+            ),
             report=lambda runs: write_study_report(study, runs),
             prepare=lambda runs, workers: make_tokenizer(study, runs, workers),
         ),

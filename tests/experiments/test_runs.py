@@ -12,12 +12,12 @@ import yaml
 
 from shodh.config import RunConfig, config_from_dict, to_dict
 from shodh.core.errors import ConfigError
+from shodh.experiments.harness.flops import BACKWARD, flop_counter, forward_flops, sample_inputs, step_flops
 from shodh.experiments.harness.run import Run
 from shodh.experiments.harness.settings import load_settings
-from shodh.experiments.transfer.flops import BACKWARD, flop_counter, forward_flops, sample_inputs, step_flops
+from shodh.experiments.harness.sizes import TOLERANCE, model_size
 from shodh.experiments.transfer.runs import expand
 from shodh.experiments.transfer.settings import StudyConfig
-from shodh.experiments.transfer.sizes import TOLERANCE, model_size
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
 

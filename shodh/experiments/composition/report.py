@@ -18,7 +18,7 @@ from shodh.experiments.composition.verdict import (
     which_readout_is_enough,
 )
 from shodh.experiments.harness.report import claims_section, write_study
-from shodh.experiments.harness.results import mean, missing_runs
+from shodh.experiments.harness.results import mean, missing_runs, to_table
 from shodh.merge.coordinates import LIMIT
 from shodh.report.page import Headline, Section, Table, filled
 from shodh.report.statistics import RULE, what_seeds_can_show
@@ -118,7 +118,7 @@ def _sections(study: CCMConfig, results: Results) -> list[Section | None]:
     routing = tables.routing_table(results)
     errors = {
         "summary": tables.summary_table(results, study.published_improvement),
-        "results": tables.long_table(results),
+        "results": to_table(results.frame),
     }
     alphas = {"alphas": tables.alpha_table(results), "correlations": tables.correlation_table(results)}
     updates = {"components": components, "layers": layers, "experts": experts}

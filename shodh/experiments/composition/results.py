@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from shodh.experiments.composition.runs import expand
 from shodh.experiments.composition.settings import METHODS, ROLES, CCMConfig, Role
-from shodh.experiments.harness.results import mean
+from shodh.experiments.harness.results import ERROR, SEED, mean, tidy
 from shodh.experiments.harness.results import read_results as read_values
 from shodh.merge.coordinates import ParameterMap, extrapolation
 from shodh.report.statistics import Comparison, Interval, compare, holm, nested_bootstrap
@@ -123,6 +124,18 @@ class Results:
         found = compare(self.role_errors(method, role), self.role_errors(other, role))
         return found if found.logs else None
 
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """The tidy table: method, value, role, seed, error, coordinate and cost."""
+        keys = ("forward", "backward", "networks")
+        return tidy(
+            {"method": method, "value": at["value"], "role": at["role"], SEED: seed.seed, ERROR: m["error"]}
+            | {"alpha": m["alpha"] if isinstance(m["alpha"], float) else None, **{key: m[key] for key in keys}}
+            for seed in self.seeds
+            for at in seed.values["values"]
+            for method, m in at["methods"].items()
+        )
+
     @property
     def far_role(self) -> Role:
         """Extrapolation, or what a study without it has farthest out."""
@@ -159,13 +172,8 @@ class Results:
 
     def alphas(self, method: str) -> list[tuple[float, int, float]]:
         """(value, seed, coordinate) of a method with one coordinate a value."""
-        found = []
-        for value, _ in self.values:
-            for seed in self.seeds:
-                alpha = seed.at(value)["methods"].get(method, {}).get("alpha")
-                if isinstance(alpha, float):
-                    found.append((value, seed.seed, alpha))
-        return found
+        known = self.frame[(self.frame["method"] == method) & self.frame["alpha"].notna()].sort_values(["value", SEED])
+        return [(float(v), int(s), float(a)) for v, s, a in known[["value", SEED, "alpha"]].values]
 
     @property
     def map(self) -> ParameterMap:
@@ -193,10 +201,6 @@ class Results:
     def has(self, method: str, value: float) -> bool:
         """Whether a method was measured at a value; some make no sense at all of them."""
         return method == BEST_ENDPOINT or method in self.seeds[0].at(value)["methods"]
-
-    def mean_of(self, figure: Callable[[SeedResult], float | None]) -> float | None:
-        """Mean over seeds of some figure."""
-        return mean(figure(seed) for seed in self.seeds)
 
 
 def deviation(values: Iterable[float | None]) -> float | None:

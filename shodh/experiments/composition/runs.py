@@ -15,13 +15,12 @@ from shodh.core.devices import pick_device
 from shodh.experiments.composition.data import make_data, missing_files
 from shodh.experiments.composition.evaluate import evaluate_seed, measured_settings
 from shodh.experiments.composition.settings import MEMBERS, CCMConfig, Member
-from shodh.experiments.harness.command import state
+from shodh.experiments.harness.costs import describe_costs
 from shodh.experiments.harness.results import RESULT
 from shodh.experiments.harness.run import Run
 from shodh.experiments.harness.runner import on_first_rank
 from shodh.experiments.harness.workers import Workers
 from shodh.report.page import Table, text_table
-from shodh.train.plan import ASSUMED_UTILISATION, PEAK_FLOPS, make_plan
 
 
 def expand(study: CCMConfig, world_size: int = 1) -> list[Run]:
@@ -82,21 +81,6 @@ def describe_study(study: CCMConfig, chosen: Sequence[Run]) -> str:
         files = sum(part.path.is_relative_to(study.value_folder(value)) for _, part in missing)
         part = "low" if value == family.low else "high" if value == family.high else ""
         rows.append([repr(value), family.role_of(value), part, files])
-    values = Table([family.parameter, "role", "expert", "files to solve"], rows)
-    rows, work, seconds = [], 0.0, 0.0
-    anchor = study.run_config(0, "anchor")
-    plan = make_plan(anchor)
-    for run in chosen:
-        total = plan.flops_per_step * run.steps
-        work += total
-        seconds += total / (PEAK_FLOPS[anchor.operator.train.precision] * ASSUMED_UTILISATION)
-        rows.append([run.name, run.steps or "", total / 1e12 or "", state(run)])
-    size, active = plan.dense_parameters + plan.expert_parameters, plan.active_parameters
-    return (
-        f"study {study.name}: {study.question}\n{study.folder}: {study.seeds} seeds, base {study.base}, backbone "
-        f"{study.backbone}: {size / 1e6:.3g} M parameters, {active / 1e6:.3g} M active\n\n"
-        f"data in {study.data}\n{text_table(values)}\n\n"
-        f"{text_table(Table(['run', 'steps', 'TFLOP', 'state'], rows))}\n\n"
-        f"{work / 1e15:.3g} PFLOP of training in all: {seconds / 3600:.3g} H100 hours at {ASSUMED_UTILISATION:.0%} of "
-        f"the peak (assumed, not measured)\nmethods: {', '.join(study.methods)}\n"
-    )
+    values = text_table(Table([family.parameter, "role", "expert", "files to solve"], rows))
+    costs = describe_costs(study, f"{study.base}, backbone {study.backbone}", chosen, lambda run: {})
+    return f"{costs}\ndata in {study.data}\n{values}\n\nmethods: {', '.join(study.methods)}\n"

@@ -17,10 +17,9 @@ from shodh.core.topology import fitting_ep_size
 from shodh.experiments.finetuning.base import Base, check_regime, find_tokenizer
 from shodh.experiments.finetuning.measure import count_trained
 from shodh.experiments.finetuning.settings import TuningConfig
-from shodh.experiments.harness.command import state
+from shodh.experiments.harness.costs import describe_costs
 from shodh.experiments.harness.results import RESULT
 from shodh.experiments.harness.run import Run
-from shodh.report.page import Table, text_table
 from shodh.train.data_identity import new_choice
 from shodh.train.datasets import open_sources
 from shodh.train.jobs import plan_operator
@@ -155,13 +154,9 @@ def _still_router(base: RunConfig) -> dict[str, Any]:
 
 def describe_runs(tuning: TuningConfig, runs: Sequence[Run]) -> str:
     """What there is to run, one line a run."""
-    rows: list[list[Any]] = []
-    counted: dict[str, dict[str, int]] = {}
-    for run in runs:
-        method = run.labels["method"]
-        if method not in counted:
-            counted[method] = count_trained(run.config, trains=run.trains)
-        sizes = [counted[method][key] / 1e6 for key in ("trained", "total")]
-        rows.append([run.name, method, run.labels["count"], run.steps, *sizes, state(run)])
-    header = ["run", "method", "trajectories", "steps", "M trained", "M parameters", "state"]
-    return f"{tuning.folder}: {len(runs)} runs, from {tuning.run}\n\n{text_table(Table(header, rows))}\n"
+
+    def columns(run: Run) -> dict[str, Any]:
+        trained = count_trained(run.config, trains=run.trains)["trained"]
+        return {"method": run.labels["method"], "trajectories": run.labels["count"], "M trained": trained / 1e6}
+
+    return describe_costs(tuning, tuning.run, runs, columns)

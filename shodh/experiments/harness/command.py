@@ -104,8 +104,3 @@ def conduct(study: Study, args: argparse.Namespace) -> int:
         sys.stdout.write(f"\nreport: {folder / 'report' / 'index.html'}\n")
         sys.stderr.write(progress.complaints())
     return progress.exit_code
-
-
-def state(run: Run) -> str:
-    """For the list of a dry run."""
-    return "finished" if run.finished else "to do"

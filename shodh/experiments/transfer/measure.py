@@ -17,11 +17,11 @@ from shodh.core.precision import ieee_float32
 from shodh.core.weights import load_into
 from shodh.evaluate.evaluation import evaluate, open_run
 from shodh.evaluate.report import write_report
+from shodh.experiments.harness.flops import step_flops
 from shodh.experiments.harness.run import Run
-from shodh.experiments.transfer.flops import step_flops
+from shodh.experiments.harness.sizes import model_size
 from shodh.experiments.transfer.probe import Probe, gradient_cosines, learning_curve, plasticity
 from shodh.experiments.transfer.settings import PlasticityConfig
-from shodh.experiments.transfer.sizes import model_size
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
 from shodh.train.jobs import open_data, train_tokenizer

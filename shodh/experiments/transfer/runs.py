@@ -128,7 +128,7 @@ def operator_changes(
     base = config_from_dict(dict(tree), name)
     compared = _variants(study)[0]
     if model in ("dense_router", "dpot"):
-        from shodh.experiments.transfer.sizes import (
+        from shodh.experiments.harness.sizes import (
             widened_dense,  # Builds models, so it needs torch; nothing else here does.
         )
 
