@@ -76,8 +76,8 @@ def load_tuning(path: Path | None, named: Sequence[str] = (), maps: Sequence[str
     """
     if named:
         tree = {} if path is None else read_yaml(path)
-        run = changes.get("run") or (tree.get("run") if isinstance(tree, dict) else None)
-        if run is not None:
-            base = open_base(Path(run), changes.get("checkpoint") or tree.get("checkpoint"))
+        settings = {**(tree if isinstance(tree, dict) else {}), **{k: v for k, v in changes.items() if v is not None}}
+        if "run" in settings:
+            base = open_base(Path(str(settings["run"])), settings.get("checkpoint"))
             changes["regimes"] = [to_dict(regime) for regime in regimes_of(named, maps, base)]
     return load_settings(TuningConfig, path, **changes)

@@ -79,7 +79,15 @@ class Study:
 
 
 def conduct(study: Study, args: argparse.Namespace) -> int:
-    """List, or make, the chosen runs that are not finished, and report on all that are; the exit code."""
+    """List, or make, the chosen runs that are not finished, and report on all that are; the exit code.
+
+    Raises
+    ------
+    ConfigError, DataError
+        Another run lies in the place of one of the study's (`Run.check`), or a chosen one needs another.
+    ShodhError
+        What all runs need could not be made.
+    """
     ranks, folder = Ranks(), study.settings.folder
     every = study.expand(ranks.world)
     names = choose_names([run.name for run in every], args.only, "run")
@@ -87,6 +95,8 @@ def conduct(study: Study, args: argparse.Namespace) -> int:
     if args.dry_run:
         sys.stdout.write(study.describe(chosen) if ranks.rank == 0 else "")
         return 0
+    for run in every:  # Before anything is made: the report reads them all.
+        run.check()
     progress = Progress()
     if not args.report_only:
         check_forerunners(chosen, every)

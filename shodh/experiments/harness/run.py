@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from shodh.config import RunConfig, config_from_dict, to_dict
 from shodh.core.errors import ConfigError
 from shodh.core.strict_json import to_json
 from shodh.core.weights import read_json
+from shodh.data.formats.splits import data_folder
 from shodh.data.identity import DataRecord
 from shodh.train.run_folder import RunFolder
 
@@ -89,7 +91,7 @@ class Run:
         paths = list(self.weights)
         if not self.config.operator.in_field_space:
             paths.append(self.config.tokenizer_dir / "tokenizer.safetensors")
-        weights = [source_checksum(path) if path.exists() else None for path in paths]
+        weights = [_checksum(path, path.stat().st_mtime_ns) if path.exists() else None for path in paths]
         found: Identity = to_json({**_identity_of(self.config, recorded=True), "weights": weights, **self.settings})
         return found
 
@@ -101,7 +103,7 @@ class Run:
         ConfigError
             The folder holds a run, or the result is, of other settings.
         DataError
-            The run's data files have changed since it learned from them; files that are gone altogether are not missed.
+            The run's data files have changed since it learned from them; where some are gone, none is compared.
         """
         folder = self.config.run_dir
         record = DataRecord.load(folder)
@@ -109,7 +111,10 @@ class Run:
             there = (RunFolder(folder).config(), self.config)
             self._compare(folder, *(_identity_of(config, record is not None) for config in there))
         for regime in self.config.data.regimes:
-            if record is not None and regime.path.exists():
+            files = (
+                [] if record is None else [data_folder(regime.path) / n for n in record.regimes.get(regime.name, ())]
+            )
+            if record is not None and all(file.is_file() for file in files):
                 record.kept(regime.name, regime.path)
         if self.finished:
             self.read()
@@ -137,6 +142,12 @@ class Run:
                 f"run {self.name}: {place} is of other settings of {' and '.join(changed)}; choose another --name or "
                 "--out, or remove it to make it anew"
             )
+
+
+@lru_cache(maxsize=1000)
+def _checksum(path: Path, _: int) -> str:
+    """`source_checksum`, once for each time at which weights were written."""
+    return source_checksum(path)
 
 
 def _identity_of(config: RunConfig, recorded: bool) -> Identity:

@@ -38,14 +38,11 @@ def run_all(
     Raises
     ------
     ConfigError
-        Side by side and on several ranks at once; another run lies in the place of one of these (`Run.check`); or a run
-        needs one that is neither finished nor among these.
+        Side by side and on several ranks at once.
     ShodhError
         ``prepare`` failed, on some rank.
     """
     workers = Workers(WORKER, folder, jobs, ranks)
-    for run in runs:
-        run.check()
     todo = ranks.agree("todo", [run.name for run in runs if not run.finished])
     waiting = [run for run in runs if run.name in todo]
     progress = Progress([run.name for run in runs if run.name not in todo])
@@ -73,7 +70,7 @@ def run_all(
 
 
 def check_forerunners(chosen: Sequence[Run], every: Sequence[Run]) -> None:
-    """Refuse a choice of runs that need others which are neither finished nor chosen."""
+    """Refuse a choice of runs that need others which are neither finished nor chosen; raises `ConfigError`."""
     at_hand = {run.name for run in every if run.finished} | {run.name for run in chosen}
     for run in chosen:
         if not run.finished and (missing := [name for name in run.after if name not in at_hand]):

@@ -86,7 +86,8 @@ def load_settings(
 def _at_preset(tree: dict[str, Any], name: str, preset: dict[str, Any]) -> dict[str, Any]:
     merged = merge_trees(tree, preset)
     own = [] if {"base", "run"} & set(preset) else tree.get("set", [])
-    merged["set"] = [*own, *preset.get("set", [])]
+    added = preset.get("set", [])
+    merged["set"] = [*own, *added] if isinstance(added, list) else added
     if name != "tiny" and "name" in tree:
         merged["name"] = f"{tree['name']}-{name}"
     return merged
