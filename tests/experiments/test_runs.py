@@ -151,6 +151,8 @@ def test_axes_vary_the_sparse_model_alone(study_file: Callable[..., Path]) -> No
     [
         ({"modles": []}, "did you mean 'models'?"),
         ({"scales": {"small": {"sets": []}}}, "did you mean 'set'?"),
+        ({"scales": {"small": {"set": 3}}}, "at scale small: set: "),
+        ({"scales": {"large": {}}}, "scales.large"),
         ({"models": ["spare"]}, "models"),
         ({"mixes": {"both": ["open_channel", "ocean"]}}, "unknown regimes ['ocean']"),
         ({"mixes": {"both": ["heat", "heat"]}}, "repeated regimes"),

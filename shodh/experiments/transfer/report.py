@@ -9,7 +9,7 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from shodh.experiments.harness.report import claims_section, write_study
-from shodh.experiments.harness.results import missing_runs, read_results
+from shodh.experiments.harness.results import missing_runs, read_results, to_table
 from shodh.experiments.harness.run import Run
 from shodh.experiments.transfer import plots, tables
 from shodh.experiments.transfer.results import READINGS, Reading, Result, Results, rank_pairs
@@ -85,7 +85,7 @@ def _sections(results: Results, missing: dict[str, str]) -> list[Section | None]
     if not results.mixed:
         return [runs]
     transfer = tables.transfer_table(results)
-    errors = {"errors": tables.error_table(results), "results": tables.run_errors(results)}
+    errors = {"errors": tables.error_table(results), "results": to_table(results.frame)}
     cosines = lines(_mean_curves(tables.cosine_curves(results)), "step", "cosine", 0)
     return [
         _answers(results),

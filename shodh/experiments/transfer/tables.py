@@ -36,11 +36,6 @@ def models_of(results: Results) -> Iterator[tuple[str, str, list[Result]]]:
             yield mix, label, results.of(mix, label)
 
 
-def run_errors(results: Results) -> Table:
-    """The tidy table: every error of every run."""
-    return to_table(results.frame)
-
-
 def _by_reading(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """Mean over seeds by model and regime, a column a reading."""
     means = over_seeds(frame, [*MODEL, "reading"])["mean"].unstack("reading")
