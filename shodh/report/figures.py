@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK = "#1b2a41"
 MODEL, BASELINE = "#0b6e4f", "#b23a48"
@@ -122,4 +125,74 @@ def training_curve(lines: Sequence[Mapping[str, float]]) -> Figure | None:
         right.set_ylim(0, 1.05)
         right.set_ylabel("U", color=MODEL)
     panel.legend(fontsize=8, frameon=False)
+    return figure
+
+
+#: Names that look the same in every figure; others follow in their own order.
+KNOWN = (
+    *("sparse", "dense_active", "dense_total", "specialist", "sparse_hash", "sparse_frozen", "sparse_oracle"),
+    *("persistence", "trained", "fresh", "dense_router", "dpot"),
+)
+MAX_PANELS = 12  # of one figure; the tables hold everything
+
+
+def _first(panels: Mapping[Any, Any]) -> dict[Any, Any]:
+    """As many panels as fit a figure."""
+    return dict(list(panels.items())[:MAX_PANELS])
+
+
+def _note_rest(figure: Figure, total: int) -> None:
+    """Say that there is more than the figure shows."""
+    if total > MAX_PANELS:
+        figure.suptitle(f"the first {MAX_PANELS} of {total}; the others are in the tables", fontsize=8, color=INK)
+
+
+def style_of(name: str, names: Sequence[str]) -> dict[str, Any]:
+    """Colour and marker of a name among those of a figure."""
+    others = [n for n in names if n not in KNOWN]
+    number = KNOWN.index(name) if name in KNOWN else len(KNOWN) + others.index(name)
+    colour = colormaps["tab10"](number) if number < 10 else colormaps["Dark2"]((number + 3) % 8)
+    return {"color": colour, "marker": MARKERS[number % len(MARKERS)]}
+
+
+def bare(panel: Axes) -> None:
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def lines(
+    groups: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    x: str,
+    y: str,
+    mark: float | None = None,
+    log: bool = False,
+) -> Figure | None:
+    """Lines by name, a panel a group; ``mark`` draws a horizontal one. None without a point."""
+    known = {title: {name: list(p) for name, p in curves.items() if p} for title, curves in groups.items()}
+    known = {title: curves for title, curves in known.items() if curves}
+    if not known:
+        return None
+    total, known = len(known), _first(known)
+    columns = min(3, len(known))
+    rows = -(-len(known) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 0.3), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    names = list(dict.fromkeys(name for curves in known.values() for name in curves))
+    for panel in panels[len(known) :]:
+        panel.set_axis_off()
+    for panel, (title, curves) in zip(panels, known.items(), strict=False):
+        for name, points in curves.items():
+            panel.plot(*zip(*points, strict=True), markersize=3.5, label=name, **style_of(name, names))
+        if mark is not None:
+            panel.axhline(mark, color=INK, linewidth=0.7, linestyle=":" if mark else "-")
+        panel.set_title(title, fontsize=9, color=INK)
+        panel.set_xlabel(x)
+        whole = all(float(value).is_integer() for points in curves.values() for value, _ in points)
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=whole))
+        panel.set_ylabel(y)
+        if log:
+            panel.set_yscale("log")
+        bare(panel)
+    handles = {label: h for panel in panels for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    _note_rest(figure, total)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=7, frameon=False)
     return figure

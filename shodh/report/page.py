@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import html
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -20,34 +20,10 @@ from shodh.core.files import atomic_path, write_atomically
 from shodh.core.strict_json import write_json
 
 SHOWN_ROWS = 24  # longer tables are files only
+STUDY_ROWS = 60  # of the page of a study
 DPI = 110
 
 Tone = Literal["good", "fair", "bad", "neutral"]
-
-STYLE = """
-:root { --ink: #1b2a41; --soft: #556070; --line: #dde1e7; --good: #0b6e4f; --fair: #b7791f; --bad: #b23a48;
-  --neutral: #44536a }
-body { font: 16px/1.55 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: var(--ink); background: #fff;
-  max-width: 54rem; margin: 2rem auto 4rem; padding: 0 1.2rem }
-h1 { font-size: 1.5rem; margin-bottom: .6rem; overflow-wrap: anywhere }
-h2 { font-size: 1.2rem; margin: 2.6rem 0 .4rem; padding-top: .8rem; border-top: 1px solid var(--line) }
-h3 { font-size: 1rem; margin: 1.2rem 0 .2rem }
-p { margin: .4rem 0 .8rem } a { color: inherit }
-.verdict { border-left: 6px solid var(--tone); background: #f6f8fa; padding: .8rem 1.1rem; margin: 1rem 0 }
-.verdict strong { color: var(--tone); font-size: 1.35rem; display: block }
-.verdict p { margin: .2rem 0 }
-.numbers { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: .7rem 0 .2rem }
-.numbers div { font-size: .82rem; color: var(--soft) }
-.numbers b { display: block; font-size: 1.15rem; color: var(--ink); font-weight: 600 }
-nav { font-size: .9rem; color: var(--soft); columns: 2; margin: 1rem 0 } nav a { display: block }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; margin: .4rem 0; font-size: .9rem; font-variant-numeric: tabular-nums }
-td, th { padding: .22rem .7rem; text-align: right; white-space: nowrap }
-th { border-bottom: 2px solid var(--ink); font-weight: 600 } td { border-bottom: 1px solid var(--line) }
-td:first-child, th:first-child { text-align: left; padding-left: 0 } .text { text-align: left }
-img { max-width: 100%; display: block; margin: .8rem 0 }
-.note { color: var(--soft); font-size: .85rem }
-"""
 
 
 class Table(NamedTuple):
@@ -87,6 +63,22 @@ class Section:
     figures: dict[str, Figure] = field(default_factory=dict)
     files_only: tuple[str, ...] = ()
     rows_shown: int = SHOWN_ROWS
+
+
+def filled(
+    key: str,
+    title: str,
+    text: str,
+    tables: Mapping[str, Table],
+    files_only: tuple[str, ...] = (),
+    **figures: Figure | None,
+) -> Section | None:
+    """A section of a study's page without tables that have no rows; None if all are such."""
+    known = {stem: table for stem, table in tables.items() if table.rows}
+    if not known:
+        return None
+    drawn = {stem: figure for stem, figure in figures.items() if figure is not None}
+    return Section(key, title, text, tables=known, figures=drawn, files_only=files_only, rows_shown=STUDY_ROWS)
 
 
 def records(section: Section) -> dict[str, list[dict[str, Any]]]:
@@ -161,22 +153,20 @@ def write_page(
 
 
 def render_page(title: str, headline: Headline | None, sections: Sequence[Section], images: Mapping[str, bytes]) -> str:
-    """The page as HTML; `images` holds the PNG of every figure by its stem."""
-    body = [f"<h1>{html.escape(title)}</h1>"]
-    if headline is not None:
-        body.append(_headline_html(headline))
-        body += [_image(stem, images[stem]) for stem in headline.figures]
-    if len(sections) > 3:
-        links = (f'<a href="#{html.escape(s.key)}">{html.escape(s.title)}</a>' for s in sections)
-        body.append(f"<nav>{''.join(links)}</nav>")
-    for section in sections:
-        body.append(f'<h2 id="{html.escape(section.key)}">{html.escape(section.title)}</h2>')
-        body.append(f"<p>{html.escape(section.text)}</p>")
-        body += [_image(stem, images[stem]) for stem in section.figures]
-        limits = {stem: 0 if stem in section.files_only else section.rows_shown for stem in section.tables}
-        body += [_table_html(stem, table, limits[stem]) for stem, table in section.tables.items()]
-    head = f"<meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"
+    """The page as HTML, by the template of all pages; `images` holds the PNG of every figure by its stem."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    environment.filters |= {"cell": format_cell, "text_columns": text_columns}
+    inlined = {stem: base64.b64encode(png).decode() for stem, png in images.items()}
+    template = environment.get_template("page.html.j2")
+    return template.render(title=title, headline=headline, sections=sections, images=inlined) + "\n"
+
+
+def text_columns(table: Table) -> list[bool]:
+    """Which columns hold text alone, and are aligned to the left."""
+    columns = [[row[i] for row in table.rows if row[i] is not None] for i in range(len(table.header))]
+    return [bool(column) and all(isinstance(cell, str) for cell in column) for column in columns]
 
 
 def format_cell(value: Any) -> str:
@@ -214,36 +204,3 @@ def to_png(figure: Figure) -> bytes:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=DPI)
     return data.getvalue()
-
-
-def _headline_html(headline: Headline) -> str:
-    numbers = "".join(
-        f"<div><b>{html.escape(format_cell(value))}</b>{html.escape(name)}</div>"
-        for name, value in headline.numbers.items()
-    )
-    note = f"<p class=note>{html.escape(headline.note)}</p>" if headline.note else ""
-    paragraphs = "".join(f"<p>{html.escape(line)}</p>" for line in headline.text.split("\n"))
-    return (
-        f'<div class=verdict style="--tone: var(--{headline.tone})"><strong>{html.escape(headline.verdict)}</strong>'
-        f"{paragraphs}<div class=numbers>{numbers}</div></div>{note}"
-    )
-
-
-def _table_html(stem: str, table: Table, limit: int) -> str:
-    if len(table.rows) > limit:
-        return f"<p class=note>{html.escape(stem)}.csv: {len(table.rows)} rows.</p>"
-    columns = [[cell for cell in column if cell is not None] for column in zip(*table.rows, strict=True)]
-    texts = [bool(column) and all(isinstance(cell, str) for cell in column) for column in columns]
-    kinds = [" class=text" if text else "" for text in texts] or [""] * len(table.header)
-    head = "".join(f"<th{kind}>{html.escape(name)}</th>" for name, kind in zip(table.header, kinds, strict=True))
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td{kind}>{html.escape(format_cell(c))}</td>" for c, kind in zip(row, kinds, strict=True))
-        + "</tr>"
-        for row in table.rows
-    )
-    return f"<div class=wide><table><tr>{head}</tr>{body}</table></div><p class=note>{html.escape(stem)}.csv</p>"
-
-
-def _image(stem: str, png: bytes) -> str:
-    return f'<img alt="{html.escape(stem)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'

@@ -79,7 +79,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 @pytest.mark.timeout(900)  # Its workers import everything, one after another.
 def test_a_family_from_nothing_to_a_report(study_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "c"
-    # A file where the low expert's folder should be: its stage fails, those that do not need it are run.
+    # A file where the low expert's folder should be: its run fails, those that do not need it are made.
     blocked = folder / "runs" / "seed0-low"
     blocked.parent.mkdir(parents=True)
     blocked.write_text("no folder")
@@ -113,7 +113,7 @@ def test_a_family_from_nothing_to_a_report(study_file: Path, tmp_path: Path) -> 
     assert not (tmp_path / "data").exists()
 
 
-def test_dry_run_lists_values_and_stages_and_touches_nothing(study_file: Path, tmp_path: Path) -> None:
+def test_dry_run_lists_values_and_runs_and_touches_nothing(study_file: Path, tmp_path: Path) -> None:
     finished = run_script(STUDY, "--config", study_file, "--dry-run")
     assert finished.code == 0, finished.stderr
     assert "extrapolation" in finished.stdout and "seed0-evaluate" in finished.stdout
@@ -123,7 +123,7 @@ def test_dry_run_lists_values_and_stages_and_touches_nothing(study_file: Path, t
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--only", "nothing*"], "--only 'nothing*' matches no stage; they are seed0-anchor, seed0-low"),
+        (["--only", "nothing*"], "--only 'nothing*' matches no run; they are seed0-anchor, seed0-low"),
         (["--only", "seed0-low"], "seed0-low needs seed0-anchor, which is not finished; choose it too"),
         (["--seeds", "0"], "--seeds 0: must be at least 1"),
         (["--scale", "paper"], "not defined at scale paper; it has ['tiny']"),

@@ -40,25 +40,26 @@ def run(tmp_path: Path, write_config: Callable[..., Path], tiny_data: Path) -> P
 
 
 @pytest.mark.slow
-def test_cells_are_trained_once_and_reported(run: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_runs_are_trained_once_and_reported(run: Path, tiny_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned"
     regime = f"unseen={tiny_data / 'porous_media'}"
-    arguments = ["--run", run, "--regime", regime, "--trajectories", "2", "--out", out, "--seeds", "1", "--steps", "2"]
+    arguments = ["--run", run, "--regime", regime, "--trajectories", "2", "--seeds", "1", "--steps", "2"]
+    arguments += ["--out", tmp_path, "--name", "tuned"]
     finished = run_script(FINETUNE, *arguments, "--train", "new_expert", "--jobs", "2")
     assert finished.code == 0, finished.stderr
-    cells = {path.parent.name: json.loads(path.read_text()) for path in (out / "cells").glob("*/result.json")}
-    assert cells.keys() == {f"unseen-n2-{way}-s0" for way in ("zero_shot", "new_expert", "scratch")}
-    errors = {name: values["evaluation"]["regimes"]["unseen"]["vrmse"] for name, values in cells.items()}
+    runs = {path.parent.name: json.loads(path.read_text()) for path in (out / "runs").glob("*/result.json")}
+    assert runs.keys() == {f"unseen-n2-{method}-s0" for method in ("zero_shot", "new_expert", "scratch")}
+    errors = {name: values["evaluation"]["regimes"]["unseen"]["vrmse"] for name, values in runs.items()}
     for field in ("velocity", "tracer"):
         found = [error[field]["model"] for error in errors.values()]
-        assert len(set(found)) == 3, "each way has an error of its own"
+        assert len(set(found)) == 3, "each method has an error of its own"
         assert len({error[field]["persistence"] for error in errors.values()}) == 1, "on the same windows"
     assert "unseen  tracer    2             new_expert   1" in finished.stdout
     assert (out / "report" / "index.html").exists()
-    before = {name: (out / "cells" / name / "result.json").stat().st_mtime_ns for name in cells}
+    before = {name: (out / "runs" / name / "result.json").stat().st_mtime_ns for name in runs}
     again = run_script(FINETUNE, *arguments, "--train", "new_expert")
     assert again.code == 0 and again.stdout == finished.stdout
-    assert before == {name: (out / "cells" / name / "result.json").stat().st_mtime_ns for name in cells}
+    assert before == {name: (out / "runs" / name / "result.json").stat().st_mtime_ns for name in runs}
     changed = run_script(FINETUNE, *arguments, "--train", "new_expert", "--set", "operator.train.clip=2")
     assert changed.code == 2 and "other settings of operator" in changed.stderr
 
@@ -81,7 +82,7 @@ def test_cells_are_trained_once_and_reported(run: Path, tiny_data: Path, tmp_pat
 def test_what_is_missing_is_said() -> None:
     finished = run_script(FINETUNE, "--run", "runs/x")
     assert finished.code == 2 and finished.stderr.startswith("error: ") and finished.stderr.count("\n") == 1
-    assert all(option in finished.stderr for option in ("--regime", "--out", "--config"))
+    assert all(option in finished.stderr for option in ("--run", "--regime", "--config"))
 
 
 def test_help_has_an_example() -> None:

@@ -1,4 +1,4 @@
-"""``launch/study.py``: cells are run, kept, and named when they fail; bad input is answered with one line."""
+"""``launch/study.py``: runs are made, kept, and named when they fail; bad input is answered with one line."""
 
 from __future__ import annotations
 
@@ -58,19 +58,19 @@ def study_file(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
 
 
 @pytest.mark.slow
-def test_finished_cells_are_kept_and_a_failed_one_is_named(study_file: Path, tmp_path: Path) -> None:
-    cells = tmp_path / "runs" / "s" / "cells"
-    cells.mkdir(parents=True)
-    blocked = cells / "both-dense_active-s0"
-    blocked.write_text("a file where the cell's folder should be")
+def test_finished_runs_are_kept_and_a_failed_one_is_named(study_file: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs" / "s" / "runs"
+    runs.mkdir(parents=True)
+    blocked = runs / "both-dense_active-s0"
+    blocked.write_text("a file where the run's folder should be")
     first = run_script(STUDY, "--config", study_file, "--jobs", "2")
     assert first.code == 1
     (line,) = (text for text in first.stderr.splitlines() if text.startswith("failed: "))
     assert "both-dense_active-s0" in line and "File exists" in line
     summary = json.loads((tmp_path / "runs" / "s" / "report" / "summary.json").read_text())
     assert "File exists" in summary["missing"]["both-dense_active-s0"]
-    assert summary["verdict"] == "Not asked" and "Cells without a result, named below: 1 of 2" in summary["answer"]
-    kept = cells / "both-sparse-s0" / "result.json"
+    assert summary["verdict"] == "Not asked" and "Runs without a result, named below: 1 of 2" in summary["answer"]
+    kept = runs / "both-sparse-s0" / "result.json"
     _check_result(json.loads(kept.read_text()))
     assert (kept.parent / "report" / "index.html").exists()
     assert [path.name for path in (kept.parent / "checkpoints").glob("step_*")] == ["step_00000002"]
@@ -80,8 +80,9 @@ def test_finished_cells_are_kept_and_a_failed_one_is_named(study_file: Path, tmp
     assert again.code == 0 and summary["answer"] in again.stdout
     assert kept.stat().st_mtime_ns == before
 
-    changed = run_script(STUDY, "--config", study_file, "--set", "operator.train.lr=0.1")
-    assert changed.code == 2 and "other settings of operator" in changed.stderr
+    for setting, section in (("operator.train.lr=0.1", "operator"), ("study.gradient_samples=3", "gradient_samples")):
+        changed = run_script(STUDY, "--config", study_file, "--set", setting, "--report-only")
+        assert changed.code == 2 and f"other settings of {section}" in changed.stderr
 
 
 def _check_result(result: dict[str, Any]) -> None:
@@ -92,6 +93,8 @@ def _check_result(result: dict[str, Any]) -> None:
         expected = result["evaluation"]["regimes"][regime]["decoded_mse"]
         assert error["model"] == pytest.approx(expected["model"], rel=1e-5)
         assert error["persistence"] == pytest.approx(expected["persistence"], rel=1e-5)
+        assert len(error["by_trajectory"]) == 1, "trajectories of the test split"
+        assert error["by_trajectory"] == pytest.approx([error["model"]])
     for point in result["history"]:
         for cosines in point["cosines"].values():
             assert all(-1 <= c <= 1 for c in cosines.values())
@@ -100,8 +103,8 @@ def _check_result(result: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_interrupt_saves_a_checkpoint_and_starts_no_other_cell(study_file: Path, tmp_path: Path) -> None:
-    """Ctrl-C in a terminal goes to the study and to its cells at once."""
+def test_interrupt_saves_a_checkpoint_and_starts_no_other_run(study_file: Path, tmp_path: Path) -> None:
+    """Ctrl-C in a terminal goes to the study and to its runs at once."""
     command = [sys.executable, STUDY, "--config", str(study_file), "--set", "operator.train.steps=100000"]
     study = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "runs" / "s" / "jobs" / "both-sparse-s0.log"
@@ -114,7 +117,7 @@ def test_interrupt_saves_a_checkpoint_and_starts_no_other_cell(study_file: Path,
             os.killpg(study.pid, signal.SIGKILL)
     assert study.returncode == 3 and "stopped by a signal; the same command goes on" in stderr
     assert "stopped at step" in log.read_text() and not log.with_name("both-dense_active-s0.log").exists()
-    assert (tmp_path / "runs" / "s" / "cells" / "both-sparse-s0" / "latest").exists()
+    assert (tmp_path / "runs" / "s" / "runs" / "both-sparse-s0" / "latest").exists()
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
@@ -124,17 +127,17 @@ def _wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
         time.sleep(0.2)
 
 
-def test_dry_run_lists_the_cells_and_touches_nothing(study_file: Path, tmp_path: Path) -> None:
+def test_dry_run_lists_the_runs_and_touches_nothing(study_file: Path, tmp_path: Path) -> None:
     finished = run_script(STUDY, "--config", study_file, "--dry-run")
     assert finished.code == 0, finished.stderr
-    assert "2 cells" in finished.stdout and "both-dense_active-s0" in finished.stdout
+    assert "2 runs" in finished.stdout and "both-dense_active-s0" in finished.stdout
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--only", "nothing*"], "--only 'nothing*' matches no cell; they are both-sparse-s0"),
+        (["--only", "nothing*"], "--only 'nothing*' matches no run; they are both-sparse-s0"),
         (["--jobs", "0"], "--jobs 0: must be at least 1"),
         (["--scale", "paper"], "not defined at scale paper"),
         (["--set", "operator.depht=1"], "did you mean 'depth'?"),

@@ -10,9 +10,10 @@ import torch
 from known_family import MOE_POT, build_known
 
 from shodh.experiments.composition.bench import Bench
-from shodh.experiments.composition.evaluate import evaluate_seed
 from shodh.experiments.composition.members import Case, open_members, read_case
+from shodh.experiments.composition.runs import make
 from shodh.experiments.composition.settings import CCMConfig
+from shodh.experiments.harness.worker import write_result
 
 CPU = torch.device("cpu")
 
@@ -35,7 +36,7 @@ def known_sparse(tmp_path_factory: pytest.TempPathFactory) -> CCMConfig:
 @pytest.fixture(scope="session")
 def evaluated(known: CCMConfig) -> dict[str, Any]:
     """What the evaluation of seed 0 leaves behind."""
-    evaluate_seed(known, 0, CPU)
+    write_result(make(known, 0, None), CPU)
     found: dict[str, Any] = json.loads(known.results_file(0).read_text())
     return found
 

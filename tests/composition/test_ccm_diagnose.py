@@ -11,9 +11,10 @@ import torch
 from shodh.core.weights import LazyWeights
 from shodh.experiments.composition.bench import Bench
 from shodh.experiments.composition.diagnose import diagnose_family, routing_along, share_moved, usage_divergence
-from shodh.experiments.composition.evaluate import evaluate_seed
 from shodh.experiments.composition.members import open_members, read_case
+from shodh.experiments.composition.runs import make
 from shodh.experiments.composition.settings import CCMConfig
+from shodh.experiments.harness.worker import write_result
 from shodh.merge import from_memory, to_memory
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def with_bias(weights: LazyWeights, bias: list[float]) -> LazyWeights:
 
 
 def test_a_sparse_family_is_evaluated_with_a_coordinate_for_each_expert(known_sparse: CCMConfig) -> None:
-    evaluate_seed(known_sparse, 0, CPU)
+    write_result(make(known_sparse, 0, None), CPU)
     found = json.loads(known_sparse.results_file(0).read_text())
     for entry in found["values"]:
         by_expert = entry["methods"]["gradient_by_expert"]

@@ -15,9 +15,10 @@ from known_family import GRID, REGIME, known_study
 
 from shodh.core.errors import CheckpointError, ConfigError, DataError
 from shodh.experiments.composition.bench import Bench
-from shodh.experiments.composition.evaluate import evaluate_seed
 from shodh.experiments.composition.members import Family, open_members, read_case
+from shodh.experiments.composition.runs import make
 from shodh.experiments.composition.settings import CCMConfig
+from shodh.experiments.harness.worker import write_result
 
 CPU = torch.device("cpu")
 
@@ -107,7 +108,7 @@ def test_missing_data_and_short_trajectories_name_the_value(known: CCMConfig, tm
 def test_nothing_is_left_behind_by_an_evaluation_that_fails(copied: CCMConfig) -> None:
     shutil.rmtree(copied.folder_of(0, "low"))
     with pytest.raises(CheckpointError):
-        evaluate_seed(copied, 0, CPU)
+        write_result(make(copied, 0, None), CPU)
     assert not copied.results_file(0).exists() and not copied.results_file(0).parent.exists()
 
 

@@ -1,11 +1,10 @@
-"""Stages of a composition study, its data, and the normalisation that experts take from their anchor."""
+"""Runs of a composition study, its data, and the normalisation that experts take from their anchor."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,11 @@ from shodh.config.reading import section_from_dict
 from shodh.core.errors import CheckpointError, ConfigError
 from shodh.data import SPLITS, WellFile, compute_statistics, read_stats
 from shodh.experiments.composition.data import join_support, make_data, missing_files, requests
-from shodh.experiments.composition.evaluate import measured_settings
-from shodh.experiments.composition.pipeline import (
-    Stage,
-    check_forerunners,
-    check_same,
-    describe_study,
-    is_evaluated,
-    run_stages,
-    stage_job,
-    stages,
-)
+from shodh.experiments.composition.runs import describe_study, expand, make
 from shodh.experiments.composition.settings import CCMConfig
+from shodh.experiments.harness.run import Run
+from shodh.experiments.harness.runner import check_forerunners
 from shodh.train.field_task import inherited_normalizer
-from shodh.train.ranks import Ranks
 
 SMALL: dict[str, Any] = published({"kind": "fno", "dim": 8, "depth": 1, "modes": 2})
 
@@ -139,30 +129,27 @@ def test_unknown_physics_is_refused(
         requests(study)
 
 
-def test_stages_wait_for_what_they_need(tmp_path: Path) -> None:
+def test_runs_wait_for_what_they_need(tmp_path: Path) -> None:
     study = make_study(tmp_path, seeds=2)
-    every = {stage.name: stage for stage in stages(study)}
+    every = {run.name: run for run in expand(study)}
     assert list(every)[:4] == ["seed0-anchor", "seed0-low", "seed0-high", "seed0-evaluate"] and len(every) == 8
     assert every["seed1-low"].after == ("seed1-anchor",)
     assert every["seed1-evaluate"].after == ("seed1-anchor", "seed1-low", "seed1-high")
-    job = stage_job(study, every["seed1-high"])
-    assert section_from_dict(CCMConfig, json.loads(json.dumps(job.content))["study"], "job") == study
-    assert (job.content["seed"], job.content["member"], job.after) == (1, "high", ("seed1-anchor",))
+    assert [every[f"seed1-{m}"].weights for m in ("anchor", "high")] == [(), (study.folder_of(1, "anchor"),)]
+    job = json.loads(json.dumps(every["seed1-evaluate"].to_job()))
+    assert section_from_dict(CCMConfig, job["told"]["study"], "job") == study
+    again = Run.of_job(job, "job")
+    assert again.to_job() == job and (again.labels["seed"], again.trains) == (1, False)
 
 
-def names(chosen: Sequence[Stage]) -> set[str]:
-    return {stage.name for stage in chosen}
-
-
-def test_a_stage_without_its_forerunners_is_refused(tmp_path: Path) -> None:
-    low = [Stage(0, "low")]
+def test_a_run_without_its_forerunners_is_refused(tmp_path: Path) -> None:
+    anchor, low, *_ = every = expand(make_study(tmp_path))
     with pytest.raises(ConfigError, match="seed0-low needs seed0-anchor, which is not finished; choose it too"):
-        check_forerunners(low, set())
-    check_forerunners(low, {"seed0-anchor"})
-    check_forerunners([*low, Stage(0, "anchor")], set())
-    with pytest.raises(ConfigError, match="seed0-anchor"):
-        run_stages(make_study(tmp_path), low, 1, Ranks())
-    assert not (tmp_path / "data").exists()
+        check_forerunners([low], every)
+    check_forerunners([low, anchor], every)
+    anchor.result.parent.mkdir(parents=True)
+    anchor.result.write_text("{}")
+    check_forerunners([low], every)
 
 
 def test_runs_of_other_settings_are_refused(tmp_path: Path) -> None:
@@ -170,29 +157,35 @@ def test_runs_of_other_settings_are_refused(tmp_path: Path) -> None:
     config = study.run_config(0, "low")
     config.run_dir.mkdir(parents=True)
     (config.run_dir / "config.yaml").write_text(dump_config(config))
-    check_same(study, Stage(0, "low"), 1)
-    check_same(study, Stage(0, "high"), 1)
+    make(study, 0, "low").check()
+    make(study, 0, "high").check()
     changed = study.model_copy(update={"expert_lr": 0.5})
-    with pytest.raises(ConfigError, match="trained with other settings of operator; choose another --name, or remove"):
-        check_same(changed, Stage(0, "low"), 1)
+    with pytest.raises(ConfigError, match="seed0-low: .* is of other settings of operator; choose another --name"):
+        make(changed, 0, "low").check()
 
 
-def test_results_of_other_settings_are_measured_again(tmp_path: Path) -> None:
+def test_results_of_other_settings_are_refused_and_stay(tmp_path: Path) -> None:
     study = make_study(tmp_path)
-    assert not is_evaluated(study, 0)
-    study.results_file(0).parent.mkdir(parents=True)
-    study.results_file(0).write_text(json.dumps({"settings": measured_settings(study)}))
-    assert is_evaluated(study, 0) and not is_evaluated(study, 1)
-    assert not is_evaluated(study.model_copy(update={"methods": ("anchor", "coord")}), 0)
+    run = make(study, 0, None)
+    assert not run.finished
+    run.result.parent.mkdir(parents=True)
+    run.result.write_text(json.dumps({"identity": run.identity()}))
+    run.check()
+    assert make(study, 0, None).finished and not make(study, 1, None).finished
+    for changed in ({"methods": ("anchor", "coord")}, {"prefix": 1}, {"set": ("operator.dim=16",)}):
+        with pytest.raises(ConfigError, match=r"seed0\.json is of other settings of"):
+            make(study.model_copy(update=changed), 0, None).check()
+    make(study.model_copy(update={"question": "Why?", "seeds": 9}), 0, None).check()
+    assert run.result.exists()
 
 
 def test_a_dry_run_says_what_is_missing_and_makes_nothing(solved: CCMConfig, tmp_path: Path) -> None:
-    text = describe_study(solved, stages(solved))
+    text = describe_study(solved, expand(solved))
     assert "seed0-anchor" in text and "to do" in text and "0 PFLOP" not in text
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.startswith("0.0")}
     assert rows["0.01"] == ["support", "low", "0"] and rows["0.0325"] == ["extrapolation", "0"]
     fresh = make_study(tmp_path)
-    assert "interpolation          3" in describe_study(fresh, stages(fresh))
+    assert "interpolation          3" in describe_study(fresh, expand(fresh))
     assert not fresh.data.exists() and not fresh.folder.exists()
 
 

@@ -155,7 +155,7 @@ def test_a_report_before_any_result_says_so(tmp_path: Path) -> None:
 def test_results_of_other_settings_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     write_results(case_study(tmp_path))
     other = case_study(tmp_path, **change)
-    with pytest.raises(ConfigError, match=rf"seed0.json was measured with other settings of {next(iter(change))};"):
+    with pytest.raises(ConfigError, match=rf"seed0.json is of other settings of {next(iter(change))};"):
         read_results(other)
 
 

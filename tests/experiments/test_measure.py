@@ -1,4 +1,4 @@
-"""What is read of a finished cell's folder, and what is left of it."""
+"""What is read of a finished run's folder, and what is left of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 from shodh.checkpoint.folder import MANIFEST
 from shodh.core.errors import CheckpointError
-from shodh.experiments.transfer.measure import prune_checkpoints, scheduled_checkpoints, seconds_per_step
+from shodh.experiments.harness.worker import prune_checkpoints
+from shodh.experiments.transfer.measure import scheduled_checkpoints, seconds_per_step
 from shodh.train.run_folder import RunFolder
 
 
@@ -47,5 +48,5 @@ def test_curves_have_the_checkpoints_of_the_schedule_alone(folder: RunFolder) ->
 def test_last_checkpoint_is_left_and_no_curve_is_drawn_without_the_others(folder: RunFolder) -> None:
     prune_checkpoints(folder)
     assert [path.name for path in folder.checkpoints.iterdir()] == ["step_00000010"]
-    with pytest.raises(CheckpointError, match="no checkpoint of step 4; to measure this cell again, remove"):
+    with pytest.raises(CheckpointError, match="no checkpoint of step 4; to measure this run again, remove"):
         scheduled_checkpoints(folder, 10, 4)

@@ -1,4 +1,4 @@
-"""Readings of finished cells, and the answers drawn from them."""
+"""Readings of finished runs, and the answers drawn from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from results_cases import REGIMES, result, study_of
 
-from shodh.experiments.transfer import plots, tables
+from shodh.experiments.transfer import tables
 from shodh.experiments.transfer.report import write_study_report
 from shodh.experiments.transfer.results import Results
 from shodh.experiments.transfer.settings import StudyConfig
@@ -21,11 +21,12 @@ from shodh.experiments.transfer.verdict import (
     transfer_by_regime,
     what_lowers_the_error,
 )
+from shodh.report.figures import MAX_PANELS, lines
 
 
 def test_errors_are_over_persistence_and_never_squares() -> None:
     for measure in ("latent_mse", "field_l2re"):
-        assert result("sparse", 0, {"a": 0.7}, measure=measure).test_error("a") == pytest.approx(0.7)
+        assert result("sparse", 0, {"a": 0.7}, measure=measure).error("a", "test") == pytest.approx(0.7)
 
 
 def test_error_at_equal_work_is_read_where_the_cheapest_model_stopped() -> None:
@@ -33,10 +34,13 @@ def test_error_at_equal_work_is_read_where_the_cheapest_model_stopped() -> None:
     cheap = result("dense_active", 0, {"a": 0.2}, curve=falling)
     dear = result("dense_total", 0, {"a": 0.2}, curve=falling, flops=2.0)
     results = Results([cheap, dear])
-    assert results.error(cheap, "a", "flops", "both") == pytest.approx(0.2)
-    assert results.error(dear, "a", "flops", "both") == pytest.approx(0.6)
-    assert results.error(dear, "a", "seconds", "both") == pytest.approx(0.6)
-    assert results.error(dear, "a", "steps", "both") == pytest.approx(0.2)
+    for model, reading, expected in (
+        ("dense_active", "flops", 0.2),
+        ("dense_total", "flops", 0.6),
+        ("dense_total", "seconds", 0.6),
+        ("dense_total", "steps", 0.2),
+    ):
+        assert results.errors("both", model, reading, "a")[0] == pytest.approx(expected)
 
 
 def test_between_checkpoints_the_logarithm_of_the_error_is_interpolated() -> None:
@@ -54,14 +58,24 @@ def test_transfer_index_is_the_mixed_error_over_the_specialists() -> None:
         result("specialist_share", 0, {"a": 0.4}, mix="a", share=2),
     ]
     results = Results([mixed, *alone])
-    assert results.transfer(mixed, "a", "test") == pytest.approx(2.0)
-    assert results.transfer(mixed, "a", "test", share=2) == pytest.approx(1.5)
-    assert results.transfer(mixed, "b", "test") is None
+    index = results.transfers.set_index(["regime", "reading"])["error"]
+    assert index["a", "test"] == pytest.approx(2.0)
+    assert index["a", "share"] == pytest.approx(1.5)
+    assert ("b", "test") not in index, "no specialist"
     by_regime = transfer_by_regime(study_of([1, 1, 1], [1.2, 1.21, 1.19]), "both", "dense_active")
     assert set(by_regime) == set(REGIMES)
-    for index in by_regime.values():
-        assert index.ratio == pytest.approx(1.2, rel=1e-3) and index.verdict == "higher"
-        assert index.p_holm == pytest.approx(2 * index.p_t), "two regimes, two tests"
+    for c in by_regime.values():
+        assert c.ratio == pytest.approx(1.2, rel=1e-3) and c.verdict == "higher"
+
+
+def test_p_of_a_claim_is_adjusted_for_all_claims_of_the_page() -> None:
+    """Four readings of sparse against dense, and two transfer indices of each: eight claims."""
+    claims = study_of([0.9, 0.93, 0.87], [1.0, 1.01, 1.0]).claims
+    assert len(claims) == 8 and {c.label for c in claims} == {"sparse", "dense_active"}
+    smallest = min(claims.values(), key=lambda c: c.p)
+    assert smallest.p_holm == pytest.approx(8 * smallest.p)
+    ordered = sorted(claims.values(), key=lambda c: c.p)
+    assert [c.p_holm for c in ordered] == sorted(c.p_holm for c in ordered)
 
 
 @pytest.mark.parametrize(
@@ -157,8 +171,8 @@ def test_dense_model_of_one_regime_is_its_specialist() -> None:
 
 
 def test_seconds_of_a_step_are_the_median_over_seeds() -> None:
-    cells = [result("sparse", s, {"a": 0.5}, flops=flops) for s, flops in enumerate((1.0, 1.5, 9.0))]
-    assert [r.cost_per_step("seconds") for r in Results(cells).all] == [3.0, 3.0, 3.0]
+    runs = [result("sparse", s, {"a": 0.5}, flops=flops) for s, flops in enumerate((1.0, 1.5, 9.0))]
+    assert [r.cost_per_step("seconds") for r in Results(runs).all] == [3.0, 3.0, 3.0]
 
 
 def test_specialists_of_different_shares_are_different_models() -> None:
@@ -167,13 +181,19 @@ def test_specialists_of_different_shares_are_different_models() -> None:
 
 
 def test_rollout_error_is_over_persistence_and_a_lost_one_is_not_passed_over() -> None:
-    cells = [result("sparse", s, {"a": 0.5}) for s in range(3)]
-    assert cells[0].rollout_error("a") == pytest.approx((0.5 + 1.0) / (1 + 2))
-    rows = tables.error_table(Results(cells)).rows
-    assert rows[0][7] == pytest.approx(0.5)
-    cells[2].values["evaluation"]["regimes"]["a"]["rollout"]["u"]["model"] = [0.5, None]
-    assert cells[2].rollout_error("a") is None
-    assert tables.error_table(Results(cells)).rows[0][7] is None
+    runs = [result("sparse", s, {"a": 0.5}) for s in range(3)]
+    assert runs[0].rollout_error("a") == pytest.approx((0.5 + 1.0) / (1 + 2))
+
+    def mean_rollout() -> float | None:
+        table = tables.error_table(Results(runs))
+        found: float | None = table.rows[0][table.header.index("rollout")]
+        return found
+
+    assert mean_rollout() == pytest.approx(0.5)
+    runs[2].values["evaluation"]["regimes"]["a"]["rollout"]["u"]["model"] = [0.5, None]
+    assert runs[2].rollout_error("a") == math.inf and mean_rollout() is None
+    runs[2].values["evaluation"]["regimes"]["a"]["rollout"] = {}
+    assert runs[2].rollout_error("a") is None, "not measured is not diverged"
 
 
 def test_rollouts_of_specialists_stand_beside_those_of_the_mix() -> None:
@@ -182,7 +202,7 @@ def test_rollouts_of_specialists_stand_beside_those_of_the_mix() -> None:
 
 
 def test_rank_correlation_is_over_models_and_not_over_their_seeds(tmp_path: Path) -> None:
-    """Six cells of two models are two points."""
+    """Six runs of two models are two points."""
     write_study_report(study_settings(tmp_path), [], study_of([0.8, 0.9, 1.0], [1.0] * 3, sparse_hash=[1.0, 1.1, 1.2]))
     summary = json.loads((tmp_path / "s" / "report" / "summary.json").read_text())
     assert "spearman_u_error" not in summary["routers"]
@@ -196,7 +216,7 @@ def test_tables_are_json_and_have_a_cell_for_every_column() -> None:
             for f in (tables.error_table, tables.transfer_table, tables.comparison_table, tables.router_table)
         ),
         *(f(results) for f in (tables.rollout_table, tables.cosine_table, tables.number_table)),
-        tables.cell_table(results, {"lost": "out of memory"}),
+        tables.run_table(results, {"lost": "out of memory"}),
     ]
     for table in made:
         assert table.rows and all(len(row) == len(table.header) for row in table.rows)
@@ -209,7 +229,7 @@ def test_tables_are_json_and_have_a_cell_for_every_column() -> None:
     [([0.5, 0.9], False), ([0.6, 1.5], True), ([0.5, None], True), ([1.1, 1.2], False), ([0.3, 2.0, 1.5], False)],
 )
 def test_diverged_rollouts(steps: list[float | None], expected: bool) -> None:
-    assert tables.diverged(steps) == expected
+    assert tables.left_the_data(steps) == expected
 
 
 def study_settings(out: Path) -> StudyConfig:
@@ -232,23 +252,43 @@ def test_a_model_that_diverged_is_named_and_not_passed_over(tmp_path: Path) -> N
     results = study_of([0.80, 0.81, 0.79, 0.8], [1.0] * 4)
     results.all[0].values["errors"]["a"]["model"] = None
     text = write_study_report(study_settings(tmp_path), [], results)
-    assert "not finite: both-sparse-s0." in text and "lower in 3 of 3 seeds" in text and "With 3 seeds" in text
+    assert (
+        "both-sparse-s0." in text and "lower in 3 of 4 seeds; 1 of sparse diverged" in text and "With 3 seeds" in text
+    )
+    summary = json.loads((tmp_path / "s" / "report" / "summary.json").read_text())
+    assert summary["verdict"].startswith("Undecided"), "a model that diverges is not the better one"
+    errors = {(row["model"], row["regime"]): row for row in summary["errors"]["errors"]}
+    assert (errors["sparse", "a"]["error"], errors["sparse", "a"]["diverged"]) == (None, 1)
+    assert errors["sparse", "b"]["error"] == pytest.approx(0.8)
 
 
-def test_table_of_all_pairs_is_adjusted_for_their_number() -> None:
-    """Three models, so three pairs a reading; the clearest one must be three times as clear."""
-    table = tables.comparison_table(study_of([0.8, 0.81, 0.79], [1.0, 1.01, 0.98], sparse_hash=[0.9, 1.0, 1.1]))
-    rows = [dict(zip(table.header, row, strict=True)) for row in table.rows]
-    of_test = [row for row in rows if row["reading"] == "test"]
-    clearest = min(of_test, key=lambda row: row["p paired t"])
-    assert len(of_test) == 3 and clearest["p Holm"] == pytest.approx(3 * clearest["p paired t"])
-    assert {row["reading"] for row in rows} == {"test", "flops", "seconds", "rollout"}
+def test_table_of_all_pairs_calls_claims_alone_lower_or_higher() -> None:
+    """Three models, three pairs a reading: sparse against dense and against hash are claims, the third pair is none."""
+    results = study_of([0.8, 0.81, 0.79], [1.0, 1.01, 0.98], sparse_hash=[0.9, 1.0, 1.1])
+    table = tables.comparison_table(results)
+    rows = {tuple(row[1:4]): dict(zip(table.header, row, strict=True)) for row in table.rows}
+    assert len(rows) == 3 * 4
+    claimed = {key for key, row in rows.items() if row["verdict"] is not None}
+    readings = ("test", "flops", "seconds", "rollout")
+    assert claimed == {*(("sparse", "dense_active", r) for r in readings), ("sparse", "sparse_hash", "test")}
+    assert rows["sparse", "dense_active", "test"]["p Holm"] > rows["sparse", "dense_active", "test"]["p paired t"]
+
+
+def test_interval_over_trajectories_is_of_the_error_and_not_of_its_square(tmp_path: Path) -> None:
+    results = study_of([0.8, 0.8, 0.8], [1.0, 1.0, 1.0])
+    for r in results.all:
+        r.values["measure"] = "latent_mse"
+        for error in r.values["errors"].values():
+            error["by_trajectory"] = [0.64 * x if r.label == "sparse" else x for x in (1.0, 2.0, 3.0)]
+    (claim,) = (c for c in results.claims if c.reading == "test" and c.regime is None)
+    assert results.bootstrap(claim) == pytest.approx((0.8, 0.8))
+    assert "Over seeds and test trajectories together" in does_routing_help(results, "both").text
 
 
 def test_figures_of_many_panels_show_the_first_and_say_so() -> None:
-    many = {str(n): {"sparse": [(1.0, 2.0), (2.0, 1.0)]} for n in range(plots.MAX_PANELS + 3)}
-    figure = plots.lines(many, "step", "error", False)
-    assert sum(bool(panel.lines) for panel in figure.axes) == plots.MAX_PANELS
+    many = {str(n): {"sparse": [(1.0, 2.0), (2.0, 1.0)]} for n in range(MAX_PANELS + 3)}
+    figure = lines(many, "step", "error")
+    assert figure is not None and sum(bool(panel.lines) for panel in figure.axes) == MAX_PANELS
     assert figure.get_suptitle().startswith("the first 12 of 15")
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from known_family import known_study
 
-from shodh.experiments.composition.evaluate import measured_settings
 from shodh.experiments.composition.results import Results, SeedResult
+from shodh.experiments.composition.runs import make
 from shodh.experiments.composition.settings import CCMConfig
 from shodh.merge import coordinate
 from shodh.merge.readout import BANK
@@ -106,10 +106,8 @@ def seed_result(
         methods = {m: method(m, value, role) for m in study.methods if m != "gradient_by_expert" or sparse}
         values.append({"value": value, "role": role, "trajectories": 3, "methods": methods, "bank": bank})
     return {
-        "version": 1,
-        "study": study.name,
-        "seed": seed,
-        "settings": json.loads(json.dumps(measured_settings(study))),
+        "run": {"name": f"seed{seed}-evaluate", "seed": seed},
+        "identity": make(study, seed, None).identity(),
         "parameter": {"name": "viscosity", "low": study.family.low, "high": study.family.high},
         "history": 2,
         "chosen": {

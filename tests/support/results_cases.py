@@ -1,4 +1,4 @@
-"""Results of cells made by hand, whose errors are known."""
+"""Results of runs made by hand, whose errors are known."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def result(
     measure: str = "field_l2re",
     u: float | None = None,
 ) -> Result:
-    """A finished cell with these test errors (over persistence) and, at every step, these validation errors."""
+    """A finished run with these test errors (over persistence) and, at every step, these validation errors."""
     history = [point(i, e, measure) for i, e in enumerate(curve or [errors] * (steps + 1))]
     counts = {"a": [9, 1], "b": [1, 9]}
     layer = {"regime_information": u, "nmi": u, "counts": counts}
     values = {
-        "cell": {
+        "run": {
             "name": f"{mix}-{model}-s{seed}",
             "model": model,
-            "label": model,
+            "label": f"{model}{share if share > 1 else ''}",
             "mix": mix,
             "regimes": list(errors),
             "variant": {},

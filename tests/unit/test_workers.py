@@ -9,8 +9,8 @@ import pytest
 
 from shodh.core.devices import CardsError
 from shodh.core.errors import ConfigError
-from shodh.train.ranks import Ranks
-from shodh.train.workers import Job, Progress, Workers, read_failures, what_ended
+from shodh.experiments.harness.ranks import Ranks
+from shodh.experiments.harness.workers import Job, Progress, Workers, read_failures, what_ended
 
 WORKER = """
 import json, sys

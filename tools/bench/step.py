@@ -28,8 +28,8 @@ from shodh.config.reading import merge_trees
 from shodh.core.cli import run_main
 from shodh.core.errors import ConfigError
 from shodh.core.strict_json import write_json
-from shodh.experiments.transfer.flops import sample_inputs
-from shodh.experiments.transfer.sizes import widened_dense
+from shodh.experiments.harness.flops import sample_inputs
+from shodh.experiments.harness.sizes import widened_dense
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
 from shodh.models.kernels import adamw

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from shodh.config import to_dict
 from shodh.core.precision import ieee_float32
-from shodh.core.strict_json import write_json
 from shodh.experiments.composition.bench import Bench
 from shodh.experiments.composition.calibrate import Chosen, TaskVectors, choose
 from shodh.experiments.composition.diagnose import diagnose_family
@@ -19,14 +18,11 @@ from shodh.experiments.composition.members import open_members, read_case
 from shodh.experiments.composition.methods import Trial, possible
 from shodh.experiments.composition.settings import CCMConfig
 from shodh.merge.readout import BANK
-from shodh.train.run_folder import describe_environment
-
-VERSION = 1
 
 
 @ieee_float32()
-def evaluate_seed(study: CCMConfig, seed: int, device: torch.device) -> None:
-    """Measure every method on every value of the family and write ``results/seedN.json``, whole or not at all.
+def evaluate_seed(study: CCMConfig, seed: int, device: torch.device) -> dict[str, Any]:
+    """Every method on every value of the family: the values of ``results/seedN.json``.
 
     The models of the seed must be converted, and the data be there. Factors, maps and rates are chosen on the
     validation split of the validation values; everything else is of the test split.
@@ -45,11 +41,7 @@ def evaluate_seed(study: CCMConfig, seed: int, device: torch.device) -> None:
     total = len(cases) * len(study.methods)
     with tqdm(total=total, unit="method", desc=f"seed {seed}", disable=not sys.stderr.isatty()) as progress:
         values = [_measure(study, Trial(bench, chosen, vectors, case, seed), progress) for case in cases]
-    result = {
-        "version": VERSION,
-        "study": study.name,
-        "seed": seed,
-        "settings": measured_settings(study),
+    return {
         "regime": family.regime,
         "parameter": {"name": family.range.name, "low": family.range.low, "high": family.range.high},
         "history": bench.history,
@@ -57,9 +49,7 @@ def evaluate_seed(study: CCMConfig, seed: int, device: torch.device) -> None:
         "values": values,
         "diagnostics": diagnose_family(bench, cases),
         "seconds": time.perf_counter() - started,
-        "env": describe_environment(),
     }
-    write_json(study.results_file(seed), result)
 
 
 def measured_settings(study: CCMConfig) -> dict[str, Any]:

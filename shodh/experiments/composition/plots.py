@@ -11,10 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from shodh.experiments.composition.results import Results, mean
+from shodh.experiments.composition.results import Results
 from shodh.experiments.composition.settings import METHODS, Role
 from shodh.experiments.composition.tables import correlate, step_errors
-from shodh.report.figures import INK, MARKERS
+from shodh.experiments.harness.results import mean
+from shodh.report.figures import INK, MARKERS, bare
 
 #: Lines of the first panel, and of the second; the anchor stands in both.
 COMPOSITION = (
@@ -59,10 +60,6 @@ def _style(method: str) -> dict[str, Any]:
     return {"color": colormaps["Dark2"](number % 8), "marker": MARKERS[number % len(MARKERS)], **dashed}
 
 
-def _bare(panel: Axes) -> None:
-    panel.spines[["top", "right"]].set_visible(False)
-
-
 def _parameter_axis(panel: Axes, results: Results) -> None:
     """The parameter, logarithmic where its values span a decade; both experts marked and the support shaded."""
     values = [v for v, _ in results.values]
@@ -77,7 +74,7 @@ def _parameter_axis(panel: Axes, results: Results) -> None:
         panel.axvline(end, color=INK, linewidth=0.9, linestyle=":")
         panel.text(end, 1.01, name, transform=panel.get_xaxis_transform(), ha="center", fontsize=7, color=INK)
     panel.set_xlabel(f"{results.parameter}; shaded: seen by the anchor")
-    _bare(panel)
+    bare(panel)
 
 
 def error_by_parameter(results: Results) -> Figure:
@@ -155,7 +152,7 @@ def error_along_line(results: Results) -> Figure:
     panel.set_ylabel("relative L2 error after the prefix")
     panel.set_yscale("log")
     figure.legend(loc="outside right upper", fontsize=7, frameon=False, title=results.parameter, title_fontsize=7)
-    _bare(panel)
+    bare(panel)
     return figure
 
 
@@ -172,7 +169,7 @@ def error_by_step(results: Results, role: Role) -> Figure:
     panel.set_ylabel(f"relative L2 error, {role}")
     panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     panel.legend(fontsize=7, frameon=False)
-    _bare(panel)
+    bare(panel)
     return figure
 
 
@@ -194,7 +191,7 @@ def updates_by_part(components: Sequence[Sequence[Any]], layers: Sequence[Sequen
             panel.axvline(0, color=INK, linewidth=0.8)
             panel.set_title(f"{title}, by {kind}", fontsize=9, color=INK)
             panel.tick_params(labelsize=7)
-            _bare(panel)
+            bare(panel)
     return figure
 
 
@@ -217,6 +214,6 @@ def routing_by_alpha(rows: Sequence[Sequence[Any]]) -> Figure | None:
         panel.set_xlabel("coordinate alpha")
         panel.set_title(title, fontsize=9, color=INK)
         panel.set_ylim(bottom=0)
-        _bare(panel)
+        bare(panel)
     panels[0].legend(fontsize=7, frameon=False)
     return figure

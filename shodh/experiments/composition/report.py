@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from shodh.experiments.composition import plots, tables
 from shodh.experiments.composition.methods import DRAWS, WIDE_BANK
-from shodh.experiments.composition.results import Results, mean, read_results
+from shodh.experiments.composition.results import Results, read_results
+from shodh.experiments.composition.runs import expand
 from shodh.experiments.composition.settings import CCMConfig
 from shodh.experiments.composition.verdict import (
-    RULE,
-    asked_readout,
     does_composition_help,
     does_it_beat_the_rivals,
-    far_role,
     reasons,
     which_readout_is_enough,
 )
+from shodh.experiments.harness.report import claims_section, write_study
+from shodh.experiments.harness.results import mean, missing_runs, to_table
 from shodh.merge.coordinates import LIMIT
-from shodh.report.comparison import what_seeds_can_show
-from shodh.report.page import Headline, Section, Table, records, text_table, write_page
-from shodh.train.run_folder import describe_environment
+from shodh.report.page import Headline, Section, Table, filled
+from shodh.report.statistics import RULE, what_seeds_can_show
 
-SHOWN_ROWS = 60
+ERRORS_ARE = (
+    "Errors are relative L2 over the steps after the prefix, on test trajectories, the mean over the values of a role. "
+)
 PAGE = "Composition study {}"
 
 
@@ -37,29 +40,28 @@ def write_ccm_report(study: CCMConfig, results: Results | None = None) -> str:
         A result was measured with other settings.
     """
     results = read_results(study) if results is None else results
-    headline = _headline(study, results)
-    sections = _sections(study, results) if len(results) else []
-    data = {
-        "study": study.name,
-        "question": study.question,
-        **headline.record(),
-        "reasons": reasons(results) if len(results) else [],
-        "published_improvement": study.published_improvement,
-        "seeds": [seed.seed for seed in results.seeds],
-        "env": describe_environment(),
-        **{section.key: records(section) for section in sections},
-    }
-    write_page(study.folder / "report", PAGE.format(study.name), headline, sections, data=data)
-    shown = [s.tables["summary"] for s in sections if s.key == "summary"]
-    return "\n\n".join([f"{headline.verdict}.\n{headline.text}", *map(text_table, shown)]) + "\n"
+    headline, sections = _headline(study, results), _sections(study, results) if len(results) else []
+    measured = {seed.seed for seed in results.seeds}
+    missing = [run for run in expand(study) if run.labels["seed"] not in measured]
+    return write_study(
+        study,
+        PAGE.format(study.name),
+        headline,
+        sections,
+        missing_runs(missing, study.folder),
+        ("summary",),
+        reasons=reasons(results) if len(results) else [],
+        published_improvement=study.published_improvement,
+        seeds=[seed.seed for seed in results.seeds],
+    )
 
 
 def _headline(study: CCMConfig, results: Results) -> Headline:
     numbers: dict[str, Any] = {"seeds finished": f"{len(results)} of {study.seeds}", "backbone": study.backbone}
     if not len(results):
-        return Headline("No result yet", study.question, "neutral", numbers, note=RULE)
+        return Headline("No result yet", study.question, "neutral", numbers, note=ERRORS_ARE + RULE)
     answer = does_composition_help(results, study.published_improvement)
-    method, role = asked_readout(results), far_role(results)
+    method, role = results.asked, results.far_role
     if method is not None:
         for name in ("anchor", method):
             numbers[f"error of {name}, {role}"] = mean(results.role_errors(name, role))
@@ -68,7 +70,7 @@ def _headline(study: CCMConfig, results: Results) -> Headline:
         numbers["published, %"] = study.published_improvement
     said = (study.question, answer.text, does_it_beat_the_rivals(results), which_readout_is_enough(results))
     text = "\n".join([*filter(None, said), what_seeds_can_show(len(results))])
-    return Headline(answer.verdict, text, answer.tone, numbers, note=RULE)
+    return Headline(answer.verdict, text, answer.tone, numbers, note=ERRORS_ARE + RULE)
 
 
 def _protocol(study: CCMConfig, results: Results) -> str:
@@ -92,7 +94,7 @@ METHODS_TEXT = (
     "gradient takes."
 )
 VALUES = "Mean and standard deviation over seeds at every value of the parameter."
-COMPARISONS = "Ratio of errors, its 95 % interval, and tests paired over seeds."
+COMPARISONS = "Ratio of errors, its 95 % interval, and tests paired over seeds: estimates; p is of each pair alone."
 ALPHAS = (
     "The coordinate that each read-out finds, and how far it follows the parameter; outside: the distance of a value "
     "from the experts' range over its length, on the map that validation chose. Correlations are over all values and "
@@ -111,73 +113,45 @@ ROUTING = (
 CHOSEN = "What was chosen once a seed, on the validation trajectories of the validation values."
 
 
-def _sections(study: CCMConfig, results: Results) -> list[Section]:
-    role = far_role(results)
-    published = study.published_improvement
+def _sections(study: CCMConfig, results: Results) -> list[Section | None]:
     components, layers, experts = (tables.update_table(results, k) for k in ("components", "layers", "experts"))
     routing = tables.routing_table(results)
-    found = [
-        _section(
-            "summary",
-            "Errors",
-            f"{_protocol(study, results)} {METHODS_TEXT}",
-            {"summary": tables.summary_table(results, published), "results": tables.long_table(results)},
-            files_only=("results",),
-            error_by_parameter=plots.error_by_parameter(results),
-        ),
+    errors = {
+        "summary": tables.summary_table(results, study.published_improvement),
+        "results": to_table(results.frame),
+    }
+    alphas = {"alphas": tables.alpha_table(results), "correlations": tables.correlation_table(results)}
+    updates = {"components": components, "layers": layers, "experts": experts}
+    by_parameter, by_alpha = plots.error_by_parameter(results), plots.alpha_by_parameter(results)
+    by_step, by_part = (
+        plots.error_by_step(results, results.far_role),
+        plots.updates_by_part(components.rows, layers.rows),
+    )
+    protocol = f"{_protocol(study, results)} {METHODS_TEXT}"
+    direction, routed = "Where the direction lives", "Routing along the direction"
+    best = "Best coordinate against the parameter"
+    return [
+        filled("summary", "Errors", protocol, errors, ("results",), error_by_parameter=by_parameter),
         Section("why", "Why: what the diagnostics say", " ".join(reasons(results))),
-        _section("values", "Errors by value", VALUES, {"errors_by_value": tables.value_table(results)}),
-        _section(
-            "alphas",
-            "Best coordinate against the parameter",
-            ALPHAS,
-            {"alphas": tables.alpha_table(results), "correlations": tables.correlation_table(results)},
-            alpha_by_parameter=plots.alpha_by_parameter(results),
-        ),
-        _section(
+        claims_section(results.claims, ("role", "method", "against")),
+        filled("values", "Errors by value", VALUES, {"errors_by_value": tables.value_table(results)}),
+        filled("alphas", best, ALPHAS, alphas, alpha_by_parameter=by_alpha),
+        _in_file(
             "line",
             "Along the line",
             LINE,
-            {"bank": tables.bank_table(results)},
-            files_only=("bank",),
+            "bank",
+            tables.bank_table(results),
             error_along_line=plots.error_along_line(results),
         ),
-        _section(
-            "steps",
-            "Error by step",
-            STEPS,
-            {"errors_by_step": tables.step_table(results)},
-            files_only=("errors_by_step",),
-            error_by_step=plots.error_by_step(results, role),
-        ),
-        _section(
-            "updates",
-            "Where the direction lives",
-            UPDATES,
-            {"components": components, "layers": layers, "experts": experts},
-            files_only=("experts",),
-            updates_by_part=plots.updates_by_part(components.rows, layers.rows),
-        ),
-        _section(
-            "routing",
-            "Routing along the direction",
-            ROUTING,
-            {"routing": routing},
-            files_only=("routing",),
-            routing_by_alpha=plots.routing_by_alpha(routing.rows),
-        ),
-        _section("comparisons", "Paired comparisons", COMPARISONS, {"comparisons": tables.comparison_table(results)}),
-        _section("chosen", "Chosen on validation", CHOSEN, {"chosen": tables.chosen_table(results)}),
+        _in_file("steps", "Error by step", STEPS, "errors_by_step", tables.step_table(results), error_by_step=by_step),
+        filled("updates", direction, UPDATES, updates, ("experts",), updates_by_part=by_part),
+        _in_file("routing", routed, ROUTING, "routing", routing, routing_by_alpha=plots.routing_by_alpha(routing.rows)),
+        filled("comparisons", "Paired comparisons", COMPARISONS, {"comparisons": tables.comparison_table(results)}),
+        filled("chosen", "Chosen on validation", CHOSEN, {"chosen": tables.chosen_table(results)}),
     ]
-    return [section for section in found if section is not None]
 
 
-def _section(
-    key: str, title: str, text: str, found: dict[str, Table], files_only: tuple[str, ...] = (), **figures: Any
-) -> Section | None:
-    """A section, without empty tables; None if all are."""
-    known = {stem: table for stem, table in found.items() if table.rows}
-    if not known:
-        return None
-    drawn = {stem: figure for stem, figure in figures.items() if figure is not None}
-    return Section(key, title, text, tables=known, figures=drawn, files_only=files_only, rows_shown=SHOWN_ROWS)
+def _in_file(key: str, title: str, text: str, stem: str, table: Table, **figures: Figure | None) -> Section | None:
+    """A section that shows a figure, and keeps its table as a file."""
+    return filled(key, title, text, {stem: table}, (stem,), **figures)

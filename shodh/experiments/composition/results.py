@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
-from shodh.core.errors import ConfigError
-from shodh.core.strict_json import to_json
-from shodh.core.weights import read_json
-from shodh.experiments.composition.evaluate import measured_settings
+import numpy as np
+import pandas as pd
+
+from shodh.experiments.composition.runs import expand
 from shodh.experiments.composition.settings import METHODS, ROLES, CCMConfig, Role
+from shodh.experiments.harness.results import ERROR, SEED, mean, tidy
+from shodh.experiments.harness.results import read_results as read_values
 from shodh.merge.coordinates import ParameterMap, extrapolation
-from shodh.report.comparison import Comparison, compare
+from shodh.report.statistics import Comparison, Interval, compare, holm, nested_bootstrap
 
 #: The better of both experts at each value and seed, in hindsight.
 BEST_ENDPOINT = "best_endpoint"
+OUT: Role = "extrapolation"
+#: Read-outs that answer for composition: the first that was measured. None is chosen by its test error.
+ASKED = ("prefix", "scale", "coord")
+#: What composition is set beside, in words.
+RIVALS = {
+    "anchor": "the anchor",
+    BEST_ENDPOINT: "the better expert at each value",
+    "average": "the plain average",
+    "prefix_finetune": "the anchor fine-tuned on the prefix",
+    "ensemble": "the ensemble of both experts",
+}
+
+
+class Claim(NamedTuple):
+    """The error of one method against another's, the mean over the values of a role."""
+
+    role: Role
+    method: str
+    other: str
 
 
 @dataclass(frozen=True)
@@ -27,7 +49,7 @@ class SeedResult:
 
     @property
     def seed(self) -> int:
-        return int(self.values["seed"])
+        return int(self.values["run"]["seed"])
 
     @property
     def diagnostics(self) -> dict[str, Any]:
@@ -43,7 +65,8 @@ class SeedResult:
         """Mean over trajectories and counted steps; None where a rollout is not finite, or the method not there."""
         methods = self.at(value)["methods"]
         if method == BEST_ENDPOINT:
-            return lowest(methods[end]["error"] for end in ("low", "high") if end in methods)
+            ends = [methods[end]["error"] for end in ("low", "high") if end in methods]
+            return min((e for e in ends if e is not None), default=None)
         error: float | None = methods[method]["error"] if method in methods else None
         return error
 
@@ -97,20 +120,60 @@ class Results:
         return [None if error is None or not anchor else 100 * (1 - error / anchor) for error, anchor in pairs]
 
     def paired(self, method: str, other: str, role: Role) -> Comparison | None:
-        """A method against another over the seeds where both are finite; None without any."""
-        pairs = zip(self.role_errors(method, role), self.role_errors(other, role), strict=True)
-        known = [(a, b) for a, b in pairs if a and b]
-        return compare([a for a, _ in known], [b for _, b in known]) if known else None
+        """A method against another over seeds; None where none has two finite errors."""
+        found = compare(self.role_errors(method, role), self.role_errors(other, role))
+        return found if found.logs else None
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """The tidy table: method, value, role, seed, error, coordinate and cost."""
+        keys = ("forward", "backward", "networks")
+        return tidy(
+            {"method": method, "value": at["value"], "role": at["role"], SEED: seed.seed, ERROR: m["error"]}
+            | {"alpha": m["alpha"] if isinstance(m["alpha"], float) else None, **{key: m[key] for key in keys}}
+            for seed in self.seeds
+            for at in seed.values["values"]
+            for method, m in at["methods"].items()
+        )
+
+    @property
+    def far_role(self) -> Role:
+        """Extrapolation, or what a study without it has farthest out."""
+        return OUT if OUT in self.roles else self.roles[-1]
+
+    @property
+    def asked(self) -> str | None:
+        """The read-out that answers for composition."""
+        return next((m for m in ASKED if m in self.methods), None)
+
+    @cached_property
+    def claims(self) -> dict[Claim, Comparison]:
+        """Everything that the page calls lower, higher or equal, with p adjusted for all of it."""
+        if not self.seeds or self.asked is None:
+            return {}
+        asked = [Claim(self.far_role, self.asked, other) for other in RIVALS if other in self.methods]
+        found = {claim: self.paired(claim.method, claim.other, claim.role) for claim in asked}
+        return holm({claim: c for claim, c in found.items() if c is not None})
+
+    def bootstrap(self, claim: Claim) -> Interval | None:
+        """Interval of a claim's ratio over seeds and test trajectories."""
+        values = [self.at_value(value) for value in self.of_role(claim.role)]
+        if any({claim.method, claim.other} - set(seed["methods"]) for seeds in values for seed in seeds):
+            return None
+        sides = [
+            [np.array([seed["methods"][m]["by_trajectory"] for seed in seeds], float) for seeds in values]
+            for m in (claim.method, claim.other)
+        ]
+        return nested_bootstrap(*sides, joint=True)
+
+    def at_value(self, value: float) -> list[dict[str, Any]]:
+        """`SeedResult.at` of every seed."""
+        return [seed.at(value) for seed in self.seeds]
 
     def alphas(self, method: str) -> list[tuple[float, int, float]]:
         """(value, seed, coordinate) of a method with one coordinate a value."""
-        found = []
-        for value, _ in self.values:
-            for seed in self.seeds:
-                alpha = seed.at(value)["methods"].get(method, {}).get("alpha")
-                if isinstance(alpha, float):
-                    found.append((value, seed.seed, alpha))
-        return found
+        known = self.frame[(self.frame["method"] == method) & self.frame["alpha"].notna()].sort_values(["value", SEED])
+        return [(float(v), int(s), float(a)) for v, s, a in known[["value", SEED, "alpha"]].values]
 
     @property
     def map(self) -> ParameterMap:
@@ -139,51 +202,14 @@ class Results:
         """Whether a method was measured at a value; some make no sense at all of them."""
         return method == BEST_ENDPOINT or method in self.seeds[0].at(value)["methods"]
 
-    def mean_of(self, figure: Callable[[SeedResult], float | None]) -> float | None:
-        """Mean over seeds of some figure."""
-        return mean(figure(seed) for seed in self.seeds)
 
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """None if there is none, or one of them is None."""
-    found = list(values)
-    known = [v for v in found if v is not None]
-    return statistics.fmean(known) if known and len(known) == len(found) else None
-
-
-def spread(values: Iterable[float | None]) -> float | None:
-    """Standard deviation over seeds; None of fewer than two, or where one is None."""
-    found = list(values)
-    known = [v for v in found if v is not None]
-    return statistics.stdev(known) if len(known) > 1 and len(known) == len(found) else None
-
-
-def lowest(values: Iterable[float | None]) -> float | None:
-    """Of those that are known."""
-    known = [v for v in values if v is not None]
-    return min(known, default=None)
+def deviation(values: Iterable[float | None]) -> float | None:
+    """Standard deviation over seeds; None of fewer than two, or where one has diverged."""
+    every = list(values)
+    known = [v for v in every if v is not None]
+    return statistics.stdev(known) if len(known) > 1 and len(known) == len(every) else None
 
 
 def read_results(study: CCMConfig) -> Results:
-    """The seeds of a study that are evaluated.
-
-    Raises
-    ------
-    ConfigError
-        A result is of other settings than the study's: it could not be compared with the others.
-    """
-    wanted = to_json(measured_settings(study))
-    found = []
-    for seed in range(study.seeds):
-        path = study.results_file(seed)
-        if not path.exists():
-            continue
-        values = read_json(path)
-        other = [key for key in wanted if values.get("settings", {}).get(key) != wanted[key]]
-        if other:
-            raise ConfigError(
-                f"{path} was measured with other settings of {' and '.join(other)}; remove it to measure anew, or "
-                "choose another --name"
-            )
-        found.append(SeedResult(values))
-    return Results(found)
+    """The seeds of a study that are evaluated. Errors as `shodh.experiments.harness.run.Run.read`."""
+    return Results([SeedResult(v) for v in read_values([run for run in expand(study) if not run.trains])])

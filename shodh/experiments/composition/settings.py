@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from shodh.config import RegimeConfig, RunConfig, Section, apply_overrides, config_from_dict, load_config, to_dict
-from shodh.config.base import PositiveInt, Seed, Seeds
-from shodh.config.reading import merge_trees, section_from_dict
+from shodh.config import RegimeConfig, RunConfig, Section, config_from_dict, load_config, to_dict
+from shodh.config.base import PositiveInt, Seed
 from shodh.core.errors import ConfigError
-from shodh.core.reading import read_settings
 from shodh.core.topology import fitting_ep_size
+from shodh.experiments.harness.settings import Preset, StudySettings, load_settings
 from shodh.merge.coordinates import ParameterMap
 
 MethodName = Literal[
@@ -48,8 +46,6 @@ Member = Literal["anchor", "low", "high"]
 MEMBERS: tuple[Member, ...] = get_args(Member)
 Role = Literal["support", "interpolation", "extrapolation"]
 ROLES: tuple[Role, ...] = get_args(Role)
-ScaleName = Literal["tiny", "small", "paper"]
-SCALES: tuple[ScaleName, ...] = get_args(ScaleName)
 
 
 class FamilySettings(Section):
@@ -123,19 +119,15 @@ class BackboneConfig(Section):
     set: tuple[str, ...] = Field((), description="key=value changes of the base run, after those of the study")
 
 
-class CCMConfig(Section):
+class CCMConfig(StudySettings):
     """A study of composition: a family, a backbone, the members trained for each seed, and the methods compared."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    question: str = Field(min_length=1, description="what the study is for, in one line; printed on the report")
     out: Path = Field(Path("runs/ccm"), description="folder of the study's folder")
     data: Path = Field(description="folder of the family's data; studies with one family, grid and seed can share it")
     base: Path = Field(description="configuration of the run that anchor and experts start from; it has one regime")
-    set: tuple[str, ...] = Field((), description="key=value changes of the base run")
     backbone: str = Field("fno", description="which of the backbones")
     backbones: dict[str, BackboneConfig] = Field(min_length=1)
     family: FamilySettings
-    seeds: Seeds = 3
     anchor_steps: PositiveInt
     expert_steps: PositiveInt
     expert_lr: PositiveFloat = Field(description="highest learning rate of the experts' fine-tuning")
@@ -148,9 +140,6 @@ class CCMConfig(Section):
     published_improvement: float | None = Field(
         None, description="lower extrapolation error than the anchor's, in per cent, of the published method"
     )
-    scales: dict[ScaleName, dict[str, Any]] = Field(
-        {"tiny": {}}, description="presets of --scale: settings that go over those of the file, group by group"
-    )
 
     @model_validator(mode="after")
     def _check(self) -> CCMConfig:
@@ -161,11 +150,6 @@ class CCMConfig(Section):
         if "anchor" not in self.methods:
             raise ValueError("methods need 'anchor': every other is compared with it")
         return self
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the study: runs, converted members, results and report."""
-        return self.out / self.name
 
     def folder_of(self, seed: int, member: Member) -> Path:
         """Converted folder of a member, as `shodh.merge.experts.open_expert` reads it."""
@@ -189,7 +173,7 @@ class CCMConfig(Section):
         chosen = self.backbones[self.backbone]
         own = self.set if chosen.base is None else ()
         base = chosen.base or self.base
-        config = load_config(base, (*own, *chosen.set))
+        config = load_config(base, (*own, *chosen.set, *self.overrides))
         names = [r.name for r in config.data.regimes]
         if names != [self.family.regime]:
             raise ConfigError(f"{base}: a study of composition has the one regime {self.family.regime!r}, not {names}")
@@ -235,47 +219,10 @@ class CCMConfig(Section):
         return regime.model_copy(update={"path": self.value_folder(value)})
 
 
-def load_ccm(
-    path: Path,
-    scale: ScaleName = "tiny",
-    *,
-    backbone: str | None = None,
-    name: str | None = None,
-    out: Path | None = None,
-    seeds: int | None = None,
-    overrides: Sequence[str] = (),
-) -> CCMConfig:
-    """Read a study file at a scale.
-
-    Parameters
-    ----------
-    backbone, name, out, seeds
-        In place of the file's; scale and backbone are otherwise added to the name.
-    overrides : sequence of str
-        ``key=value`` changes: of the study where the key begins with ``study.``, of the base run else.
-
-    Raises
-    ------
-    ConfigError
-        The file cannot be read, has unknown, missing or impossible settings, or is not defined at the scale.
-    """
-    tree = read_settings(path)
-    study = section_from_dict(CCMConfig, tree, str(path))
-    if scale not in study.scales:
-        raise ConfigError(f"{path} is not defined at scale {scale}; it has {list(study.scales)}")
-    own = [item.removeprefix("study.") for item in overrides if item.startswith("study.")]
-    others = [item for item in overrides if not item.startswith("study.")]
-    changed = apply_overrides(merge_trees(tree, study.scales[scale]), own)
-    preset = section_from_dict(CCMConfig, changed, f"{path} at scale {scale}")
-    chosen = backbone or preset.backbone
-    suffixes = [scale] * (scale != "tiny") + [chosen] * (chosen != preset.backbone)
-    # After the backbone's own, so that the command line has the last word.
-    backbones = {key: {**to_dict(b), "set": [*b.set, *others]} for key, b in preset.backbones.items()}
-    changes = {
-        "name": name or "-".join([preset.name, *suffixes]),
-        "out": str(out or preset.out),
-        "backbone": chosen,
-        "backbones": backbones,
-        "seeds": seeds or preset.seeds,
-    }
-    return section_from_dict(CCMConfig, to_dict(preset) | changes, str(path))
+def load_ccm(path: Path, scale: Preset = "tiny", *, backbone: str | None = None, **changes: Any) -> CCMConfig:
+    """`load_settings` with another ``backbone`` than the file's, which is then added to the name."""
+    study = load_settings(CCMConfig, path, scale, backbone=backbone, **changes)
+    own = load_settings(CCMConfig, path, scale).backbone
+    if changes.get("name") is None and study.backbone != own:
+        study = study.model_copy(update={"name": f"{study.name}-{study.backbone}"})
+    return study

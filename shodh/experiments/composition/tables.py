@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from scipy import stats
 
-from shodh.experiments.composition.results import BEST_ENDPOINT, Results, SeedResult, mean, spread
+from shodh.experiments.composition.results import BEST_ENDPOINT, Results, SeedResult, deviation
 from shodh.experiments.composition.settings import Role
+from shodh.experiments.harness.results import mean
 from shodh.merge.coordinates import ParameterMap, mapped
 from shodh.report.page import Table, format_cell
 
@@ -36,21 +36,19 @@ USES = {
     "ensemble": "parameter, validation",
     "prefix_finetune": "prefix, validation",
 }
-OUT: Role = "extrapolation"
 
 
 def with_spread(values: list[float | None]) -> str:
     """``0.12 +- 0.01`` over seeds."""
     if any(v is None for v in values):
         return "diverged"
-    error = spread(values)
+    error = deviation(values)
     return format_cell(mean(values)) + ("" if error is None else f" ± {format_cell(error)}")
 
 
 def summary_table(results: Results, published: float | None) -> Table:
     """A row a method: mean error by role, improvement over the anchor outside the support, and cost."""
-    roles = results.roles
-    far = OUT if OUT in roles else roles[-1]
+    roles, far = results.roles, results.far_role
     header = [
         "method",
         "uses",
@@ -67,10 +65,10 @@ def summary_table(results: Results, published: float | None) -> Table:
         gains = results.improvements(method, far)
         paired = None if method == "anchor" else results.paired(method, "anchor", far)
         wins = None if paired is None else f"{paired.wins} of {paired.seeds}"
-        p = None if paired is None or paired.seeds < 2 else paired.p_t
+        p = None if paired is None or len(paired.logs) < 2 else paired.p_differs
         cost = _cost(results, method)
         errors = [mean(results.role_errors(method, role)) for role in roles]
-        rows.append([method, USES.get(method, "-"), *errors, mean(gains), spread(gains), wins, p, *cost])
+        rows.append([method, USES.get(method, "-"), *errors, mean(gains), deviation(gains), wins, p, *cost])
     if published is not None:
         rows.append(["published composition", "-", *[None] * len(roles), published, *[None] * 5])
     return Table(header, rows)
@@ -78,13 +76,11 @@ def summary_table(results: Results, published: float | None) -> Table:
 
 def _cost(results: Results, method: str) -> list[Any]:
     """Rollouts over the prefix, forward and backward, the mean over seeds and values; networks that are deployed."""
-    entries = [v["methods"][method] for s in results.seeds for v in s.values["values"] if method in v["methods"]]
-    if not entries:
+    rows = results.frame[results.frame["method"] == method]
+    if rows.empty:
         return [None, None]
-    forward, backward = (mean(float(e[k]) for e in entries) for k in ("forward", "backward"))
-    assert forward is not None and backward is not None
-    passes = f"{forward:.0f}" + (f" + {backward:.0f} back" if backward else "")
-    return [passes, entries[0]["networks"]]
+    forward, backward = rows["forward"].mean(), rows["backward"].mean()
+    return [f"{forward:.0f}" + (f" + {backward:.0f} back" if backward else ""), int(rows["networks"].iloc[0])]
 
 
 def value_table(results: Results) -> Table:
@@ -100,26 +96,14 @@ def value_table(results: Results) -> Table:
     return Table(header, rows)
 
 
-def long_table(results: Results) -> Table:
-    """A row a method, value and seed, numbers in full."""
-    header = ["method", "value", "role", "seed", "error", "alpha", "forward", "backward", "networks"]
-    rows: list[list[Any]] = []
-    for seed in results.seeds:
-        for entry in seed.values["values"]:
-            for method, m in entry["methods"].items():
-                alpha = m["alpha"] if isinstance(m["alpha"], float) else None
-                cost = [m["forward"], m["backward"], m["networks"]]
-                rows.append([method, entry["value"], entry["role"], seed.seed, m["error"], alpha, *cost])
-    return Table(header, rows)
-
-
 def step_table(results: Results) -> Table:
     """Mean error by counted step, a row a method, role and step."""
-    rows: list[list[Any]] = []
-    for method in results.methods:
-        for role in results.roles:
-            for step, error in enumerate(step_errors(results, method, role), 1):
-                rows.append([method, role, step, error])
+    rows: list[list[Any]] = [
+        [method, role, step, error]
+        for method in results.methods
+        for role in results.roles
+        for step, error in enumerate(step_errors(results, method, role), 1)
+    ]
     return Table(["method", "role", "counted step", "error"], rows)
 
 
@@ -135,7 +119,7 @@ def step_errors(results: Results, method: str, role: Role) -> list[float | None]
 
 
 def comparison_table(results: Results) -> Table:
-    """Read-outs and merges against anchor, better endpoint and average, paired over seeds, by role."""
+    """Read-outs and merges against anchor, better endpoint and average, paired over seeds, by role: estimates."""
     rows: list[list[Any]] = []
     others = ("anchor", BEST_ENDPOINT, "average")
     for role in results.roles:
@@ -145,10 +129,9 @@ def comparison_table(results: Results) -> Table:
                     continue
                 c = results.paired(method, other, role)
                 if c is not None:
-                    interval = [c.low, c.high] if c.seeds > 1 else [None, None]
-                    p = [c.p_t, c.p_sign] if c.seeds > 1 else [None, None]
-                    rows.append([role, method, other, c.ratio, *interval, *p, f"{c.wins} of {c.seeds}", c.verdict])
-    header = ["role", "method", "against", "ratio", "from", "to", "p (t)", "p (signs)", "lower in", "verdict"]
+                    tests = [c.low, c.high, c.p_differs, c.p_sign] if len(c.logs) > 1 else [None] * 4
+                    rows.append([role, method, other, c.ratio, *tests, f"{c.wins} of {c.seeds}"])
+    header = ["role", "method", "against", "ratio", "from", "to", "p (t)", "p (signs)", "lower in"]
     return Table(header, rows)
 
 
@@ -203,8 +186,8 @@ _KEYS = {
 
 def update_table(results: Results, kind: str) -> Table:
     """Where the updates live, mean over seeds; ``kind``: ``components``, ``layers`` or ``experts``."""
-    parts = _parts(results.seeds[0], kind)
-    rows = [[name, *(results.mean_of(_figure(kind, name, key)) for key in _KEYS)] for name in parts]
+    seeds = [_parts(seed, kind) for seed in results.seeds]
+    rows = [[name, *(mean(parts[name][key] for parts in seeds) for key in _KEYS)] for name in seeds[0]]
     return Table([kind[:-1], *_KEYS.values()], rows)
 
 
@@ -216,22 +199,14 @@ def _parts(seed: SeedResult, kind: str) -> dict[str, dict[str, Any]]:
     return parts
 
 
-def _figure(kind: str, name: str, key: str) -> Callable[[SeedResult], float | None]:
-    return lambda seed: _parts(seed, kind)[name][key]
-
-
 def routing_table(results: Results) -> Table:
     """Change of routing along the direction, mean over seeds: a row a layer and coordinate."""
-    rows: list[list[Any]] = []
-    if results.sparse:
-        first = results.seeds[0].diagnostics["routing"]
-        for layer in range(len(first["divergence"])):
-            for number, alpha in enumerate(first["alphas"]):
-                figures = [
-                    mean(s.diagnostics["routing"][key][layer][number] for s in results.seeds)
-                    for key in ("divergence", "moved")
-                ]
-                rows.append([layer, alpha, *figures])
+    found = [seed.diagnostics["routing"] for seed in results.seeds if results.sparse]
+    rows: list[list[Any]] = [
+        [layer, alpha, *(mean(r[key][layer][number] for r in found) for key in ("divergence", "moved"))]
+        for layer in range(len(found[0]["divergence"]) if found else 0)
+        for number, alpha in enumerate(found[0]["alphas"])
+    ]
     return Table(["sparse layer", "alpha", "usage divergence, bits", "assignments moved"], rows)
 
 
@@ -250,7 +225,7 @@ def bank_table(results: Results) -> Table:
     """Mean error over seeds at each coordinate of the bank, by value."""
     rows: list[list[Any]] = []
     for value, role in results.values:
-        banks = [seed.at(value)["bank"] for seed in results.seeds]
+        banks = [seed["bank"] for seed in results.at_value(value)]
         for number, alpha in enumerate(banks[0]["alphas"]):
             rows.append([value, role, alpha, *(mean(b[key][number] for b in banks) for key in ("observed", "later"))])
     return Table([results.parameter, "role", "alpha", "error on the prefix", "error after it"], rows)

@@ -6,26 +6,20 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shodh.experiments.composition.results import BEST_ENDPOINT, Results, mean
+from shodh.experiments.composition.results import OUT, RIVALS, Claim, Results
 from shodh.experiments.composition.settings import Role
-from shodh.experiments.composition.tables import OUT, correlate
+from shodh.experiments.composition.tables import correlate
+from shodh.experiments.harness.results import mean
 from shodh.merge.readout import BANK
-from shodh.report.comparison import LEVEL, MARGIN, MIN_SEEDS, Comparison, describe
 from shodh.report.page import Tone
+from shodh.report.statistics import MARGIN, MIN_SEEDS, describe
 
-RULE = (
-    "Errors are relative L2 over the steps after the prefix, on test trajectories, the mean over the values outside "
-    f"the support. An error is lower if the paired t test over seeds gives p < {LEVEL} and the errors differ by more "
-    f"than {MARGIN:.0%}; all else, and all with fewer than {MIN_SEEDS} seeds, is undecided. "
-)
-#: Read-outs of composition with one coordinate a value, from the cheapest to the dearest; the first of `ASKED` that
-#: was measured answers for composition. Neither is chosen by its test error.
+#: Read-outs of composition with one coordinate a value, from the cheapest to the dearest.
 READOUTS = (
     *("coord", "coord_log", "scale", "scale_wide"),
     *("prefix", "prefix_each", "prefix_wide", "line_search", "gradient"),
 )
 FINER = ("gradient_by_layer", "gradient_by_expert")
-ASKED = ("prefix", "scale", "coord")
 # Below this rank correlation the best coordinate is not said to follow the parameter.
 FOLLOWS = 0.7
 # Above this cosine both experts are said to have moved alike.
@@ -41,19 +35,11 @@ class Answer:
     tone: Tone
 
 
-def far_role(results: Results) -> Role:
-    """Extrapolation, or what a study without it has farthest out."""
-    return OUT if OUT in results.roles else results.roles[-1]
-
-
-def asked_readout(results: Results) -> str | None:
-    return next((m for m in ASKED if m in results.methods), None)
-
-
 def does_composition_help(results: Results, published: float | None) -> Answer:
     """Composition against the anchor outside the support, and by how much, beside the published figure."""
-    method, role = asked_readout(results), far_role(results)
-    paired = None if method is None else results.paired(method, "anchor", role)
+    method, role = results.asked, results.far_role
+    claim = Claim(role, method or "", "anchor")
+    paired = results.claims.get(claim)
     if method is None or paired is None:
         return Answer("Not asked", "No read-out of composition has a finite error in any seed.", "neutral")
     verdicts: dict[str, tuple[str, Tone]] = {
@@ -63,10 +49,13 @@ def does_composition_help(results: Results, published: float | None) -> Answer:
         "open": ("Undecided: no difference that these seeds can show", "fair"),
     }
     verdict, tone = verdicts[paired.verdict]
-    if paired.seeds < MIN_SEEDS:
+    if len(paired.logs) < MIN_SEEDS:
         side = "below" if paired.ratio < 1 else "above"
         verdict = f"Composition lies {side} the anchor out of distribution, in too few seeds to tell"
     text = [f"{describe(method, paired, 'the anchor')}."]
+    wider = results.bootstrap(claim)
+    if wider is not None:
+        text.append(f"Over seeds and test trajectories together the interval is {wider.low:.3f} to {wider.high:.3f}.")
     gains = {m: mean(results.improvements(m, role)) for m in READOUTS if m in results.methods}
     told = [f"{m} {_percent(gain)}" for m, gain in gains.items() if gain is not None]
     text.append(f"Improvement over the anchor, mean over seeds: {', '.join(told)}.")
@@ -79,34 +68,19 @@ def _percent(value: float) -> str:
     return f"{value:.1f} %"
 
 
-#: What composition is set beside, apart from the anchor.
-RIVALS = {
-    BEST_ENDPOINT: "the better expert at each value",
-    "average": "the plain average",
-    "prefix_finetune": "the anchor fine-tuned on the prefix",
-    "ensemble": "the ensemble of both experts",
-}
-
-
 def does_it_beat_the_rivals(results: Results) -> str:
-    """Against each of `RIVALS`, a sentence each."""
-    method, role = asked_readout(results), far_role(results)
-    found = []
-    for other, words in RIVALS.items():
-        paired = results.paired(method, other, role) if method and other in results.methods else None
-        if method is not None and paired is not None:
-            found.append(f"{describe(method, paired, words)}: {_word(paired)}.")
-    return " ".join(found)
-
-
-def _word(paired: Comparison) -> str:
+    """Against each of `RIVALS` but the anchor, a sentence each."""
     words = {"lower": "better", "higher": "worse", "equal": "no better and no worse", "open": "undecided"}
-    return words[paired.verdict]
+    return " ".join(
+        f"{describe(claim.method, c, RIVALS[claim.other])}: {words[c.verdict]}."
+        for claim, c in results.claims.items()
+        if claim.other != "anchor"
+    )
 
 
 def which_readout_is_enough(results: Results) -> str:
     """The cheapest read-out within `MARGIN` of the best, in mean error outside the support."""
-    role = far_role(results)
+    role = results.far_role
     errors = {m: mean(results.role_errors(m, role)) for m in (*READOUTS, *FINER) if m in results.methods}
     known = {m: e for m, e in errors.items() if e is not None}
     if not known:
@@ -136,7 +110,7 @@ def anchor_leaves_room(results: Results) -> str | None:
 
 def anchor_predicts(results: Results) -> str | None:
     """An anchor no better than persistence."""
-    role = far_role(results)
+    role = results.far_role
     ours, still = (mean(_role(results, m, role)) for m in ("anchor", "persistence"))
     if ours is None or still is None or still == 0:
         return None
@@ -160,8 +134,8 @@ def experts_learned(results: Results) -> str | None:
         gains[name] = 100 * (1 - ours / anchors)
     told = " and ".join(f"{_percent(gain)} ({name})" for name, gain in gains.items())
     said = f"At the experts' own values fine-tuning improves on the anchor by {told}"
-    method = asked_readout(results)
-    outside = None if method is None else mean(results.improvements(method, far_role(results)))
+    method = results.asked
+    outside = None if method is None else mean(results.improvements(method, results.far_role))
     if outside is not None:
         said = f"{said}; outside the support {method} improves on it by {_percent(outside)}"
     weak = [name for name, gain in gains.items() if gain < 100 * MARGIN]
@@ -172,7 +146,7 @@ def experts_learned(results: Results) -> str | None:
 
 def line_leads_there(results: Results) -> str | None:
     """Whether any point of the line is better than the anchor outside, and whether the read-out finds it."""
-    method, role = asked_readout(results), far_role(results)
+    method, role = results.asked, results.far_role
     oracle = None if "oracle" not in results.methods else results.paired("oracle", "anchor", role)
     if method is None or oracle is None:
         return None
@@ -212,7 +186,7 @@ def best_alpha_is_inside(results: Results) -> str | None:
 
 def direction_matters(results: Results) -> str | None:
     """How much of the gain the plain average has, which has no direction; and what the wrong sign costs."""
-    method, role = asked_readout(results), far_role(results)
+    method, role = results.asked, results.far_role
     if method is None:
         return None
     gains = {m: mean(results.improvements(m, role)) for m in (method, "average") if m in results.methods}

@@ -1,1 +1,1 @@
-"""Fine-tuning of a trained run on a regime that it has not seen, from a few trajectories: settings, cells, report."""
+"""Fine-tuning of a trained run on a regime that it has not seen, from a few trajectories: settings, runs, report."""

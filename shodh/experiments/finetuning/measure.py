@@ -1,8 +1,7 @@
-"""What is kept of a fine-tuned cell: ``result.json`` in its run folder."""
+"""What is kept of a fine-tuned run: ``result.json`` in its folder."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,41 +9,35 @@ import torch
 from shodh.config import RunConfig, dump_config
 from shodh.core.files import write_atomically
 from shodh.core.precision import ieee_float32
-from shodh.core.strict_json import write_json
+from shodh.data.identity import DataRecord
 from shodh.evaluate.evaluation import evaluate, open_given, open_run
 from shodh.evaluate.report import write_report
-from shodh.experiments.transfer.measure import RESULT, seconds_per_step
+from shodh.experiments.harness.run import Run
+from shodh.experiments.transfer.measure import seconds_per_step
 from shodh.models.factory import build_operator
 from shodh.moe.groups import is_trained
-from shodh.train.run_folder import RunFolder, describe_environment
+from shodh.train.run_folder import RunFolder
 
 
 @ieee_float32()
-def measure_tuning(cell: dict[str, Any], config: RunConfig, weights: Path | None, device: torch.device) -> None:
-    """Evaluate a finished run, or given ``weights`` as they are, and write its report and its ``result.json``.
-
-    Parameters
-    ----------
-    cell : dict
-        `shodh.experiments.finetuning.cells.TuningCell.describe`; kept in the result.
-    """
+def measure(run: Run, device: torch.device) -> dict[str, Any]:
+    """Evaluate a finished run, or the weights that it was given, as they are; write its report, return its values."""
+    config = run.config
     folder = RunFolder(config.run_dir)
-    if weights is None:
+    if run.trains:
         evaluator = open_run(folder.path, None, device)
     else:
         folder.path.mkdir(parents=True, exist_ok=True)
+        evaluator = open_given(config, run.weights[0], device)
         write_atomically(folder.path / "config.yaml", dump_config(config))
-        evaluator = open_given(config, weights, device)
+        DataRecord.of(evaluator.regimes.sources, folder.path).save()
     evaluation = evaluate(evaluator, config.evaluation.split)
     write_report(folder, evaluation)
-    result = {
-        "cell": cell,
-        "parameters": count_trained(config, trains=weights is None),
-        "seconds_per_step": seconds_per_step(folder, config.operator.train.steps) if weights is None else None,
+    return {
+        "parameters": count_trained(config, trains=run.trains),
+        "seconds_per_step": seconds_per_step(folder, config.operator.train.steps) if run.trains else None,
         "evaluation": evaluation.metrics,
-        "env": describe_environment(),
     }
-    write_json(folder.path / RESULT, result)
 
 
 def count_trained(config: RunConfig, *, trains: bool) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The fine-tuning file: a trained run, unseen regimes, numbers of trajectories, and the ways of training."""
+"""The fine-tuning file: a trained run, unseen regimes, numbers of trajectories, and the methods of training."""
 
 from __future__ import annotations
 
@@ -8,36 +8,35 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from shodh.config import RegimeConfig, Section, to_dict
-from shodh.config.base import Few, PositiveInt, Seeds
-from shodh.config.reading import section_from_dict
+from shodh.config import RegimeConfig, to_dict
+from shodh.config.base import Few, PositiveInt
 from shodh.core.reading import read_settings
 from shodh.experiments.finetuning.base import open_base, regimes_of
+from shodh.experiments.harness.settings import Name, StudySettings, load_settings
 
-Way = Literal["all", "experts", "new_expert"]
+Method = Literal["all", "experts", "new_expert"]
 
 
-class TuningConfig(Section):
-    """A table of errors: ways of fine-tuning a run by numbers of training trajectories of regimes it has not seen.
+class TuningConfig(StudySettings):
+    """A table of errors: methods of fine-tuning a run by numbers of training trajectories of regimes it has not seen.
 
-    Beside the ways stand the run as it is (zero shot), the same model trained from scratch, and persistence.
+    Beside the methods stand the run as it is (zero shot), the same model trained from scratch, and persistence.
     """
 
     run: Path = Field(description="run folder, or folder of tools/convert_checkpoint.py")
     checkpoint: str | None = Field(None, description="tag of a checkpoint of the run; null: the newest")
-    out: Path = Field(description="folder of the cells and the report")
+    name: Name = "finetune"
+    question: str = Field("Does it pay to start from the trained run?", min_length=1)
     regimes: tuple[RegimeConfig, ...] = Field(min_length=1, description="unseen regimes, as data.regimes of a run")
     trajectories: tuple[PositiveInt, ...] = Field((1, 4, 16), min_length=1, description="training trajectories")
-    train: tuple[Way, ...] = Field(("all", "experts", "new_expert"), min_length=1, description="weights that learn")
-    router: bool = Field(False, description="way experts: the router learns too")
-    num_added: Few = Field(1, ge=1, description="way new_expert: experts added to every layer")
-    steps: PositiveInt = Field(200, description="optimiser steps of every way, and of training from scratch")
+    train: tuple[Method, ...] = Field(("all", "experts", "new_expert"), min_length=1, description="weights that learn")
+    router: bool = Field(False, description="method experts: the router learns too")
+    num_added: Few = Field(1, ge=1, description="method new_expert: experts added to every layer")
+    steps: PositiveInt = Field(200, description="optimiser steps of every method, and of training from scratch")
     lr: dict[Literal["all", "experts", "new_expert", "scratch"], PositiveFloat] = Field(
         {},
-        description="highest learning rate by way; else the run's, and for all, which must not forget, a tenth of it",
+        description="highest learning rate by method; else the run's; for all, which must not forget, a tenth of it",
     )
-    seeds: Seeds = 3
-    set: tuple[str, ...] = Field((), description="key=value changes of the run's configuration, for all cells")
 
     @model_validator(mode="after")
     def _check(self) -> TuningConfig:
@@ -54,14 +53,10 @@ class TuningConfig(Section):
             raise ValueError(f"regimes {chosen}: trajectories are drawn here; leave out those of the regime")
         return self
 
-    def rate(self, way: str, of_run: float) -> float:
-        """Highest learning rate of a way, where the run had ``of_run``."""
-        default = 0.1 * of_run if way == "all" else of_run
-        return next((rate for name, rate in self.lr.items() if name == way), default)
-
-    @property
-    def name(self) -> str:
-        return self.out.name
+    def rate(self, method: str, of_run: float) -> float:
+        """Highest learning rate of a method, where the run had ``of_run``."""
+        default = 0.1 * of_run if method == "all" else of_run
+        return next((rate for name, rate in self.lr.items() if name == method), default)
 
 
 def load_tuning(path: Path | None, named: Sequence[str] = (), maps: Sequence[str] = (), **changes: Any) -> TuningConfig:
@@ -72,18 +67,17 @@ def load_tuning(path: Path | None, named: Sequence[str] = (), maps: Sequence[str
     named, maps : sequence of str
         In place of the file's regimes: see `shodh.experiments.finetuning.base.regimes_of`.
     changes
-        Those that are not None stand in place of the file's settings.
+        Of `load_settings`.
 
     Raises
     ------
     ConfigError, CheckpointError, DataError
         The file cannot be read, or has unknown, missing or impossible settings; or a regime does not fit the run.
     """
-    source = "command line" if path is None else str(path)
-    tree = {} if path is None else read_settings(path)
-    if isinstance(tree, dict):
-        tree = {**tree, **{key: value for key, value in changes.items() if value is not None}}
-        if named and "run" in tree:
-            base = open_base(Path(tree["run"]), tree.get("checkpoint"))
-            tree["regimes"] = [to_dict(regime) for regime in regimes_of(named, maps, base)]
-    return section_from_dict(TuningConfig, tree, source)
+    if named:
+        tree = {} if path is None else read_settings(path)
+        settings = {**(tree if isinstance(tree, dict) else {}), **{k: v for k, v in changes.items() if v is not None}}
+        if "run" in settings:
+            base = open_base(Path(str(settings["run"])), settings.get("checkpoint"))
+            changes["regimes"] = [to_dict(regime) for regime in regimes_of(named, maps, base)]
+    return load_settings(TuningConfig, path, **changes)

@@ -1,5 +1,5 @@
-"""Studies: a grid of runs that differ in one thing at a time, and one report of them all.
+"""Studies of negative transfer: runs that differ in one thing at a time, and whether sparse routing helps.
 
-A study file (`StudyConfig`) names a base run, mixes of regimes and axes; `expand` makes cells of it, `run_cells` trains
-and measures them, each in a run folder of its own, and `write_report` compares what they left behind.
+A study file (`StudyConfig`) names a base run, mixes of regimes and axes; `runs.expand` makes runs of it,
+`measure.measure` measures one, and `report.write_study_report` answers.
 """

@@ -1,4 +1,4 @@
-"""What a study keeps of a trained cell: ``result.json`` in its run folder."""
+"""What a study keeps of a trained run: ``result.json`` in its folder."""
 
 from __future__ import annotations
 
@@ -9,76 +9,72 @@ from typing import Any
 import torch
 from torch import nn
 
-from shodh.checkpoint.folder import checkpoints_of, prune, read_manifest
+from shodh.checkpoint.folder import checkpoints_of, read_manifest
 from shodh.checkpoint.weights import read_weights
-from shodh.config import RegimeConfig, RunConfig
+from shodh.config import RegimeConfig, RunConfig, config_from_dict
 from shodh.core.errors import CheckpointError
 from shodh.core.precision import ieee_float32
-from shodh.core.strict_json import write_json
-from shodh.core.weights import load_into, read_json
+from shodh.core.weights import load_into
 from shodh.evaluate.evaluation import evaluate, open_run
 from shodh.evaluate.report import write_report
-from shodh.experiments.transfer.flops import step_flops
+from shodh.experiments.harness.flops import step_flops
+from shodh.experiments.harness.run import Run
+from shodh.experiments.harness.sizes import model_size
 from shodh.experiments.transfer.probe import Probe, gradient_cosines, learning_curve, plasticity
 from shodh.experiments.transfer.settings import PlasticityConfig
-from shodh.experiments.transfer.sizes import model_size
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
+from shodh.train.jobs import open_data, train_tokenizer
+from shodh.train.latents import TOKENIZER_FILE
 from shodh.train.metrics import read_metrics
-from shodh.train.run_folder import RunFolder, describe_environment
-
-RESULT = "result.json"
+from shodh.train.run_folder import RunFolder
+from shodh.train.runtime import start_distributed
 
 
 @ieee_float32()
-def measure_cell(
-    cell: dict[str, Any],
-    config: RunConfig,
-    gradient_samples: int,
-    fresh: tuple[PlasticityConfig, RegimeConfig] | None,
-    device: torch.device,
-    keep_checkpoints: bool = False,
-) -> None:
-    """Evaluate a finished run, look at its checkpoints, and write its report and its ``result.json``.
+def measure(run: Run, device: torch.device) -> dict[str, Any]:
+    """Evaluate a finished run, look at its checkpoints, write its report, and return the values of its result.
 
-    Parameters
-    ----------
-    cell : dict
-        `shodh.experiments.transfer.cells.Cell.describe`; kept in the result.
-    fresh : tuple, optional
-        The plasticity probe, and the regime that it learns; passed over where the run has learned this regime, and for
-        an oracle, which has no group for it.
-    keep_checkpoints : bool
-        Keep all checkpoints; by default the last one alone is left.
+    ``run.settings``: ``gradient_samples``; and ``fresh``, the plasticity probe with the regime that it learns, which is
+    passed over where the run has learned this regime, and for an oracle, which has no group for it.
     """
+    config = run.config
     folder = RunFolder(config.run_dir)
     evaluator = open_run(folder.path, None, device)
     evaluation = evaluate(evaluator, config.evaluation.split)
     write_report(folder, evaluation)
     probe = Probe(config, device, folder)
     try:
-        history = _over_training(probe, folder, gradient_samples)
+        history = _over_training(probe, folder, run.settings["gradient_samples"])
         held_out = probe.errors(evaluator.operator, config.evaluation.split)
-        measure = probe.measure
+        measured = probe.measure
     finally:
         probe.close()
-    result = {
-        "cell": cell,
+    return {
         "steps": config.operator.train.steps,
         **model_size(config),
         "top_k": config.operator.experts.top_k,
         "flops_per_step": step_flops(config),
         "seconds_per_step": seconds_per_step(folder, config.operator.train.checkpoint_every),
-        "measure": measure,
+        "measure": measured,
         "errors": held_out,
         "history": history,
-        "plasticity": _plasticity(evaluator.operator, config, fresh, folder, device),
+        "plasticity": _plasticity(evaluator.operator, config, run.settings["fresh"], folder, device),
         "evaluation": evaluation.metrics,
-        "env": describe_environment(),
     }
-    write_json(folder.path / RESULT, result)
-    if not keep_checkpoints:
-        prune_checkpoints(folder)
+
+
+def prepare(job: dict[str, Any]) -> bool:
+    """Train the tokenizer unless it is there, and encode the data once for every mix of regimes."""
+    config = config_from_dict(job["config"], "tokenizer")
+    if not (config.tokenizer_dir / TOKENIZER_FILE).exists() and not train_tokenizer(config, "auto"):
+        return False
+    device = start_distributed()
+    by_name = {r.name: r for r in config.data.regimes}
+    for mix in job["mixes"]:
+        data = config.data.model_copy(update={"regimes": tuple(by_name[name] for name in mix)})
+        open_data(config.model_copy(update={"data": data}), None, device)
+    return True
 
 
 def seconds_per_step(folder: RunFolder, validated_every: int) -> float | None:
@@ -97,13 +93,6 @@ def seconds_per_step(folder: RunFolder, validated_every: int) -> float | None:
     return statistics.median(times) / 1e3 if times else None
 
 
-def prune_checkpoints(folder: RunFolder) -> None:
-    """Drop all checkpoints but the last, which a resume, a conversion or a new evaluation starts from."""
-    latest = folder.latest()
-    if latest is not None:
-        prune(folder.path, latest, keep=1)
-
-
 def scheduled_checkpoints(folder: RunFolder, steps: int, every: int) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint of the schedule.
 
@@ -112,14 +101,14 @@ def scheduled_checkpoints(folder: RunFolder, steps: int, every: int) -> list[tup
     Raises
     ------
     CheckpointError
-        One is gone: a cell that was measured keeps its last alone.
+        One is gone: a run that was measured keeps its last alone.
     """
     expected = [*range(every, steps, every), steps]
     found = {int(read_manifest(path)["state"]["step"]): path for path in checkpoints_of(folder.path)}
     missing = [step for step in expected if step not in found]
     if missing:
         raise CheckpointError(
-            f"{folder.checkpoints} has no checkpoint of step {missing[0]}; to measure this cell again, remove "
+            f"{folder.checkpoints} has no checkpoint of step {missing[0]}; to measure this run again, remove "
             f"{folder.path} and train it again (--keep-checkpoints keeps them all)"
         )
     return [(step, found[step]) for step in expected]
@@ -147,16 +136,16 @@ def _point(probe: Probe, model: nn.Module, batches: dict[str, Any], step: int) -
 def _plasticity(
     model: nn.Module,
     config: RunConfig,
-    fresh: tuple[PlasticityConfig, RegimeConfig] | None,
+    fresh: dict[str, Any] | None,
     folder: RunFolder,
     device: torch.device,
 ) -> dict[str, Any] | None:
     experts = config.operator.experts
-    if fresh is None or fresh[1].name in [r.name for r in config.data.regimes]:
+    if fresh is None or fresh["regime"]["name"] in [r.name for r in config.data.regimes]:
         return None
     if experts.num_experts and experts.router.traits.labelled:
         return None
-    settings, regime = fresh
+    settings, regime = PlasticityConfig(**fresh["probe"]), RegimeConfig(**fresh["regime"])
     probe = Probe(_learning_only(config, regime), device)
     untrained = build_operator(config)
     initialise(untrained, config.seed)
@@ -169,11 +158,3 @@ def _plasticity(
 
 def _learning_only(config: RunConfig, regime: RegimeConfig) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"regimes": (regime,)})})
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """The result of a cell, None if there is none yet."""
-    path = folder / RESULT
-    if not path.exists():
-        return None
-    return read_json(path)

@@ -62,18 +62,24 @@ class Probe:
                 yield name, self.batch(data, range(start, min(len(data), start + size)))
 
     @torch.no_grad()
-    def errors(self, model: nn.Module, split: Split = "valid") -> dict[str, dict[str, float]]:
-        """Mean one-step error of the model and of persistence, by regime, over *all* windows of a split."""
+    def errors(self, model: nn.Module, split: Split = "valid") -> dict[str, dict[str, Any]]:
+        """Mean one-step error of the model and of persistence, by regime, over *all* windows of a split.
+
+        ``by_trajectory`` is the model's error in each trajectory, in their order.
+        """
         model.eval()
-        sums: dict[str, Tensor] = {}
-        counts: dict[str, int] = {}
+        found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for name, batch in self.windows(split):
             _, error, persistence = self.task.predict(model, batch)
-            values = torch.stack((error.double().sum(), persistence.double().sum()))
-            sums[name] = sums.get(name, torch.zeros_like(values)) + values
-            counts[name] = counts.get(name, 0) + len(error)
-        means = {name: (sums[name] / counts[name]).tolist() for name in sums}
-        return {name: {"model": m, "persistence": p} for name, (m, p) in means.items()}
+            values = (error.double().cpu(), persistence.double().cpu(), batch["trajectory"].cpu())
+            found.setdefault(name, []).append(values)
+        errors: dict[str, dict[str, Any]] = {}
+        for name, parts in found.items():
+            error, persistence, trajectory = (torch.cat(part) for part in zip(*parts, strict=True))
+            means = [error[trajectory == t].mean().item() for t in trajectory.unique()]
+            persists = persistence.mean().item()
+            errors[name] = {"model": error.mean().item(), "persistence": persists, "by_trajectory": means}
+        return errors
 
     def fixed_batches(self, samples: int) -> dict[str, Batch]:
         """The same training windows by regime, evenly spread, for every model and checkpoint."""

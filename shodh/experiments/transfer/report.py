@@ -8,80 +8,53 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
+from shodh.experiments.harness.report import claims_section, write_study
+from shodh.experiments.harness.results import missing_runs, read_results, to_table
+from shodh.experiments.harness.run import Run
 from shodh.experiments.transfer import plots, tables
-from shodh.experiments.transfer.cells import Cell
-from shodh.experiments.transfer.measure import read_result
-from shodh.experiments.transfer.results import READINGS, Reading, Result, Results
+from shodh.experiments.transfer.results import READINGS, Reading, Result, Results, rank_pairs
 from shodh.experiments.transfer.settings import StudyConfig
-from shodh.experiments.transfer.verdict import (
-    RULE,
-    Answer,
-    does_routing_help,
-    separation_and_error,
-    what_lowers_the_error,
-)
-from shodh.report.comparison import what_seeds_can_show
-from shodh.report.page import Headline, Section, Table, records, text_table, write_page
-from shodh.train.run_folder import describe_environment
-from shodh.train.workers import read_failures
+from shodh.experiments.transfer.verdict import Answer, does_routing_help, what_lowers_the_error
+from shodh.report.figures import lines
+from shodh.report.page import Headline, Section, Table, filled
+from shodh.report.statistics import RULE, what_seeds_can_show
 
-SHOWN_ROWS = 60
 UNITS = {"steps": "optimiser steps", "flops": "training work, TFLOP", "seconds": "seconds of training steps"}
 
 
-def read_results(cells: Sequence[Cell]) -> Results:
-    """The finished ones of these cells."""
-    found = [read_result(cell.config.run_dir) for cell in cells]
-    return Results([Result(values) for values in found if values is not None])
-
-
-def write_study_report(study: StudyConfig, cells: Sequence[Cell], results: Results | None = None) -> str:
-    """Write ``<study>/report`` from ``results``, by default of the cells that are finished; returns its top as text."""
-    results = read_results(cells) if results is None else results
-    failures = read_failures(study.folder)
-    have = {r.cell["name"] for r in results.all}
-    missing = {c.name: failures.get(c.name, "not run yet") for c in cells if c.name not in have}
-    headline = _headline(study, results, missing)
-    sections = [s for s in _sections(results, missing) if s is not None]
-    summary = {section.key: section.summary or records(section) for section in sections}
-    data = {
-        "study": study.name,
-        "question": study.question,
-        **headline.record(),
-        "missing": missing,
-        "env": describe_environment(),
-        **summary,
-    }
-    write_page(study.folder / "report", f"Study of negative transfer: {study.name}", headline, sections, data=data)
-    shown = [s for s in sections if s.key in ("errors", "transfer")]
-    text = "\n\n".join(f"{s.title}\n{text_table(t)}" for s in shown for t in s.tables.values())
-    return f"{headline.verdict}.\n{headline.text}\n\n{text}\n"
+def write_study_report(study: StudyConfig, runs: Sequence[Run], results: Results | None = None) -> str:
+    """Write ``<study>/report`` from ``results``, by default of the runs that are finished; returns its top as text."""
+    results = Results([Result(values) for values in read_results(runs)]) if results is None else results
+    missing = missing_runs(runs, study.folder)
+    headline, sections = _headline(study, results, missing), _sections(results, missing)
+    title = f"Study of negative transfer: {study.name}"
+    return write_study(study, title, headline, sections, missing, ("errors", "transfer"))
 
 
 def _headline(study: StudyConfig, results: Results, missing: dict[str, str]) -> Headline:
     total = len(results.all) + len(missing)
-    numbers = {"cells finished": f"{len(results.all)} of {total}", "seeds": study.seeds}
+    numbers = {"runs finished": f"{len(results.all)} of {total}", "seeds": study.seeds, "claims": len(results.claims)}
     if not results.mixed:
         return Headline("No result yet", study.question, "neutral", numbers, note=RULE)
     answers = [does_routing_help(results, mix) for mix in results.mixes]
     asked = [a for a in answers if a.verdict != "Not asked"] or answers
-    told = [a.text for a in asked] if len(asked) == 1 else ["The reasons, mix by mix, stand below."]
+    reasons = [a.text for a in asked] if len(asked) == 1 else ["The reasons, mix by mix, stand below."]
     seeds = min(a.seeds for a in asked)
     shown = [what_seeds_can_show(seeds)] if seeds else []
-    text = "\n".join([study.question, *told, *_causes(results), *shown, *_left_out(results, missing)])
+    text = "\n".join([study.question, *reasons, *_causes(results), *shown, *_lost(results, missing)])
     verdict, tone = _joint(asked)
     return Headline(verdict, text, tone, numbers, note=RULE)
 
 
-def _left_out(results: Results, missing: dict[str, str]) -> list[str]:
-    """What no comparison counts, in a sentence each: that favours the models which have it."""
-    told = []
+def _lost(results: Results, missing: dict[str, str]) -> list[str]:
+    """Which runs have no result, and which diverged, in a sentence each."""
+    sentences = []
     if missing:
-        told.append(f"Cells without a result, named below: {len(missing)} of {len(results.all) + len(missing)}.")
-    lost = [r.cell["name"] for r in results.all if any(r.test_error(regime) is None for regime in r.regimes)]
+        sentences.append(f"Runs without a result, named below: {len(missing)} of {len(results.all) + len(missing)}.")
+    lost = [r.run["name"] for r in results.all if any(r.error(g, "test") == float("inf") for g in r.regimes)]
     if lost:
-        told.append(f"Left out of all comparisons, since their error is not finite: {', '.join(lost)}.")
-    return told
+        sentences.append(f"Diverged, so that their error counts as infinite: {', '.join(lost)}.")
+    return sentences
 
 
 def _joint(answers: Sequence[Answer]) -> tuple[str, Any]:
@@ -108,21 +81,34 @@ def _causes(results: Results) -> list[str]:
 
 
 def _sections(results: Results, missing: dict[str, str]) -> list[Section | None]:
-    if not results.all:
-        return [_cells(results, missing)]
+    runs = filled("runs", "Runs", RUNS, {"runs": tables.run_table(results, missing)})
+    if not results.mixed:
+        return [runs]
+    transfer = tables.transfer_table(results)
+    errors = {"errors": tables.error_table(results), "results": to_table(results.frame)}
+    cosines = lines(_mean_curves(tables.cosine_curves(results)), "step", "cosine", 0)
     return [
         _answers(results),
-        _transfer(results),
-        _section("errors", "Errors", ERRORS, {"errors": tables.error_table(results)}),
-        _section("comparisons", "Paired comparisons", COMPARISONS, {"comparisons": tables.comparison_table(results)}),
+        claims_section(results.claims, ("mix", "model", "against", "reading", "regime")),
+        filled(
+            "transfer", "Transfer index", TRANSFER, {"transfer": transfer}, transfer_index=plots.index_bars(transfer)
+        ),
+        filled("errors", "Errors", ERRORS, errors, ("results",)),
+        filled("comparisons", "Paired comparisons", COMPARISONS, {"comparisons": tables.comparison_table(results)}),
         *[_curves(results, reading) for reading in READINGS],
         _numbers(results),
         _routers(results),
         _rollouts(results),
-        _section("invariants", "Divergence", DIVERGENCE, {"divergence": tables.divergence_table(results)}),
-        _cosines(results),
+        filled("invariants", "Divergence", DIVERGENCE, {"divergence": tables.divergence_table(results)}),
+        filled(
+            "gradients",
+            "Gradients of the regimes",
+            COSINES,
+            {"cosines": tables.cosine_table(results)},
+            gradient_cosines=cosines,
+        ),
         _plasticity(results),
-        _cells(results, missing),
+        runs,
     ]
 
 
@@ -137,12 +123,12 @@ TRANSFER = (
     "Error of the mixed model over that of a dense specialist of equal active size with the same seed: above 1, mixing "
     "has done harm. The specialist has as many steps in all as the mixed model, and so sees its regime more often; "
     "'same steps a regime' is against one that sees it as often, if the mix draws its regimes equally. Of a sparse "
-    "model the index is mixing and additional weights together. p holds for all regimes of a mix at once."
+    "model the index is mixing and additional weights together. What is concluded from it stands among the claims."
 )
 COMPARISONS = (
     "Geometric mean over regimes of the error, model over other, paired by seed; of rollouts, the mean VRMSE over "
     "persistence's. Seconds are of steps alone, the median over seeds, on a machine with whatever ran beside. The "
-    "verdict goes by p after Holm, which holds for all pairs of a mix and reading at once; few seeds then show little."
+    "p is of each pair alone: these are estimates; only those with a verdict are claims of this page."
 )
 DIVERGENCE = (
     "Largest divergence of the decoded velocity over the root mean square of its gradient, over all seeds: stored in "
@@ -158,14 +144,18 @@ PLASTICITY = (
     "same batches and rate. Area ratio: sum of the first curve over that of the second; above 1, training has cost "
     "plasticity. Below 1 it may be a head start alone: see the last errors. The tokenizer has seen the fresh regime."
 )
-
-
-def _section(key: str, title: str, text: str, found: dict[str, Table], **figures: Any) -> Section | None:
-    """A section, or None if its tables have no rows."""
-    if not any(table.rows for table in found.values()):
-        return None
-    drawn = {stem: figure for stem, figure in figures.items() if figure is not None}
-    return Section(key, title, text, tables=found, figures=drawn, rows_shown=SHOWN_ROWS)
+RUNS = (
+    "Each is a run folder of its own under runs/, with a report of its own. dense_active and dense_total lack the "
+    "router's weights, and nothing else; dense_router is wider by as many, and its steps cost more where a "
+    "gate decides once a sample."
+)
+NUMBERS = "Geometric mean of the transfer index over the regimes of each mix, by number of regimes."
+CURVES = "Mean over seeds, at each checkpoint; the dotted line is persistence."
+ROUTERS = "U = I(regime; expert) / H(regime) on the test split: 1 when the expert names the regime. "
+ROLLOUTS = (
+    "VRMSE of autoregressive rollouts from the first frames of the test trajectories, mean over seeds; beside it, "
+    "the mean over all steps, over that of persistence, which keeps the first frame."
+)
 
 
 def _answers(results: Results) -> Section | None:
@@ -178,74 +168,55 @@ def _answers(results: Results) -> Section | None:
         rows.append([mix, answer.verdict, answer.text.replace("\n", " "), cause, reason])
     table = Table(["mix", "does routing help", "why", "what lowers the error", "why so"], rows)
     brief = Table(["mix", "does routing help", "what lowers the error"], [[r[0], r[1], r[3]] for r in rows])
-    section = Section("answers", "Answers by mix", RULE, tables={"answers": brief, "answers_with_reasons": table})
-    section.files_only = ("answers_with_reasons",)
-    return section
-
-
-def _transfer(results: Results) -> Section | None:
-    table = tables.transfer_table(results)
-    known = Table(table.header, [row for row in table.rows if row[5] is not None])
-    figure = plots.index_bars(known)
-    return _section("transfer", "Transfer index", TRANSFER, {"transfer": known}, transfer_index=figure)
+    found = {"answers": brief, "answers_with_reasons": table}
+    return filled("answers", "Answers by mix", RULE, found, ("answers_with_reasons",))
 
 
 def _numbers(results: Results) -> Section | None:
-    table = tables.number_table(results)
-    known = Table(table.header, [row for row in table.rows if row[4] is not None])
     if len(results.mixes) < 2:
         return None
+    table = tables.number_table(results)
     curves: dict[str, list[tuple[float, float]]] = {}
-    for _, count, model, _, index, *_ in sorted(known.rows, key=lambda row: row[1]):
-        curves.setdefault(model, []).append((count, index))
-    figure = plots.lines({"": curves}, "regimes in the mix", "transfer index", False) if curves else None
-    text = "Geometric mean of the transfer index over the regimes of each mix, by number of regimes."
-    return _section("mixes", "Number of regimes and mixes", text, {"mixes": known}, mixes_by_number=figure)
+    for _, count, model, _, index, *_ in sorted(table.rows, key=lambda row: row[1]):
+        if index is not None:
+            curves.setdefault(model, []).append((count, index))
+    figure = lines({"": curves}, "regimes in the mix", "transfer index", 1)
+    return filled("mixes", "Number of regimes and mixes", NUMBERS, {"mixes": table}, mixes_by_number=figure)
 
 
 def _curves(results: Results, reading: Reading) -> Section | None:
     """Mean validation error over seeds by cost, every mixed model and the specialist of the regime."""
     panels: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
-    for mix, label, seeds in tables.models_of(results):
-        for regime in seeds[0].regimes:
-            panel = panels.setdefault((mix, regime), {})
-            panel[label] = mean_curve(seeds, regime, reading)
-            alone = [s for s in (results.specialist(regime, r.seed) for r in seeds) if s is not None]
-            if alone:
-                panel["specialist"] = mean_curve(alone, regime, reading)
-    known = {key: {m: c for m, c in models.items() if c} for key, models in panels.items()}
-    known = {key: models for key, models in known.items() if models}
-    if not known:
-        return None
+    for mix in results.mixes:
+        models = {label: results.of(mix, label) for label in results.labels(mix)}
+        for regime in results.regimes(mix):
+            alone = [r for r in results.specialists(mix) if r.run["share"] == 1 and r.regimes == [regime]]
+            every = {**models, "specialist": alone}
+            panels[mix, regime] = {label: mean_curve(seeds, regime, reading) for label, seeds in every.items()}
     rows = [
-        [*key, model, *point] for key, models in known.items() for model, curve in models.items() for point in curve
+        [*key, model, *point] for key, models in panels.items() for model, curve in models.items() for point in curve
     ]
-    table = Table(["mix", "regime", "model", UNITS[reading], "error"], rows)
-    section = Section(
-        f"curves_{reading}",
-        f"Validation error by {UNITS[reading]}",
-        "Mean over seeds, at each checkpoint; the dotted line is persistence.",
-        tables={f"curves_{reading}": table},
-        figures={f"curves_by_{reading}": plots.error_curves(known, UNITS[reading])},
-        files_only=(f"curves_{reading}",),
+    figure = lines(
+        {f"{r} in {m}": curves for (m, r), curves in panels.items()}, UNITS[reading], "error / persistence", 1, True
     )
-    return section
+    stem = f"curves_{reading}"
+    table = Table(["mix", "regime", "model", UNITS[reading], "error"], rows)
+    title = f"Validation error by {UNITS[reading]}"
+    return filled(stem, title, CURVES, {stem: table}, (stem,), **{f"curves_by_{reading}": figure})
 
 
 def mean_curve(seeds: Sequence[Result], regime: str, reading: Reading) -> list[tuple[float, float]]:
-    """(cost, error) at each checkpoint after the first step, the mean over seeds."""
+    """(cost, error) at each checkpoint after the first step, the mean over seeds; none where a seed has diverged."""
     curves = [curve[1:] for curve in (r.curve(regime, reading) for r in seeds) if curve]
     scale = 1e-12 if reading == "flops" else 1.0
-    return [
-        (scale * sum(c for c, _ in points) / len(points), sum(e for _, e in points) / len(points))
-        for points in zip(*curves, strict=False)
-    ]
+    points = [(scale * mean(c for c, _ in at), mean(e for _, e in at)) for at in zip(*curves, strict=False)]
+    return [(cost, error) for cost, error in points if error < float("inf")]
 
 
 def _routers(results: Results) -> Section | None:
     table = tables.separation_table(results)
     summary: dict[str, Any] = {}
-    text = "U = I(regime; expert) / H(regime) on the test split: 1 when the expert names the regime. "
+    text = ROUTERS
     known = _means_by_model(results)
     if len(known) >= 6 and len({u for u, _ in known}) > 2 and len(results.mixes) == 1:
         found = spearmanr(*zip(*known, strict=True))
@@ -255,40 +226,31 @@ def _routers(results: Results) -> Section | None:
             "than U)."
         )
         summary["spearman_u_error"] = float(found.statistic)
-    routers = tables.router_table(results)
-    section = _section(
-        "routers",
-        "Routers, balance, experts and groups",
-        text,
-        {"routers": routers, "separation": table},
-        u_and_error=plots.scatter(table),
-    )
+    every = {"routers": tables.router_table(results), "separation": table}
+    title = "Routers, balance, experts and groups"
+    section = filled("routers", title, text, every, ("separation",), u_and_error=plots.scatter(table))
     if section is not None:
-        section.files_only = ("separation",)
-        section.summary = {**records(section), **summary}
+        section.summary = summary
     return section
 
 
 def _means_by_model(results: Results) -> list[tuple[float, float]]:
-    """(U, error) of every sparse model, each the mean over its seeds: cells of one model are no separate evidence."""
+    """(U, error) of every sparse model, each the mean over its seeds: runs of one model are no separate evidence."""
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for r, u, error in separation_and_error(results):
-        found.setdefault((r.cell["mix"], r.label), []).append((u, error))
+    for r, u, error in rank_pairs(results.mixed, results):
+        found.setdefault((r.run["mix"], r.label), []).append((u, error))
     return [(mean(u for u, _ in seeds), mean(e for _, e in seeds)) for seeds in found.values()]
 
 
+Panels = dict[str, dict[str, list[tuple[float, float]]]]
+
+
 def _rollouts(results: Results) -> Section | None:
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    panels: Panels = {}
     for (mix, label, regime, field), seeds in tables.rollout_curves(results).items():
-        steps = [tables.spread(s[i] for s in seeds)[0] for i in range(min(map(len, seeds)))]
+        steps = [tables.mean(s[i] for s in seeds) for i in range(min(map(len, seeds)))]
         points = [(i + 1.0, v) for i, v in enumerate(steps) if v is not None]
-        if points:
-            panels.setdefault(f"{mix}: {regime}, {field}", {})[label] = points
-    figure = plots.lines(panels, "autoregressive step", "VRMSE", False) if panels else None
-    text = (
-        "VRMSE of autoregressive rollouts from the first frames of the test trajectories, mean over seeds; beside it, "
-        "the mean over all steps, over that of persistence, which keeps the first frame."
-    )
+        panels.setdefault(f"{mix}: {regime}, {field}", {})[label] = points
     by_step = [
         [key, model, *point] for key, models in panels.items() for model, curve in models.items() for point in curve
     ]
@@ -296,38 +258,25 @@ def _rollouts(results: Results) -> Section | None:
         "rollouts": tables.rollout_table(results),
         "rollouts_by_step": Table(["mix: regime, field", "model", "step", "VRMSE"], by_step),
     }
-    section = _section("rollouts", "Rollouts", text, found, rollout_by_step=figure)
-    if section is not None:
-        section.files_only = ("rollouts_by_step",)
-    return section
+    figure = lines(panels, "autoregressive step", "VRMSE")
+    return filled("rollouts", "Rollouts", ROLLOUTS, found, ("rollouts_by_step",), rollout_by_step=figure)
 
 
-def _cosines(results: Results) -> Section | None:
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for (mix, label, group), steps in tables.cosine_curves(results).items():
-        points = [(float(step), sum(v) / len(v)) for step, v in sorted(steps.items()) if v]
+def _mean_curves(curves: dict[tuple[str, str, str], dict[int, list[float]]]) -> Panels:
+    panels: Panels = {}
+    for (mix, label, group), steps in curves.items():
+        points = [(float(step), mean(v)) for step, v in sorted(steps.items()) if v]
         panels.setdefault(f"{mix}: {group.replace('_', ' ')}", {})[label] = points
-    figure = plots.lines(panels, "step", "cosine", True) if panels else None
-    table = tables.cosine_table(results)
-    return _section("gradients", "Gradients of the regimes", COSINES, {"cosines": table}, gradient_cosines=figure)
+    return panels
 
 
 def _plasticity(results: Results) -> Section | None:
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    panels: Panels = {}
     for r in results.all:
         found = r.values["plasticity"]
         if found is not None and r.seed == 0:
             curves = {k: [(i + 1.0, v) for i, v in enumerate(found[k]) if v is not None] for k in ("trained", "fresh")}
-            panels[f"{r.cell['mix']}: {r.label}"] = curves
-    figure = plots.lines(panels, "step", "error / persistence", False) if panels else None
+            panels[f"{r.run['mix']}: {r.label}"] = curves
+    figure = lines(panels, "step", "error / persistence")
     table = tables.plasticity_table(results)
-    return _section("plasticity", "Plasticity", PLASTICITY, {"plasticity": table}, learning_curves=figure)
-
-
-def _cells(results: Results, missing: dict[str, str]) -> Section | None:
-    text = (
-        "Each is a run folder of its own under cells/, with a report of its own. dense_active and dense_total lack the "
-        "router's weights, and nothing else; dense_router is wider by as many, and its steps cost more where a "
-        "gate decides once a sample."
-    )
-    return _section("cells", "Cells", text, {"cells": tables.cell_table(results, missing)})
+    return filled("plasticity", "Plasticity", PLASTICITY, {"plasticity": table}, learning_curves=figure)

@@ -1,49 +1,60 @@
-"""Results of finished cells, and their errors at equal steps, equal work and equal time."""
+"""Results of finished runs, and their errors at equal steps, equal work and equal time, as one tidy table."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
+from scipy.stats import gmean
+
+from shodh.experiments.harness.results import ERROR, SEED, tidy
+from shodh.report.statistics import Comparison, Interval, compare, holm, nested_bootstrap
 
 Reading = Literal["steps", "flops", "seconds"]
 READINGS: tuple[Reading, ...] = ("steps", "flops", "seconds")
 TEST = "test"
 ROLLOUT = "rollout"
+SPECIALIST = "specialist"
 
 
 @dataclass(frozen=True)
 class Result:
-    """One finished cell; ``values`` is its ``result.json``.
+    """One finished run; ``values`` is its ``result.json``.
 
     An *error* is of one step, in the space the operator works in, over persistence's on the same windows, and never a
-    square: the root of a ratio of MSEs, or a ratio of relative L2 errors. 1 is persistence.
+    square: the root of a ratio of MSEs, or a ratio of relative L2 errors. 1 is persistence, infinity has diverged, and
+    None was not measured.
     """
 
     values: dict[str, Any]
 
     @property
-    def cell(self) -> dict[str, Any]:
-        cell: dict[str, Any] = self.values["cell"]
-        return cell
+    def run(self) -> dict[str, Any]:
+        """Its labels: `shodh.experiments.transfer.runs.expand`."""
+        run: dict[str, Any] = self.values["run"]
+        return run
 
     @property
     def label(self) -> str:
-        """Model and variant; specialists of different shares are different models."""
-        share = int(self.cell["share"])
-        return f"{self.cell['label']}{share if share > 1 else ''}"
+        return str(self.run["label"])
 
     @property
     def seed(self) -> int:
-        return int(self.cell["seed"])
+        return int(self.run["seed"])
 
     @property
     def regimes(self) -> list[str]:
-        return list(self.cell["regimes"])
+        return list(self.run["regimes"])
+
+    @property
+    def is_specialist(self) -> bool:
+        return str(self.run["model"]).startswith(SPECIALIST)
 
     def cost_per_step(self, reading: Reading) -> float | None:
         """What a step costs: 1, floating-point operations, or seconds."""
@@ -57,10 +68,6 @@ class Result:
         each = self.cost_per_step(reading)
         return None if each is None else each * float(self.values["steps"])
 
-    def test_error(self, regime: str) -> float | None:
-        """On the test split, with the last weights."""
-        return self.relative(self.values["errors"][regime])
-
     def curve(self, regime: str, reading: Reading) -> list[tuple[float, float]]:
         """(cost, validation error) before training and at each checkpoint; empty where the cost is not known."""
         each = self.cost_per_step(reading)
@@ -69,145 +76,230 @@ class Result:
         points = [(p["step"] * each, self.relative(p["errors"][regime])) for p in self.values["history"]]
         return [(cost, error) for cost, error in points if error is not None]
 
-    def error(self, regime: str, reading: Reading, budget: float) -> float | None:
-        """The validation error when a budget was spent.
+    def error(self, regime: str, reading: str, budget: float | None = None) -> float | None:
+        """By a reading: ``test`` (the last weights), ``rollout``, or one of `READINGS` when a budget was spent.
 
-        The logarithm of the error is interpolated between checkpoints, so that a model whose steps cost a percent more
-        does not lose a whole interval. It is not the lowest so far: one model has to serve all regimes of a mix, and
-        would have to be stopped at one step for all.
+        Of these the logarithm of the validation error is interpolated between checkpoints, so that a model whose steps
+        cost a percent more does not lose a whole interval. It is not the lowest so far: one model has to serve all
+        regimes of a mix, and would have to be stopped at one step for all.
         """
-        curve = self.curve(regime, reading)
-        if not curve:
+        if reading == TEST:
+            return self.relative(self.values["errors"][regime])
+        if reading == ROLLOUT:
+            return self.rollout_error(regime)
+        curve = self.curve(regime, next(r for r in READINGS if r == reading))
+        if not curve or budget is None:
             return None
         costs, errors = zip(*curve, strict=True)
-        return math.exp(float(np.interp(budget, costs, np.log(errors))))
+        with np.errstate(invalid="ignore"):
+            found = math.exp(float(np.interp(budget, costs, np.log(errors))))
+        return math.inf if math.isnan(found) else found
 
     def rollout_error(self, regime: str) -> float | None:
         """VRMSE of autoregressive rollouts on the test split, over that of persistence.
 
-        Each the mean over steps; the geometric mean over fields. None without rollouts, or where one is not finite.
+        Each the mean over steps; the geometric mean over fields.
         """
         fields = self.values["evaluation"]["regimes"][regime].get("rollout", {}).values()
         ratios = [over_persistence(kinds["model"], kinds["persistence"]) for kinds in fields]
-        known = [ratio for ratio in ratios if ratio is not None and ratio > 0]
-        return geometric_mean(known) if known and len(known) == len(ratios) else None
+        known = [ratio for ratio in ratios if ratio]
+        return float(gmean(known)) if known else None
 
     def relative(self, error: dict[str, float | None]) -> float | None:
-        """An error of the result over persistence's, never a square; None where it is not finite."""
+        """An error of the result over persistence's, never a square."""
         model, persistence = error["model"], error["persistence"]
-        if model is None or not persistence:
+        if not persistence:
             return None
-        ratio = model / persistence
-        return math.sqrt(ratio) if self.values["measure"].endswith("mse") else ratio
+        ratio = math.inf if model is None else model / persistence
+        return math.sqrt(ratio) if self.squared else ratio
+
+    @property
+    def squared(self) -> bool:
+        """Whether errors are kept as squares."""
+        return str(self.values["measure"]).endswith("mse")
 
     def routing(self, key: str) -> float | None:
         """Mean over layers of ``regime_information`` or ``nmi``; None for a dense model."""
         routing = self.values["evaluation"]["routing"]
-        if routing is None:
-            return None
-        return sum(layer[key] for layer in routing["layers"]) / len(routing["layers"])
+        return None if routing is None else statistics.fmean(layer[key] for layer in routing["layers"])
 
     def dead_experts(self) -> int | None:
         """Experts, over all layers, with less than a hundredth of an equal share of the test tokens."""
         routing = self.values["evaluation"]["routing"]
         if routing is None:
             return None
-        dead = 0
-        for layer in routing["layers"]:
-            load = [sum(counts) for counts in zip(*layer["counts"].values(), strict=True)]
-            dead += sum(n < 0.01 * sum(load) / len(load) for n in load)
-        return dead
+        loads = [np.sum(list(layer["counts"].values()), 0) for layer in routing["layers"]]
+        return sum(int((load < 0.01 * load.mean()).sum()) for load in loads)
 
 
 def over_persistence(model: Sequence[float | None], persistence: Sequence[float | None]) -> float | None:
-    """Mean over autoregressive steps of a model's error, over that of persistence; None where one is not finite."""
-    known = [(m, p) for m, p in zip(model, persistence, strict=True) if m is not None and p is not None]
-    total = sum(p for _, p in known)
-    return sum(m for m, _ in known) / total if len(known) == len(model) and total > 0 else None
+    """Mean over autoregressive steps of a model's error, over that of persistence; infinite where one is not finite."""
+    if None in persistence or not sum(p for p in persistence if p is not None):
+        return None
+    known = [m for m in model if m is not None]
+    return math.inf if len(known) < len(model) else sum(known) / sum(p for p in persistence if p is not None)
 
 
-def geometric_mean(values: Iterable[float]) -> float:
-    logs = [math.log(v) for v in values]
-    return math.exp(sum(logs) / len(logs))
+class Claim(NamedTuple):
+    """One model's error against another's in a mix: by a reading, over all its regimes or in one."""
+
+    mix: str
+    label: str
+    other: str
+    reading: str = TEST
+    regime: str | None = None
 
 
 class Results:
-    """The finished cells of a study; seconds a step are the median over a model's seeds.
+    """The finished runs of a study; seconds a step are the median over a model's seeds.
 
-    What ran beside a cell is no property of its model, and the same model with another seed does the same work.
+    What ran beside a run is no property of its model, and the same model with another seed does the same work.
     """
 
     def __init__(self, results: Sequence[Result]) -> None:
         clocks: dict[tuple[str, str], list[float]] = {}
         for r in results:
             if r.values["seconds_per_step"] is not None:
-                clocks.setdefault((r.cell["mix"], r.label), []).append(float(r.values["seconds_per_step"]))
+                clocks.setdefault((r.run["mix"], r.label), []).append(float(r.values["seconds_per_step"]))
         medians = {key: statistics.median(times) for key, times in clocks.items()}
-        self.all = [Result({**r.values, "seconds_per_step": medians.get((r.cell["mix"], r.label))}) for r in results]
+        self.all = [Result({**r.values, "seconds_per_step": medians.get((r.run["mix"], r.label))}) for r in results]
 
     @property
     def mixed(self) -> list[Result]:
-        return [r for r in self.all if not r.cell["model"].startswith("specialist")]
+        return [r for r in self.all if not r.is_specialist]
 
     @property
     def mixes(self) -> list[str]:
         """Mixes in the order of the study."""
-        return list(dict.fromkeys(r.cell["mix"] for r in self.mixed))
+        return list(dict.fromkeys(r.run["mix"] for r in self.mixed))
 
     def labels(self, mix: str) -> list[str]:
         """Models of a mix in the order of the study."""
-        return list(dict.fromkeys(r.label for r in self.mixed if r.cell["mix"] == mix))
+        return list(dict.fromkeys(r.label for r in self.mixed if r.run["mix"] == mix))
 
-    def of(self, mix: str, label: str) -> dict[int, Result]:
-        """Results by seed. The dense model of a mix of one regime is its specialist, and is not trained twice."""
-        found = {r.seed: r for r in self.mixed if r.cell["mix"] == mix and r.label == label}
-        regimes = {name for r in self.mixed if r.cell["mix"] == mix for name in r.regimes}
-        if label == "dense_active" and not found and len(regimes) == 1:
-            (alone,) = regimes
-            return {r.seed: r for r in self.all if r.cell["model"] == "specialist" and r.regimes == [alone]}
-        return found
+    def regimes(self, mix: str) -> list[str]:
+        return next(r.regimes for r in self.mixed if r.run["mix"] == mix)
+
+    def of(self, mix: str, label: str) -> list[Result]:
+        """Results over seeds. The dense model of a mix of one regime is its specialist, and is not trained twice."""
+        found = [r for r in self.mixed if r.run["mix"] == mix and r.label == label]
+        if label == "dense_active" and not found and len(self.regimes(mix)) == 1:
+            label = SPECIALIST
+        return found or [r for r in self.specialists(mix) if r.label == label]
+
+    def specialists(self, mix: str) -> list[Result]:
+        """Of the regimes of a mix: with all steps, and with the steps that the mix gives a regime."""
+        regimes = self.regimes(mix)
+        alone = [r for r in self.all if r.is_specialist and r.regimes[0] in regimes]
+        return [r for r in alone if r.run["share"] in (1, len(regimes))]
 
     def dense(self, mix: str) -> str:
         """The dense model of equal active size that sparse ones are compared with: with the router's size, if run."""
-        return "dense_router" if self.of(mix, "dense_router") else "dense_active"
-
-    def specialist(self, regime: str, seed: int, share: int = 1) -> Result | None:
-        """The specialist of a regime with all steps (share 1), or with the steps that a mix of ``share`` gives it."""
-        name = "specialist" if share == 1 else "specialist_share"
-        for r in self.all:
-            if r.cell["model"] == name and r.regimes == [regime] and r.seed == seed and r.cell["share"] == share:
-                return r
-        return None
+        return "dense_router" if "dense_router" in self.labels(mix) else "dense_active"
 
     def budget(self, mix: str, seed: int, reading: Reading) -> float | None:
         """What the cheapest model of a mix and seed spent, its specialists with all steps included."""
-        group = [r for r in self.mixed if r.cell["mix"] == mix and r.seed == seed]
-        regimes = group[0].regimes if group else []
-        group += [s for s in (self.specialist(regime, seed) for regime in regimes) if s is not None]
-        costs = [c for c in (r.cost(reading) for r in group) if c is not None]
-        return min(costs) if costs else None
+        group = [r for r in self.mixed if r.run["mix"] == mix] + [
+            r for r in self.specialists(mix) if r.run["share"] == 1
+        ]
+        return min((c for r in group if r.seed == seed and (c := r.cost(reading)) is not None), default=None)
 
-    def error(self, result: Result, regime: str, reading: str, mix: str) -> float | None:
-        """Error by a reading: ``test``, ``rollout``, or one of `READINGS` at the mix's budget."""
-        if reading == TEST:
-            return result.test_error(regime)
-        if reading == ROLLOUT:
-            return result.rollout_error(regime)
-        chosen: Reading = next(r for r in READINGS if r == reading)
-        budget = self.budget(mix, result.seed, chosen)
-        return None if budget is None else result.error(regime, chosen, budget)
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """Columns mix, label, seed, regime, reading, error: of every model of a mix and of its specialists."""
+        return tidy(self._rows())
 
-    def mean_error(self, result: Result, reading: str = TEST, mix: str | None = None) -> float | None:
-        """Geometric mean over the regimes of a model, by default in its own mix."""
-        errors = [self.error(result, regime, reading, mix or result.cell["mix"]) for regime in result.regimes]
-        known = [e for e in errors if e is not None and e > 0]
-        return geometric_mean(known) if len(known) == len(errors) else None
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        for mix in self.mixes:
+            members = [r for r in self.mixed if r.run["mix"] == mix] + self.specialists(mix)
+            for r in members:
+                budgets: dict[str, float | None] = {way: self.budget(mix, r.seed, way) for way in READINGS}
+                for regime in r.regimes:
+                    for reading in (TEST, ROLLOUT, *READINGS):
+                        error = r.error(regime, reading, budgets.get(reading))
+                        if error is not None:
+                            place = {"mix": mix, "label": r.label, SEED: r.seed, "regime": regime}
+                            yield {**place, "reading": reading, ERROR: error}
 
-    def transfer(self, result: Result, regime: str, reading: str, share: int = 1) -> float | None:
-        """Transfer index: error of the mixed model over the specialist's; above 1, mixing has done harm."""
-        other = self.specialist(regime, result.seed, share)
-        if other is None:
+    def errors(self, mix: str, label: str, reading: str = TEST, regime: str | None = None) -> pd.Series:
+        """Of a model by seed: in one regime, or the geometric mean over those of the mix that it learned."""
+        names = {r.label for r in self.of(mix, label)}
+        frame = self.frame
+        if frame.empty:
+            return pd.Series(dtype=float)
+        chosen = frame[(frame["mix"] == mix) & frame["label"].isin(names) & (frame["reading"] == reading)]
+        if regime is not None:
+            chosen = chosen[chosen["regime"] == regime]
+        return chosen.groupby(SEED)[ERROR].agg(lambda e: float(gmean(e)))
+
+    def paired(self, claim: Claim) -> Comparison | None:
+        """Over the seeds that both have finished; p is of this comparison alone."""
+        sides = [self.errors(claim.mix, name, claim.reading, claim.regime) for name in (claim.label, claim.other)]
+        both = pd.concat(sides, axis=1, join="inner")
+        return None if both.empty else compare(both.iloc[:, 0].tolist(), both.iloc[:, 1].tolist())
+
+    def compared_sparse(self, mix: str) -> str | None:
+        """The learned router that is compared: ``sparse``, or the first of its variants in the order of the study."""
+        return next((label for label in self.labels(mix) if label.split("-")[0] == "sparse"), None)
+
+    @cached_property
+    def claims(self) -> dict[Claim, Comparison]:
+        """Everything that the page calls lower, higher or equal, with p adjusted for all of it."""
+        found = {claim: self.paired(claim) for mix in self.mixes for claim in self._asked(mix)}
+        return holm({claim: c for claim, c in found.items() if c is not None})
+
+    def _asked(self, mix: str) -> Iterator[Claim]:
+        sparse, dense = self.compared_sparse(mix), self.dense(mix)
+        if sparse is None:
+            return
+        yield from (Claim(mix, sparse, dense, reading) for reading in (TEST, "flops", "seconds", ROLLOUT))
+        yield from (Claim(mix, sparse, other) for other in ("dense_total", "sparse_hash", "sparse_oracle"))
+        yield Claim(mix, "sparse_oracle", dense)
+        labels = (dense, sparse) if len(self.regimes(mix)) > 1 or dense in self.labels(mix) else (sparse,)
+        yield from (Claim(mix, label, SPECIALIST, TEST, regime) for label in labels for regime in self.regimes(mix))
+
+    def bootstrap(self, claim: Claim) -> Interval | None:
+        """Interval of a claim's ratio on the test split over seeds and trajectories; None where these are not known."""
+        sides = [{r.seed: r for r in self.of(claim.mix, name)} for name in (claim.label, claim.other)]
+        seeds = sorted(set(sides[0]) & set(sides[1]))
+        regimes = self.regimes(claim.mix)
+        kept = [
+            [[side[s].values["errors"].get(g, {}).get("by_trajectory") for s in seeds] for g in regimes]
+            for side in sides
+        ]
+        if not seeds or any(row is None for side in kept for group in side for row in group):
             return None
-        mix = result.cell["mix"]
-        mixed, alone = self.error(result, regime, reading, mix), self.error(other, regime, reading, mix)
-        return mixed / alone if mixed is not None and alone else None
+        found = nested_bootstrap(*([np.array(group, float) for group in side] for side in kept))
+        if found is None or not sides[0][seeds[0]].squared:
+            return found
+        return Interval(math.sqrt(found.low), math.sqrt(found.high))
+
+    @cached_property
+    def transfers(self) -> pd.DataFrame:
+        """Transfer indices, error of the mixed model over the specialist's: above 1, mixing has done harm.
+
+        Columns mix, label, seed, regime, reading, error; ``reading`` is one of the readings, or ``share``: against the
+        specialist with as many steps as the mix gives its regime, on the test split.
+        """
+        keys = ["mix", SEED, "regime", "reading"]
+        frame = self.frame
+        if frame.empty:
+            return frame
+        mixed = frame[~frame["label"].str.startswith(SPECIALIST)]
+        shared = mixed[mixed["reading"] == TEST].assign(reading="share")
+        alone = frame[frame["label"] == SPECIALIST]
+        fewer = frame[frame["label"].str.startswith("specialist_share") & (frame["reading"] == TEST)]
+        against = pd.concat([alone, fewer.assign(reading="share")]).drop(columns="label")
+        joined = pd.concat([mixed, shared]).merge(against, on=keys, suffixes=("", "_alone"))
+        joined[ERROR] = joined[ERROR] / joined.pop(f"{ERROR}_alone")
+        return joined
+
+
+def rank_pairs(results: Iterable[Result], results_of: Results) -> list[tuple[Result, float, float]]:
+    """(result, U, mean error) of every sparse run whose error is finite."""
+    found = []
+    for r in results:
+        u, errors = r.routing("regime_information"), results_of.errors(r.run["mix"], r.label)
+        if u is not None and math.isfinite(errors.get(r.seed, math.inf)):
+            found.append((r, u, float(errors[r.seed])))
+    return found

@@ -6,27 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from shodh.experiments.transfer.results import ROLLOUT, TEST, Result, Results
-from shodh.report.comparison import (
-    LEVEL,
-    MARGIN,
-    MIN_SEEDS,
-    Comparison,
-    Verdict,
-    brief,
-    compare,
-    describe,
-    holm,
-)
+from shodh.experiments.transfer.results import ROLLOUT, SPECIALIST, TEST, Claim, Results
 from shodh.report.page import Tone
-
-RULE = (
-    f"A model has a lower error if the paired t test over seeds gives p < {LEVEL} and the geometric mean of the "
-    f"regimes' errors differs by more than {MARGIN:.0%}; the errors are equal if the 95 % interval of their ratio lies "
-    f"within {MARGIN:.0%} of 1; all else, and all with fewer than {MIN_SEEDS} seeds, is undecided. The headline's "
-    "comparison is the one the study was made for, and its p is as it is; of regimes, and of tables of all pairs, it "
-    "is adjusted for their number (Holm)."
-)
+from shodh.report.statistics import MARGIN, Comparison, Verdict, brief, describe
 
 Cause = Literal[
     "separation",
@@ -56,63 +38,44 @@ class Answer:
     seeds: int = 0
 
 
-def paired(results: Results, mix: str, label: str, other: str, reading: str = TEST) -> Comparison | None:
-    """One model against another on a mix, over the seeds that both have finished."""
-    first, second = results.of(mix, label), results.of(mix, other)
-    pairs = [
-        (results.mean_error(first[s], reading), results.mean_error(second[s], reading)) for s in first if s in second
-    ]
-    known = [(a, b) for a, b in pairs if a is not None and b is not None]
-    return compare([a for a, _ in known], [b for _, b in known]) if known else None
-
-
-def compared_sparse(results: Results, mix: str) -> str | None:
-    """The learned router that is compared: ``sparse``, or the first of its variants in the order of the study."""
-    return next((label for label in results.labels(mix) if label.split("-")[0] == "sparse"), None)
-
-
 def does_routing_help(results: Results, mix: str) -> Answer:
     """Sparse against dense of equal active size, and both against specialists."""
-    sparse, dense = compared_sparse(results, mix), results.dense(mix)
-    against = None if sparse is None else paired(results, mix, sparse, dense)
+    sparse, dense = results.compared_sparse(mix), results.dense(mix)
+    claim = Claim(mix, sparse or "", dense)
+    against = results.claims.get(claim)
     if sparse is None or against is None:
         return Answer("Not asked", f"{mix}: no finished pair of sparse and {dense} with the same seed.", "neutral")
-    text = [f"{describe(sparse, against, dense)}.", *_other_readings(results, mix, sparse, dense)]
+    text = [f"{describe(sparse, against, dense)}."]
+    wider = results.bootstrap(claim)
+    if wider is not None:
+        text.append(f"Over seeds and test trajectories together the interval is {wider.low:.3f} to {wider.high:.3f}.")
+    text += _other_readings(results, mix, sparse, dense)
     text += negative_transfer(results, mix, sparse, dense, against.verdict)
-    total = paired(results, mix, sparse, "dense_total")
+    total = results.claims.get(Claim(mix, sparse, "dense_total"))
     if total is not None:
-        text.append(f"{describe(sparse, total, 'dense_total')}.")
+        text.append(f"{describe(sparse, total, 'dense_total')}: {SAID[total.verdict]}.")
     verdicts: dict[Verdict, tuple[str, Tone]] = {
         "lower": ("Sparse routing lowers the error at equal active size", "good"),
         "higher": ("Dense wins at equal active size", "bad"),
         "equal": (f"No difference above {MARGIN:.0%} at equal active size", "fair"),
         "open": ("Undecided: no difference that these seeds can show", "fair"),
     }
-    return Answer(verdicts[against.verdict][0], "\n".join(text), verdicts[against.verdict][1], against.seeds)
+    seeds = len(against.logs)
+    return Answer(verdicts[against.verdict][0], "\n".join(text), verdicts[against.verdict][1], seeds)
 
 
 def _other_readings(results: Results, mix: str, sparse: str, dense: str) -> list[str]:
     """One sentence on equal work, equal time and rollouts."""
     names = {"flops": "at equal work", "seconds": "at equal time", ROLLOUT: "on rollouts"}
-    found = {name: paired(results, mix, sparse, dense, reading) for reading, name in names.items()}
-    told = [f"{name} {brief(c)} ({SAID[c.verdict]})" for name, c in found.items() if c is not None]
-    return [f"Other readings of the same runs: {', '.join(told)}."] if told else []
+    found = {name: results.claims.get(Claim(mix, sparse, dense, reading)) for reading, name in names.items()}
+    parts = [f"{name} {brief(c)} ({SAID[c.verdict]})" for name, c in found.items() if c is not None]
+    return [f"Other readings of the same runs: {', '.join(parts)}."] if parts else []
 
 
 def transfer_by_regime(results: Results, mix: str, label: str) -> dict[str, Comparison]:
-    """Transfer index of each regime: a mixed model against the specialist with as many steps, paired over seeds.
-
-    The p values hold for all regimes of the mix at once.
-    """
-    found: dict[str, Comparison] = {}
-    seeds = list(results.of(mix, label).values())
-    for regime in seeds[0].regimes if seeds else []:
-        pairs = [(r.test_error(regime), results.specialist(regime, r.seed)) for r in seeds]
-        known = [(ours, s.test_error(regime)) for ours, s in pairs if s is not None]
-        both = [(ours, theirs) for ours, theirs in known if ours is not None and theirs is not None]
-        if both:
-            found[regime] = compare([a for a, _ in both], [b for _, b in both])
-    return dict(zip(found, holm(list(found.values())), strict=True))
+    """Transfer index of each regime: a mixed model against the specialist with as many steps, paired over seeds."""
+    found = {r: results.claims.get(Claim(mix, label, SPECIALIST, TEST, r)) for r in results.regimes(mix)}
+    return {regime: c for regime, c in found.items() if c is not None}
 
 
 def negative_transfer(results: Results, mix: str, sparse: str, dense: str, against: Verdict) -> list[str]:
@@ -123,9 +86,9 @@ def negative_transfer(results: Results, mix: str, sparse: str, dense: str, again
     without, routed = (transfer_by_regime(results, mix, label) for label in (dense, sparse))
     if not without or not routed:
         return []
-    told = [_transfer_sentence(dense, without), _transfer_sentence(sparse, routed)]
     verdicts = [{regime: c.verdict for regime, c in by.items()} for by in (without, routed)]
-    return [*told, conclude_transfer(verdicts[0], verdicts[1], against)]
+    sentences = [_transfer_sentence(dense, without), _transfer_sentence(sparse, routed)]
+    return [*sentences, conclude_transfer(verdicts[0], verdicts[1], against)]
 
 
 def conclude_transfer(dense: dict[str, Verdict], sparse: dict[str, Verdict], against: Verdict) -> str:
@@ -146,8 +109,8 @@ def conclude_transfer(dense: dict[str, Verdict], sparse: dict[str, Verdict], aga
 
 def _transfer_sentence(label: str, by_regime: Mapping[str, Comparison]) -> str:
     words: dict[Verdict, str] = {"higher": "harm", "lower": "gain", "equal": "neither", "open": "undecided"}
-    told = [f"{regime} {c.ratio:.3f} ({words[c.verdict]})" for regime, c in by_regime.items()]
-    return f"Transfer index of {label} against specialists with as many steps: {', '.join(told)}."
+    parts = [f"{regime} {c.ratio:.3f} ({words[c.verdict]})" for regime, c in by_regime.items()]
+    return f"Transfer index of {label} against specialists with as many steps: {', '.join(parts)}."
 
 
 def what_lowers_the_error(results: Results, mix: str) -> tuple[Cause, str]:
@@ -160,17 +123,17 @@ def what_lowers_the_error(results: Results, mix: str) -> tuple[Cause, str]:
     oracle: finer specialisation; or sharing of experts between regimes, where the oracle has several for each and
     chooses among them. If it is equal to, or worse than the oracle: separation. Otherwise undecided.
     """
-    sparse, dense = compared_sparse(results, mix), results.dense(mix)
+    sparse, dense = results.compared_sparse(mix), results.dense(mix)
     if sparse is None:
         return "not asked", "no learned router in this mix"
-    found = {other: paired(results, mix, sparse, other) for other in (dense, "sparse_hash", "sparse_oracle")}
+    found = {other: results.claims.get(Claim(mix, sparse, other)) for other in (dense, "sparse_hash", "sparse_oracle")}
     against, hashed, oracle = found.values()
-    bound = paired(results, mix, "sparse_oracle", dense)
+    bound = results.claims.get(Claim(mix, "sparse_oracle", dense))
     if against is None or hashed is None or oracle is None or bound is None:
         missing = [other for other, c in found.items() if c is None] or [f"sparse_oracle and {dense} with one seed"]
-        return "not asked", f"{mix}: needs finished cells of {', '.join(missing)}"
-    reasons = [f"{brief(c)} that of {other}" for other, c in found.items() if c is not None]
-    reasons.append(f"and that of sparse_oracle {brief(bound)} that of {dense}")
+        return "not asked", f"{mix}: needs finished runs of {', '.join(missing)}"
+    reasons = [f"{brief(c)} that of {other} ({SAID[c.verdict]})" for other, c in found.items() if c is not None]
+    reasons.append(f"and that of sparse_oracle {brief(bound)} that of {dense} ({SAID[bound.verdict]})")
     chooses = oracle_chooses(results, mix)
     if chooses:
         reasons.append("sparse_oracle has several experts for each regime and learns to choose among them")
@@ -180,9 +143,10 @@ def what_lowers_the_error(results: Results, mix: str) -> tuple[Cause, str]:
 
 def oracle_chooses(results: Results, mix: str) -> bool:
     """Whether a regime's group of the oracle has more experts than a token meets."""
-    for r in results.of(mix, "sparse_oracle").values():
-        return int(r.values["evaluation"]["routing"]["num_experts"]) > len(r.regimes) * int(r.values["top_k"])
-    return False
+    return any(
+        int(r.values["evaluation"]["routing"]["num_experts"]) > len(r.regimes) * int(r.values["top_k"])
+        for r in results.of(mix, "sparse_oracle")
+    )
 
 
 def decide_cause(dense: Verdict, hashed: Verdict, oracle: Verdict, bound: Verdict, chooses: bool = False) -> Cause:
@@ -200,13 +164,3 @@ def decide_cause(dense: Verdict, hashed: Verdict, oracle: Verdict, bound: Verdic
     if oracle == "lower":
         return "sharing between regimes" if chooses else "finer specialisation"
     return "separation" if oracle in ("higher", "equal") else "undecided"
-
-
-def separation_and_error(results: Results) -> list[tuple[Result, float, float]]:
-    """(result, U, mean error) of every sparse cell."""
-    found = []
-    for result in results.mixed:
-        u, error = result.routing("regime_information"), results.mean_error(result)
-        if u is not None and error is not None:
-            found.append((result, u, error))
-    return found

@@ -1,4 +1,4 @@
-"""From a study file to cells: everything equal but what is compared."""
+"""From a study file to runs: everything equal but what is compared."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from published import published
 
 from shodh.config import RunConfig, config_from_dict, to_dict
 from shodh.core.errors import ConfigError
-from shodh.experiments.transfer.cells import Cell, expand
-from shodh.experiments.transfer.flops import BACKWARD, flop_counter, forward_flops, sample_inputs, step_flops
-from shodh.experiments.transfer.settings import StudyConfig, load_study
-from shodh.experiments.transfer.sizes import TOLERANCE, model_size
+from shodh.experiments.harness.flops import BACKWARD, flop_counter, forward_flops, sample_inputs, step_flops
+from shodh.experiments.harness.run import Run
+from shodh.experiments.harness.settings import load_settings
+from shodh.experiments.harness.sizes import TOLERANCE, model_size
+from shodh.experiments.transfer.runs import expand
+from shodh.experiments.transfer.settings import StudyConfig
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
 
@@ -40,36 +42,40 @@ def study_file(tmp_path: Path, write_config: Callable[..., Path]) -> Callable[..
     return write
 
 
-def by_name(cells: list[Cell]) -> dict[str, Cell]:
-    assert len({cell.name for cell in cells}) == len(cells)
-    return {cell.name: cell for cell in cells}
+def load_study(path: Path, scale: Any = "tiny", **changes: Any) -> StudyConfig:
+    return load_settings(StudyConfig, path, scale, **changes)
 
 
-def test_cells_differ_in_what_is_compared_and_in_nothing_else(study_file: Callable[..., Path]) -> None:
-    cells = by_name(expand(load_study(study_file(seeds=2))))
-    assert len(cells) == 2 * (6 + 2 * 2)
-    sparse, dense = (to_dict(cells[f"both-{m}-s1"].config) for m in ("sparse", "dense_active"))
+def by_name(runs: list[Run]) -> dict[str, Run]:
+    assert len({run.name for run in runs}) == len(runs)
+    return {run.name: run for run in runs}
+
+
+def test_runs_differ_in_what_is_compared_and_in_nothing_else(study_file: Callable[..., Path]) -> None:
+    runs = by_name(expand(load_study(study_file(seeds=2))))
+    assert len(runs) == 2 * (6 + 2 * 2)
+    sparse, dense = (to_dict(runs[f"both-{m}-s1"].config) for m in ("sparse", "dense_active"))
     assert dense["operator"]["experts"].pop("num_experts") == 0
     assert sparse["operator"]["experts"].pop("num_experts") == 4
     for tree in (sparse, dense):
         del tree["name"]
     assert sparse == dense
-    first, second = (to_dict(cells[f"both-sparse-s{s}"].config) for s in (0, 1))
+    first, second = (to_dict(runs[f"both-sparse-s{s}"].config) for s in (0, 1))
     assert {k for k in first if first[k] != second[k]} == {"name", "seed"}
-    assert len({cell.config.tokenizer_dir for cell in cells.values()}) == 1
+    assert len({run.config.tokenizer_dir for run in runs.values()}) == 1
 
 
 def test_specialists_have_all_steps_or_the_steps_of_their_share(study_file: Callable[..., Path]) -> None:
-    cells = by_name(expand(load_study(study_file(seeds=1))))
-    whole, share = cells["porous_media-specialist-s0"], cells["porous_media-specialist_share2-s0"]
-    assert [r.name for r in whole.config.data.regimes] == ["porous_media"] == list(share.regimes)
+    runs = by_name(expand(load_study(study_file(seeds=1))))
+    whole, share = runs["porous_media-specialist-s0"], runs["porous_media-specialist_share2-s0"]
+    assert [r.name for r in whole.config.data.regimes] == ["porous_media"] == list(share.labels["regimes"])
     assert (whole.config.operator.train.steps, share.config.operator.train.steps) == (10, 5)
 
 
 def test_models_are_of_the_size_that_their_name_says(study_file: Callable[..., Path]) -> None:
-    cells = by_name(expand(load_study(study_file(seeds=1))))
+    runs = by_name(expand(load_study(study_file(seeds=1))))
     size = {
-        m: model_size(cells[f"both-{m}-s0"].config) for m in ("sparse", "dense_active", "dense_total", "sparse_hash")
+        m: model_size(runs[f"both-{m}-s0"].config) for m in ("sparse", "dense_active", "dense_total", "sparse_hash")
     }
     # A hash router has no weights, so what is left must agree to the last one.
     assert size["sparse_hash"]["active_parameters"] == size["dense_active"]["total_parameters"]
@@ -78,8 +84,8 @@ def test_models_are_of_the_size_that_their_name_says(study_file: Callable[..., P
 
 
 def test_dense_router_has_as_many_parameters_as_the_sparse_model_active(study_file: Callable[..., Path]) -> None:
-    cells = by_name(expand(load_study(study_file(seeds=1, models=["sparse", "dense_router"], routers=["two_level"]))))
-    sparse, dense = (model_size(cells[f"both-{m}-s0"].config) for m in ("sparse-two_level", "dense_router"))
+    runs = by_name(expand(load_study(study_file(seeds=1, models=["sparse", "dense_router"], routers=["two_level"]))))
+    sparse, dense = (model_size(runs[f"both-{m}-s0"].config) for m in ("sparse-two_level", "dense_router"))
     assert dense["total_parameters"] == dense["active_parameters"]
     assert dense["total_parameters"] == pytest.approx(sparse["active_parameters"], rel=TOLERANCE)
 
@@ -90,10 +96,9 @@ def test_dense_router_makes_up_for_the_large_gate_of_moe_pot(study_file: Callabl
     operator = {"kind": "moe_pot", "dim": 64, "depth": 2, "heads": 4, "patch": 8, "field": {"mlp": 64, "decoder": 8}}
     operator["experts"] = {"router": {"gate": "conv", "score": "softmax"}}
     base.write_text(yaml.safe_dump({**tree, "operator": {**published(operator), "train": {"steps": 5}}}))
-    cells = by_name(expand(load_study(study_file(seeds=1, models=["sparse", "dense_active", "dense_router"]))))
+    runs = by_name(expand(load_study(study_file(seeds=1, models=["sparse", "dense_active", "dense_router"]))))
     sparse, narrow, wide = (
-        model_size(cells[f"both-{m}-s0"].config)["active_parameters"]
-        for m in ("sparse", "dense_active", "dense_router")
+        model_size(runs[f"both-{m}-s0"].config)["active_parameters"] for m in ("sparse", "dense_active", "dense_router")
     )
     assert wide == pytest.approx(sparse, rel=TOLERANCE)
     assert narrow < 0.95 * sparse
@@ -117,12 +122,12 @@ def test_dense_router_says_where_no_width_fits(study_file: Callable[..., Path]) 
 
 def test_what_is_compared_with_has_the_experts_of_the_first_variant(study_file: Callable[..., Path]) -> None:
     models = ["sparse", "dense_total", "sparse_hash", "sparse_oracle"]
-    cells = by_name(expand(load_study(study_file(seeds=1, models=models, experts=[8, 4], balances=["none", "both"]))))
-    found = {m: cells[f"both-{m}-s0"].config.operator.experts for m in models[1:]}
+    runs = by_name(expand(load_study(study_file(seeds=1, models=models, experts=[8, 4], balances=["none", "both"]))))
+    found = {m: runs[f"both-{m}-s0"].config.operator.experts for m in models[1:]}
     assert found["sparse_hash"].num_experts == found["sparse_oracle"].num_experts == 8
     assert found["sparse_hash"].balance.switch == found["sparse_oracle"].balance.switch == 0.0
-    size = model_size(cells["both-dense_total-s0"].config)["total_parameters"]
-    assert size == model_size(cells["both-sparse_hash-s0"].config)["total_parameters"]
+    size = model_size(runs["both-dense_total-s0"].config)["total_parameters"]
+    assert size == model_size(runs["both-sparse_hash-s0"].config)["total_parameters"]
 
 
 def test_oracle_gets_a_group_for_each_regime(study_file: Callable[..., Path]) -> None:
@@ -134,11 +139,11 @@ def test_oracle_gets_a_group_for_each_regime(study_file: Callable[..., Path]) ->
 
 def test_axes_vary_the_sparse_model_alone(study_file: Callable[..., Path]) -> None:
     changes = {"routers": ["token", "two_level"], "balances": ["switch"], "experts": [2, 4], "groups": [2, 4]}
-    cells = expand(load_study(study_file(seeds=1, models=["sparse", "dense_active"], **changes)))
-    names = {cell.label for cell in cells}
+    runs = expand(load_study(study_file(seeds=1, models=["sparse", "dense_active"], **changes)))
+    names = {run.labels["label"] for run in runs}
     two_level = {"sparse-two_level-switch-e2-g2", "sparse-two_level-switch-e4-g2", "sparse-two_level-switch-e4-g4"}
     assert names == {"dense_active", "sparse-token-switch-e2", "sparse-token-switch-e4", *two_level}
-    found = next(c for c in cells if c.label == "sparse-two_level-switch-e4-g4").config.operator.experts
+    found = next(c for c in runs if c.labels["label"] == "sparse-two_level-switch-e4-g4").config.operator.experts
     assert (found.num_experts, found.router.groups, found.balance.information) == (4, 4, 0.0)
 
 
@@ -147,12 +152,14 @@ def test_axes_vary_the_sparse_model_alone(study_file: Callable[..., Path]) -> No
     [
         ({"modles": []}, "did you mean 'models'?"),
         ({"scales": {"small": {"sets": []}}}, "did you mean 'set'?"),
+        ({"scales": {"small": {"set": 3}}}, "at scale small: set: "),
+        ({"scales": {"large": {}}}, "scales.large"),
         ({"models": ["spare"]}, "models"),
         ({"mixes": {"both": ["open_channel", "ocean"]}}, "unknown regimes ['ocean']"),
         ({"mixes": {"both": ["heat", "heat"]}}, "repeated regimes"),
         ({"groups": [2]}, "add it to routers"),
         ({"base": "absent.yaml"}, "cannot read configuration absent.yaml"),
-        ({"experts": [3], "routers": ["two_level"]}, "cell both-sparse-two_level-e3-s0"),
+        ({"experts": [3], "routers": ["two_level"]}, "run both-sparse-two_level-e3-s0"),
     ],
 )
 def test_impossible_studies_are_refused_by_name(
@@ -166,7 +173,8 @@ def test_impossible_studies_are_refused_by_name(
 def test_scale_with_a_base_of_its_own_leaves_the_studys_changes_behind(study_file: Callable[..., Path]) -> None:
     path = study_file(set=["operator.train.steps=7"], scales={"paper": {"base": "x.yaml", "seeds": 5}})
     paper = load_study(path, "paper", overrides=["seed=1"])
-    assert (str(paper.base), paper.set, paper.seeds, paper.name) == ("x.yaml", ("seed=1",), 5, "s-paper")
+    assert (str(paper.base), paper.set, paper.overrides, paper.name) == ("x.yaml", (), ("seed=1",), "s-paper")
+    assert paper.seeds == 5
     assert load_study(path).set == ("operator.train.steps=7",)
     with pytest.raises(ConfigError, match="not defined at scale small"):
         load_study(path, "small")
@@ -177,9 +185,9 @@ def test_scale_with_a_base_of_its_own_leaves_the_studys_changes_behind(study_fil
 def test_every_study_of_the_project_expands(path: Path, scale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     study: StudyConfig = load_study(path, scale)
-    cells = by_name(expand(study, world_size=8 if scale == "paper" else 1))
-    assert len({cell.seed for cell in cells.values()}) == study.seeds >= 3
-    assert {cell.model for cell in cells.values()} == set(study.models)
+    runs = by_name(expand(study, world_size=8 if scale == "paper" else 1))
+    assert len({run.labels["seed"] for run in runs.values()}) == study.seeds >= 3
+    assert {run.labels["model"] for run in runs.values()} == set(study.models)
 
 
 def moe_pot(tree: dict[str, Any], **experts: Any) -> RunConfig:

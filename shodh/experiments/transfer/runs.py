@@ -1,16 +1,19 @@
-"""From a study to its cells: every combination of model, mix, variant and seed, as the configuration of a run."""
+"""From a study to its runs: every combination of model, mix, variant and seed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
 from shodh.config import ExpertsConfig, RunConfig, config_from_dict, to_dict
 from shodh.config.reading import merge_trees
+from shodh.core.errors import ShodhError
 from shodh.core.topology import fitting_ep_size
+from shodh.experiments.harness.results import RESULT
+from shodh.experiments.harness.run import Run
+from shodh.experiments.harness.workers import Workers
 from shodh.experiments.transfer.settings import StudyConfig
 
 #: Balance terms by name, with the weights of the project's own experiments.
@@ -21,41 +24,8 @@ BALANCES: dict[str, dict[str, float]] = {
     "none": {"switch": 0.0, "information": 0.0},
 }
 CONTROLS = {"sparse_hash": "hash", "sparse_frozen": "frozen", "sparse_oracle": "oracle"}
+MEASURE = "shodh.experiments.transfer.measure:measure"
 SPECIALISTS = ("specialist", "specialist_share")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a study.
-
-    Attributes
-    ----------
-    model : str
-        A `shodh.experiments.transfer.settings.ModelName`.
-    mix : str
-        Name of the mix; of a specialist, its regime. ``share`` is the number of regimes of the mix whose steps a
-        regime a specialist is given (1: all steps of the study).
-    variant : dict
-        What the axes set: router, balance, experts, groups.
-    """
-
-    name: str
-    model: str
-    mix: str
-    regimes: tuple[str, ...]
-    variant: dict[str, Any]
-    share: int
-    seed: int
-    config: RunConfig
-
-    @property
-    def label(self) -> str:
-        """Model and variant: what is compared over seeds."""
-        return label_of(self.model, self.variant)
-
-    def describe(self) -> dict[str, Any]:
-        """JSON-able, without the configuration."""
-        return {**{k: v for k, v in asdict(self).items() if k != "config"}, "label": self.label}
 
 
 def label_of(model: str, variant: Mapping[str, Any]) -> str:
@@ -64,28 +34,49 @@ def label_of(model: str, variant: Mapping[str, Any]) -> str:
     return "-".join([*parts, *(f"{k[0]}{variant[k]}" for k in ("experts", "groups") if k in variant)])
 
 
-def expand(study: StudyConfig, world_size: int = 1) -> list[Cell]:
-    """Every cell of a study for a number of ranks, seeds outermost.
+def expand(study: StudyConfig, world_size: int = 1, keep_checkpoints: bool = False) -> list[Run]:
+    """Every run of a study for a number of ranks, seeds outermost.
 
-    So after any number of finished cells the models have had about the same seeds.
+    So after any number of finished runs the models have had about the same seeds. Labels: ``model`` (a `ModelName`),
+    ``label`` (model and variant: what is compared over seeds), ``mix`` (of a specialist its regime), ``regimes``,
+    ``variant`` (what the axes set), ``share`` (the number of regimes of the mix whose steps a regime a specialist is
+    given; 1: all steps of the study) and ``seed``.
 
     Raises
     ------
     ConfigError
-        A cell's configuration is impossible; the message names it.
+        A run's configuration is impossible; the message names it.
     """
-    tree = to_dict(study.base_config())
+    base = study.base_config()
+    tree = to_dict(base)
+    by_name, probe = {r["name"]: r for r in tree["data"]["regimes"]}, study.plasticity
+    settings = {
+        "fresh": None if probe is None else {"probe": to_dict(probe), "regime": by_name[probe.regime]},
+        "gradient_samples": study.gradient_samples,
+    }
     changes: dict[tuple[str, int], dict[str, Any]] = {}
-    cells = []
+    runs = []
     for seed in range(study.seeds):
         for model, mix, regimes, variant, share in _combinations(study):
-            name = f"{mix}-{label_of(model, variant)}{share if share > 1 else ''}-s{seed}"
+            label = label_of(model, variant) + (str(share) if share > 1 else "")
+            name = f"{mix}-{label}-s{seed}"
             key = label_of(model, variant), len(regimes)
             if key not in changes:
                 changes[key] = operator_changes(study, tree, name, model, variant, len(regimes))
             config = _configure(study, tree, name, changes[key], regimes, share, seed, world_size)
-            cells.append(Cell(name, model, mix, regimes, variant, share, seed, config))
-    return cells
+            labels = {"model": model, "label": label, "mix": mix, "regimes": regimes, "variant": variant}
+            runs.append(
+                Run(
+                    name,
+                    config,
+                    config.run_dir / RESULT,
+                    MEASURE,
+                    {**labels, "share": share, "seed": seed},
+                    settings,
+                    {"keep_checkpoints": keep_checkpoints},
+                )
+            )
+    return runs
 
 
 Combination = tuple[str, str, tuple[str, ...], dict[str, Any], int]
@@ -137,7 +128,7 @@ def operator_changes(
     base = config_from_dict(dict(tree), name)
     compared = _variants(study)[0]
     if model in ("dense_router", "dpot"):
-        from shodh.experiments.transfer.sizes import (
+        from shodh.experiments.harness.sizes import (
             widened_dense,  # Builds models, so it needs torch; nothing else here does.
         )
 
@@ -198,25 +189,25 @@ def _configure(
         "warmup": base.operator.train.warmup // share,
         "valid_every": every,
         "checkpoint_every": every,
-        "keep_checkpoints": steps,  # All; they are dropped when the cell is measured.
+        "keep_checkpoints": steps,  # All; they are dropped when the run is measured.
     }
     changed = merge_trees(
         tree,
         {
             "name": name,
             "seed": seed,
-            "out": str(study.folder / "cells"),
+            "out": str(study.folder / "runs"),
             "data": {"regimes": [by_name[r] for r in regimes]},
             "tokenizer": {"run": str(tokenizer_dir(study, base))},
             "operator": {**operator, "train": train},
             "parallel": {"ep_size": fitting_ep_size(world_size, base.parallel.ep_size, num_experts)},
         },
     )
-    return config_from_dict(changed, f"study {study.name}, cell {name}")
+    return config_from_dict(changed, f"study {study.name}, run {name}")
 
 
 def tokenizer_config(study: StudyConfig) -> RunConfig:
-    """The run whose tokenizer all cells share: the base, with all its regimes."""
+    """The run whose tokenizer all others share: the base, with all its regimes."""
     tree = to_dict(study.base_config())
     tree["tokenizer"]["run"] = str(tokenizer_dir(study, config_from_dict(tree)))
     return config_from_dict({**tree, "name": study.name, "out": str(study.out), "parallel": {}})
@@ -225,3 +216,23 @@ def tokenizer_config(study: StudyConfig) -> RunConfig:
 def tokenizer_dir(study: StudyConfig, base: RunConfig) -> Any:
     """The one that the base run names, or one of the study's own."""
     return base.tokenizer.run or study.folder / "tokenizer"
+
+
+def make_tokenizer(study: StudyConfig, runs: Sequence[Run], workers: Workers) -> None:
+    """Train the tokenizer that all runs share, and encode the data once for every mix, in a job of its own.
+
+    Raises
+    ------
+    ShodhError
+        It could not be trained.
+    """
+    config = tokenizer_config(study)
+    if config.operator.in_field_space:
+        return
+    mixes = [run.labels["regimes"] for run in runs]
+    if study.plasticity is not None:
+        mixes.append((study.plasticity.regime,))
+    job = {"prepare": "shodh.experiments.transfer.measure:prepare", "mixes": list(dict.fromkeys(mixes))}
+    line = workers.run("tokenizer", {**job, "config": to_dict(config)})
+    if line is not None and not workers.stopped.is_set():
+        raise ShodhError(f"the tokenizer of the study could not be made: {line}")

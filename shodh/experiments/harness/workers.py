@@ -25,7 +25,7 @@ from shodh.core.devices import card_environment, check_ranks
 from shodh.core.errors import ConfigError
 from shodh.core.strict_json import write_json
 from shodh.core.weights import read_json
-from shodh.train.ranks import Ranks
+from shodh.experiments.harness.ranks import Ranks
 
 ROOT = Path(shodh.__file__).resolve().parents[1]
 FAILURES = "failures.json"

@@ -1,0 +1,64 @@
+"""The page of a study: what all studies show alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shodh.experiments.harness.settings import StudySettings
+from shodh.report.page import Headline, Section, Table, filled, records, text_table, write_page
+from shodh.report.statistics import RULE, Comparison
+from shodh.train.run_folder import describe_environment
+
+WORDS = {"lower": "lower", "higher": "higher", "equal": "equal", "open": "undecided"}
+
+
+def write_study(
+    study: StudySettings,
+    title: str,
+    headline: Headline,
+    sections: Sequence[Section | None],
+    missing: Mapping[str, str],
+    shown: Sequence[str],
+    **data: Any,
+) -> str:
+    """Write ``<study>/report`` and return its top as text, with the tables whose stems are ``shown``.
+
+    Parameters
+    ----------
+    missing : mapping
+        Runs without a result, and why: named below, and in the JSON file.
+    data
+        What else the JSON file holds.
+    """
+    rows = [[name, reason] for name, reason in missing.items()]
+    absent = filled("missing", "Runs without a result", GOES_ON, {"runs_missing": Table(["run", "why"], rows)})
+    known = [section for section in (*sections, absent) if section is not None]
+    content = {
+        "study": study.name,
+        "question": study.question,
+        "settings": study.model_dump(mode="json"),
+        **headline.record(),
+        "missing": dict(missing),
+        "env": describe_environment(),
+        **data,
+        **{section.key: {**records(section), **section.summary} for section in known if section is not absent},
+    }
+    write_page(study.folder / "report", title, headline, known, data=content)
+    tables = {stem: (s.title, table) for s in known for stem, table in s.tables.items()}
+    parts = [f"{tables[stem][0]}\n{text_table(tables[stem][1])}" for stem in shown if stem in tables]
+    return "\n\n".join([f"{headline.verdict}.\n{headline.text}", *parts]) + "\n"
+
+
+GOES_ON = "The same command goes on with them."
+
+
+def claims_section(claims: Mapping[Any, Comparison], columns: Sequence[str]) -> Section | None:
+    """Everything that a page claims, a row a claim; keys are rows of ``columns``."""
+    header = [*columns, "seeds", "ratio", "95 % low", "95 % high", "p", "p Holm", "p sign-flip", "lower in", "diverged"]
+    rows = [
+        [*key, c.seeds, c.ratio, c.low, c.high, c.p, c.p_holm, c.p_sign, c.wins, c.diverged, WORDS[c.verdict]]
+        for key, c in claims.items()
+    ]
+    text = f"Errors of the first over those of the other, paired by seed. p is of what is claimed. {RULE}"
+    return filled("claims", "Claims", text, {"claims": Table([*header, "verdict"], rows)})
