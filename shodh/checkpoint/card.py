@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from shodh.schema.fields import Field
+
+if TYPE_CHECKING:
+    from shodh.checkpoint.description import ModelDescription
 
 _HEAD = """---
 library_name: shodh
@@ -58,8 +63,9 @@ _DECODED = (
 _EMITTED = "Fields are emitted as they are: neither conservation of mass nor no-slip inside solids is enforced."
 
 
-def model_card(description: Mapping[str, Any], numbers: Mapping[str, Any] | None = None) -> str:
-    """Markdown for a ``config.json``; ``numbers`` is an evaluation's ``metrics.json``, where there is one."""
+def model_card(model: ModelDescription, numbers: Mapping[str, Any] | None = None) -> str:
+    """Markdown for a model; ``numbers`` is an evaluation's ``metrics.json``, where there is one."""
+    description = model.model_dump(mode="json")
     run, parameters = description["run"], description["parameters"]
     what = " and ".join(description["parts"])
     decoded = "tokenizer" in description["parts"]
@@ -67,15 +73,15 @@ def model_card(description: Mapping[str, Any], numbers: Mapping[str, Any] | None
         name=run["name"],
         what=what,
         dtype=description["dtype"],
-        regimes=", ".join(description["regimes"]),
-        fields=", ".join(_describe_field(f) for f in description["fields"]),
+        regimes=", ".join(model.regimes),
+        fields=", ".join(_describe_field(f) for f in model.space.fields),
         grid=" x ".join(str(n) for n in run["data"]["grid"]),
         total=parameters["total"],
         active=parameters["active"],
         step=description["source"]["step"] if description["source"]["step"] is not None else "unknown",
         seed=run["seed"],
         history=run["data"]["history"],
-        regime=description["regimes"][0],
+        regime=model.regimes[0],
         places=_STAGGERED if decoded else _AS_TRAINED,
     )
     if description.get("merge"):
@@ -105,9 +111,9 @@ def _merged(merge: Mapping[str, Any]) -> str:
     )
 
 
-def _describe_field(field: Mapping[str, Any]) -> str:
-    words = [w for w in ("solenoidal", "static") if field.get(w)] + [str(field.get("kind", "scalar"))]
-    return f"{field['name']} ({' '.join(words)})"
+def _describe_field(field: Field) -> str:
+    words = [w for w in ("solenoidal", "static") if getattr(field, w)] + [field.kind]
+    return f"{field.name} ({' '.join(words)})"
 
 
 def _rows(regimes: Mapping[str, Any]) -> Iterator[str]:

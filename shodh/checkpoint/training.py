@@ -17,6 +17,7 @@ from shodh.checkpoint.folder import (
     read_manifest,
 )
 from shodh.checkpoint.optimizer_state import Fragments, load_training_state, write_fragments
+from shodh.checkpoint.run_files import link_description
 from shodh.checkpoint.shares import check_cover, check_masters
 from shodh.checkpoint.weights import create_weights, fill_weights
 from shodh.core.distributed import gather, together
@@ -54,13 +55,14 @@ def save_checkpoint(engine: Any, run: Path, record: dict[str, Any], keep: int) -
             shutil.rmtree(partial, ignore_errors=True)
             (partial / OPTIMIZER).mkdir(parents=True)
             create_weights(engine, partial / WEIGHTS)
+            described = link_description(run, partial)
     with together():
         write_fragments(engine, partial / own)
         fill_weights(engine, partial / WEIGHTS)
         sync_to_disk(partial / WEIGHTS)
     with together():
         # By name: what another rank wrote need not be in this machine's listing of a shared folder yet.
-        names = [own, WEIGHTS] if rank == 0 else [own]
+        names = [own, WEIGHTS, *described] if rank == 0 else [own]
         sums = {n: {"size": (partial / n).stat().st_size, "sha256": checksum(partial / n)} for n in names}
     listed = {name: entry for part in gather(sums) for name, entry in part.items()}
     with together():

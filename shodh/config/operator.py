@@ -79,11 +79,6 @@ class OperatorConfig(Section):
     activation_checkpointing: bool = False
     train: TrainConfig = TrainConfig(steps=400)
 
-    @property
-    def in_field_space(self) -> bool:
-        """Whether it works on the fields themselves, without a tokenizer."""
-        return self.kind != "latent_transformer"
-
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_kind(cls, given: Any) -> Any:
@@ -98,7 +93,7 @@ class OperatorConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> OperatorConfig:
-        if self.in_field_space:
+        if self.kind != "latent_transformer":
             self._check_field_space()
         elif self.loss == "relative_l2":
             raise ValueError("loss relative_l2 is of fields; a latent transformer has mse or over_persistence")

@@ -6,11 +6,12 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import socket
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial as bound
 from pathlib import Path
 from typing import IO
 
@@ -58,6 +59,16 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a small file whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make ``target`` a hard link to ``source``, or a copy where the file system has no links; it is replaced."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        with atomic_path(target) as partial:
+            shutil.copy2(source, partial)
 
 
 def remove_partial_files(folder: str | os.PathLike[str]) -> list[Path]:
@@ -119,7 +130,7 @@ def lock_file(path: Path) -> IO[str]:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     # A child would keep the lock when this process is killed.
-    os.register_at_fork(after_in_child=partial(_close, weakref.ref(file)))
+    os.register_at_fork(after_in_child=bound(_close, weakref.ref(file)))
     return file
 
 

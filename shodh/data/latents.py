@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shodh.schema.normalize import FieldNormalizer
 from shodh.data.formats import TrajectoryFile
 from shodh.data.identity import describe_source
-from shodh.data.normalize import FieldNormalizer
 from shodh.data.source import RegimeSource, Split
 from shodh.core.errors import DataError
 from shodh.core.files import atomic_path

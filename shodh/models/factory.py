@@ -23,7 +23,7 @@ def build_operator(
     config: RunConfig, expert_layer: ExpertLayerFactory = ExpertLayerReference, kernels: Kernels = "torch"
 ) -> LatentTransformer | FieldOperator:
     """The operator of a run, on the current default device; weights are not drawn yet."""
-    if config.operator.in_field_space:
+    if not config.has_tokenizer:
         return build_field_operator(config.operator, FieldSpace.of(config), expert_layer)
     num_static = sum(f.build().num_components(3) for f in config.data.fields if f.static)
     return LatentTransformer(

@@ -32,7 +32,7 @@ def new_choice(config: RunConfig, init_from: Path | None = None) -> Choose | Non
         weights = init_from.absolute()
         checkpoint = weights if weights.is_dir() else weights.parent
         folders += [checkpoint, *([checkpoint.parents[1]] if checkpoint.parent.name == "checkpoints" else [])]
-    if not config.operator.in_field_space:
+    if config.has_tokenizer:
         folders.append(config.tokenizer_dir)
     records = [record for folder in folders if (record := DataRecord.load(folder)) is not None]
     return inherited(records) if records else None

@@ -6,27 +6,24 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shodh.checkpoint.folder import read_manifest, remove_leftovers, verify_checkpoint
 from shodh.checkpoint.optimizer_state import set_masters
+from shodh.checkpoint.run_files import describe_operator_run, is_tokenizer, open_tokenizer, write_tokenizer
 from shodh.checkpoint.weights import read_initial_weights, read_weights, source_checksum
 from shodh.config import RunConfig, TrainConfig, to_dict
 from shodh.core.distributed import rank, together, world_size
 from shodh.core.errors import CheckpointError, ConfigError
-from shodh.core.files import atomic_path
 from shodh.core.precision import ieee_float32, keep_ieee
-from shodh.core.strict_json import write_json
 from shodh.core.topology import Topology, plan_topology
 from shodh.core.weights import load_into
-from shodh.data import FieldNormalizer, WindowDataset
+from shodh.data import WindowDataset
 from shodh.data.identity import RECORD, DataRecord
 from shodh.models.basis import PATCH, PatchBasis
 from shodh.models.factory import build_operator, build_tokenizer
@@ -34,21 +31,15 @@ from shodh.models.init import initialise
 from shodh.models.tokenizer import Tokenizer
 from shodh.moe.groups import added_weights, freeze_others
 from shodh.schema.domain import add_walls
-from shodh.train.data_identity import kept_choice, new_choice
+from shodh.schema.normalize import FieldNormalizer
+from shodh.schema.space import Space
+from shodh.train.data_identity import kept_choice
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.engine import build_engine, load_deepspeed_config
-from shodh.train.field_task import (
-    SPACE_FILE,
-    FieldTask,
-    inherited_normalizer,
-    open_fields,
-    open_windows,
-    read_normalizer,
-    write_space,
-)
-from shodh.train.latents import TOKENIZER_FILE, open_for_operator, open_latents, prepare_latents
+from shodh.train.field_task import FieldTask
 from shodh.train.loop import Task, Trainer
-from shodh.train.operator_task import OpenSplit, OperatorTask
+from shodh.train.opening import kept_space, open_data
+from shodh.train.operator_task import OperatorTask
 from shodh.train.run_folder import RunFolder
 from shodh.train.runtime import start_distributed
 from shodh.train.tokenizer_task import TokenizerTask
@@ -178,6 +169,8 @@ def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
 
     Returns False if a signal stopped it early.
     """
+    if not config.has_tokenizer:
+        raise ConfigError(f"operator.kind={config.operator.kind} works on the fields themselves, without a tokenizer")
     train = config.tokenizer.train
     topology = plan_topology(world_size(), 1, 0, train.global_batch, train.micro_batch)
     folder = RunFolder(config.tokenizer_dir)
@@ -190,12 +183,12 @@ def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
     with together():
         kept, choose = None, None
         if start is not None:
-            kept, choose = _normalizer_of_start(config, folder), kept_choice(folder.path)
-        regimes = open_regimes(config.data, kept, choose=choose)
+            kept, choose = _space_of_start(config, folder.path), kept_choice(folder.path)
+        regimes = open_regimes(config, kept, choose=choose)
         task = TokenizerTask(config, regimes, topology)
         if rank() == 0:
             folder.create(config, deepspeed)
-            write_space(folder, regimes)
+            regimes.space.save(folder.path)
             DataRecord.of(regimes.sources, folder.path).save()
     with together():
         with torch.device("meta"):
@@ -212,20 +205,21 @@ def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
     return True
 
 
-def _normalizer_of_start(config: RunConfig, folder: RunFolder) -> FieldNormalizer | None:
-    """The normalisation that the training of a tokenizer began with; None if it is still made the same way.
+def _space_of_start(config: RunConfig, folder: Path) -> Space | FieldNormalizer | None:
+    """What the numbers meant when the training of a tokenizer began; None if constants are still made the same way.
 
     Raises
     ------
     CheckpointError
         A version that normalised masked fields otherwise began it, and did not keep how.
     """
-    for name in (SPACE_FILE, TOKENIZER_FILE):
-        if (folder.path / name).exists():
-            return read_normalizer(folder.path, name)
+    if (kept := kept_space(config, folder)) is not None:
+        return kept
+    if is_tokenizer(folder):
+        return open_tokenizer(folder).space
     if masked := [f.name for f in config.data.fields if f.masked_by is not None]:
         raise CheckpointError(
-            f"{folder.path} was begun by a version that normalised {', '.join(masked)} otherwise; train the tokenizer "
+            f"{folder} was begun by a version that normalised {', '.join(masked)} otherwise; train the tokenizer "
             "anew under another --set name=..., or finish it with that version"
         )
     return None
@@ -286,22 +280,12 @@ def _with_latent_statistics(
 
 
 def publish_tokenizer(config: RunConfig, regimes: Regimes, folder: RunFolder, device: torch.device) -> None:
-    """Write ``tokenizer.safetensors`` and ``tokenizer.json`` from the newest checkpoint of a run folder."""
+    """Make a run folder a pretrained tokenizer, from its newest checkpoint."""
     tag = folder.latest()
     if tag is None:
         raise CheckpointError(f"{folder.path} has no complete checkpoint to publish a tokenizer from")
     state = _with_latent_statistics(config, regimes, folder.checkpoints / tag, device)
-    final = folder.path / "tokenizer.safetensors"
-    with atomic_path(final) as partial:
-        save_file({name: tensor.float().contiguous() for name, tensor in state.items()}, str(partial))
-    content = {
-        "weights": final.name,
-        "normalizer": regimes.normalizer.to_dict(),
-        "regimes": regimes.names,
-        "domains": {name: d.to_dict() for name, d in zip(regimes.names, regimes.domains, strict=True)},
-    }
-    write_json(folder.path / TOKENIZER_FILE, content)
-    log.info("tokenizer written to %s", final)
+    log.info("tokenizer written to %s", write_tokenizer(folder.path, config, regimes.space, state))
 
 
 def plan_operator(config: RunConfig, world_size: int) -> tuple[Topology, dict[str, Any]]:
@@ -340,47 +324,23 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
         read_initial_weights(init_from)  # Mapped, not read: what cannot be used is refused before ranks connect.
     device = start_distributed()
     _claim(folder, resume, start)
-    regimes, open_split = open_data(config, folder if start is not None else None, device, init_from)
+    regimes, trained, open_split = open_data(config, folder if start is not None else None, device, init_from)
     with together():
         if rank() == 0:
             folder.create(config, deepspeed)
             DataRecord.of(regimes.sources, folder.path).save()
-            if config.operator.in_field_space or config.tokenizer.unseen_regimes:
-                write_space(folder, regimes)
             if start is None:
                 folder.record_start(None if init_from is None else source_checksum(init_from))
+            tokenizer = None if trained is None else trained.weights
+            describe_operator_run(folder.path, config, regimes.space, tokenizer, folder.started_from())
     with together():
         step = 0 if start is None else int(read_manifest(start)["state"]["step"])
-        kind = FieldTask if config.operator.in_field_space else OperatorTask
+        kind = OperatorTask if config.has_tokenizer else FieldTask
         task = kind(config, regimes, open_split, topology, folder.routing, step)
         with torch.device("meta"):
             _check_memory(_bare_operator(config, topology.ep_size), device)
         model, weights = _build_operator(config, topology.ep_size, init_from)
     return _run(config, config.operator.train, deepspeed, topology, folder, model.to(device), task, start, weights)
-
-
-def open_data(
-    config: RunConfig, resumed: RunFolder | None, device: torch.device, init_from: Path | None = None
-) -> tuple[Regimes, OpenSplit]:
-    """The regimes of a run and the windows that its operator learns from.
-
-    A ``resumed`` one keeps its files and their split, and on fields its normalisation; a new one takes over the splits
-    of the runs it starts from, and one of a family the normalisation of its anchor. Collective.
-    """
-    with together():
-        choose = new_choice(config, init_from) if resumed is None else kept_choice(resumed.path)
-    if config.operator.in_field_space:
-        with together():
-            kept = None
-            if resumed is not None and (resumed.path / SPACE_FILE).exists():
-                kept = read_normalizer(resumed.path)
-            elif config.family is not None and init_from is not None:
-                kept = inherited_normalizer(config, init_from)
-            regimes = open_fields(config, kept, choose)
-        return regimes, partial(open_windows, config, regimes)
-    with together():
-        regimes, trained = open_for_operator(config, choose)
-    return regimes, partial(open_latents, config, regimes, prepare_latents(config, regimes, trained, device))
 
 
 def _bare_operator(config: RunConfig, ep_size: int) -> nn.Module:

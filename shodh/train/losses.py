@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from shodh.config import TokenizerLoss
-from shodh.models.tokenizer import field_slices
-from shodh.schema.fields import Field
+from shodh.schema.fields import Field, field_slices
 
 
 def mean_over(values: Tensor, exists: Tensor | None, start: int) -> Tensor:

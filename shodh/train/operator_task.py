@@ -18,6 +18,7 @@ from shodh.core.seeding import generator
 from shodh.core.topology import Topology
 from shodh.data import Split
 from shodh.data.loader import SampleDataset
+from shodh.models.forecaster import Forecaster
 from shodh.models.operator import OperatorOutput
 from shodh.moe.balance import GlobalBalance, entropy
 from shodh.moe.routing import Routing, count_by_regime, regime_information
@@ -145,9 +146,10 @@ class OperatorTask:
         """Output without noise or shifts, and the errors ``[B]`` of it and of persistence."""
         frames, static = self._windows(batch)
         history, target = frames[:, : self.history], frames[:, self.history]
-        output = model(history, static, **router_arguments(self.operator.experts, batch["regime"]))
+        output = Forecaster.of(self.config, self.regimes.space, model).step(history, static, batch["regime"])
         errors = (self._errors(frame, target, batch["regime"], static) for frame in (output.latent, history[:, -1]))
-        return output, *errors
+        error, persistence = errors
+        return output, error, persistence
 
     def start_step(self, step: int) -> None:
         self._balance.start_step()

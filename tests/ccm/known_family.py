@@ -22,12 +22,13 @@ from shodh.config import dump_config
 from shodh.config.reading import section_from_dict
 from shodh.core.seeding import generator
 from shodh.core.weights import expected_shapes, load_into
-from shodh.data import FieldNormalizer, write_trajectories
+from shodh.data import write_trajectories
 from shodh.experiments.composition.settings import CCMConfig
 from shodh.merge import compose, coordinate, decompose, from_files, from_memory, to_memory
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
 from shodh.schema.fields import Field, RegimeSchema, Trajectories
+from shodh.schema.normalize import FieldNormalizer
 from shodh.train.field_task import SPACE_FILE
 from shodh.train.run_folder import RunFolder
 

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from shodh.config import dump_config, load_config
 from shodh.core.weights import expected_shapes
-from shodh.data import FieldNormalizer
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
+from shodh.schema.normalize import FieldNormalizer
 
 SCRIPT = "tools/convert_checkpoint.py"
 

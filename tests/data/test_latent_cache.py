@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool3d
 
+from shodh.data.normalize import fit_normalizer
 from shodh.data import (
-    FieldNormalizer,
     LatentWindowDataset,
     MixtureLoader,
     MixtureSampler,
@@ -49,7 +49,7 @@ def open_latents(folder: Path, source: RegimeSource, **kwargs: int) -> LatentWin
 
 
 def test_cached_windows_are_the_encoded_windows(source, tmp_path):
-    normalizer = FieldNormalizer.from_sources([source])
+    normalizer = fit_normalizer([source])
     assert write_latents(tmp_path / "c", source, "train", encode, normalizer=normalizer, batch_size=2) == 2
     cached = open_latents(tmp_path / "c", source, stride=2, regime=3)
     windows = WindowDataset(source, "train", history=2, horizon=1, stride=2, normalizer=normalizer, regime=3)

@@ -20,7 +20,7 @@ from shodh.checkpoint.weights import read_initial_weights
 from shodh.config import config_from_dict, load_config
 from shodh.core.errors import CheckpointError
 from shodh.core.weights import load_into, load_weights
-from shodh.data import FieldNormalizer
+from shodh.data.normalize import fit_normalizer
 from shodh.evaluate.evaluation import evaluate, open_run
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
@@ -245,7 +245,7 @@ def test_tokenizer_serves_an_unseen_regime_with_its_own_normalisation(
         open_for_operator(config)
     config = load_config(laboratory.config, unseen("unseen", "tokenizer.unseen_regimes=true"))
     regimes, trained = open_for_operator(config)
-    own = FieldNormalizer.from_sources(regimes.sources).constants["unseen"]
+    own = fit_normalizer(regimes.sources).constants["unseen"]
     assert regimes.normalizer.constants == {"unseen": own}
     assert own != trained.normalizer.constants["porous_media"]
 

@@ -17,9 +17,9 @@ from shodh.checkpoint.description import read_pretrained
 from shodh.config import RunConfig, dump_config, load_config
 from shodh.core.seeding import generator
 from shodh.core.weights import expected_shapes
-from shodh.data import FieldNormalizer
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
+from shodh.schema.normalize import FieldNormalizer
 from shodh.train.run_folder import RunFolder
 
 

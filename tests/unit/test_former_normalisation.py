@@ -11,7 +11,7 @@ from shodh.config import RunConfig
 from shodh.config.reading import config_from_dict
 from shodh.core.errors import CheckpointError, ConfigError
 from shodh.core.strict_json import write_json
-from shodh.data import FieldNormalizer
+from shodh.schema.normalize import FieldNormalizer
 from shodh.train.jobs import _normalizer_of_start
 from shodh.train.run_folder import RunFolder
 

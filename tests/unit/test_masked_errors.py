@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shodh.evaluate.regime_evaluation import Means, RegimeEvaluation
-from shodh.models.field_space import existing_cells
+from shodh.schema.presence import existing_cells
 from shodh.train.losses import mean_square, physical_relative_l2, relative_l2, relative_l2_by_channel, vrmse
 
 

@@ -14,10 +14,10 @@ from shodh.checkpoint.pretrained_base import PretrainedModel
 from shodh.config import to_dict
 from shodh.config.reading import config_from_dict
 from shodh.core.errors import DataError
-from shodh.data import FieldNormalizer
 from shodh.models.init import initialise
 from shodh.schema.domain import Domain
 from shodh.schema.fields import OUTSIDE
+from shodh.schema.normalize import FieldNormalizer
 
 FIELDS = [
     {"name": "velocity", "kind": "vector", "solenoidal": True},

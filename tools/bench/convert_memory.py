@@ -30,9 +30,9 @@ from tqdm import tqdm
 from shodh.config import RunConfig, config_from_dict, dump_config
 from shodh.core.strict_json import dumps
 from shodh.core.weights import expected_shapes, persistent_buffers
-from shodh.data import FieldNormalizer
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
+from shodh.schema.normalize import FieldNormalizer
 
 EXAMPLES = """examples:
   python tools/bench/convert_memory.py --json tools/bench/results/convert_memory_cpu.json

@@ -28,7 +28,7 @@ from shodh.config import RunConfig, config_from_dict, to_dict
 from shodh.core.seeding import generator
 from shodh.core.strict_json import dumps
 from shodh.core.weights import LazyWeights, StoredTensor, expected_shapes, target_dtypes
-from shodh.data import FieldNormalizer
+from shodh.schema.normalize import FieldNormalizer
 
 EXAMPLES = """examples:
   python tools/bench/merge_memory.py --json tools/bench/results/merge_memory_cpu.json

@@ -13,8 +13,8 @@ from shodh.checkpoint.description import is_pretrained
 from shodh.config import RunConfig, to_dict
 from shodh.core.devices import pick_device
 from shodh.core.errors import ConfigError, DataError, ShodhError
+from shodh.core.reading import read_object
 from shodh.core.strict_json import to_json
-from shodh.core.weights import read_json
 from shodh.experiments.composition.data import make_data, missing_files
 from shodh.experiments.composition.evaluate import measured_settings
 from shodh.experiments.composition.settings import MEMBERS, CCMConfig, Member
@@ -61,7 +61,7 @@ class Stage:
 def is_evaluated(study: CCMConfig, seed: int) -> bool:
     """Whether a seed has results of this study's settings."""
     path = study.results_file(seed)
-    return path.exists() and read_json(path).get("settings") == to_json(measured_settings(study))
+    return path.exists() and read_object(path).get("settings") == to_json(measured_settings(study))
 
 
 def stages(study: CCMConfig) -> list[Stage]:

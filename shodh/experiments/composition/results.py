@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from shodh.core.errors import ConfigError
+from shodh.core.reading import read_object
 from shodh.core.strict_json import to_json
-from shodh.core.weights import read_json
 from shodh.experiments.composition.evaluate import measured_settings
 from shodh.experiments.composition.settings import METHODS, ROLES, CCMConfig, Role
 from shodh.merge.coordinates import ParameterMap, extrapolation
@@ -178,7 +178,7 @@ def read_results(study: CCMConfig) -> Results:
         path = study.results_file(seed)
         if not path.exists():
             continue
-        values = read_json(path)
+        values = read_object(path)
         other = [key for key in wanted if values.get("settings", {}).get(key) != wanted[key]]
         if other:
             raise ConfigError(

@@ -12,7 +12,7 @@ from shodh.checkpoint.description import is_pretrained
 from shodh.config.reading import section_from_dict
 from shodh.core.devices import pick_device
 from shodh.core.distributed import rank, world_size
-from shodh.core.weights import read_json
+from shodh.core.reading import read_object
 from shodh.experiments.composition.evaluate import evaluate_seed
 from shodh.experiments.composition.settings import CCMConfig, Member
 from shodh.train.jobs import pretrain
@@ -36,7 +36,7 @@ def train_member(study: CCMConfig, seed: int, member: Member) -> bool:
 def main() -> int:
     quiet_logs()
     ignore_interrupts()
-    job = read_json(Path(sys.argv[1]))
+    job = read_object(Path(sys.argv[1]))
     study = section_from_dict(CCMConfig, job["study"], sys.argv[1])
     if job["member"] is not None:
         return 0 if train_member(study, job["seed"], job["member"]) else STOPPED

@@ -52,7 +52,7 @@ def step_flops(config: RunConfig) -> int:
 
 def sample_inputs(config: RunConfig, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
     """One sample's history and static input as the operator of a run is given them; their values are arbitrary."""
-    if config.operator.in_field_space:
+    if not config.has_tokenizer:
         space = FieldSpace.of(config)
         shapes = (space.history, space.channels, *space.grid), (space.static, *space.grid)
     else:

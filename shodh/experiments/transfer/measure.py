@@ -14,8 +14,9 @@ from shodh.checkpoint.weights import read_weights
 from shodh.config import RegimeConfig, RunConfig
 from shodh.core.errors import CheckpointError
 from shodh.core.precision import ieee_float32
+from shodh.core.reading import read_object
 from shodh.core.strict_json import write_json
-from shodh.core.weights import load_into, read_json
+from shodh.core.weights import load_into
 from shodh.evaluate.evaluation import evaluate, open_run
 from shodh.evaluate.report import write_report
 from shodh.experiments.transfer.flops import step_flops
@@ -176,4 +177,4 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     path = folder / RESULT
     if not path.exists():
         return None
-    return read_json(path)
+    return read_object(path)

@@ -20,8 +20,8 @@ from shodh.data import Split
 from shodh.data.loader import SampleDataset
 from shodh.moe.groups import is_routed_expert
 from shodh.train.field_task import FieldTask
-from shodh.train.jobs import open_data
 from shodh.train.loop import Batch
+from shodh.train.opening import open_data
 from shodh.train.operator_task import OperatorTask
 from shodh.train.run_folder import RunFolder
 
@@ -40,9 +40,9 @@ class Probe:
 
     def __init__(self, config: RunConfig, device: torch.device, normalised_by: RunFolder | None = None) -> None:
         self.config, self.device = config, device
-        self.regimes, self._open = open_data(config, normalised_by, device)
+        self.regimes, _, self._open = open_data(config, normalised_by, device)
         train, experts = config.operator.train, config.operator.experts
-        kind = FieldTask if config.operator.in_field_space else OperatorTask
+        kind = OperatorTask if config.has_tokenizer else FieldTask
         topology = plan_topology(1, 1, experts.num_experts, train.global_batch)
         with tempfile.TemporaryDirectory() as traces:  # A task opens a trace; this one is thrown away.
             quiet = config.model_copy(update={"routing_trace": 0, "routing_samples": 0})

@@ -133,7 +133,7 @@ def check_same(cell: Runnable) -> None:
 def _prepare_tokenizer(study: StudyConfig, cells: Sequence[Cell], workers: Workers) -> None:
     """Train the tokenizer that all cells share, and encode the data once for every mix."""
     config = tokenizer_config(study)
-    if config.operator.in_field_space:
+    if not config.has_tokenizer:
         return
     mixes = [cell.regimes for cell in cells]
     if study.plasticity is not None:

@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 
+from shodh.checkpoint.run_files import is_tokenizer
 from shodh.config import RegimeConfig, RunConfig, config_from_dict
 from shodh.core.devices import pick_device
 from shodh.core.distributed import rank
-from shodh.core.weights import read_json
+from shodh.core.reading import read_object
 from shodh.experiments.finetuning.cells import ZERO_SHOT
 from shodh.experiments.finetuning.measure import measure_tuning
 from shodh.experiments.transfer.measure import measure_cell
 from shodh.experiments.transfer.settings import PlasticityConfig
-from shodh.train.jobs import open_data, pretrain, train_tokenizer
-from shodh.train.latents import TOKENIZER_FILE
+from shodh.train.jobs import pretrain, train_tokenizer
+from shodh.train.opening import open_data
 from shodh.train.runtime import quiet_logs, run_ranks, start_distributed
 from shodh.train.workers import STOPPED, ignore_interrupts, leave_ranks
 
@@ -56,7 +57,7 @@ def tune_cell(job: dict[str, Any], config: RunConfig) -> bool:
 
 def prepare(job: dict[str, Any], config: RunConfig) -> bool:
     """Train the tokenizer unless it is there, and encode the data once for every mix of regimes."""
-    if not (config.tokenizer_dir / TOKENIZER_FILE).exists() and not train_tokenizer(config, "auto"):
+    if not is_tokenizer(config.tokenizer_dir) and not train_tokenizer(config, "auto"):
         return False
     device = start_distributed()
     by_name = {r.name: r for r in config.data.regimes}
@@ -69,7 +70,7 @@ def prepare(job: dict[str, Any], config: RunConfig) -> bool:
 def main() -> int:
     quiet_logs()
     ignore_interrupts()
-    job = read_json(Path(sys.argv[1]))
+    job = read_object(Path(sys.argv[1]))
     config = config_from_dict(job["config"], sys.argv[1])
     finished = {"prepare": prepare, "cell": train_cell, "tune": tune_cell}[job["kind"]](job, config)
     return 0 if finished else STOPPED
