@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shodh.schema.fields import Field
-
-if TYPE_CHECKING:
-    from shodh.checkpoint.description import ModelDescription
+from shodh.schema.space import Space
 
 _HEAD = """---
 library_name: shodh
@@ -63,9 +61,8 @@ _DECODED = (
 _EMITTED = "Fields are emitted as they are: neither conservation of mass nor no-slip inside solids is enforced."
 
 
-def model_card(model: ModelDescription, numbers: Mapping[str, Any] | None = None) -> str:
-    """Markdown for a model; ``numbers`` is an evaluation's ``metrics.json``, where there is one."""
-    description = model.model_dump(mode="json")
+def model_card(description: Mapping[str, Any], space: Space, numbers: Mapping[str, Any] | None = None) -> str:
+    """Markdown for a ``config.json`` and its space; ``numbers``: an evaluation's ``metrics.json``, if there is one."""
     run, parameters = description["run"], description["parameters"]
     what = " and ".join(description["parts"])
     decoded = "tokenizer" in description["parts"]
@@ -73,15 +70,15 @@ def model_card(model: ModelDescription, numbers: Mapping[str, Any] | None = None
         name=run["name"],
         what=what,
         dtype=description["dtype"],
-        regimes=", ".join(model.regimes),
-        fields=", ".join(_describe_field(f) for f in model.space.fields),
+        regimes=", ".join(space.names),
+        fields=", ".join(_describe_field(f) for f in space.fields),
         grid=" x ".join(str(n) for n in run["data"]["grid"]),
         total=parameters["total"],
         active=parameters["active"],
         step=description["source"]["step"] if description["source"]["step"] is not None else "unknown",
         seed=run["seed"],
         history=run["data"]["history"],
-        regime=model.regimes[0],
+        regime=space.names[0],
         places=_STAGGERED if decoded else _AS_TRAINED,
     )
     if description.get("merge"):

@@ -174,7 +174,7 @@ def read_description(path: Path) -> ModelDescription:
         content = parse_json(text, f"{path} is damaged: its description", CheckpointError)
         content = dict(content) if isinstance(content, dict) else {}
         space = content.pop("space", None)
-        return parse_description(content, path, None if space is None else Space.from_dict(space, str(path)))
+        return parse_description(content, path, None if space is None else Space.from_document(space, str(path)))
     content = read_object(path / CONFIG)
     space = Space.load(path) if (path / SPACE_FILE).is_file() else None
     description = parse_description(content, path / CONFIG, space)
@@ -196,14 +196,14 @@ def read_pretrained(path: Path) -> tuple[ModelDescription, Weights]:
         Names the file that is missing or damaged, or the tensor that does not fit.
     """
     description = read_description(path)
-    if (path / MANIFEST).is_file():
-        verify_model(path)
     if description.weights is None:
         tensors: Weights = open_weights(path)
     else:
         parts = {part: open_file(path / name) for part, name in description.weights.items()}
         tensors = {f"{part}.{name}": t for part, found in parts.items() for name, t in found.items()}
     check_weights(description, tensors, path)
+    if (path / MANIFEST).is_file():  # Last: what is wrong in itself can be named better.
+        verify_model(path)
     return description, tensors
 
 
@@ -268,10 +268,10 @@ def write_pretrained(
         An evaluation's ``metrics.json``, for the card.
     """
     content = description.model_dump(mode="json")
-    metadata = {METADATA_KEY: dumps({**content, "space": description.space.to_dict()}, separators=(",", ":"))}
+    metadata = {METADATA_KEY: dumps({**content, "space": description.space.document()}, separators=(",", ":"))}
     files = write_weights(folder, tensors, dtypes, max_shard_size, metadata, progress)
     described = describe_folder(folder, description)
-    (folder / CARD).write_text(model_card(description, numbers))  # To be edited: not in the manifest.
+    (folder / CARD).write_text(model_card(content, description.space, numbers))  # To be edited: not in the manifest.
     index = [folder / INDEX] if (folder / INDEX).exists() else []
     write_manifest(folder, [*files, *index, *described])
     return files

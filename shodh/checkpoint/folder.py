@@ -8,7 +8,6 @@ beside it (``.step_NNNNNNNN.partial``) and takes its name when all of it is on d
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shodh.core.errors import CheckpointError
-from shodh.core.files import PARTIAL_SUFFIX, sync_to_disk, write_atomically
+from shodh.core.files import PARTIAL_SUFFIX, checksum, sync_to_disk, write_atomically
 from shodh.core.reading import read_object, read_text
 from shodh.core.strict_json import write_json
 
@@ -30,12 +29,6 @@ OPTIMIZER = "optimizer"
 _TAG = re.compile(r"step_(\d{8,})")
 _OLD_SUFFIX = ".old"
 _LEFTOVER = re.compile(rf"\.({_TAG.pattern})({re.escape(PARTIAL_SUFFIX)}|{re.escape(_OLD_SUFFIX)})")
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Of a run

@@ -48,7 +48,7 @@ def open_run(run: Path, checkpoint: str | None, device: torch.device) -> Evaluat
     if tag is None:
         raise CheckpointError(f"{run} has no complete checkpoint yet")
     source = folder.checkpoints / tag
-    space = kept_space(config, run)
+    space = kept_space(config, source, run)
     if space is None and not config.has_tokenizer:
         raise CheckpointError(f"{run} is no run of an operator on fields: it has no {SPACE_FILE}")
     regimes, trained = open_run_data(config, space, kept_choice(run), run)

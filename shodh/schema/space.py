@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from shodh.core.errors import CheckpointError, DataError
+from shodh.core.errors import CheckpointError, DataError, ShodhError
 from shodh.core.reading import read_object
 from shodh.core.strict_json import dumps, write_json
 from shodh.schema.domain import Domain, existing_channels
@@ -224,11 +224,16 @@ class Space:
     @cached_property
     def checksum(self) -> str:
         """SHA-256 of everything that `to_dict` says, hexadecimal."""
-        return hashlib.sha256(dumps(self.to_dict(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return digest(self.to_dict())
+
+    def document(self) -> dict[str, Any]:
+        """`to_dict` with its checksum: what ``space.json`` holds."""
+        return {**self.to_dict(), "checksum": self.checksum}
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any], source: str = SPACE_FILE) -> Self:
-        """Undo `to_dict`; raises `CheckpointError` that names ``source`` for anything else."""
+    def from_document(cls, document: Mapping[str, Any], source: str) -> Self:
+        """Undo `document`; raises `CheckpointError` that names ``source`` for anything else."""
+        content = {key: value for key, value in document.items() if key != "checksum"}
         if content.get("format") != _FORMAT or content.get("version") != 1:
             raise CheckpointError(
                 f"{source}: expected format {_FORMAT!r} of version 1, got {content.get('format')!r} of version "
@@ -245,9 +250,9 @@ class Space:
                 for regime in content["regimes"]
             )
             space = cls(fields, content["ndim"], regimes)
-        except (KeyError, TypeError, ValueError, AttributeError, DataError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ShodhError) as error:
             raise CheckpointError(f"{source} is damaged: {_reason(error)}") from error
-        if "checksum" in content and content["checksum"] != space.checksum:
+        if not document.get("checksum") == digest(content) == space.checksum:
             raise CheckpointError(f"{source} is damaged: its checksum is not that of its content")
         return space
 
@@ -275,13 +280,15 @@ class Space:
                 raise CheckpointError(f"{source} was not made with the regimes {unknown}")
             domains = {name: Domain.from_dict(content["domains"][name]) for name in names}
             return cls.of(normalizer, fields, domains)
-        except (KeyError, TypeError, ValueError, AttributeError, DataError) as error:
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, ShodhError) as error:
             raise CheckpointError(f"{source} is damaged: {_reason(error)}") from error
 
     def save(self, folder: Path) -> Path:
         """Write ``space.json`` into a folder, whole or not at all."""
         path = folder / SPACE_FILE
-        write_json(path, {**self.to_dict(), "checksum": self.checksum})
+        write_json(path, self.document())
         return path
 
     @classmethod
@@ -304,8 +311,13 @@ class Space:
         content = read_object(path)
         if "format" not in content and former is not None:
             return cls.from_former(content, former, None, str(path))
-        return cls.from_dict(content, str(path))
+        return cls.from_document(content, str(path))
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of plain values, hexadecimal, whatever the order of their keys."""
+    return hashlib.sha256(dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, DataError) else repr(error)
+    return str(error) if isinstance(error, ShodhError) else repr(error)

@@ -27,17 +27,16 @@ from shodh.train.run_folder import RunFolder
 log = logging.getLogger("shodh")
 
 
-def kept_space(config: RunConfig, run: Path) -> Space | FieldNormalizer | None:
-    """What the numbers of a run mean, as it began; None of one of old that did not keep it.
+def kept_space(config: RunConfig, *folders: Path) -> Space | None:
+    """What the numbers of a run mean, of the first of its folders that says it; None of one of old that did not.
 
     Raises
     ------
     CheckpointError
         The file is damaged.
     """
-    if not (run / SPACE_FILE).is_file():
-        return None
-    return Space.load(run, [f.build() for f in config.data.fields])
+    folder = next((folder for folder in folders if (folder / SPACE_FILE).is_file()), None)
+    return None if folder is None else Space.load(folder, [f.build() for f in config.data.fields])
 
 
 def inherited_normalizer(config: RunConfig, init_from: Path) -> FieldNormalizer:
@@ -69,8 +68,7 @@ def _space_of_weights(config: RunConfig, weights: Path) -> Space | None:
     weights = find_pretrained(weights)
     if is_pretrained(weights) or weights.is_file():
         return read_description(weights).space
-    run = weights.absolute().parents[1]
-    return Space.load(run, [f.build() for f in config.data.fields]) if (run / SPACE_FILE).is_file() else None
+    return kept_space(config, weights.absolute().parents[1])
 
 
 def open_run_data(

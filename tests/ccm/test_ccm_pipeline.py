@@ -31,7 +31,7 @@ from shodh.experiments.composition.pipeline import (
     stages,
 )
 from shodh.experiments.composition.settings import CCMConfig
-from shodh.train.field_task import inherited_normalizer
+from shodh.train.opening import inherited_normalizer
 from shodh.train.ranks import Ranks
 
 SMALL: dict[str, Any] = {"kind": "fno", "dim": 8, "depth": 1, "modes": 2}

@@ -78,9 +78,11 @@ def test_complete_files_are_kept_and_only_they(source, tmp_path):
     (folder / f"{second}.json").unlink()
     assert write_latents(folder, source, "train", encode) == 1
     content = (folder / f"{first}.npy").read_bytes()
-    (folder / f"{first}.npy").write_bytes(content[:-4])
-    assert write_latents(folder, source, "train", encode) == 1
-    assert (folder / f"{first}.npy").read_bytes() == content
+    flipped = content[:-4] + bytes([content[-4] ^ 1]) + content[-3:]
+    for damaged in (content[:-4], flipped):
+        (folder / f"{first}.npy").write_bytes(damaged)
+        assert write_latents(folder, source, "train", encode) == 1
+        assert (folder / f"{first}.npy").read_bytes() == content
 
 
 def test_ranks_share_the_files(source, tmp_path):

@@ -70,7 +70,7 @@ def test_a_constant_has_no_error_in_units() -> None:
 class OneField(RegimeEvaluation):
     """Two scalars, the first masked by static channel 0, the second constant."""
 
-    physical = True
+    divergence = None
 
     def __init__(self) -> None:
         self.slices, self.masks = {"heat": slice(0, 1), "level": slice(1, 2)}, {"heat": 0}
