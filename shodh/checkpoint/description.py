@@ -158,6 +158,11 @@ def is_pretrained(path: Path) -> bool:
         return True  # A damaged one is to be named, not taken for something else.
 
 
+def is_converted(path: Path) -> bool:
+    """Whether a folder was written by a conversion: it describes a model, and is neither a run nor a checkpoint."""
+    return is_pretrained(path) and not (path / "config.yaml").exists() and not is_checkpoint(path)
+
+
 def find_pretrained(path: Path) -> Path:
     """The folder of weights that a path means: of a run, its newest checkpoint; anything else is itself."""
     if path.is_dir() and not (path / MANIFEST).is_file() and (newest := latest_checkpoint(path)) is not None:

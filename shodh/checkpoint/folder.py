@@ -71,6 +71,12 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint lies in; None of one that was moved elsewhere."""
+    above = checkpoint.absolute().parent
+    return above.parent if above.name == "checkpoints" else None
+
+
 def partial_folder(run: Path, tag: str) -> Path:
     """Where a checkpoint is written before it is published."""
     return run / "checkpoints" / f".{tag}{PARTIAL_SUFFIX}"

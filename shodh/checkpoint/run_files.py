@@ -70,7 +70,8 @@ def write_tokenizer(folder: Path, config: RunConfig, space: Space, state: Mappin
 def is_tokenizer(folder: Path) -> bool:
     """Whether a folder is the run of a trained tokenizer."""
     if (folder / MANIFEST).is_file() and (folder / CONFIG).is_file():
-        return read_description(folder).parts == ("tokenizer",)
+        description = read_description(folder)
+        return description.parts == ("tokenizer",) and description.weights is not None
     return (folder / FORMER_TOKENIZER).is_file()
 
 

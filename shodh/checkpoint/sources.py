@@ -18,6 +18,7 @@ from shodh.checkpoint.description import (
     Source,
     check_weights,
     describe_run,
+    is_converted,
     is_pretrained,
     read_pretrained,
 )
@@ -28,6 +29,7 @@ from shodh.checkpoint.folder import (
     is_checkpoint,
     latest_checkpoint,
     read_manifest,
+    run_of,
     verify_checkpoint,
 )
 from shodh.checkpoint.foreign.deepspeed_folder import is_deepspeed_folder, read_deepspeed_folder
@@ -97,7 +99,7 @@ def open_source(
     if is_tokenizer(path):
         return _tokenizer_alone(path, dtype)
     if not (path / MANIFEST).is_file() or tag is not None:
-        path = path if _is_whole_model(path) else _checkpoint_of(path, tag)
+        path = path if is_converted(path) and tag is None else _checkpoint_of(path, tag)
     if is_pretrained(path) and tokenizer is None and config_path is None:
         return _described(path, dtype)
     config, run = _run_config(path, config_path)
@@ -131,14 +133,9 @@ def _described(path: Path, dtype: str) -> Model:
     if path.is_dir() and is_checkpoint(path):
         masters = dtype == "fp32" and read_manifest(path).get("precision", "fp32") != "fp32"
         source = source.model_copy(update={"masters": masters})
-        numbers = _numbers(path.absolute().parents[1], path.name)
+        numbers = _numbers(run_of(path), path.name)
     changes = {"dtype": dtype, "weights": None, "source": source}
     return Model(description.model_copy(update=changes), tensors, numbers)
-
-
-def _is_whole_model(path: Path) -> bool:
-    """Whether a folder without a manifest is a converted one, of version 0.2.0, and not a run."""
-    return is_pretrained(path) and not (path / "config.yaml").is_file()
 
 
 def _checkpoint_of(path: Path, tag: str | None) -> Path:

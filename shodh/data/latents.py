@@ -246,8 +246,9 @@ def read_manifest(folder: Path, stem: str) -> LatentShapes:
         raise DataError(f"{path}: no such file; the latents of {stem!r} were not (completely) encoded")
     try:
         content = read_json(path, "description", DataError)
-        del content["version"]
-        shapes = LatentShapes(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+        del given["version"]
+        shapes = LatentShapes(**given)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: damaged; remove it and encode again ({error!r})") from error
     for array, size in (

@@ -24,7 +24,6 @@ from shodh.data import Split
 from shodh.evaluate.regime_evaluation import Evaluation, Evaluator, Example, Means, RegimeEvaluation
 from shodh.models.factory import build_operator
 from shodh.moe.routing import regime_information
-from shodh.schema.space import SPACE_FILE
 from shodh.train.data_identity import kept_choice, new_choice
 from shodh.train.datasets import Regimes
 from shodh.train.latents import TrainedTokenizer, prepare_latents
@@ -48,10 +47,7 @@ def open_run(run: Path, checkpoint: str | None, device: torch.device) -> Evaluat
     if tag is None:
         raise CheckpointError(f"{run} has no complete checkpoint yet")
     source = folder.checkpoints / tag
-    space = kept_space(config, source, run)
-    if space is None and not config.has_tokenizer:
-        raise CheckpointError(f"{run} is no run of an operator on fields: it has no {SPACE_FILE}")
-    regimes, trained = open_run_data(config, space, kept_choice(run), run)
+    regimes, trained = open_run_data(config, kept_space(config, source, run), kept_choice(run), run)
     return _opened(config, folder, tag, regimes, trained, read_initial_weights(source), source, device)
 
 

@@ -23,7 +23,7 @@ from shodh.schema.fields import AXES
 from shodh.train.datasets import Regimes
 from shodh.train.field_task import open_windows
 from shodh.train.latents import TrainedTokenizer, open_latents
-from shodh.train.losses import mean_over, mean_square, physical_relative_l2, relative_l2, vrmse
+from shodh.train.losses import mean_over, physical_relative_l2, relative_l2, vrmse
 from shodh.train.run_folder import RunFolder
 
 
@@ -174,8 +174,8 @@ class RegimeEvaluation:
         emitted = self.forecaster.emit(output.latent, batch.static, self.number)
         prediction, truth = self.forecaster.assemble(emitted, self.number), batch.fields[:, self.history]
         if self.divergence is not None:
-            self.means.add("latent_mse/model", mean_square(output.latent - target))
-            self.means.add("latent_mse/persistence", mean_square(past[:, -1] - target))
+            self.means.add("latent_mse/model", mean_over((output.latent - target).square()))
+            self.means.add("latent_mse/persistence", mean_over((past[:, -1] - target).square()))
         self._add_errors("model", prediction, truth, batch.static)
         self._add_errors("persistence", batch.fields[:, self.history - 1], truth, batch.static)
         if self.divergence is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from shodh.checkpoint.description import ModelDescription, is_pretrained, read_pretrained
+from shodh.checkpoint.description import ModelDescription, find_pretrained, is_pretrained, read_pretrained
 from shodh.core.errors import CheckpointError, ConfigError
 from shodh.core.weights import LazyWeights
 from shodh.merge.coordinates import ParameterMap
@@ -49,10 +49,11 @@ class Expert:
 
 
 def open_expert(path: Path) -> Expert:
-    """Map a converted folder; raises `CheckpointError` for anything else."""
-    if not path.exists() or not (is_pretrained(path) or path.is_file()):
+    """Map a converted folder, a checkpoint or a run; raises `CheckpointError` for anything else."""
+    found = find_pretrained(path)
+    if not found.exists() or not (is_pretrained(found) or found.is_file()):
         raise CheckpointError(f"{path} is not a converted folder; make one with tools/convert_checkpoint.py RUN OUT")
-    description, tensors = read_pretrained(path)
+    description, tensors = read_pretrained(found)
     return Expert(path, description, from_files(tensors))
 
 

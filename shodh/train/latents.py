@@ -13,18 +13,18 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from shodh.checkpoint.folder import checksum
 from shodh.checkpoint.run_files import is_tokenizer, open_tokenizer
 from shodh.config import RunConfig
 from shodh.core.distributed import rank, together, world_size
 from shodh.core.errors import CheckpointError
+from shodh.core.files import checksum
 from shodh.core.precision import ieee_float32
 from shodh.core.weights import load_into
 from shodh.data import LatentWindowDataset, Split, file_stems, latent_key, split_folder, write_latents
 from shodh.data.identity import Choose
 from shodh.models.factory import build_tokenizer
+from shodh.models.forecaster import Forecaster
 from shodh.models.tokenizer import Tokenizer
-from shodh.schema.domain import Domain, add_walls, static_features
 from shodh.schema.normalize import FieldNormalizer
 from shodh.schema.space import SPACE_FILE, Space
 from shodh.train.datasets import Regimes, open_regimes
@@ -103,15 +103,6 @@ def normalizer_for(config: RunConfig, trained: TrainedTokenizer, choose: Choose 
     return FieldNormalizer([f.build() for f in config.data.fields], 3, constants)
 
 
-@torch.no_grad()
-def encode_frames(
-    tokenizer: Tokenizer, domain: Domain, fields: Tensor, static: Tensor, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Latents and static features of frames of one domain: normalised ``[N, C, ...]``, static ``[N, S, ...]``."""
-    geometry = add_walls(static.to(device), domain)
-    return tokenizer.encode(fields.to(device), geometry), static_features(geometry)
-
-
 @ieee_float32()
 def prepare_latents(config: RunConfig, regimes: Regimes, trained: TrainedTokenizer, device: torch.device) -> Path:
     """Write the latent cache of all regimes and splits, each file once; returns its folder. Collective.
@@ -120,7 +111,13 @@ def prepare_latents(config: RunConfig, regimes: Regimes, trained: TrainedTokeniz
     """
     key = latent_key(trained.checksum, regimes.sources, {"space": regimes.space.checksum})
     root = config.tokenizer_dir / "latents"
-    tokenizer = trained.model.to(device)
+    forecaster = Forecaster.of(config, regimes.space, None, trained.model.to(device))
+
+    @torch.no_grad()
+    def encode(fields: Tensor, static: Tensor, regime: int) -> tuple[Tensor, Tensor]:
+        states, features = forecaster.encode(fields.unsqueeze(1).to(device), static.to(device), regime)
+        return states[:, 0], features
+
     jobs: list[tuple[int, Split]] = [
         (i, s) for i, source in enumerate(regimes.sources) for s in ("train", "valid", "test") if source.files[s]
     ]
@@ -130,12 +127,12 @@ def prepare_latents(config: RunConfig, regimes: Regimes, trained: TrainedTokeniz
             regimes.space.save(root / key)
         encoded = 0
         for i, split in tqdm(jobs, desc="latents", unit="split", disable=hidden):
-            source, domain = regimes.sources[i], regimes.domains[i]
+            source = regimes.sources[i]
             encoded += write_latents(
                 split_folder(root, key, source.name, split),
                 source,
                 split,
-                partial(encode_frames, tokenizer, domain, device=device),
+                partial(encode, regime=i),
                 normalizer=regimes.normalizer,
                 rank=rank(),
                 world=world_size(),

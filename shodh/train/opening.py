@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from shodh.checkpoint.description import find_pretrained, is_pretrained, read_description
-from shodh.checkpoint.folder import checksum
+from shodh.checkpoint.folder import run_of
 from shodh.checkpoint.run_files import TOKENIZER_WEIGHTS
 from shodh.config import RunConfig
 from shodh.core.distributed import together
 from shodh.core.errors import CheckpointError
+from shodh.core.files import checksum
 from shodh.data.identity import Choose
 from shodh.schema.normalize import FieldNormalizer
 from shodh.schema.space import SPACE_FILE, Space
@@ -68,7 +69,8 @@ def _space_of_weights(config: RunConfig, weights: Path) -> Space | None:
     weights = find_pretrained(weights)
     if is_pretrained(weights) or weights.is_file():
         return read_description(weights).space
-    return kept_space(config, weights.absolute().parents[1])
+    run = run_of(weights)
+    return None if run is None else kept_space(config, run)
 
 
 def open_run_data(
@@ -89,9 +91,12 @@ def open_run_data(
     Raises
     ------
     CheckpointError
-        The tokenizer is missing, damaged, or another one than the run was begun with.
+        The tokenizer is missing, damaged, or another one than the run was begun with; a run that was begun without one
+        does not say what its numbers mean.
     """
     if not config.has_tokenizer:
+        if run is not None and space is None:
+            raise CheckpointError(f"{run} is no run of an operator on fields: it has no {SPACE_FILE}")
         return open_regimes(config, space, choose=choose), None
     trained = load_tokenizer(config)
     kept = None if run is None else run / TOKENIZER_WEIGHTS

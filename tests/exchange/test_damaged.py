@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -289,6 +290,13 @@ def test_existing_folder_is_replaced_on_request_only(converted: Path, runs: Call
     with pytest.raises(CheckpointError, match="replaces nothing else"):
         convert(converted, mine, overwrite=True)
     assert (mine / "thesis.tex").exists()
+    checkpoint, run = tmp_path / "checkpoint", tmp_path / "run"
+    shutil.copytree(runs(1).checkpoint(2), checkpoint)
+    shutil.copytree(converted, run)
+    (run / "config.yaml").write_text("name: run")
+    for theirs in (checkpoint, run):  # They describe a model too, and are nothing to be thrown away.
+        with pytest.raises(CheckpointError, match="replaces nothing else"):
+            convert(converted, theirs, overwrite=True)
 
 
 def test_failure_while_writing_leaves_nothing(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shodh.evaluate.regime_evaluation import Means, RegimeEvaluation
 from shodh.schema.presence import existing_cells
-from shodh.train.losses import mean_square, physical_relative_l2, relative_l2, relative_l2_by_channel, vrmse
+from shodh.train.losses import mean_over, physical_relative_l2, relative_l2, relative_l2_by_channel, vrmse
 
 
 def pair(channels: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,7 +24,7 @@ MEASURES = {
     "relative_l2": relative_l2,
     "vrmse": vrmse,
     "by_channel": relative_l2_by_channel,
-    "mean_square": lambda u, v, exists=None: mean_square(u - v, exists),
+    "mean_over": lambda u, v, exists=None: mean_over((u - v).square(), exists),
     "physical": lambda u, v, exists=None: physical_relative_l2(u, v, (300.0, 5.0), exists=exists),
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shodh.checkpoint.description import is_pretrained, read_pretrained
+from shodh.checkpoint.description import is_converted, read_pretrained
 from shodh.checkpoint.folder import read_manifest
 from shodh.checkpoint.run_files import is_tokenizer, write_tokenizer
 from shodh.config import RegimeConfig, RunConfig, dump_config
@@ -37,7 +37,7 @@ def open_base(path: Path, checkpoint: str | None = None) -> Base:
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; expected a run folder or one of tools/convert_checkpoint.py")
-    if is_pretrained(path) and not (path / "config.yaml").is_file():
+    if is_converted(path):
         description, _ = read_pretrained(path)
         if checkpoint is not None:
             raise CheckpointError(f"{path} is a converted folder, which has no checkpoints; leave out {checkpoint!r}")
@@ -67,7 +67,7 @@ def find_tokenizer(base: Base, out: Path) -> Path | None:
     """
     if not base.config.has_tokenizer:
         return None
-    if (base.path / "config.yaml").is_file():
+    if not is_converted(base.path):
         beside = base.path.parent / base.config.tokenizer_dir.name
         for folder in (base.config.tokenizer_dir, beside):
             if is_tokenizer(folder):

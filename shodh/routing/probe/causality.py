@@ -24,7 +24,7 @@ from shodh.routing.probe.interventions import (
 )
 from shodh.routing.probe.record import Recording
 from shodh.routing.probe.windows import ProbeBatch, batches
-from shodh.train.losses import mean_square
+from shodh.train.losses import mean_over
 
 KINDS = {
     "remove": "one expert's routed output is taken away",
@@ -133,7 +133,7 @@ class _RegimeEffects:
         output = self.forecaster.step(batch.past, batch.features, labels).latent
         error = output - batch.target
         self.means.add(
-            f"{name}/latent", mean_square(error) if self.e.trained else self._field_error(error, batch.static)
+            f"{name}/latent", mean_over(error.square()) if self.e.trained else self._field_error(error, batch.static)
         )
         if self.decode:
             some = slice(None, None, DECODE_EVERY)
@@ -144,7 +144,7 @@ class _RegimeEffects:
     def _field_error(self, error: Tensor, static: Tensor) -> Tensor:
         """Mean square of each sample over the fields, and the cells, that exist."""
         cells = self.space.cells(static, self.forecaster.labels(self.number, error))
-        return mean_square(error[:, self.channels], None if cells is None else cells[:, self.channels])
+        return mean_over(error[:, self.channels].square(), None if cells is None else cells[:, self.channels])
 
     def ratios(self, number: int) -> tuple[float, float | None]:
         values = self.means.result()
