@@ -378,11 +378,18 @@ def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: t.shape for name, t in [*model.named_parameters(), *persistent_buffers(model)]}
 
 
-def load_into(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
-    """Copy an exchange-format state into a model that holds all experts; names and shapes must agree."""
+def load_into(model: nn.Module, state: Mapping[str, Tensor], source: Path, *, finite: bool = True) -> None:
+    """Copy an exchange-format state into a model that holds all experts; names and shapes must agree.
+
+    Raises
+    ------
+    CheckpointError
+        They do not, or weights are NaN or infinite, and ``finite`` ones are wanted; names the tensors.
+    """
     check_fit(expected_shapes(model), {name: tensor.shape for name, tensor in state.items()}, source)
     check_kinds(state, source)
-    check_finite(state, source)
+    if finite:
+        check_finite(state, source)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *persistent_buffers(model)]:
             tensor.copy_(state[name])

@@ -12,6 +12,7 @@ from known_family import HISTORY, MEAN, PREFIX, REGIME, ROLLOUT, SCALE
 from shodh.core.errors import DataError
 from shodh.experiments.composition.bench import Bench, Line
 from shodh.experiments.composition.members import Case
+from shodh.models.operator import OperatorOutput
 
 
 def test_unrolled_steps_are_the_model_s_rollout(bench: Bench, case: Case) -> None:
@@ -81,8 +82,8 @@ def test_gradient_is_the_slope_of_the_observed_loss(bench: Bench, case: Case) ->
 
 
 def test_a_rollout_that_is_not_finite_is_infinitely_bad(bench: Bench, case: Case) -> None:
-    errors = bench.later(lambda window, static: window[:, -1] * torch.inf, case)
-    assert torch.isinf(errors).all()
+    diverges = replace(bench.persistence, operator=lambda states, *_: OperatorOutput(states[:, -1] * torch.inf, []))
+    assert torch.isinf(bench.later(diverges, case)).all()
 
 
 def test_too_few_frames_are_refused(bench: Bench, case: Case) -> None:

@@ -103,13 +103,13 @@ class Family:
 
     def put(self, weights: LazyWeights) -> ShodhModel:
         """The network with these weights."""
-        load_into(self.model, to_memory(weights), Path("composed weights"))
+        load_into(self.model, to_memory(weights), Path("composed weights"), finite=False)
         return self.model
 
     def copy_of(self, weights: LazyWeights) -> ShodhModel:
         """Another network, with these weights."""
         model = copy.deepcopy(self.model)
-        load_into(model, to_memory(weights), Path("composed weights"))
+        load_into(model, to_memory(weights), Path("composed weights"), finite=False)
         return model
 
     def slider(self, by: Grouping = "all") -> Slider:
