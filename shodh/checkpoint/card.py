@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from shodh.schema.fields import Field
+from shodh.schema.space import Space
+
 _HEAD = """---
 library_name: shodh
 tags: [physics, pde, mixture-of-experts, foundation-model]
@@ -58,8 +61,8 @@ _DECODED = (
 _EMITTED = "Fields are emitted as they are: neither conservation of mass nor no-slip inside solids is enforced."
 
 
-def model_card(description: Mapping[str, Any], numbers: Mapping[str, Any] | None = None) -> str:
-    """Markdown for a ``config.json``; ``numbers`` is an evaluation's ``metrics.json``, where there is one."""
+def model_card(description: Mapping[str, Any], space: Space, numbers: Mapping[str, Any] | None = None) -> str:
+    """Markdown for a ``config.json`` and its space; ``numbers``: an evaluation's ``metrics.json``, if there is one."""
     run, parameters = description["run"], description["parameters"]
     what = " and ".join(description["parts"])
     decoded = "tokenizer" in description["parts"]
@@ -67,15 +70,15 @@ def model_card(description: Mapping[str, Any], numbers: Mapping[str, Any] | None
         name=run["name"],
         what=what,
         dtype=description["dtype"],
-        regimes=", ".join(description["regimes"]),
-        fields=", ".join(_describe_field(f) for f in description["fields"]),
+        regimes=", ".join(space.names),
+        fields=", ".join(_describe_field(f) for f in space.fields),
         grid=" x ".join(str(n) for n in run["data"]["grid"]),
         total=parameters["total"],
         active=parameters["active"],
         step=description["source"]["step"] if description["source"]["step"] is not None else "unknown",
         seed=run["seed"],
         history=run["data"]["history"],
-        regime=description["regimes"][0],
+        regime=space.names[0],
         places=_STAGGERED if decoded else _AS_TRAINED,
     )
     if description.get("merge"):
@@ -105,9 +108,9 @@ def _merged(merge: Mapping[str, Any]) -> str:
     )
 
 
-def _describe_field(field: Mapping[str, Any]) -> str:
-    words = [w for w in ("solenoidal", "static") if field.get(w)] + [str(field.get("kind", "scalar"))]
-    return f"{field['name']} ({' '.join(words)})"
+def _describe_field(field: Field) -> str:
+    words = [w for w in ("solenoidal", "static") if getattr(field, w)] + [field.kind]
+    return f"{field.name} ({' '.join(words)})"
 
 
 def _rows(regimes: Mapping[str, Any]) -> Iterator[str]:

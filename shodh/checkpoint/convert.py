@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from shodh.checkpoint.description import Dtypes, is_pretrained, read_pretrained, write_pretrained, written_dtypes
+from shodh.checkpoint.description import Dtypes, is_converted, read_pretrained, write_pretrained, written_dtypes
 from shodh.checkpoint.sources import Model, open_source
 from shodh.core.errors import CheckpointError, ConfigError
 from shodh.core.files import PARTIAL_SUFFIX, sync_to_disk
@@ -90,7 +90,7 @@ def check_target(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CheckpointError(f"{out} exists; choose another folder, or replace it with --overwrite")
-    if not is_pretrained(out):
+    if not is_converted(out):
         raise CheckpointError(f"{out} was not written by this command, and --overwrite replaces nothing else")
 
 

@@ -1,7 +1,7 @@
-"""A folder of a whole model: ``config.json``, weights in safetensors, and a model card.
+"""A folder of a whole model: ``config.json``, ``space.json``, weights in safetensors, and their manifest.
 
-Tokenizer and operator travel together (prefixes ``tokenizer.`` and ``operator.``), with what their numbers mean:
-normalisation constants, the domain of each regime, the fields, and the whole configuration of the run.
+Checkpoints are such folders, with each part's weights in a file of its own. In converted ones tokenizer and operator
+travel together (prefixes ``tokenizer.`` and ``operator.``), with a model card.
 """
 
 from __future__ import annotations
@@ -14,11 +14,22 @@ import torch
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from shodh.checkpoint.card import model_card
-from shodh.config import RunConfig, Section, config_from_dict
+from shodh.checkpoint.folder import (
+    MANIFEST,
+    checksum,
+    is_checkpoint,
+    latest_checkpoint,
+    read_manifest,
+    verify_model,
+    write_manifest,
+)
+from shodh.config import RunConfig, Section, config_from_dict, to_dict
+from shodh.core.environment import describe_environment
 from shodh.core.errors import CheckpointError, ConfigError, DataError
-from shodh.core.reading import parse_json
-from shodh.core.strict_json import dumps
+from shodh.core.reading import parse_json, read_object
+from shodh.core.strict_json import dumps, write_json
 from shodh.core.weights import (
+    INDEX,
     MAX_SHARD_SIZE,
     LazyWeights,
     Progress,
@@ -27,17 +38,16 @@ from shodh.core.weights import (
     check_kinds,
     expected_shapes,
     ignore,
+    open_file,
     open_weights,
     persistent_buffers,
-    read_json,
     read_metadata,
     target_dtypes,
     write_weights,
 )
-from shodh.data import FieldNormalizer
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.moe.groups import is_routed_expert
-from shodh.schema.domain import Domain
+from shodh.schema.space import SPACE_FILE, Space
 
 CONFIG = "config.json"
 CARD = "README.md"
@@ -58,28 +68,31 @@ class Source(Section):
 
 
 class ModelDescription(Section):
-    """What ``config.json`` says; every value is checked when it is read."""
+    """What ``config.json`` and ``space.json`` say; every value is checked when it is read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     format: Literal["shodh"] = "shodh"
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     parts: tuple[Part, ...] = Field(min_length=1)
     dtype: Literal["fp32", "bf16", "fp16"]
-    regimes: tuple[str, ...] = Field(min_length=1)
-    fields: tuple[dict[str, Any], ...]
-    domains: dict[str, dict[str, Any]]
-    normalizer: dict[str, Any]
     run: dict[str, Any]
     parameters: dict[str, int]
     versions: dict[str, str]
     source: Source
     merge: dict[str, Any] | None = Field(None, description="how it was made of experts; null: it was trained")
+    weights: dict[Part, str] | None = Field(
+        None, description="file of each part, with its plain names; null: all of them together, with prefixes"
+    )
+    space: Space = Field(exclude=True, description="of space.json")
 
     @model_validator(mode="after")
     def _check(self) -> ModelDescription:
-        if missing := sorted(set(self.regimes) - set(self.domains)):
-            raise ValueError(f"domains lacks the regimes {missing}")
+        if self.weights is not None and set(self.weights) != set(self.parts):
+            raise ValueError(f"weights are of {sorted(self.weights)}, and the parts are {sorted(self.parts)}")
+        for name in (self.weights or {}).values():
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"weights in {name!r}; expected a .safetensors file beside it")
         return self
 
     @property
@@ -87,62 +100,100 @@ class ModelDescription(Section):
         """The run's configuration, validated."""
         return config_from_dict(self.run, f"'run' of {CONFIG}")
 
-    def build_normalizer(self) -> FieldNormalizer:
-        read = FieldNormalizer.from_dict(self.normalizer)
-        # Constants of a former version do not say which fields are masked.
-        return FieldNormalizer([f.build() for f in self.config.data.fields], read.ndim, read.constants)
-
-    def build_domains(self) -> dict[str, Domain]:
-        """The domain of each regime."""
-        try:
-            return {name: Domain.from_dict(self.domains[name]) for name in self.regimes}
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"a domain of {CONFIG} is malformed: {error!r}") from error
+    @property
+    def regimes(self) -> tuple[str, ...]:
+        """Names of the regimes the model was trained on."""
+        return self.space.names
 
 
-def parse_description(content: Mapping[str, Any], source: Path) -> ModelDescription:
-    """Check the content of a ``config.json``; raises `CheckpointError` that names the file and the key."""
+def parse_description(content: Mapping[str, Any], source: Path, space: Space | None) -> ModelDescription:
+    """Check the content of a ``config.json``; without ``space``, of one that version 0.2.0 wrote, which has its own.
+
+    Raises
+    ------
+    CheckpointError
+        Names the file and the key.
+    """
     if content.get("format") != "shodh":
         raise CheckpointError(
             f"{source} is not of this project: expected format 'shodh', got {content.get('format')!r}"
         )
     try:
-        description = ModelDescription.model_validate(content)
-        description.config  # noqa: B018
-        description.build_normalizer()
-        description.build_domains()
+        if space is None:
+            content, space = _former(content, source)
+        description = ModelDescription.model_validate({**content, "space": space})
+        fields = tuple(f.build() for f in description.config.data.fields)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{source}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
     except (ConfigError, DataError) as error:
         raise CheckpointError(f"{source}: {error}") from error
+    if fields != space.fields:
+        raise CheckpointError(f"{source} and its {SPACE_FILE} are of different fields")
     return description
 
 
+def _former(content: Mapping[str, Any], source: Path) -> tuple[dict[str, Any], Space]:
+    """Content of a ``config.json`` of version 1, without its fields, domains and constants, and the space of these."""
+    if content.get("format_version") != 1:
+        raise CheckpointError(
+            f"{source}: format_version {content.get('format_version')!r} without a {SPACE_FILE} beside it; versions up "
+            "to 2 are read"
+        )
+    rest = {k: v for k, v in content.items() if k not in ("regimes", "fields", "domains", "normalizer")}
+    config = config_from_dict(rest.get("run", {}), f"'run' of {CONFIG}")
+    fields = [f.build() for f in config.data.fields]
+    space = Space.from_former(content, fields, content.get("regimes"), str(source))
+    return {**rest, "format_version": 2}, space
+
+
 def is_pretrained(path: Path) -> bool:
-    """Whether a folder looks like one that `write_pretrained` wrote."""
+    """Whether a folder describes a model: a converted folder, a checkpoint, or the run of a trained tokenizer."""
     if not (path / CONFIG).is_file():
         return False
     try:
-        return read_json(path / CONFIG).get("format") == "shodh"
+        return read_object(path / CONFIG).get("format") == "shodh"
     except CheckpointError:
         return True  # A damaged one is to be named, not taken for something else.
 
 
+def is_converted(path: Path) -> bool:
+    """Whether a folder was written by a conversion: it describes a model, and is neither a run nor a checkpoint."""
+    return is_pretrained(path) and not (path / "config.yaml").exists() and not is_checkpoint(path)
+
+
+def find_pretrained(path: Path) -> Path:
+    """The folder of weights that a path means: of a run, its newest checkpoint; anything else is itself."""
+    if path.is_dir() and not (path / MANIFEST).is_file() and (newest := latest_checkpoint(path)) is not None:
+        return newest
+    return path
+
+
 def read_description(path: Path) -> ModelDescription:
     """Description of a folder, or of a lone file that was written by this project. Errors as `read_pretrained`."""
-    if not path.is_file():
-        return parse_description(read_json(path / CONFIG), path / CONFIG)
-    text = read_metadata(path).get(METADATA_KEY)
-    if text is None:
-        raise CheckpointError(f"{path} says nothing about its model; use the folder it came with")
-    content = parse_json(text, f"{path} is damaged: its description", CheckpointError)
-    return parse_description(content if isinstance(content, dict) else {}, path)
+    if path.is_file():
+        text = read_metadata(path).get(METADATA_KEY)
+        if text is None:
+            raise CheckpointError(f"{path} says nothing about its model; use the folder it came with")
+        content = parse_json(text, f"{path} is damaged: its description", CheckpointError)
+        content = dict(content) if isinstance(content, dict) else {}
+        space = content.pop("space", None)
+        return parse_description(content, path, None if space is None else Space.from_document(space, str(path)))
+    content = read_object(path / CONFIG)
+    space = Space.load(path) if (path / SPACE_FILE).is_file() else None
+    description = parse_description(content, path / CONFIG, space)
+    if is_checkpoint(path):
+        manifest = read_manifest(path)
+        source = {"name": path.name, "sha256": checksum(path / MANIFEST), "step": manifest["state"].get("step")}
+        return description.model_copy(update={"source": description.source.model_copy(update=source)})
+    return description
 
 
 def read_pretrained(path: Path) -> tuple[ModelDescription, Weights]:
     """Description and stored tensors of a folder, or of a lone file that was written by this project.
+
+    Files are compared with the manifest of their folder; converted folders of version 0.2.0 have none.
 
     Raises
     ------
@@ -150,9 +201,22 @@ def read_pretrained(path: Path) -> tuple[ModelDescription, Weights]:
         Names the file that is missing or damaged, or the tensor that does not fit.
     """
     description = read_description(path)
-    tensors = open_weights(path)
+    if description.weights is None:
+        tensors: Weights = open_weights(path)
+    else:
+        parts = {part: open_file(path / name) for part, name in description.weights.items()}
+        tensors = {f"{part}.{name}": t for part, found in parts.items() for name, t in found.items()}
     check_weights(description, tensors, path)
+    if (path / MANIFEST).is_file():  # Last: what is wrong in itself can be named better.
+        verify_model(path)
     return description, tensors
+
+
+def read_part(path: Path, part: Part) -> Weights:
+    """The tensors of one part of a pretrained folder, verified, by their plain names. Errors as `read_pretrained`."""
+    _, tensors = read_pretrained(path)
+    prefix = f"{part}."
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def build_parts(config: RunConfig, parts: tuple[Part, ...]) -> torch.nn.ModuleDict:
@@ -209,8 +273,33 @@ def write_pretrained(
         An evaluation's ``metrics.json``, for the card.
     """
     content = description.model_dump(mode="json")
-    metadata = {METADATA_KEY: dumps(content, separators=(",", ":"))}
+    metadata = {METADATA_KEY: dumps({**content, "space": description.space.document()}, separators=(",", ":"))}
     files = write_weights(folder, tensors, dtypes, max_shard_size, metadata, progress)
-    (folder / CONFIG).write_text(dumps(content, indent=2) + "\n")
-    (folder / CARD).write_text(model_card(content, numbers))
+    described = describe_folder(folder, description)
+    (folder / CARD).write_text(model_card(content, description.space, numbers))  # To be edited: not in the manifest.
+    index = [folder / INDEX] if (folder / INDEX).exists() else []
+    write_manifest(folder, [*files, *index, *described])
     return files
+
+
+def describe_folder(folder: Path, description: ModelDescription) -> list[Path]:
+    """Write ``config.json`` and ``space.json`` of a model into a folder; returns them."""
+    write_json(folder / CONFIG, description.model_dump(mode="json"), indent=2)
+    return [folder / CONFIG, description.space.save(folder)]
+
+
+def describe_run(
+    config: RunConfig, space: Space, parts: tuple[Part, ...], source: Source, weights: dict[Part, str] | None = None
+) -> ModelDescription:
+    """The description of a float32 model that this installation made."""
+    environment = describe_environment()
+    return ModelDescription(
+        parts=parts,
+        dtype="fp32",
+        run=to_dict(config),
+        parameters=count_parameters(config, parts),
+        versions={"shodh": environment["shodh"], "python": environment["python"], **environment["packages"]},
+        source=source,
+        weights=weights,
+        space=space,
+    )

@@ -8,19 +8,18 @@ beside it (``.step_NNNNNNNN.partial``) and takes its name when all of it is on d
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import shutil
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from shodh.core.errors import CheckpointError
-from shodh.core.files import PARTIAL_SUFFIX, sync_to_disk, write_atomically
-from shodh.core.reading import read_text
+from shodh.core.files import PARTIAL_SUFFIX, checksum, sync_to_disk, write_atomically
+from shodh.core.reading import read_object, read_text
 from shodh.core.strict_json import write_json
-from shodh.core.weights import read_json
 
 log = logging.getLogger("shodh")
 
@@ -30,12 +29,6 @@ OPTIMIZER = "optimizer"
 _TAG = re.compile(r"step_(\d{8,})")
 _OLD_SUFFIX = ".old"
 _LEFTOVER = re.compile(rf"\.({_TAG.pattern})({re.escape(PARTIAL_SUFFIX)}|{re.escape(_OLD_SUFFIX)})")
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Of a run
@@ -82,6 +75,12 @@ def _is_whole(checkpoint: Path) -> bool:
         return all((checkpoint / name).stat().st_size == entry["size"] for name, entry in files.items())
     except (CheckpointError, OSError, KeyError, TypeError):
         return False
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint lies in; None of one that was moved elsewhere."""
+    above = checkpoint.absolute().parent
+    return above.parent if above.name == "checkpoints" else None
 
 
 def partial_folder(run: Path, tag: str) -> Path:
@@ -141,7 +140,18 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-# Of a checkpoint
+# Of a checkpoint, or another folder of weights
+
+
+def write_manifest(folder: Path, files: Iterable[Path]) -> None:
+    """List files of a folder with their sizes and checksums, as a checkpoint does."""
+    listed = {str(f.relative_to(folder)): {"size": f.stat().st_size, "sha256": checksum(f)} for f in files}
+    write_json(folder / MANIFEST, {"files": listed, "state": {}, "topology": {}}, sort_keys=True)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder with a manifest is a checkpoint of a training, and not a model alone."""
+    return (folder / MANIFEST).is_file() and "step" in read_manifest(folder)["state"]
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -150,7 +160,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{checkpoint} is not a complete checkpoint: it has no {MANIFEST}")
     try:
-        manifest = read_json(path)
+        manifest = read_object(path)
         for key in ("files", "state", "topology"):
             manifest[key].items()
         return manifest
@@ -170,6 +180,14 @@ def verify_checkpoint(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> dict
     for name in sorted(manifest["files"])[share[0] :: share[1]]:
         verify_file(checkpoint, name, manifest)
     return manifest
+
+
+def verify_model(folder: Path) -> None:
+    """Compare all files but the optimiser's with the manifest. Errors as `verify_checkpoint`."""
+    manifest = read_manifest(folder)
+    for name in sorted(manifest["files"]):
+        if not name.startswith(f"{OPTIMIZER}/"):
+            verify_file(folder, name, manifest)
 
 
 def verify_file(checkpoint: Path, name: str, manifest: dict[str, Any]) -> None:

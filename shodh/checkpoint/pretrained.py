@@ -1,32 +1,53 @@
-"""A whole model in physical units from one folder or the hub: tokenizer and operator, or an operator on fields."""
+"""A whole model in physical units from a run, a checkpoint, a converted folder or the hub.
+
+Needs neither DeepSpeed nor the compiled extension. Only safetensors and JSON are read.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from huggingface_hub import ModelHubMixin, snapshot_download
+from torch import Tensor, nn
 
-from shodh.checkpoint.arrays import Array, like
-from shodh.checkpoint.description import ModelDescription, build_parts, read_description
-from shodh.checkpoint.pretrained_base import PretrainedModel, local_folder
+from shodh.checkpoint.arrays import Array, like, to_float32
+from shodh.checkpoint.description import (
+    CONFIG,
+    ModelDescription,
+    build_parts,
+    find_pretrained,
+    read_pretrained,
+    write_pretrained,
+)
 from shodh.core.errors import CheckpointError, DataError
 from shodh.core.precision import ieee_float32
-from shodh.models.field_space import channel_mask, existing_cells, pad_absent
-from shodh.models.operator import LatentTransformer, OperatorOutput
+from shodh.core.weights import DTYPES, StoredTensor, load_into, persistent_buffers, target_dtypes
+from shodh.data.checks import require_mask
+from shodh.models.forecaster import Forecaster
+from shodh.models.operator import LatentTransformer
 from shodh.models.registry import FieldOperator
 from shodh.models.tokenizer import Tokenizer
-from shodh.moe.step import regime_arguments
-from shodh.schema.domain import add_walls, static_features
+from shodh.schema.domain import Domain
+from shodh.schema.fields import field_slices, mask_names
 
 
-class ShodhModel(PretrainedModel):
-    """Tokenizer and operator of a run, from physical fields to physical fields.
+class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignore[misc]
+    """The networks of a run, from physical fields to physical fields.
 
-    As `PretrainedModel`; scalars live at cell centres, component i of a vector on the upper face of its cell along axis
-    i.
+    Fields are in the units of the training data, channels in the order of the fields of ``space``, a vector taking one
+    channel an axis. Of a model with a tokenizer scalars live at cell centres, component i of a vector on the upper face
+    of its cell along axis i; of others where the training files had them. All methods run without gradients;
+    ``forecaster`` has the same steps in model units, with them.
+
+    Arrays are NumPy or torch, of any floating type, strides and device; masks may be integers or booleans too. What
+    comes back is of the kind, and on the device, of the fields: float64 if they are, else float32, which is what is
+    computed in, also under autocast. Channels of fields that the regime lacks are not read, nor are masked scalars
+    where they do not exist; they come back as `shodh.schema.fields.OUTSIDE` there.
 
     Examples
     --------
@@ -39,143 +60,235 @@ class ShodhModel(PretrainedModel):
     """
 
     def __init__(self, description: ModelDescription) -> None:
-        super().__init__(description)
+        super().__init__()
+        self.description = description
+        self.config, self.space = description.config, description.space
         parts = build_parts(self.config, description.parts)
-        if "tokenizer" not in parts:
+        if self.config.has_tokenizer and "tokenizer" not in parts:
             raise CheckpointError("a model needs its tokenizer; this folder holds the operator alone")
-        self.tokenizer: Tokenizer = parts["tokenizer"]  # type: ignore[assignment]
-        self.operator: LatentTransformer | None = None
+        self.tokenizer: Tokenizer | None = parts["tokenizer"] if "tokenizer" in parts else None  # type: ignore[assignment]
+        self.operator: LatentTransformer | FieldOperator | None = None
         if "operator" in parts:
             self.operator = parts["operator"]  # type: ignore[assignment]
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        """Cells of the three axes."""
-        x, y, z = (8 * n for n in self.config.latent_grid)
-        return x, y, z
+    def forecaster(self) -> Forecaster:
+        """The same model in model units."""
+        return Forecaster.of(self.config, self.space, self.operator, self.tokenizer)
 
-    def _geometry(self, static: Tensor, regime: str) -> Tensor:
-        """What the networks see of a domain, ``[B, G, X, Y, Z]``."""
-        return add_walls(self._normalize_static(static, regime), self.domain(regime))
+    @property
+    def regimes(self) -> tuple[str, ...]:
+        """Names of the regimes the model was trained on."""
+        return self.space.names
 
-    @torch.no_grad()
+    @property
+    def history(self) -> int:
+        """Past frames that one step needs."""
+        return self.config.data.history
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Cells of each axis."""
+        return self.config.cells
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the fields that change in time."""
+        return self.space.num_channels
+
+    @property
+    def num_static(self) -> int:
+        """Channels of the static fields."""
+        return self.space.num_static
+
+    def domain(self, regime: str) -> Domain:
+        """Boundary and lengths of a regime's box; raises `DataError` for one that is not known."""
+        return self.space.domains[self.space.number(regime)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def _take(
+        self, values: Tensor | np.ndarray, what: str, leading: tuple[str, ...], sizes: tuple[int, ...], integers: bool
+    ) -> Tensor:
+        """What a user gives, of the shape ``[*leading, *sizes]``, as float32 on the model's device."""
+        shape = tuple(getattr(values, "shape", ()))
+        if len(shape) != len(leading) + len(sizes) or shape[len(leading) :] != sizes or 0 in shape[: len(leading)]:
+            got = list(shape) if shape or hasattr(values, "shape") else type(values).__name__
+            raise DataError(f"{what} must be [{', '.join([*leading, *map(str, sizes)])}], got {got}")
+        return to_float32(values, what, self.device, integers=integers)
+
+    def _take_fields(self, fields: Tensor | np.ndarray, static: Tensor, regime: str, frames: int) -> Tensor:
+        """Physical fields ``[B, T, C, *grid]`` of at least ``frames`` frames; channels of absent fields are zero."""
+        given = self._take(fields, "fields", ("batch", "time"), (self.num_channels, *self.grid), False)
+        if given.shape[1] < frames:
+            raise DataError(f"fields must hold {frames} frames, oldest first, got {list(given.shape)}")
+        self._same_number(given, "fields", static)
+        given = torch.where(self._existing(regime, given, static=False), given, 0.0)
+        if not bool(self.space.to_model(given, regime, static).isfinite().all()):
+            raise DataError("fields hold NaN or infinity, or numbers that float32 cannot hold")
+        return given
+
+    def _take_static(self, static: Tensor | np.ndarray, regime: str) -> Tensor:
+        """Static fields ``[B, S, *grid]`` as stored; channels of absent fields are zero.
+
+        Raises
+        ------
+        DataError
+            The regime is unknown, the shape is not the model's, values are not finite, or a mask is not 0 or 1.
+        """
+        self.space.number(regime)
+        given = self._take(static, "static", ("batch",), (self.num_static, *self.grid), True)
+        given = torch.where(self._existing(regime, given, static=True), given, 0.0)
+        if not bool(given.isfinite().all()):
+            raise DataError("static holds NaN or infinity")
+        for name, channels in field_slices(self.space.static, self.space.ndim).items():
+            if name in mask_names(self.space.fields):
+                for sample in given[:, channels]:
+                    require_mask(sample.cpu().numpy(), name, "static")
+        return given
+
+    def _existing(self, regime: str, values: Tensor, *, static: bool) -> Tensor:
+        """Which channels of ``values [..., C, *grid]`` the regime has, in a shape that broadcasts with them."""
+        label = torch.tensor([self.space.number(regime)], device=values.device)
+        return self.space.exists(label, static=static)[0].view(-1, *(1,) * self.space.ndim)
+
+    @staticmethod
+    def _same_number(values: Tensor, what: str, static: Tensor) -> None:
+        if len(values) != len(static):
+            raise DataError(f"{what} are {len(values)} samples, and static {len(static)}; give both the same number")
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Computation in the precision of the weights, whatever surrounds it."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), ieee_float32():
+            yield
+
     def encode(self, fields: Array, static: Tensor | np.ndarray, regime: str) -> Array:
-        """Physical fields ``[B, T, C, X, Y, Z]``, static ones ``[B, S, X, Y, Z]`` -> latents ``[B, T, L, x, y, z]``.
+        """Physical fields ``[B, T, C, *grid]``, static ones ``[B, S, *grid]`` -> states ``[B, T, ...]``: latents.
 
         Errors as `rollout`.
         """
         with self._computing():
             masks = self._take_static(static, regime)
-            return like(
-                self._encode(self._take_fields(fields, masks, regime, 1), self._geometry(masks, regime)), fields
-            )
+            given = self.space.to_model(self._take_fields(fields, masks, regime, 1), regime, masks)
+            scaled = self.space.static_to_model(masks, regime)
+            return like(self.forecaster.encode(given, scaled, self.space.number(regime)).states, fields)
 
-    def _encode(self, normal: Tensor, geometry: Tensor) -> Tensor:
-        return torch.stack([self.tokenizer.encode(frame, geometry) for frame in normal.unbind(1)], 1)
-
-    @torch.no_grad()
     def decode(self, latents: Array, static: Tensor | np.ndarray, regime: str, *, exact: bool = False) -> Array:
-        """Latents ``[B, T, L, x, y, z]`` -> physical fields ``[B, T, C, X, Y, Z]``.
+        """States ``[B, T, ...]`` -> physical fields ``[B, T, C, *grid]``.
 
         Parameters
         ----------
         exact : bool
             Round potentials to a lattice, so that the stored divergence of solenoidal fields is bitwise zero.
         """
-        sizes = (self.config.tokenizer.latent_channels, *self.config.latent_grid)
+        sizes = (self.num_channels, *self.grid)
+        if self.tokenizer is not None:
+            sizes = (self.config.tokenizer.latent_channels, *self.config.latent_grid)
         with self._computing():
             masks = self._take_static(static, regime)
             given = self._take(latents, "latents", ("batch", "time"), sizes, False)
-            if len(given) != len(masks):
-                raise DataError(f"latents are {len(given)} samples, and static {len(masks)}; give both the same number")
-            normal = self._decode(given, self._geometry(masks, regime), regime, exact)
-            return like(self.normalizer.denormalize(normal, regime, masks), latents)
+            self._same_number(given, "latents", masks)
+            scaled = self.space.static_to_model(masks, regime)
+            normal = self.forecaster.decode(given, scaled, self.space.number(regime), exact=exact)
+            return like(self.space.to_physical(normal, regime, masks), latents)
 
-    def _decode(self, latents: Tensor, geometry: Tensor, regime: str, exact: bool) -> Tensor:
-        """Normalised fields."""
-        emitted = (self.tokenizer.emit(latent, geometry) for latent in latents.unbind(1))
-        return torch.stack([self.tokenizer.assemble(e, self.domain(regime), exact=exact) for e in emitted], 1)
-
-    def _require(self, exact: bool) -> None:
-        if self.operator is None:
-            raise CheckpointError("this folder holds a tokenizer alone; convert a run of launch/pretrain.py")
-
-    def _rollout(self, window: Tensor, static: Tensor, regime: str, steps: int, exact: bool) -> Tensor:
-        assert self.operator is not None
-        geometry = self._geometry(static, regime)
-        window, features = self._encode(window, geometry), static_features(geometry)
-        told = regime_arguments(self.config.operator.experts, self.regimes.index(regime), window)
-        frames = []
-        for _ in range(steps):
-            following = self.operator(window, features, **told).latent
-            frames.append(following)
-            window = torch.cat((window[:, 1:], following.unsqueeze(1)), 1)
-        return self._decode(torch.stack(frames, 1), geometry, regime, exact)
-
-
-class FieldModel(PretrainedModel):
-    """An operator on fields, in two or three dimensions, from physical fields to physical fields.
-
-    As `ShodhModel`, without latents: a vector has one channel an axis of the grid. Channels of fields that a regime
-    lacks are not read, and mean nothing where they are given back.
-    """
-
-    def __init__(self, description: ModelDescription) -> None:
-        super().__init__(description)
-        self.operator: FieldOperator = build_parts(self.config, description.parts)["operator"]  # type: ignore[assignment]
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """Cells of each axis."""
-        return self.config.data.grid
-
-    def _exists(self, regime: str, values: Tensor, *, static: bool) -> Tensor:
-        """Which channels exist, for as many samples as ``values`` has: ``[B, C]``."""
-        mask = channel_mask(self._fields(static=static), self.domain(regime), len(self.grid))
-        return mask.to(values.device).expand(len(values), -1)
-
-    def cells(self, static: Tensor, regime: str) -> Tensor | None:
-        """In which cells each channel exists, ``[B, S, *grid] -> [B, C, *grid]``; None: in all."""
-        exists = self._exists(regime, static, static=True)
-        return existing_cells(static, exists, self.normalizer.masked, self.num_channels)
-
-    @ieee_float32()
-    def step(self, window: Tensor, static: Tensor, regime: str) -> OperatorOutput:
-        """The next frame of *normalised* fields, and how it was routed; differentiable, in weights and inputs.
-
-        What it says of cells where a field does not exist means nothing, and is not read from the window.
+    def rollout(
+        self, fields: Array, static: Tensor | np.ndarray, regime: str, steps: int, *, exact: bool = False
+    ) -> Array:
+        """The ``steps`` frames that follow, each predicted from the last ones: ``[B, steps, C, *grid]``.
 
         Parameters
         ----------
-        window : Tensor [B, history, C, *grid]
-        static : Tensor [B, S, *grid]
+        fields : Tensor or ndarray [B, T, C, *grid]
+            At least `history` frames, oldest first; the last ones are used.
+        static : Tensor or ndarray [B, S, *grid]
+        regime : str
+            Whose normalisation and domain are meant; no network sees the name, but an oracle router its number.
+        exact : bool
+            As `decode`.
+
+        Raises
+        ------
+        DataError
+            The regime is unknown, or an array is not of the model's shape, not finite, or of a type that is not taken.
+        CheckpointError
+            There is a tokenizer alone, or ``exact`` is asked of an operator on fields.
         """
-        exists, cells = self._exists(regime, window, static=False), self.cells(static, regime)
-        if cells is not None:
-            window = torch.where(cells.unsqueeze(1), window, 0.0)
-        padded = torch.stack([pad_absent(frame, exists) for frame in window.unbind(1)], 1)
-        given = pad_absent(static, self._exists(regime, static, static=True))
-        told = regime_arguments(self.config.operator.experts, self.regimes.index(regime), window)
-        output: OperatorOutput = self.operator(padded, given, **told)
-        return output
+        if self.operator is None:
+            raise CheckpointError("this folder holds a tokenizer alone; use a run of launch/pretrain.py")
+        if steps < 1:
+            raise DataError(f"steps={steps}; must be at least 1")
+        with self._computing():
+            masks = self._take_static(static, regime)
+            given = self._take_fields(fields, masks, regime, self.history)
+            return like(self.forecaster.predict(given, masks, regime, steps, exact=exact), fields)
 
-    def _require(self, exact: bool) -> None:
-        if exact:
-            raise CheckpointError("exact is of velocities that are decoded from a potential; this operator has none")
+    def predict(self, fields: Array, static: Tensor | np.ndarray, regime: str, *, exact: bool = False) -> Array:
+        """The frame that follows ``fields [B, T, C, *grid]`` (oldest first): ``[B, C, *grid]``. As `rollout`."""
+        return self.rollout(fields, static, regime, steps=1, exact=exact)[:, 0]
 
-    def _rollout(self, window: Tensor, static: Tensor, regime: str, steps: int, exact: bool) -> Tensor:
-        given = self._normalize_static(static, regime)
-        frames = []
-        for _ in range(steps):
-            frames.append(self.step(window, given, regime).latent)
-            window = torch.cat((window[:, 1:], frames[-1].unsqueeze(1)), 1)
-        return torch.stack(frames, 1)
+    forward = predict
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, path_or_hub_id: str | Path, *, device: torch.device | str = "cpu", **download: Any
+    ) -> Self:
+        """Load a run (its newest checkpoint), a checkpoint, a converted folder, or a model of the hub (``owner/name``).
+
+        Files are compared with their manifest; weights become float32.
+
+        Parameters
+        ----------
+        download
+            For the hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and the like.
+
+        Raises
+        ------
+        CheckpointError
+            Names the file that is missing or damaged, or the tensor that does not fit or is not finite.
+        """
+        path = _local_folder(path_or_hub_id, **download)
+        description, tensors = read_pretrained(path)
+        model = cls(description)
+        load_into(model, {name: stored.read() for name, stored in tensors.items()}, path)
+        return model.eval().requires_grad_(False).to(device)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Config, weights and card; what `save_pretrained` and `push_to_hub` of the hub's mixin call."""
+        buffers = dict(persistent_buffers(self))
+        weights = dict(self.named_parameters())
+        found, names = {p.dtype for p in weights.values()}, {dtype: name for name, dtype in DTYPES.items()}
+        if len(found) != 1 or found - names.keys():
+            raise CheckpointError(f"weights of {sorted(map(str, found))} cannot be saved; use one of {list(DTYPES)}")
+        state = {**weights, **buffers}
+        tensors = {name: StoredTensor.of(tensor.cpu(), save_directory) for name, tensor in state.items()}
+        description = self.description.model_copy(update={"dtype": names[found.pop()], "weights": None})
+        write_pretrained(save_directory, description, tensors, target_dtypes(tensors, None))
 
 
-def from_pretrained(
-    path_or_hub_id: str | Path, *, device: torch.device | str = "cpu", **download: Any
-) -> ShodhModel | FieldModel:
-    """Load a model from a folder or the hub; see `PretrainedModel.from_pretrained`."""
-    folder = local_folder(path_or_hub_id, **download)
-    kind = FieldModel if read_description(folder).config.operator.in_field_space else ShodhModel
-    return kind.load(folder, device)
+def _local_folder(path_or_hub_id: str | Path, **download: Any) -> Path:
+    """A folder of weights, or a model of the hub after its download; raises `CheckpointError` for neither."""
+    path = Path(path_or_hub_id)
+    if path.exists():
+        found = find_pretrained(path)
+        if found.is_dir() and not (found / CONFIG).is_file():
+            raise CheckpointError(
+                f"{found} does not describe its model (no {CONFIG}): a checkpoint of an older version, of a tokenizer "
+                "in training, or of other software; convert it first: tools/convert_checkpoint.py"
+            )
+        return found
+    try:
+        folder = snapshot_download(str(path_or_hub_id), allow_patterns=["*.safetensors", "*.json"], **download)
+    except Exception as error:  # the hub's errors have no common base
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path_or_hub_id} is no folder, and no model of the hub: {reason}") from error
+    return Path(folder)
+
+
+def from_pretrained(path_or_hub_id: str | Path, *, device: torch.device | str = "cpu", **download: Any) -> ShodhModel:
+    """Load a model; see `ShodhModel.from_pretrained`."""
+    return ShodhModel.from_pretrained(path_or_hub_id, device=device, **download)

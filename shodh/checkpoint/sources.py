@@ -12,35 +12,35 @@ from typing import Any
 import torch
 
 from shodh.checkpoint.description import (
+    METADATA_KEY,
     ModelDescription,
     Part,
     Source,
-    build_parts,
-    count_parameters,
+    check_weights,
+    describe_run,
+    is_converted,
     is_pretrained,
     read_pretrained,
 )
-from shodh.checkpoint.folder import LATEST, MANIFEST, checksum, latest_checkpoint, read_manifest, verify_checkpoint
-from shodh.checkpoint.foreign.deepspeed_folder import is_deepspeed_folder, read_deepspeed_folder
-from shodh.checkpoint.weights import open_verified
-from shodh.config import RunConfig, load_config, to_dict
-from shodh.core.errors import CheckpointError
-from shodh.core.reading import read_text
-from shodh.core.strict_json import dumps
-from shodh.core.weights import (
-    StoredTensor,
-    Weights,
-    check_fit,
-    check_kinds,
-    expected_shapes,
-    open_file,
-    open_weights,
-    read_json,
-    read_metadata,
+from shodh.checkpoint.folder import (
+    LATEST,
+    MANIFEST,
+    checksum,
+    is_checkpoint,
+    latest_checkpoint,
+    read_manifest,
+    run_of,
+    verify_checkpoint,
 )
-from shodh.train.field_task import SPACE_FILE
-from shodh.train.latents import TOKENIZER_FILE
-from shodh.train.run_folder import RunFolder, describe_environment
+from shodh.checkpoint.foreign.deepspeed_folder import is_deepspeed_folder, read_deepspeed_folder
+from shodh.checkpoint.run_files import is_tokenizer, open_tokenizer, started_from
+from shodh.checkpoint.weights import open_verified
+from shodh.config import RunConfig, load_config
+from shodh.core.errors import CheckpointError
+from shodh.core.reading import read_object, read_text
+from shodh.core.strict_json import dumps
+from shodh.core.weights import StoredTensor, Weights, open_file, open_weights, read_metadata
+from shodh.schema.space import SPACE_FILE, Space
 
 KINDS = (
     "a run folder, a checkpoint folder of one, a folder that DeepSpeed wrote (ZeRO 1, 2, 3 or universal), "
@@ -94,29 +94,48 @@ def open_source(
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; expected {KINDS}")
-    if is_pretrained(path) or (path.suffix == ".safetensors" and path.is_file() and "shodh" in read_metadata(path)):
-        description, tensors = read_pretrained(path)
-        return Model(description.model_copy(update={"dtype": dtype}), tensors)
-    if (path / TOKENIZER_FILE).is_file():
+    if path.suffix == ".safetensors" and path.is_file() and METADATA_KEY in read_metadata(path):
+        return _described(path, dtype)
+    if is_tokenizer(path):
         return _tokenizer_alone(path, dtype)
-    path = _checkpoint_of(path, tag)
+    if not (path / MANIFEST).is_file() or tag is not None:
+        path = path if is_converted(path) and tag is None else _checkpoint_of(path, tag)
+    if is_pretrained(path) and tokenizer is None and config_path is None:
+        return _described(path, dtype)
     config, run = _run_config(path, config_path)
-    if run is not None and (run / TOKENIZER_FILE).is_file():
+    if run is not None and is_tokenizer(run):
         raise CheckpointError(f"{path} is a checkpoint of a tokenizer; convert its run folder {run}")
     operator = _open_operator(path, dtype)
-    source = operator.source.model_copy(update={"init_from": None if run is None else RunFolder(run).started_from()})
+    tensors: Weights = {f"operator.{name}": t for name, t in operator.tensors.items()}
     parts: tuple[Part, ...] = ("operator",)
-    tensors = {f"operator.{name}": t for name, t in operator.tensors.items()}
-    if config.operator.in_field_space:
-        space = _space_file(path, run, tokenizer)
-    else:
+    started = None if run is None else started_from(run)
+    source = operator.source.model_copy(update={"init_from": started})
+    if config.has_tokenizer:
+        stored = open_tokenizer(_tokenizer_folder(config, run, tokenizer))
+        tensors = {f"tokenizer.{name}": t for name, t in stored.weights.items()} | dict(tensors)
         parts = ("tokenizer", "operator")
-        folder = _tokenizer_folder(config, run, tokenizer)
-        tensors = {f"tokenizer.{name}": t for name, t in _tokenizer_weights(folder).items()} | tensors
         # A run on regimes that its tokenizer did not learn has its own normalisation and domains.
-        space = folder / TOKENIZER_FILE if run is None or not (run / SPACE_FILE).is_file() else run / SPACE_FILE
-    description = _describe(config, space, parts, dtype, source, tensors, path)
+        space = stored.space if run is None or not (run / SPACE_FILE).is_file() else _space(config, run)
+    else:
+        space = _space_of_fields(path, config, run, tokenizer)
+    names = [regime.name for regime in config.data.regimes]
+    if unknown := [name for name in names if name not in space.names]:
+        raise CheckpointError(f"the tokenizer of {path} was not trained on the regimes {unknown}; use --tokenizer")
+    description = describe_run(config, space.only(names), parts, source).model_copy(update={"dtype": dtype})
+    check_weights(description, tensors, path)
     return Model(description, tensors, _numbers(run, path.name))
+
+
+def _described(path: Path, dtype: str) -> Model:
+    """A folder or file that says what it is: a checkpoint of this version, or a converted one."""
+    description, tensors = read_pretrained(path)
+    source, numbers = description.source, None
+    if path.is_dir() and is_checkpoint(path):
+        masters = dtype == "fp32" and read_manifest(path).get("precision", "fp32") != "fp32"
+        source = source.model_copy(update={"masters": masters})
+        numbers = _numbers(run_of(path), path.name)
+    changes = {"dtype": dtype, "weights": None, "source": source}
+    return Model(description.model_copy(update=changes), tensors, numbers)
 
 
 def _checkpoint_of(path: Path, tag: str | None) -> Path:
@@ -146,7 +165,7 @@ def _run_config(path: Path, given: Path | None) -> tuple[RunConfig, Path | None]
         return load_config(given), None
     for folder in [path, *path.absolute().parents[:_DEPTH]]:
         if (folder / "config.yaml").is_file():
-            return RunFolder(folder).config(), folder
+            return load_config(folder / "config.yaml"), folder
     raise CheckpointError(f"no config.yaml at or above {path}; name the one of its run with --config")
 
 
@@ -198,76 +217,33 @@ def _tokenizer_folder(config: RunConfig, run: Path | None, given: Path | None) -
     configured = config.tokenizer_dir
     candidates = [given] if given is not None else [configured, *([run.parent / configured.name] if run else [])]
     for folder in candidates:
-        if (folder / TOKENIZER_FILE).is_file():
+        if is_tokenizer(folder):
             return folder
     raise CheckpointError(f"no trained tokenizer in {' or '.join(map(str, candidates))}; name its run with --tokenizer")
 
 
-def _space_file(path: Path, run: Path | None, tokenizer: Path | None) -> Path:
-    """Where a run of an operator on fields keeps its normalisation and domains."""
+def _space(config: RunConfig, run: Path) -> Space:
+    return Space.load(run, [f.build() for f in config.data.fields])
+
+
+def _space_of_fields(path: Path, config: RunConfig, run: Path | None, tokenizer: Path | None) -> Space:
+    """What the numbers of a run of an operator on fields mean."""
     if tokenizer is not None:
         raise CheckpointError(f"{path} holds an operator on fields, which has no tokenizer; leave out --tokenizer")
     if run is None or not (run / SPACE_FILE).is_file():
         raise CheckpointError(
             f"{path} holds an operator on fields; convert it within its run folder, with {SPACE_FILE}"
         )
-    return run / SPACE_FILE
-
-
-def _tokenizer_weights(folder: Path) -> dict[str, StoredTensor]:
-    name = read_json(folder / TOKENIZER_FILE).get("weights")
-    if not isinstance(name, str) or Path(name).name != name:
-        raise CheckpointError(f"{folder / TOKENIZER_FILE} is damaged: it names no weights beside it")
-    return open_file(folder / name)
+    return _space(config, run)
 
 
 def _tokenizer_alone(folder: Path, dtype: str) -> Model:
-    config = RunFolder(folder).config()
-    tensors = {f"tokenizer.{name}": t for name, t in _tokenizer_weights(folder).items()}
-    weights = folder / read_json(folder / TOKENIZER_FILE)["weights"]
-    source = Source(name=folder.name, sha256=checksum(weights), step=config.tokenizer.train.steps)
-    return Model(_describe(config, folder / TOKENIZER_FILE, ("tokenizer",), dtype, source, tensors, folder), tensors)
-
-
-def _describe(
-    config: RunConfig,
-    space: Path,
-    parts: tuple[Part, ...],
-    dtype: str,
-    source: Source,
-    tensors: Weights,
-    path: Path,
-) -> ModelDescription:
-    content = read_json(space)
-    if "domains" not in content:
-        raise CheckpointError(
-            f"{space} lacks the domains of its regimes: an older version wrote it; 'launch/train_tokenizer.py "
-            f"--config {space.parent / 'config.yaml'} --resume auto' writes it anew, without training"
-        )
-    regimes = [r.name for r in config.data.regimes]
-    unknown = [name for name in regimes if name not in content["domains"]]
-    if unknown:
-        raise CheckpointError(
-            f"the tokenizer in {space.parent} was not trained on the regimes {unknown}; use --tokenizer"
-        )
-    with torch.device("meta"):
-        model = build_parts(config, parts)
-    check_fit(expected_shapes(model), {name: t.shape for name, t in tensors.items()}, path)
-    check_kinds(tensors, path)
-    environment = describe_environment()
-    resolved = to_dict(config)
-    return ModelDescription(
-        parts=parts,
-        dtype=dtype,
-        regimes=tuple(regimes),
-        fields=tuple(resolved["data"]["fields"]),
-        domains=content["domains"],
-        normalizer=content["normalizer"],
-        run=resolved,
-        parameters=count_parameters(config, parts),
-        versions={"shodh": environment["shodh"], "python": environment["python"], **environment["packages"]},
-        source=source,
-    )
+    stored = open_tokenizer(folder)
+    tensors = {f"tokenizer.{name}": t for name, t in stored.weights.items()}
+    source = Source(name=folder.name, sha256=checksum(stored.file), step=stored.config.tokenizer.train.steps)
+    described = describe_run(stored.config, stored.space, ("tokenizer",), source)
+    check_weights(described, tensors, folder)
+    return Model(described.model_copy(update={"dtype": dtype}), tensors)
 
 
 def _numbers(run: Path | None, tag: str) -> dict[str, Any] | None:
@@ -275,5 +251,5 @@ def _numbers(run: Path | None, tag: str) -> dict[str, Any] | None:
     path = None if run is None else run / "report" / "metrics.json"
     if path is None or not path.is_file():
         return None
-    numbers = read_json(path)
+    numbers = read_object(path)
     return numbers if numbers.get("checkpoint") == tag else None

@@ -17,6 +17,7 @@ from shodh.checkpoint.folder import (
     read_manifest,
 )
 from shodh.checkpoint.optimizer_state import Fragments, load_training_state
+from shodh.checkpoint.run_files import link_description
 from shodh.checkpoint.shares import check_cover, check_masters
 from shodh.checkpoint.snapshot import Snapshot
 from shodh.core.distributed import SharedError, gather, rank, together
@@ -51,6 +52,7 @@ class CheckpointWriter:
         self._run, self._keep = run, keep
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._work: Future[dict[str, Any]] | None = None
+        self._described: list[str] = []  # files that make the folder a whole model, beside the weights
         self._record: dict[str, Any] | None = None  # None: it is being published already
 
     def save(self, engine: Any, record: dict[str, Any]) -> None:
@@ -76,6 +78,7 @@ class CheckpointWriter:
             if rank() == 0:
                 shutil.rmtree(folder, ignore_errors=True)
                 (folder / OPTIMIZER).mkdir(parents=True)
+                self._described = link_description(self._run, folder)
             snapshot = Snapshot.take(engine)
         self._record = record
         self._work = self._thread.submit(_write, snapshot, folder)
@@ -110,7 +113,7 @@ class CheckpointWriter:
 
     def _publish(self, record: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
         folder, tag = partial_folder(self._run, _tag(record)), _tag(record)
-        files[WEIGHTS] = _describe(folder / WEIGHTS)
+        files |= {name: _describe(folder / name) for name in (WEIGHTS, *self._described)}
         sync_to_disk(folder / OPTIMIZER)
         publish(folder, self._run, tag, {"format": FORMAT, "tag": tag, "files": files, **record})
         prune(self._run, tag, self._keep)

@@ -6,7 +6,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from shodh.checkpoint.description import METADATA_KEY, is_pretrained, read_description
+from shodh.checkpoint.description import (
+    METADATA_KEY,
+    find_pretrained,
+    is_pretrained,
+    read_description,
+    read_part,
+)
 from shodh.checkpoint.folder import MANIFEST, checksum, read_manifest, verify_file
 from shodh.core.errors import CheckpointError
 from shodh.core.weights import (
@@ -37,13 +43,19 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def read_initial_weights(path: Path) -> dict[str, Tensor]:
-    """Weights of an operator for a new run: from a checkpoint folder, a converted folder, or a safetensors file.
+    """Weights of an operator for a new run: from a run, a checkpoint, a converted folder, or a safetensors file.
 
     Raises
     ------
     CheckpointError
         Names the file that is missing or damaged; DeepSpeed's own folders are to be converted first.
     """
+    path = find_pretrained(path)
+    if is_pretrained(path) or (path.is_file() and METADATA_KEY in read_metadata(path)):
+        chosen = {name: stored.read() for name, stored in read_part(path, "operator").items()}
+        if not chosen:
+            raise CheckpointError(f"{path} holds a tokenizer alone; expected the weights of an operator")
+        return chosen
     if path.is_dir() and (path / MANIFEST).exists():
         weights = read_weights(path)
     elif path.is_dir() and next(path.glob("*_model_states.pt"), None) is not None:
@@ -67,6 +79,7 @@ def source_checksum(path: Path) -> str:
     Of a converted folder it is the one of the checkpoint that it was made of; of weights without either, the one of
     the file, or of the index of shards.
     """
+    path = find_pretrained(path)
     if is_pretrained(path) or (path.is_file() and METADATA_KEY in read_metadata(path)):
         return read_description(path).source.sha256
     if path.is_dir():

@@ -74,14 +74,12 @@ def from_run(args: argparse.Namespace) -> Iterator[Part]:
         number = regimes.names.index(example.regime)
         pair = torch.stack((example.truth, example.prediction))
         # An example has the channels that exist; the normalisation knows those of the whole vocabulary.
-        whole = pair.new_zeros(2, regimes.sources[number].num_channels, *pair.shape[2:])
-        whole[:, regimes.channel_numbers(number)] = pair
-        physical = regimes.normalizer.denormalize(
-            whole, example.regime, example.static.expand(2, *example.static.shape)
-        )
+        whole = pair.new_zeros(2, regimes.space.num_channels, *pair.shape[2:])
+        whole[:, regimes.space.channel_numbers(number)] = pair
+        physical = regimes.space.to_physical(whole, example.regime, example.static.expand(2, *example.static.shape))
         truth, prediction = physical.numpy()[:, None]
         fields = {}
-        for name, channels in regimes.channels(number).items():
+        for name, channels in regimes.space.channels(number).items():
             if args.fields is None or name in args.fields:
                 fields[name] = prediction[:, channels]
                 fields[f"{name}_truth"] = truth[:, channels]

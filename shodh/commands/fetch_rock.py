@@ -21,8 +21,8 @@ import numpy as np
 
 from shodh.core.errors import ConfigError, DataError
 from shodh.core.files import atomic_path
+from shodh.core.reading import read_object
 from shodh.core.strict_json import write_json
-from shodh.core.weights import read_json
 from shodh.physics.rock import JOINS, rock_cubes
 
 PACKAGE, VERSION = "porespy", "3.2.0"
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     description: dict[str, dict[str, object]] = {}
     listing = args.out / "rocks.json"
     if listing.exists():
-        description = read_json(listing)
+        description = read_object(listing)
     for name in args.rock:
         cubes = rock_cubes(read_rock(archive, name), args.size, args.join, args.layers, "xyz".index(args.axis))
         made = 0

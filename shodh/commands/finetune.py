@@ -6,7 +6,7 @@ ordinary run folder. Finished runs are kept, and an interrupted one goes on with
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 from shodh.core.errors import ConfigError
 from shodh.experiments.finetuning.base import open_base
@@ -26,7 +26,8 @@ EXAMPLES = """examples:
 
 def main(argv: list[str] | None = None) -> int:
     parser = study_parser(__doc__, EXAMPLES, config_required=False)
-    add, many = parser.add_argument, {"nargs": "+", "action": "extend", "default": []}
+    add = parser.add_argument
+    many: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
     add("--run", help="trained run, or folder of tools/convert_checkpoint.py")
     add("--checkpoint", metavar="TAG", help="of the run (default: the newest)")
     add("--regime", metavar="NAME=PATH", help="unseen regimes, by our field names", **many)

@@ -50,14 +50,9 @@ class OperatorConfig(Section):
     activation_checkpointing: bool = False
     train: TrainConfig = TrainConfig(steps=400)
 
-    @property
-    def in_field_space(self) -> bool:
-        """Whether it works on the fields themselves, without a tokenizer."""
-        return self.kind != "latent_transformer"
-
     @model_validator(mode="after")
     def _check(self) -> OperatorConfig:
-        if self.in_field_space:
+        if self.kind != "latent_transformer":
             self._check_field_space()
         elif self.loss == "relative_l2":
             raise ValueError("loss relative_l2 is of fields; a latent transformer has mse or over_persistence")

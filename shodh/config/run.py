@@ -99,7 +99,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        if self.operator.in_field_space:
+        if not self.has_tokenizer:
             self._check_field_grid()
             return self
         side = 8 * self.operator.patch
@@ -133,6 +133,11 @@ class RunConfig(Section):
             )
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether the operator works on latents; others work on the fields themselves."""
+        return self.operator.kind == "latent_transformer"
+
+    @property
     def run_dir(self) -> Path:
         """Folder of the operator's run."""
         return self.out / self.name
@@ -149,6 +154,6 @@ class RunConfig(Section):
         return x // 8, y // 8, z // 8
 
     @property
-    def operator_grid(self) -> Grid:
-        """Cells of what the operator is given: of a latent, or of the fields, which have two or three axes."""
-        return self.data.grid if self.operator.in_field_space else self.latent_grid
+    def cells(self) -> Grid:
+        """Cells of a sample: a tokenizer reads two space dimensions as equal layers of three."""
+        return self.data.cells if self.has_tokenizer else self.data.grid

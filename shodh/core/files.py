@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import logging
 import os
+import shutil
 import socket
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial as bound
 from pathlib import Path
 from typing import IO
 
@@ -60,6 +62,16 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a small file whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make ``target`` a hard link to ``source``, or a copy where the file system has no links; it is replaced."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        with atomic_path(target) as partial:
+            shutil.copy2(source, partial)
 
 
 def remove_partial_files(folder: str | os.PathLike[str]) -> list[Path]:
@@ -121,7 +133,7 @@ def lock_file(path: Path) -> IO[str]:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     # A child would keep the lock when this process is killed.
-    os.register_at_fork(after_in_child=partial(_close, weakref.ref(file)))
+    os.register_at_fork(after_in_child=bound(_close, weakref.ref(file)))
     return file
 
 
@@ -129,6 +141,12 @@ def _close(reference: weakref.ref[IO[str]]) -> None:
     file = reference()
     if file is not None:
         file.close()
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_to_disk(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from shodh.core.errors import ConfigError, ShodhError
+from shodh.core.errors import CheckpointError, ConfigError, ShodhError
 from shodh.core.presets import find_preset, presets
 
 MAX_YAML = 1 << 20  # bytes; a configuration has a few thousand
@@ -210,3 +210,11 @@ def read_yaml(path: Path, what: str = "configuration", error: ErrorKind = Config
 def read_json(path: Path, what: str = "file", error: ErrorKind = ConfigError) -> Any:
     """The tree of a JSON file. Raises ``error``, which names it."""
     return parse_json(read_text(path, what, error), str(path), error)
+
+
+def read_object(path: Path, error: ErrorKind = CheckpointError) -> dict[str, Any]:
+    """The JSON object of a file that the project wrote; raises ``error``, which names it."""
+    content = parse_json(read_text(path, "file", error), f"{path} is damaged: it", error)
+    if not isinstance(content, dict):
+        raise error(f"{path} is damaged: expected a JSON object, got {type(content).__name__}")
+    return content

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from shodh.core.errors import CheckpointError
 from shodh.core.files import sync_to_disk
-from shodh.core.reading import parse_json, read_text
+from shodh.core.reading import read_object
 from shodh.core.strict_json import dumps
 
 WEIGHTS = "model.safetensors"
@@ -171,14 +171,6 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises `CheckpointError` that names it."""
-    content = parse_json(read_text(path, "file", CheckpointError), f"{path} is damaged: it", CheckpointError)
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is damaged: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
 def open_weights(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, or of a folder with one file or an index of shards.
 
@@ -198,7 +190,7 @@ def open_weights(path: Path) -> dict[str, StoredTensor]:
 
 def _open_shards(folder: Path) -> dict[str, StoredTensor]:
     index = folder / INDEX
-    wanted = read_json(index).get("weight_map")
+    wanted = read_object(index).get("weight_map")
     if not isinstance(wanted, dict) or not all(isinstance(v, str) for v in wanted.values()):
         raise CheckpointError(f"{index} is damaged: it has no weight_map of tensor names to file names")
     found: dict[str, StoredTensor] = {}
@@ -373,15 +365,31 @@ def check_kinds(tensors: Mapping[str, Tensor] | Weights, source: Path) -> None:
             raise CheckpointError(f"{source}: {name} is {tensor.dtype}, and weights are floating-point numbers")
 
 
+def check_finite(tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Refuse weights that are NaN or infinite; the tensors are named."""
+    wrong = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(f"{source}: {', '.join(wrong[:3])}{more} hold NaN or infinity, and are no weights")
+
+
 def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
     """Name and shape of every parameter and persistent buffer."""
     return {name: t.shape for name, t in [*model.named_parameters(), *persistent_buffers(model)]}
 
 
-def load_into(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
-    """Copy an exchange-format state into a model that holds all experts; names and shapes must agree."""
+def load_into(model: nn.Module, state: Mapping[str, Tensor], source: Path, *, finite: bool = True) -> None:
+    """Copy an exchange-format state into a model that holds all experts; names and shapes must agree.
+
+    Raises
+    ------
+    CheckpointError
+        They do not, or weights are NaN or infinite, and ``finite`` ones are wanted; names the tensors.
+    """
     check_fit(expected_shapes(model), {name: tensor.shape for name, tensor in state.items()}, source)
     check_kinds(state, source)
+    if finite:
+        check_finite(state, source)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *persistent_buffers(model)]:
             tensor.copy_(state[name])

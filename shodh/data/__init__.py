@@ -5,11 +5,11 @@ The way of a sample: `WellFile` (one file) -> `RegimeSource` (the splits of a re
 `write_latents` and `LatentWindowDataset` put a cache of encoded snapshots in the place of the fields.
 """
 
+from shodh.data.normalize import fit_normalizer
 from shodh.data.latent_windows import LatentWindowDataset
 from shodh.data.latents import data_identity, file_stems, latent_key, split_folder, write_latents
 from shodh.data.loader import Batch, MixtureLoader
 from shodh.data.mixture import MixtureSampler, batch_counts
-from shodh.data.normalize import FieldNormalizer
 from shodh.data.source import SPLITS, RegimeSource, Split
 from shodh.data.stats import compute_statistics, read_stats, write_stats
 from shodh.data.well import write_trajectories
@@ -20,7 +20,6 @@ from shodh.core.files import atomic_path, remove_partial_files
 __all__ = [
     "SPLITS",
     "Batch",
-    "FieldNormalizer",
     "LatentWindowDataset",
     "MixtureLoader",
     "MixtureSampler",
@@ -33,6 +32,7 @@ __all__ = [
     "compute_statistics",
     "data_identity",
     "file_stems",
+    "fit_normalizer",
     "latent_key",
     "read_stats",
     "remove_partial_files",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shodh.core.errors import DataError
-from shodh.schema.fields import Field, mask_names
+from shodh.schema.fields import Field, field_slices, mask_names
 
 if TYPE_CHECKING:
     from shodh.data.source import RegimeSource
@@ -56,15 +56,6 @@ def require_constant(values: np.ndarray, field: Field, value: float, where: str)
         )
 
 
-def channel_ranges(fields: Iterable[Field], ndim: int) -> dict[str, slice]:
-    """Channels of fields that follow each other."""
-    ranges, start = {}, 0
-    for f in fields:
-        ranges[f.name] = slice(start, start + f.num_components(ndim))
-        start = ranges[f.name].stop
-    return ranges
-
-
 def looks_inverted(solid: np.ndarray, field: Field, values: np.ndarray) -> bool:
     """Whether ``values [C, *grid]`` are those of a field whose solids are where the mask is 0.
 
@@ -92,7 +83,7 @@ def check_masks(source: RegimeSource) -> None:
     ndim = len(source.grid)
     present = {f.name for f in source.present}
     masks = mask_names(source.fields) & present
-    ranges = channel_ranges(source.static, ndim)
+    ranges = field_slices(source.static, ndim)
     for split in ("train", "valid", "test"):
         if not source.files[split]:
             continue
@@ -119,7 +110,7 @@ def _require_upright(source: RegimeSource, masks: dict[str, np.ndarray]) -> None
     fields = np.empty((1, source.num_channels, *source.grid), dtype=np.float32)
     source.read("train", 0, range(last, last + 1), fields)
     for f in source.schema.dynamic:
-        values = fields[0, channel_ranges(source.dynamic, ndim)[f.name]]
+        values = fields[0, field_slices(source.dynamic, ndim)[f.name]]
         for name in masks if f.kind == "vector" else masks.keys() & {f.masked_by}:
             if looks_inverted(masks[name], f, values):
                 raise DataError(

@@ -4,7 +4,7 @@ Layout, one set of files per file of fields, under ``<root>/<key>/<regime>/<spli
 
     <stem>.npy          float32 latents [B, T, L, *latent grid]
     <stem>.static.npy   float32 static features of the operator [B, S, *latent grid]
-    <stem>.json         shapes; written last, so that it marks the other two as whole
+    <stem>.json         shapes and checksums; written last, so that it marks the other two as whole
 
 The key is a digest of the tokenizer and of the data: another of either gets another folder, and a stale cache is
 never read.
@@ -13,6 +13,7 @@ never read.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -23,17 +24,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shodh.schema.normalize import FieldNormalizer
 from shodh.data.formats import TrajectoryFile
 from shodh.data.identity import describe_source
-from shodh.data.normalize import FieldNormalizer
 from shodh.data.source import RegimeSource, Split
 from shodh.core.errors import DataError
-from shodh.core.files import atomic_path
+from shodh.core.files import atomic_path, checksum
 from shodh.core.strict_json import dumps
 from shodh.core.reading import read_json
 
 Encode = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+log = logging.getLogger("shodh")
 
 
 def data_identity(sources: Iterable[RegimeSource]) -> str:
@@ -59,7 +61,7 @@ def latent_key(
         Of the tokenizer's weights.
     sources : iterable of RegimeSource
     settings : mapping, optional
-        Plain values, for example ``FieldNormalizer.to_dict()``.
+        Plain values, for example the checksum of a space.
     """
     parts = [FORMAT_VERSION, tokenizer_checksum, data_identity(sources), dict(settings or {})]
     return hashlib.sha256(dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -138,12 +140,14 @@ def file_stems(source: RegimeSource, split: Split) -> list[str]:
 
 @dataclass(frozen=True)
 class LatentShapes:
-    """Content of a manifest: shapes of the latents and of the static features, and the sizes of both files."""
+    """Content of a manifest: shapes of the latents and of the static features, sizes and checksums of both files."""
 
     latents: tuple[int, ...]
     static: tuple[int, ...]
     latent_bytes: int
     static_bytes: int
+    latent_sha256: str
+    static_sha256: str
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,8 @@ def _encode_file(folder: Path, file: TrajectoryFile, first: int, frames: _FrameR
                     if number == 0:
                         static.append(features[:1])
             sizes = (latent_stream.tell(), static_stream.tell())
-            shapes = LatentShapes(latents.close(), static.close(), *sizes)
+            whole = (latents.close(), static.close())
+        shapes = LatentShapes(*whole, *sizes, checksum(latent_file), checksum(static_file))
     with atomic_path(manifest_path(folder, stem)) as temporary:
         temporary.write_text(dumps({"version": FORMAT_VERSION, **asdict(shapes)}))
 
@@ -241,9 +246,9 @@ def read_manifest(folder: Path, stem: str) -> LatentShapes:
         raise DataError(f"{path}: no such file; the latents of {stem!r} were not (completely) encoded")
     try:
         content = read_json(path, "description", DataError)
-        shapes = LatentShapes(
-            tuple(content["latents"]), tuple(content["static"]), content["latent_bytes"], content["static_bytes"]
-        )
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+        del given["version"]
+        shapes = LatentShapes(**given)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: damaged; remove it and encode again ({error!r})") from error
     for array, size in (
@@ -259,6 +264,11 @@ def _is_complete(folder: Path, file: TrajectoryFile) -> bool:
     try:
         shapes = read_manifest(folder, file.path.stem)
     except DataError:
+        return False
+    stem = file.path.stem
+    sums = {latent_path(folder, stem): shapes.latent_sha256, static_path(folder, stem): shapes.static_sha256}
+    if damaged := [path for path, expected in sums.items() if checksum(path) != expected]:
+        log.warning("%s is damaged: its checksum is not the one that was written; it is encoded again", damaged[0])
         return False
     return shapes.latents[:2] == (file.num_trajectories, file.num_frames)
 

@@ -20,10 +20,10 @@ from shodh.data.formats.base import rescale_
 from shodh.data.formats.splits import SPLITS as SPLITS
 from shodh.data.formats.splits import Former, Split, find_files, open_splits
 from shodh.data.formats.views import FileView
-from shodh.data.checks import channel_ranges, require_constant, require_mask
+from shodh.data.checks import require_constant, require_mask
 from shodh.data.stats import KEYS, WHERE, Statistics, compute_statistics, read_stats
 from shodh.core.errors import ConfigError, DataError
-from shodh.schema.fields import Boundary, Field, Placement, RegimeSchema, mask_names
+from shodh.schema.fields import Boundary, Field, Placement, RegimeSchema, field_slices, mask_names
 
 log = logging.getLogger(__name__)
 
@@ -246,10 +246,18 @@ class RegimeSource:
         file, local = self.locate(split, trajectory)
         self._read_channels(self.static, file, local, range(1), out[None], {})
         if (split, trajectory) not in self._checked_masks:
-            ranges = channel_ranges(self.static, len(self.grid))
+            ranges = field_slices(self.static, len(self.grid))
             for name in sorted(mask_names(self.fields) & {f.name for f in self.present}):
                 require_mask(out[ranges[name]], name, f"{file.path}: trajectory {local}")
             self._checked_masks.add((split, trajectory))
+
+    @property
+    def time_step(self) -> float | None:
+        """From frame to frame, of the first file, to six digits; None where it varies, or is not known."""
+        steps = np.diff(np.atleast_2d(np.asarray(self._first.time, dtype=np.float64))[0])
+        if not steps.size or not np.isfinite(steps).all() or not np.allclose(steps, steps.mean(), rtol=1e-3, atol=0):
+            return None
+        return float(f"{steps.mean():.6g}")
 
     def statistics(self) -> Statistics:
         """Statistics of the training split, by our field names.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from shodh.data.normalize import FieldNormalizer
+from shodh.schema.normalize import FieldNormalizer
 from shodh.data.source import RegimeSource, Split
 from shodh.core.errors import ConfigError, DataError
 

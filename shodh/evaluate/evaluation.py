@@ -7,8 +7,7 @@ set beside that of persistence (the last known frame) on the same windows, and b
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from shodh.checkpoint.weights import read_initial_weights, read_weights
+from shodh.checkpoint.weights import read_initial_weights
 from shodh.config import RunConfig
 from shodh.core.errors import CheckpointError
 from shodh.core.precision import float32_products, ieee_float32
 from shodh.core.weights import load_into
-from shodh.data import FieldNormalizer, Split
-from shodh.data.identity import Choose
-from shodh.evaluate.field_evaluation import FieldEvaluation
-from shodh.evaluate.latent_evaluation import LatentEvaluation
+from shodh.data import Split
 from shodh.evaluate.regime_evaluation import Evaluation, Evaluator, Example, Means, RegimeEvaluation
 from shodh.models.factory import build_operator
 from shodh.moe.routing import regime_information
 from shodh.train.data_identity import kept_choice, new_choice
-from shodh.train.field_task import open_fields, read_normalizer
-from shodh.train.latents import TrainedTokenizer, open_for_operator, prepare_latents
+from shodh.train.datasets import Regimes
+from shodh.train.latents import TrainedTokenizer, prepare_latents
+from shodh.train.opening import kept_space, open_run_data
 from shodh.train.run_folder import RunFolder
 
 __all__ = ["Evaluation", "Evaluator", "Example", "Means", "RegimeEvaluation", "evaluate", "open_run"]
@@ -50,9 +47,8 @@ def open_run(run: Path, checkpoint: str | None, device: torch.device) -> Evaluat
     if tag is None:
         raise CheckpointError(f"{run} has no complete checkpoint yet")
     source = folder.checkpoints / tag
-    normalizer = read_normalizer(run) if config.operator.in_field_space else None
-    choose = kept_choice(run)
-    return _opened(config, folder, tag, read_weights(source), source, normalizer, device, choose)
+    regimes, trained = open_run_data(config, kept_space(config, source, run), kept_choice(run), run)
+    return _opened(config, folder, tag, regimes, trained, read_initial_weights(source), source, device)
 
 
 def open_given(config: RunConfig, weights: Path, device: torch.device) -> Evaluator:
@@ -61,37 +57,25 @@ def open_given(config: RunConfig, weights: Path, device: torch.device) -> Evalua
     Fields are normalised by the regimes' own training statistics.
     """
     folder = RunFolder(config.run_dir)
-    choose = new_choice(config, weights)
-    return _opened(config, folder, weights.name, read_initial_weights(weights), weights, None, device, choose)
+    regimes, trained = open_run_data(config, None, new_choice(config, weights))
+    return _opened(config, folder, weights.name, regimes, trained, read_initial_weights(weights), weights, device)
 
 
 def _opened(
     config: RunConfig,
     folder: RunFolder,
     checkpoint: str,
+    regimes: Regimes,
+    trained: TrainedTokenizer | None,
     state: Mapping[str, Tensor],
     source: Path,
-    normalizer: FieldNormalizer | None,
     device: torch.device,
-    choose: Choose | None,
 ) -> Evaluator:
     operator = build_operator(config)
     load_into(operator, state, source)
-    trained: TrainedTokenizer | None = None
-    if config.operator.in_field_space:
-        regimes = open_fields(config, normalizer, choose)
-    else:
-        regimes, trained = open_for_operator(config, choose)
+    if trained is not None:
         trained.model.to(device)
     return Evaluator(config, folder, checkpoint, regimes, trained, operator.to(device).eval(), device)
-
-
-def _measures(evaluator: Evaluator, split: Split) -> Callable[[int], RegimeEvaluation]:
-    """What measures a regime, by its number: on latents, which are written first where they are missing, or fields."""
-    if evaluator.trained is None:
-        return partial(FieldEvaluation, evaluator, split=split)
-    cache = prepare_latents(evaluator.config, evaluator.regimes, evaluator.trained, evaluator.device)
-    return partial(LatentEvaluation, evaluator, split=split, cache=cache)
 
 
 @torch.no_grad()
@@ -99,20 +83,22 @@ def _measures(evaluator: Evaluator, split: Split) -> Callable[[int], RegimeEvalu
 def evaluate(evaluator: Evaluator, split: Split) -> Evaluation:
     """Evaluate a run on a split, regime by regime."""
     names, size = evaluator.regimes.names, evaluator.config.evaluation.batch
-    measure = _measures(evaluator, split)
+    cache = None
+    if evaluator.trained is not None:  # Every frame is needed in several windows: encoded once.
+        cache = prepare_latents(evaluator.config, evaluator.regimes, evaluator.trained, evaluator.device)
     by_regime: dict[str, Any] = {}
     windows: dict[str, int] = {}
     result = Evaluation({})
     table: Tensor | None = None
     hidden = not sys.stderr.isatty()
     for number, name in enumerate(names):
-        part = measure(number)
+        part = RegimeEvaluation(evaluator, number, split, cache)
         windows[name] = part.num_windows
         total = -(-part.num_windows // size)
         for batch in tqdm(part.windows(), total=total, desc=name, unit="batch", disable=hidden):
-            part.add(*batch)
+            part.add(batch)
         for batch in part.rollouts():
-            part.rollout(*batch)
+            part.rollout(batch)
         by_regime[name] = part.result()
         if part.example is not None:
             result.examples.append(part.example)

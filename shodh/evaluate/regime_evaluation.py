@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from shodh.config import RunConfig
-from shodh.data import Split
-from shodh.models.field_space import channel_mask
+from shodh.data import LatentWindowDataset, Split, WindowDataset
+from shodh.evaluate.divergence import DivergenceMeter
+from shodh.models.forecaster import Forecaster
 from shodh.models.operator import LatentTransformer, OperatorOutput
 from shodh.models.registry import FieldOperator
 from shodh.models.tokenizer import Tokenizer
 from shodh.moe.routing import count_by_regime
-from shodh.moe.step import regime_arguments
-from shodh.schema.domain import Domain
 from shodh.schema.fields import AXES
 from shodh.train.datasets import Regimes
-from shodh.train.latents import TrainedTokenizer
+from shodh.train.field_task import open_windows
+from shodh.train.latents import TrainedTokenizer, open_latents
 from shodh.train.losses import mean_over, physical_relative_l2, relative_l2, vrmse
 from shodh.train.run_folder import RunFolder
 
@@ -74,54 +76,136 @@ class Evaluator:
     device: torch.device
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        """Of a run on latents; operators on fields have none."""
-        assert self.trained is not None
-        return self.trained.model
+    def tokenizer(self) -> Tokenizer | None:
+        """Of a run on latents."""
+        return None if self.trained is None else self.trained.model
+
+    @property
+    def forecaster(self) -> Forecaster:
+        """The model on the regimes of the run."""
+        return Forecaster.of(self.config, self.regimes.space, self.operator, self.tokenizer)
 
 
-Windows = tuple[Tensor, ...]
+class Windows(NamedTuple):
+    """Windows of one regime: history and the frames that follow.
+
+    ``states [B, T, ...]`` and ``features [B, ...]`` of the operator (`Forecaster.encode`); ``fields [B, T, C, *grid]``
+    and ``static [B, S, *grid]`` in model units.
+    """
+
+    states: Tensor
+    features: Tensor
+    fields: Tensor
+    static: Tensor
 
 
 class RegimeEvaluation:
-    """One-step and rollout errors and routing of one regime; subclasses say what is predicted and decoded."""
+    """One-step and rollout errors and routing of one regime; of decoded fields also what a tokenizer alone loses, and
+    their divergence.
 
-    physical = False  # whether L2RE in physical units is reported too, as it is published
+    Parameters
+    ----------
+    cache : Path, optional
+        Of latents (`prepare_latents`); without one, states are made of the fields as they are read.
+    """
 
-    def __init__(self, evaluator: Evaluator, number: int, split: Split) -> None:
-        self.e = evaluator
-        self.number = number
-        self.split = split
-        self.domain: Domain = evaluator.regimes.domains[number]
-        self.name = evaluator.regimes.names[number]
-        self.slices = evaluator.regimes.channels(number)
-        self.channels = evaluator.regimes.channel_numbers(number)
-        self.solid = evaluator.regimes.solid_channel(number)
-        self.masks, self.constants = evaluator.regimes.masks(number), evaluator.regimes.constants(number)
+    def __init__(self, evaluator: Evaluator, number: int, split: Split, cache: Path | None = None) -> None:
+        self.e, self.number, self.split, self.cache = evaluator, number, split, cache
+        self.forecaster, space = evaluator.forecaster, evaluator.regimes.space
+        self.history = self.forecaster.history
+        self.name, self.domain = space.names[number], space.domains[number]
+        self.slices, self.channels = space.channels(number), space.channel_numbers(number)
+        self.solid = space.solid_channel(number)
+        self.masks, self.constants = space.masks(number), space.constants(number)
         self.means = Means()
+        tokenizer = self.forecaster.tokenizer
+        self.divergence = None if tokenizer is None else DivergenceMeter(space, number, evaluator.config.cells)
         self.table: Tensor | None = None
         self.example: Example | None = None
+
+    def _open(self, horizon: int) -> tuple[WindowDataset, LatentWindowDataset | None]:
+        """Windows of fields, and of cached latents."""
+        config, regimes = self.e.config, self.e.regimes
+        fields = open_windows(config, regimes, self.split, horizon)[self.number]
+        if self.cache is None:
+            return fields, None
+        return fields, open_latents(config, regimes, self.cache, self.split, horizon)[self.number]
+
+    @cached_property
+    def _one_step(self) -> tuple[WindowDataset, LatentWindowDataset | None]:
+        return self._open(1)
 
     @property
     def num_windows(self) -> int:
         """Windows of history and one frame in the split."""
-        raise NotImplementedError
+        return len(self._one_step[0])
 
     def windows(self) -> Iterator[Windows]:
         """Batches of all windows: arguments of `add`."""
-        raise NotImplementedError
+        yield from self._batches(*self._one_step, range(self.num_windows))
 
     def rollouts(self) -> Iterator[Windows]:
         """Batches of the first frames of every trajectory: arguments of `rollout`."""
-        raise NotImplementedError
+        steps = self.rollout_steps()
+        if steps >= 1:
+            fields, latents = self._open(steps)
+            yield from self._batches(fields, latents, [i for i in range(len(fields)) if fields.index[i][1] == 0])
 
-    def add(self, *batch: Tensor) -> None:
+    def _batches(
+        self, fields: WindowDataset, latents: LatentWindowDataset | None, rows: Sequence[int]
+    ) -> Iterator[Windows]:
+        assert latents is None or len(latents) == len(fields)
+        for chosen in chunks(rows, self.e.config.evaluation.batch):
+            frames, static = self._stacked([fields[i] for i in chosen], "fields", "static")
+            if latents is None:
+                yield Windows(*self.forecaster.encode(frames, static, self.number), frames, static)
+            else:
+                states, features = self._stacked([latents[i] for i in chosen], "latents", "static")
+                yield Windows(states, features, frames, static)
+
+    def _stacked(self, items: Sequence[Mapping[str, Any]], *names: str) -> Iterator[Tensor]:
+        return (torch.stack([item[name] for item in items]).to(self.e.device) for name in names)
+
+    def add(self, batch: Windows) -> None:
         """One batch of windows: history and the frame that follows."""
-        raise NotImplementedError
+        labels = self.forecaster.labels(self.number, batch.states)
+        past, target = batch.states[:, : self.history], batch.states[:, self.history]
+        output = self.forecaster.step(past, batch.features, labels)
+        emitted = self.forecaster.emit(output.latent, batch.static, self.number)
+        prediction, truth = self.forecaster.assemble(emitted, self.number), batch.fields[:, self.history]
+        if self.divergence is not None:
+            self.means.add("latent_mse/model", mean_over((output.latent - target).square()))
+            self.means.add("latent_mse/persistence", mean_over((past[:, -1] - target).square()))
+        self._add_errors("model", prediction, truth, batch.static)
+        self._add_errors("persistence", batch.fields[:, self.history - 1], truth, batch.static)
+        if self.divergence is not None:
+            self._add_errors("tokenizer", self._decode(target, batch), truth, batch.static)
+            self.divergence.add(self.forecaster.potentials(emitted, self.number))
+            if self.solid is not None:
+                self._add_solid_speed(prediction, batch.static[:, self.solid])
+        self._add_routing(output)
+        self._keep_example(truth, prediction, batch.static)
 
-    def rollout(self, *batch: Tensor) -> None:
+    def _decode(self, state: Tensor, batch: Windows) -> Tensor:
+        return self.forecaster.decode(state.unsqueeze(1), batch.static, self.number)[:, 0]
+
+    def rollout(self, batch: Windows) -> None:
         """Autoregressive errors by step, from the first frames of trajectories."""
-        raise NotImplementedError
+        labels = self.forecaster.labels(self.number, batch.states)
+        last = batch.fields[:, self.history - 1]
+        predicted = self.forecaster.unroll(batch.states[:, : self.history], batch.features, labels)
+        for step, truth in enumerate(batch.fields[:, self.history :].unbind(1), 1):
+            self._add_rollout(step, "model", self._decode(next(predicted).latent, batch), truth, batch.static)
+            self._add_rollout(step, "persistence", last, truth, batch.static)
+
+    def _add_solid_speed(self, prediction: Tensor, solid: Tensor) -> None:
+        """Speed inside solids over the mean speed in the fluid: the decode conserves mass, it does not know no-slip."""
+        for f in self.e.regimes.fields_of(self.number):
+            if f.solenoidal:
+                speed = prediction[:, self.slices[f.name]].square().sum(1)
+                inside = (speed * solid).flatten(1).sum(1) / solid.flatten(1).sum(1).clamp(min=1)
+                outside = (speed * (1 - solid)).flatten(1).sum(1) / (1 - solid).flatten(1).sum(1).clamp(min=1)
+                self.means.add(f"speed_in_solid/{f.name}", (inside / outside).sqrt())
 
     def rollout_steps(self) -> int:
         """As many as the configuration asks for and the longest trajectory allows; below 1: none.
@@ -134,12 +218,6 @@ class RegimeEvaluation:
         if steps >= 1:
             source.name_short(self.split, (data.history + steps - 1) * data.stride + 1, f"rollouts of {steps} steps")
         return steps
-
-    def predict(self, past: Tensor, static: Tensor) -> OperatorOutput:
-        """The operator's next frame, in the space it works in."""
-        told = regime_arguments(self.e.config.operator.experts, self.number, past)
-        output: OperatorOutput = self.e.operator(past, static, **told)
-        return output
 
     def _pairs(
         self, prediction: Tensor, target: Tensor, static: Tensor
@@ -163,7 +241,7 @@ class RegimeEvaluation:
             squares.append(mean_over((u - v).square(), exists, 2))
             self.means.add(f"l2re/{name}/{kind}", relative_l2(u, v, exists=exists))
             self.means.add(f"vrmse/{name}/{kind}", vrmse(u, v, exists=exists))
-            if self.physical:
+            if self.divergence is None:  # As it is published, of operators on fields.
                 published = physical_relative_l2(u, v, self.constants[name], exists=exists)
                 self.means.add(f"l2re_physical/{name}/{kind}", published)
         self.means.add(f"decoded_mse/{kind}", torch.cat(squares, 1).mean(1))
@@ -188,12 +266,7 @@ class RegimeEvaluation:
         if self.example is None:
             solid = None if self.solid is None else static[0, self.solid].cpu()
             shown = [values[0, self.channels].cpu() for values in (truth, prediction)]
-            self.example = Example(self.name, self._labels(), shown[0], shown[1], self._stored(static[0]).cpu(), solid)
-
-    def _stored(self, static: Tensor) -> Tensor:
-        """Static fields ``[S, *grid]`` with zeros where the regime lacks one."""
-        there = channel_mask(self.e.regimes.sources[self.number].static, self.domain, self.e.regimes.ndim)
-        return torch.where(there.to(static.device).view(-1, *(1,) * self.e.regimes.ndim), static, 0.0)
+            self.example = Example(self.name, self._labels(), shown[0], shown[1], static[0].cpu(), solid)
 
     def _labels(self) -> list[str]:
         """A name for each existing channel."""
@@ -218,7 +291,7 @@ class RegimeEvaluation:
                 tree[measure][name] = {
                     kind: [steps[str(i + 1)] for i in range(len(steps))] for kind, steps in kinds.items()
                 }
-        return tree
+        return tree if self.divergence is None else {**tree, "divergence": self.divergence.result()}
 
 
 def chunks(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:

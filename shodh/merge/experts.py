@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from shodh.checkpoint.description import ModelDescription, is_pretrained, read_pretrained
+from shodh.checkpoint.description import ModelDescription, find_pretrained, is_pretrained, read_pretrained
 from shodh.core.errors import CheckpointError, ConfigError
 from shodh.core.weights import LazyWeights
 from shodh.merge.coordinates import ParameterMap
@@ -49,10 +49,11 @@ class Expert:
 
 
 def open_expert(path: Path) -> Expert:
-    """Map a converted folder; raises `CheckpointError` for anything else."""
-    if not path.exists() or not (is_pretrained(path) or path.is_file()):
+    """Map a converted folder, a checkpoint or a run; raises `CheckpointError` for anything else."""
+    found = find_pretrained(path)
+    if not found.exists() or not (is_pretrained(found) or found.is_file()):
         raise CheckpointError(f"{path} is not a converted folder; make one with tools/convert_checkpoint.py RUN OUT")
-    description, tensors = read_pretrained(path)
+    description, tensors = read_pretrained(found)
     return Expert(path, description, from_files(tensors))
 
 
@@ -89,23 +90,19 @@ def _differences(anchor: ModelDescription, expert: ModelDescription) -> Iterator
         yield from _compare("architecture", section, anchor.run.get(section), expert.run.get(section))
     for key in ("grid", "history"):
         yield from _compare("architecture", f"data.{key}", anchor.run["data"].get(key), expert.run["data"].get(key))
-    yield from _compare("fields", "fields", anchor.fields, expert.fields)
+    ours, theirs = anchor.space, expert.space
+    yield from _compare("fields", "fields", ours.fields, theirs.fields)
+    yield from _compare("fields", "ndim", ours.ndim, theirs.ndim)
     # An expert may have been fine-tuned on some of the regimes alone.
     known = [regime for regime in expert.regimes if regime in anchor.regimes]
     yield from _compare("regimes", "regimes", known, list(expert.regimes))
-    yield from _compare("domains", "domains", *(_of(known, d.domains) for d in (anchor, expert)))
-    constants = (_of(known, d.normalizer["regimes"]) for d in (anchor, expert))
-    yield from _compare("normalisation", "normalizer.regimes", *constants)
-    others = ({**d.normalizer, "regimes": None} for d in (anchor, expert))
-    yield from _compare("normalisation", "normalizer", *others)
-    ours, theirs = anchor.config.family, expert.config.family
-    if ours is not None and theirs is not None:
-        yield from _compare("family", "family.name", ours.name, theirs.name)
-        yield from _compare("family", "family.parameters", sorted(ours.parameters), sorted(theirs.parameters))
-
-
-def _of(names: Sequence[str], tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tree.get(name) for name in names}
+    for key, what in (("domain", "domains"), ("constants", "normalisation")):
+        of = ({r["name"]: r[key] for r in space.to_dict()["regimes"] if r["name"] in known} for space in (ours, theirs))
+        yield from _compare(what, key, *of)
+    family, other = anchor.config.family, expert.config.family
+    if family is not None and other is not None:
+        yield from _compare("family", "family.name", family.name, other.name)
+        yield from _compare("family", "family.parameters", sorted(family.parameters), sorted(other.parameters))
 
 
 def _compare(what: str, key: str, ours: Any, theirs: Any) -> Iterator[tuple[str, str, Any, Any]]:

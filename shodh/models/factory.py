@@ -23,15 +23,19 @@ def build_operator(
     config: RunConfig, expert_layer: ExpertLayerFactory = ExpertLayerReference, kernels: Kernels = "torch"
 ) -> LatentTransformer | FieldOperator:
     """The operator of a run, on the current default device; weights are not drawn yet."""
-    if config.operator.in_field_space:
-        return build_field_operator(config.operator, FieldSpace.of(config), expert_layer)
-    num_static = sum(f.build().num_components(3) for f in config.data.fields if f.static)
+    given = operator_space(config)
+    if not config.has_tokenizer:
+        return build_field_operator(config.operator, given, expert_layer)
+    x, y, z = given.grid
     return LatentTransformer(
-        config.operator,
-        config.tokenizer.latent_channels,
-        num_static_features(num_static, len(config.data.optional)),
-        config.latent_grid,
-        config.data.history,
-        expert_layer,
-        kernels,
+        config.operator, given.channels, given.static, (x, y, z), given.history, expert_layer, kernels
     )
+
+
+def operator_space(config: RunConfig) -> FieldSpace:
+    """Sizes of what the operator of a run is given: latents and their features, or fields."""
+    if not config.has_tokenizer:
+        return FieldSpace.of(config)
+    num_static = sum(f.build().num_components(3) for f in config.data.fields if f.static)
+    features = num_static_features(num_static, len(config.data.optional))
+    return FieldSpace(config.tokenizer.latent_channels, features, config.latent_grid, config.data.history)

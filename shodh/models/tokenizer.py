@@ -25,9 +25,9 @@ from shodh.core.errors import ConfigError
 from shodh.models.basis import PATCH, PatchBasis, SchemaBasis
 from shodh.ops import decode_velocity, helmholtz_potential
 from shodh.schema.domain import NUM_WALL_CHANNELS, Domain, extend_into_solids
-from shodh.schema.fields import Field
+from shodh.schema.fields import Field, field_slices
 
-__all__ = ["PATCH", "PatchBasis", "Potential", "Tokenizer", "existing_channels", "field_slices", "relative_spacing"]
+__all__ = ["PATCH", "PatchBasis", "Potential", "Tokenizer", "relative_spacing"]
 
 
 class Potential(NamedTuple):
@@ -35,29 +35,6 @@ class Potential(NamedTuple):
 
     potential: Tensor
     harmonic: Tensor | None
-
-
-def field_slices(fields: Sequence[Field], ndim: int = 3) -> dict[str, slice]:
-    """Channels of each field in ``ndim`` dimensions, in order."""
-    slices, start = {}, 0
-    for f in fields:
-        stop = start + f.num_components(ndim)
-        slices[f.name] = slice(start, stop)
-        start = stop
-    return slices
-
-
-def existing_channels(fields: Sequence[Field], domain: Domain, ndim: int = 3) -> dict[str, slice]:
-    """`field_slices` of the fields that exist in a domain; without the third component of vectors in a flat one."""
-    slices = {
-        f.name: s
-        for f, s in zip(fields, field_slices(fields, ndim).values(), strict=True)
-        if f.name not in domain.absent
-    }
-    kinds = {f.name: f.kind for f in fields}
-    if domain.flat and ndim == 3:
-        slices = {n: slice(s.start, s.stop - (kinds[n] == "vector")) for n, s in slices.items()}
-    return slices
 
 
 def _conv(inputs: int, outputs: int) -> nn.Conv3d:

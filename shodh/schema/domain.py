@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shodh.schema.fields import Boundary
+from shodh.schema.fields import Boundary, Field, field_slices
 
 NUM_WALL_CHANNELS = 3
 
@@ -29,6 +29,8 @@ class Domain:
         Normalised value that stands for zero, of each positive field.
     flat : bool
         Fields of two dimensions, as equal layers along z; vectors have no third component.
+    time_step : float, optional
+        From frame to frame of the files, in their units; None where it varies.
     """
 
     boundary: tuple[Boundary, Boundary, Boundary]
@@ -36,6 +38,7 @@ class Domain:
     presence: tuple[tuple[str, bool], ...] = ()
     floors: tuple[tuple[str, float], ...] = ()
     flat: bool = False
+    time_step: float | None = None
 
     @property
     def absent(self) -> tuple[str, ...]:
@@ -54,13 +57,27 @@ class Domain:
             "presence": dict(self.presence),
             "floors": dict(self.floors),
             "flat": self.flat,
+            "time_step": self.time_step,
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Domain:
         presence, floors = (tuple(values.get(key, {}).items()) for key in ("presence", "floors"))
-        flat = bool(values.get("flat", False))
-        return cls(tuple(values["boundary"]), tuple(values["lengths"]), presence, floors, flat)
+        flat, time_step = bool(values.get("flat", False)), values.get("time_step")
+        return cls(tuple(values["boundary"]), tuple(values["lengths"]), presence, floors, flat, time_step)
+
+
+def existing_channels(fields: Sequence[Field], domain: Domain, ndim: int = 3) -> dict[str, slice]:
+    """`field_slices` of the fields that exist in a domain; without the third component of vectors in a flat one."""
+    slices = {
+        f.name: s
+        for f, s in zip(fields, field_slices(fields, ndim).values(), strict=True)
+        if f.name not in domain.absent
+    }
+    kinds = {f.name: f.kind for f in fields}
+    if domain.flat and ndim == 3:
+        slices = {n: slice(s.start, s.stop - (kinds[n] == "vector")) for n, s in slices.items()}
+    return slices
 
 
 def add_walls(static: Tensor, domain: Domain) -> Tensor:

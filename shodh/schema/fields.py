@@ -93,6 +93,15 @@ def mask_names(fields: Iterable[Field]) -> set[str]:
     }
 
 
+def field_slices(fields: Iterable[Field], ndim: int = 3) -> dict[str, slice]:
+    """Channels of each of the fields in ``ndim`` dimensions; they follow each other."""
+    slices, start = {}, 0
+    for f in fields:
+        slices[f.name] = slice(start, start + f.num_components(ndim))
+        start = slices[f.name].stop
+    return slices
+
+
 @dataclass(frozen=True)
 class RegimeSchema:
     """What one physical regime provides: its fields and the boundary of each axis."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from shodh.checkpoint.folder import run_of
 from shodh.config import RunConfig
 from shodh.data.identity import RECORD, Choose, DataRecord, inherited
 
@@ -31,8 +32,8 @@ def new_choice(config: RunConfig, init_from: Path | None = None) -> Choose | Non
     if init_from is not None:
         weights = init_from.absolute()
         checkpoint = weights if weights.is_dir() else weights.parent
-        folders += [checkpoint, *([checkpoint.parents[1]] if checkpoint.parent.name == "checkpoints" else [])]
-    if not config.operator.in_field_space:
+        folders += [checkpoint, *([run] if (run := run_of(checkpoint)) is not None else [])]
+    if config.has_tokenizer:
         folders.append(config.tokenizer_dir)
     records = [record for folder in folders if (record := DataRecord.load(folder)) is not None]
     return inherited(records) if records else None

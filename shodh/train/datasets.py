@@ -7,87 +7,69 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from shodh.config import DataConfig, RegimeConfig, RunConfig
+from shodh.config import RegimeConfig, RunConfig
 from shodh.core.devices import uses_cuda
 from shodh.core.distributed import rank
 from shodh.core.errors import DataError
 from shodh.core.topology import Topology
-from shodh.data import FieldNormalizer, MixtureLoader, MixtureSampler, RegimeSource, Split
+from shodh.data import MixtureLoader, MixtureSampler, RegimeSource, Split
 from shodh.data.checks import check_masks
 from shodh.data.formats import FileHints
 from shodh.data.identity import Choose
 from shodh.data.loader import SampleDataset
 from shodh.data.mixture import temperature_shares
-from shodh.models.tokenizer import existing_channels, field_slices
+from shodh.data.normalize import fit_normalizer
 from shodh.schema.domain import Domain
 from shodh.schema.fields import Boundary, Field
+from shodh.schema.normalize import FieldNormalizer
+from shodh.schema.space import Space
 
 OpenSplit = Callable[[Split], Sequence[SampleDataset]]  # the samples of a split, a data set a regime
 
 
 @dataclass(frozen=True)
 class Regimes:
-    """The regimes of a run, in the order of their labels."""
+    """The regimes of a run: their data, and what its numbers mean; both in the order of the labels."""
 
     sources: list[RegimeSource]
-    normalizer: FieldNormalizer
-    domains: list[Domain]
+    space: Space
 
     @property
     def names(self) -> list[str]:
-        return [source.name for source in self.sources]
+        return list(self.space.names)
 
     @property
     def ndim(self) -> int:
         """Space dimensions of the samples."""
-        return len(self.sources[0].grid)
+        return self.space.ndim
 
     @property
     def dynamic(self) -> tuple[Field, ...]:
         """Fields of the vocabulary that change in time, in the order of the channels."""
-        return self.sources[0].dynamic
+        return self.space.dynamic
+
+    @property
+    def domains(self) -> tuple[Domain, ...]:
+        return self.space.domains
+
+    @property
+    def normalizer(self) -> FieldNormalizer:
+        return self.space.normalizer
 
     def fields_of(self, number: int) -> tuple[Field, ...]:
         """Fields that change in time and exist in one regime."""
-        return self.sources[number].schema.dynamic
-
-    def channels(self, number: int) -> dict[str, slice]:
-        """Channels of the fields that exist in one regime; of vectors, the components that do."""
-        return existing_channels(self.dynamic, self.domains[number], self.ndim)
-
-    def channel_numbers(self, number: int) -> list[int]:
-        """The channels of `channels`, one by one."""
-        return [c for s in self.channels(number).values() for c in range(s.start, s.stop)]
-
-    def solid_channel(self, number: int) -> int | None:
-        """Static channel of the field ``solid``, None where the regime has none."""
-        source = self.sources[number]
-        slices = field_slices(source.static, self.ndim)
-        return slices["solid"].start if "solid" in {f.name for f in source.schema.static} else None
-
-    def masks(self, number: int) -> dict[str, int]:
-        """Static channel of the mask of each masked field that exists in one regime."""
-        source = self.sources[number]
-        there = {f.name for f in source.present}
-        slices = field_slices(source.static, self.ndim)
-        return {f.name: slices[f.masked_by].start for f in source.schema.dynamic if f.masked_by in there}
-
-    def constants(self, number: int) -> dict[str, tuple[float, float]]:
-        """Mean and scale of the fields of one regime."""
-        return self.normalizer.constants[self.names[number]]
-
-    def close(self) -> None:
-        """Close the files."""
-        for source in self.sources:
-            source.close()
+        return self.space.fields_of(number)
 
     def presence(self, index: Tensor) -> Tensor:
-        """1 where a dynamic field exists in the regime of a sample: ``[B] -> [B, F]``."""
-        table = [[float(f.name not in domain.absent) for f in self.dynamic] for domain in self.domains]
-        return torch.tensor(table, device=index.device)[index]
+        """`Space.presence`."""
+        return self.space.presence(index)
+
+    def close(self) -> None:
+        """Close all files."""
+        for source in self.sources:
+            source.close()
 
 
 def opening(regime: RegimeConfig) -> dict[str, Any]:
@@ -97,45 +79,52 @@ def opening(regime: RegimeConfig) -> dict[str, Any]:
 
 
 def open_regimes(
-    config: DataConfig,
-    normalizer: FieldNormalizer | None = None,
-    *,
-    extrude: bool = True,
-    choose: Choose | None = None,
+    config: RunConfig, space: Space | FieldNormalizer | None = None, *, choose: Choose | None = None
 ) -> Regimes:
     """Open the data of every regime and check that it fits the configuration.
 
     Parameters
     ----------
-    normalizer : FieldNormalizer, optional
-        The one a tokenizer was trained with; by default it is made from the training statistics.
-    extrude : bool
-        Whether two space dimensions are read as equal layers of three; not so for operators on the fields themselves.
+    space : Space or FieldNormalizer, optional
+        What the run's numbers mean, which its data must agree with; or the constants that a new run takes over from a
+        tokenizer or an anchor. By default it is made from the training statistics.
     choose : callable, optional
         The splits that files keep; see `shodh.train.data_identity`.
 
     Raises
     ------
     DataError
-        Data is missing, damaged, or of another grid or other fields; names the file or folder.
+        Data is missing, damaged, or of another grid, other fields or another domain; names the file or folder.
     """
-    sources = open_sources(config, extrude=extrude, choose=choose)
+    sources = open_sources(config, choose=choose)
     for source in sources:
         check_masks(source)
-    if normalizer is None:
-        normalizer = FieldNormalizer.from_sources(sources)
-    # Constants of a former version do not say which fields are masked.
-    normalizer = FieldNormalizer(sources[0].fields, len(sources[0].grid), normalizer.constants)
+    normalizer = space.normalizer if isinstance(space, Space) else space or fit_normalizer(sources)
     for source in sources:
         _check_constants(source, normalizer)
-    return Regimes(sources, normalizer, [domain_of(source, normalizer) for source in sources])
+    opened = space_of(sources, normalizer)
+    if isinstance(space, Space):
+        for name, now, then in zip(opened.names, opened.domains, space.only(opened.names).domains, strict=True):
+            _check_domain(name, now, then)
+    return Regimes(sources, opened)
 
 
-def open_sources(config: DataConfig, *, extrude: bool = True, choose: Choose | None = None) -> list[RegimeSource]:
-    """The data of every regime, without its statistics; arguments and errors as `open_regimes`."""
-    fields = [f.build() for f in config.fields]
+def space_of(sources: Sequence[RegimeSource], normalizer: FieldNormalizer) -> Space:
+    """What the numbers of sources mean, with constants that may be of more regimes."""
+    domains = {source.name: domain_of(source, normalizer) for source in sources}
+    constants = FieldNormalizer(sources[0].fields, len(sources[0].grid), normalizer.constants)
+    return Space.of(constants, sources[0].fields, domains)
+
+
+def open_sources(config: RunConfig, *, choose: Choose | None = None) -> list[RegimeSource]:
+    """The data of every regime, without its statistics; arguments and errors as `open_regimes`.
+
+    A tokenizer reads two space dimensions as equal layers of three; operators on fields do not.
+    """
+    data = config.data
+    fields = [f.build() for f in data.fields]
     sources = []
-    for regime in config.regimes:
+    for regime in data.regimes:
         placement = {}
         if regime.placement is not None:
             placement = {f.name: regime.placement for f in fields if f.kind == "vector"}
@@ -146,17 +135,17 @@ def open_sources(config: DataConfig, *, extrude: bool = True, choose: Choose | N
             fields,
             mapping=regime.fields,
             placement=placement,
-            only=config.present(regime),
-            layers=config.cells[2] if extrude else None,
+            only=data.present(regime),
+            layers=config.cells[2] if len(config.cells) == 3 else None,
             trajectories=regime.trajectories,
             former=former,
             leave_out=leave_out,
             **opening(regime),
         )
-        if source.grid != (config.cells if extrude else config.grid):
+        if source.grid != config.cells:
             found = list(source.grid[:2] if source.flat else source.grid)
             raise DataError(
-                f"{regime.path}: the fields are {found}, and data.grid is {list(config.grid)}; all regimes of a run "
+                f"{regime.path}: the fields are {found}, and data.grid is {list(data.grid)}; all regimes of a run "
                 f"have one grid: use --set data.grid={found} or other data"
             )
         sources.append(source)
@@ -176,7 +165,8 @@ def domain_of(source: RegimeSource, normalizer: FieldNormalizer) -> Domain:
         for f in source.schema.dynamic
         if f.positive and f.name in scaled
     ]
-    return Domain((bx, by, bz), (x, y, z), tuple((f.name, f.name in present) for f in optional), tuple(floors), flat)
+    presence = tuple((f.name, f.name in present) for f in optional)
+    return Domain((bx, by, bz), (x, y, z), presence, tuple(floors), flat, source.time_step)
 
 
 def _box(source: RegimeSource) -> tuple[tuple[Boundary, ...], tuple[float, ...]]:
@@ -195,6 +185,16 @@ def _check_constants(source: RegimeSource, normalizer: FieldNormalizer) -> None:
             f"regime {source.name!r} has the fields {sorted(needed)}, and the tokenizer was trained on {sorted(known)} "
             "of it; make data.regimes[..].only agree, or train the tokenizer anew"
         )
+
+
+def _check_domain(name: str, now: Domain, then: Domain) -> None:
+    """The box of the data is the one that the run was made with; older versions kept no time step."""
+    pairs = [(now.boundary, then.boundary), (now.presence, then.presence), (now.flat, then.flat)]
+    near = all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(now.lengths, then.lengths, strict=True))
+    if then.time_step is not None:
+        pairs.append((now.time_step, then.time_step))
+    if not near or any(a != b for a, b in pairs):
+        raise DataError(f"regime {name!r} is now {now}, and the run was made with {then}; give it the data it had")
 
 
 def training_splits(config: RunConfig) -> tuple[tuple[Split, int], ...]:

@@ -17,18 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from shodh.checkpoint.optimizer_state import set_masters
+from shodh.checkpoint.run_files import describe_operator_run, is_tokenizer, open_tokenizer
 from shodh.checkpoint.weights import read_initial_weights, source_checksum
 from shodh.config import RunConfig, TrainConfig
 from shodh.core.distributed import rank, together, world_size
-from shodh.core.errors import CheckpointError
+from shodh.core.errors import CheckpointError, ConfigError
 from shodh.core.precision import ieee_float32, keep_ieee
 from shodh.core.topology import Topology, plan_topology
 from shodh.core.weights import load_into
-from shodh.data import FieldNormalizer, MixtureLoader, Split
+from shodh.data import MixtureLoader, Split
 from shodh.data.identity import DataRecord
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
 from shodh.moe.groups import added_weights, freeze_others
+from shodh.schema.normalize import FieldNormalizer
+from shodh.schema.space import Space
 from shodh.train.callbacks import (
     Checkpoints,
     Experts,
@@ -40,19 +43,11 @@ from shodh.train.callbacks import (
     Validation,
 )
 from shodh.train.callbacks.checkpoints import resume as resume_from
-from shodh.train.data_identity import kept_choice, new_choice
-from shodh.train.datasets import OpenSplit, Regimes, open_loaders, open_regimes
+from shodh.train.data_identity import kept_choice
+from shodh.train.datasets import Regimes, open_loaders, open_regimes
 from shodh.train.engine import build_engine, load_deepspeed_config
-from shodh.train.field_task import (
-    SPACE_FILE,
-    inherited_normalizer,
-    open_fields,
-    open_windows,
-    operator_task,
-    read_normalizer,
-    write_space,
-)
-from shodh.train.latents import TOKENIZER_FILE, open_for_operator, open_latents, prepare_latents
+from shodh.train.field_task import operator_task
+from shodh.train.opening import kept_space, open_data
 from shodh.train.operator_task import OperatorTask
 from shodh.train.run_folder import RunFolder
 from shodh.train.runtime import start_distributed
@@ -92,6 +87,8 @@ def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
 
     Returns False if a signal stopped it early.
     """
+    if not config.has_tokenizer:
+        raise ConfigError(f"operator.kind={config.operator.kind} works on the fields themselves, without a tokenizer")
     train, folder = config.tokenizer.train, RunFolder(config.tokenizer_dir)
     topology = plan_topology(world_size(), 1, 0, train.global_batch, train.micro_batch)
     job = Job.of(config, train, topology, folder, resume)
@@ -100,8 +97,8 @@ def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
     with together():
         kept, choose = None, None
         if job.start is not None:
-            kept, choose = _normalizer_of_start(config, folder), kept_choice(folder.path)
-        regimes = open_regimes(config.data, kept, choose=choose)
+            kept, choose = _space_of_start(config, folder.path), kept_choice(folder.path)
+        regimes = open_regimes(config, kept, choose=choose)
         loaders = open_loaders(config, partial(open_frames, regimes), topology)
         with torch.device("meta"):
             check_memory(build_tokenizer(config), device)
@@ -109,7 +106,7 @@ def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
     initialise(model, config.seed)
     with together():
         fit_basis(model, regimes)
-    task, record = TokenizerTask(config, regimes), partial(write_space, folder, regimes)
+    task, record = TokenizerTask(config, regimes), partial(regimes.space.save, folder.path)
     if not _run(config, job, model.to(device), task, regimes, loaders, record):
         return False
     with together():
@@ -118,20 +115,21 @@ def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
     return True
 
 
-def _normalizer_of_start(config: RunConfig, folder: RunFolder) -> FieldNormalizer | None:
-    """The normalisation that the training of a tokenizer began with; None if it is still made the same way.
+def _space_of_start(config: RunConfig, folder: Path) -> Space | FieldNormalizer | None:
+    """What the numbers meant when the training of a tokenizer began; None if constants are still made the same way.
 
     Raises
     ------
     CheckpointError
         A version that normalised masked fields otherwise began it, and did not keep how.
     """
-    for name in (SPACE_FILE, TOKENIZER_FILE):
-        if (folder.path / name).exists():
-            return read_normalizer(folder.path, name)
+    if (kept := kept_space(config, folder)) is not None:
+        return kept
+    if is_tokenizer(folder):
+        return open_tokenizer(folder).space
     if masked := [f.name for f in config.data.fields if f.masked_by is not None]:
         raise CheckpointError(
-            f"{folder.path} was begun by a version that normalised {', '.join(masked)} otherwise; train the tokenizer "
+            f"{folder} was begun by a version that normalised {', '.join(masked)} otherwise; train the tokenizer "
             "anew under another --set name=..., or finish it with that version"
         )
     return None
@@ -171,7 +169,7 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
         read_initial_weights(init_from)  # Mapped, not read: what cannot be used is refused before ranks connect.
     device = start_distributed()
     claim(folder, resume, job.start)
-    regimes, open_split = open_data(config, None if job.start is None else folder, device, init_from)
+    regimes, trained, open_split = open_data(config, None if job.start is None else folder, device, init_from)
     with together():
         task = operator_task(config, regimes, open_split("train"))
         loaders = open_loaders(config, open_split, topology)
@@ -180,36 +178,12 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
         model, weights = _build_operator(config, topology.ep_size, init_from)
 
     def record() -> None:
-        if config.operator.in_field_space or config.tokenizer.unseen_regimes:
-            write_space(folder, regimes)
         if job.start is None:
             folder.record_start(None if init_from is None else source_checksum(init_from))
+        tokenizer = None if trained is None else trained.weights
+        describe_operator_run(folder.path, config, regimes.space, tokenizer, folder.started_from())
 
     return _run(config, job, model.to(device), task, regimes, loaders, record, weights)
-
-
-def open_data(
-    config: RunConfig, resumed: RunFolder | None, device: torch.device, init_from: Path | None = None
-) -> tuple[Regimes, OpenSplit]:
-    """The regimes of a run and the windows that its operator learns from.
-
-    A ``resumed`` one keeps its files and their split, and on fields its normalisation; a new one takes over the splits
-    of the runs it starts from, and one of a family the normalisation of its anchor. Collective.
-    """
-    with together():
-        choose = new_choice(config, init_from) if resumed is None else kept_choice(resumed.path)
-    if config.operator.in_field_space:
-        with together():
-            kept = None
-            if resumed is not None and (resumed.path / SPACE_FILE).exists():
-                kept = read_normalizer(resumed.path)
-            elif config.family is not None and init_from is not None:
-                kept = inherited_normalizer(config, init_from)
-            regimes = open_fields(config, kept, choose)
-        return regimes, partial(open_windows, config, regimes)
-    with together():
-        regimes, trained = open_for_operator(config, choose)
-    return regimes, partial(open_latents, config, regimes, prepare_latents(config, regimes, trained, device))
 
 
 def _bare_operator(config: RunConfig, ep_size: int) -> nn.Module:

@@ -13,23 +13,23 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from shodh.checkpoint.folder import checksum
+from shodh.checkpoint.run_files import is_tokenizer, open_tokenizer
 from shodh.config import RunConfig
 from shodh.core.distributed import rank, together, world_size
-from shodh.core.errors import CheckpointError, DataError
+from shodh.core.errors import CheckpointError
+from shodh.core.files import checksum
 from shodh.core.precision import ieee_float32
-from shodh.core.weights import load_into, load_weights, read_json
-from shodh.data import FieldNormalizer, LatentWindowDataset, Split, file_stems, latent_key, split_folder, write_latents
+from shodh.core.weights import load_into
+from shodh.data import LatentWindowDataset, Split, file_stems, latent_key, split_folder, write_latents
 from shodh.data.identity import Choose
 from shodh.models.factory import build_tokenizer
+from shodh.models.forecaster import Forecaster
 from shodh.models.tokenizer import Tokenizer
-from shodh.schema.domain import Domain, add_walls, static_features
+from shodh.schema.normalize import FieldNormalizer
+from shodh.schema.space import SPACE_FILE, Space
 from shodh.train.datasets import Regimes, open_regimes
-from shodh.train.run_folder import RunFolder
 
 log = logging.getLogger("shodh")
-
-TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TrainedTokenizer:
     """A tokenizer with what it was trained on."""
 
     model: Tokenizer
-    normalizer: FieldNormalizer
+    space: Space
     weights: Path
     checksum: str
 
@@ -50,19 +50,19 @@ def load_tokenizer(config: RunConfig) -> TrainedTokenizer:
     CheckpointError
         It was not trained yet, or with other fields, another size or other regimes.
     """
-    folder = RunFolder(config.tokenizer_dir)
-    description = folder.path / TOKENIZER_FILE
-    if not description.exists():
+    folder = config.tokenizer_dir
+    if not is_tokenizer(folder):
         raise CheckpointError(
-            f"no trained tokenizer in {folder.path}; train one first with "
+            f"no trained tokenizer in {folder}; train one first with "
             "'deepspeed launch/train_tokenizer.py --config ...' and the same configuration"
         )
-    trained = folder.config()
+    stored = open_tokenizer(folder)
+    trained, space = stored.config, stored.space
     ours = [f.model_dump() for f in config.data.fields]
     theirs = [f.model_dump() for f in trained.data.fields]
     if ours != theirs:
         raise CheckpointError(
-            f"the tokenizer in {folder.path} was trained on the fields {[f['name'] for f in theirs]} (kinds "
+            f"the tokenizer in {folder} was trained on the fields {[f['name'] for f in theirs]} (kinds "
             f"{[f['kind'] for f in theirs]}), and this run has {[f['name'] for f in ours]} (kinds "
             f"{[f['kind'] for f in ours]}); use --set tokenizer.run=... of a fitting one, or train it anew"
         )
@@ -70,51 +70,37 @@ def load_tokenizer(config: RunConfig) -> TrainedTokenizer:
     differ = [k for k in same if getattr(config.tokenizer, k) != getattr(trained.tokenizer, k)]
     if differ:
         raise CheckpointError(
-            f"the tokenizer in {folder.path} has other settings of {', '.join(f'tokenizer.{k}' for k in differ)}; "
+            f"the tokenizer in {folder} has other settings of {', '.join(f'tokenizer.{k}' for k in differ)}; "
             "use its values, or train another one"
         )
-    try:
-        content = read_json(description)
-        weights = folder.path / content["weights"]
-        normalizer = FieldNormalizer.from_dict(content["normalizer"])
-    except (ValueError, KeyError, TypeError, DataError) as error:
-        raise CheckpointError(f"{description} is damaged: {error}") from error
-    unknown = [r for r in config.data.regimes if r.name not in normalizer.regimes]
+    unknown = [r for r in config.data.regimes if r.name not in space.names]
     if unknown and not config.tokenizer.unseen_regimes:
         raise CheckpointError(
-            f"the tokenizer in {folder.path} was trained on the regimes {list(normalizer.regimes)}, without "
+            f"the tokenizer in {folder} was trained on the regimes {list(space.names)}, without "
             f"{[r.name for r in unknown]}"
         )
     known = {trained.data.present(r) for r in trained.data.regimes}
     for regime in unknown:
         if (present := config.data.present(regime)) not in known:
             raise CheckpointError(
-                f"regime {regime.name!r} has the fields {list(present)}, a set that the tokenizer in {folder.path} was "
+                f"regime {regime.name!r} has the fields {list(present)}, a set that the tokenizer in {folder} was "
                 f"not trained on; it knows {sorted(map(list, known))}"
             )
     model = build_tokenizer(trained)
-    load_into(model, load_weights(weights), weights)
-    return TrainedTokenizer(model.eval().requires_grad_(False), normalizer, weights, checksum(weights))
+    load_into(model, {name: tensor.read() for name, tensor in stored.weights.items()}, stored.file)
+    return TrainedTokenizer(model.eval().requires_grad_(False), space, stored.file, checksum(stored.file))
 
 
 def normalizer_for(config: RunConfig, trained: TrainedTokenizer, choose: Choose | None = None) -> FieldNormalizer:
     """The tokenizer's constants, with the regimes of this run in their order; of unseen regimes, their own."""
-    known = trained.normalizer.constants
+    known = trained.space.normalizer.constants
     unseen = tuple(r for r in config.data.regimes if r.name not in known)
     if unseen:
-        own = open_regimes(config.data.model_copy(update={"regimes": unseen}), choose=choose)
+        data = config.data.model_copy(update={"regimes": unseen})
+        own = open_regimes(config.model_copy(update={"data": data}), choose=choose)
         known = {**known, **own.normalizer.constants}
     constants = {r.name: known[r.name] for r in config.data.regimes}
     return FieldNormalizer([f.build() for f in config.data.fields], 3, constants)
-
-
-@torch.no_grad()
-def encode_frames(
-    tokenizer: Tokenizer, domain: Domain, fields: Tensor, static: Tensor, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Latents and static features of frames of one domain: normalised ``[N, C, ...]``, static ``[N, S, ...]``."""
-    geometry = add_walls(static.to(device), domain)
-    return tokenizer.encode(fields.to(device), geometry), static_features(geometry)
 
 
 @ieee_float32()
@@ -123,23 +109,30 @@ def prepare_latents(config: RunConfig, regimes: Regimes, trained: TrainedTokeniz
 
     The folder is named by the tokenizer's checksum, the data and the normalisation, so a stale cache is never read.
     """
-    settings = {"normalizer": regimes.normalizer.to_dict(), "domains": [d.to_dict() for d in regimes.domains]}
-    key = latent_key(trained.checksum, regimes.sources, settings)
+    key = latent_key(trained.checksum, regimes.sources, {"space": regimes.space.checksum})
     root = config.tokenizer_dir / "latents"
-    tokenizer = trained.model.to(device)
+    forecaster = Forecaster.of(config, regimes.space, None, trained.model.to(device))
+
+    @torch.no_grad()
+    def encode(fields: Tensor, static: Tensor, regime: int) -> tuple[Tensor, Tensor]:
+        states, features = forecaster.encode(fields.unsqueeze(1).to(device), static.to(device), regime)
+        return states[:, 0], features
+
     jobs: list[tuple[int, Split]] = [
         (i, s) for i, source in enumerate(regimes.sources) for s in ("train", "valid", "test") if source.files[s]
     ]
     hidden = rank() != 0 or not sys.stderr.isatty()
     with together():
+        if rank() == 0 and not (root / key / SPACE_FILE).exists():
+            regimes.space.save(root / key)
         encoded = 0
         for i, split in tqdm(jobs, desc="latents", unit="split", disable=hidden):
-            source, domain = regimes.sources[i], regimes.domains[i]
+            source = regimes.sources[i]
             encoded += write_latents(
                 split_folder(root, key, source.name, split),
                 source,
                 split,
-                partial(encode_frames, tokenizer, domain, device=device),
+                partial(encode, regime=i),
                 normalizer=regimes.normalizer,
                 rank=rank(),
                 world=world_size(),
@@ -169,9 +162,3 @@ def open_latents(
         )
         for i, source in enumerate(regimes.sources)
     ]
-
-
-def open_for_operator(config: RunConfig, choose: Choose | None = None) -> tuple[Regimes, TrainedTokenizer]:
-    """Data and tokenizer of an operator run, checked against each other."""
-    trained = load_tokenizer(config)
-    return open_regimes(config.data, normalizer_for(config, trained, choose), choose=choose), trained

@@ -8,21 +8,15 @@ import torch
 from torch import Tensor
 
 from shodh.config import TokenizerLoss
-from shodh.models.tokenizer import field_slices
-from shodh.schema.fields import Field
+from shodh.schema.fields import Field, field_slices
 
 
-def mean_over(values: Tensor, exists: Tensor | None, start: int) -> Tensor:
-    """Mean over the axes from ``start`` on, of the cells that exist alone; zero where none does."""
+def mean_over(values: Tensor, exists: Tensor | None = None, start: int = 1) -> Tensor:
+    """Mean over the axes from ``start`` on (by default of a sample), of the cells that exist; zero where none does."""
     if exists is None:
         return values.flatten(start).mean(start)
     exists = exists.expand_as(values)
     return torch.where(exists, values, 0.0).flatten(start).sum(start) / exists.flatten(start).sum(start).clamp(min=1)
-
-
-def mean_square(error: Tensor, exists: Tensor | None = None) -> Tensor:
-    """Mean square of each sample over the cells that exist: ``[B, ...] -> [B]``."""
-    return mean_over(error.square(), exists, 1)
 
 
 def relative_l2(

@@ -12,6 +12,7 @@ from shodh.config import RunConfig
 from shodh.core.errors import DataError
 from shodh.core.seeding import generator
 from shodh.data.loader import SampleDataset
+from shodh.models.forecaster import Forecaster
 from shodh.models.operator import OperatorOutput
 from shodh.moe.balance import GlobalBalance
 from shodh.moe.step import router_arguments
@@ -97,9 +98,10 @@ class OperatorTask:
         """Output without noise or shifts, and the errors ``[B]`` of it and of persistence."""
         frames, static = self._windows(batch)
         history, target = frames[:, : self.history], frames[:, self.history]
-        output = model(history, static, **router_arguments(self.operator.experts, batch["regime"]))
+        output = Forecaster.of(self.config, self.regimes.space, model).step(history, static, batch["regime"])
         errors = (self._errors(frame, target, batch["regime"], static) for frame in (output.latent, history[:, -1]))
-        return output, *errors
+        error, persistence = errors
+        return output, error, persistence
 
     def measured(self, model: Any, batch: Batch) -> Measured:
         """Held-out errors of the model and of persistence."""

@@ -74,7 +74,7 @@ def _memory(config: RunConfig, topology: Topology, stage: int, dense: int, exper
 def _activation_bytes(config: RunConfig, micro_batch: int, tokens: int) -> float:
     operator, experts = config.operator, config.operator.experts
     width = 2 if operator.train.precision == "bf16" else 4
-    if operator.in_field_space:
+    if not config.has_tokenizer:
         return float(micro_batch * width * _kept_in_field_space(config, tokens))
     hidden = experts.hidden * (experts.num_shared + experts.top_k)
     # Kept for the backward pass of a block, per token: two norms' inputs and outputs, q, k, v, the attention's output,
@@ -137,7 +137,7 @@ def make_plan(config: RunConfig, nodes: int | None = None, gpus_per_node: int | 
     tokens = math.prod(model.token_grid)
     width = 2 if train.precision == "bf16" else 4
     rank_tokens = tokens * topology.micro_batch * topology.accumulation
-    attends = not operator.in_field_space and operator.mixer == "attention"
+    attends = config.has_tokenizer and operator.mixer == "attention"
     attention = 12 * operator.depth * tokens * operator.dim if attends else 0  # forward and backward, per token
     away = (topology.ep_size - 1) / topology.ep_size
     return Plan(
@@ -184,7 +184,7 @@ def _group_lines(topology: Topology) -> list[str]:
 
 def _describe_space(config: RunConfig) -> str:
     """Cells and channels of the fields, and what the operator is given instead of them."""
-    if config.operator.in_field_space:
+    if not config.has_tokenizer:
         space = FieldSpace.of(config)
         return f"{' x '.join(map(str, space.grid))}, {space.channels} channels, {space.static} static"
     latent = " x ".join(map(str, config.latent_grid))
@@ -201,7 +201,7 @@ def describe_plan(plan: Plan) -> str:
     utilisation = f"{ASSUMED_UTILISATION:.0%} of {PEAK_FLOPS[train.precision] / 1e12:.0f}"
     fits = memory.total / 2**30 < 0.9 * GPU_MEMORY_GIB
     total = plan.dense_parameters + plan.expert_parameters
-    feed_forward = "dense" if config.operator.in_field_space else "dense feed-forward of equal active size"
+    feed_forward = "dense feed-forward of equal active size" if config.has_tokenizer else "dense"
     if experts.num_experts:
         feed_forward = (
             f"{experts.num_experts} routed experts, top-{experts.top_k}, {experts.num_shared} shared, "

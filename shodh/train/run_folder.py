@@ -2,62 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
-import sys
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
-from shodh import __version__
 from shodh.checkpoint.folder import latest_checkpoint
+from shodh.checkpoint.run_files import START, started_from
 from shodh.config import RunConfig, dump_config, load_config
-from shodh.core.devices import uses_cuda
+from shodh.core.environment import describe_environment
 from shodh.core.errors import ConfigError
 from shodh.core.files import lock_file, write_atomically
-from shodh.core.precision import float32_products
 from shodh.core.strict_json import dumps, write_json
-from shodh.core.weights import read_json
 
-START = "init_from.json"
 LOCK = ".lock"
-PACKAGES = ("torch", "deepspeed", "numpy", "h5py", "safetensors", "pydantic")
-
-
-def git_commit() -> str | None:
-    """The commit of the source tree, with ``-dirty`` if it was changed; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-        run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return run.stdout.strip() or None if run.returncode == 0 else None
-
-
-def describe_environment() -> dict[str, Any]:
-    """Versions, machine, command line and commit: what a run needs to explain itself."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "missing"
-    return {
-        "shodh": __version__,
-        "commit": git_commit(),
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "packages": versions,
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if uses_cuda() else platform.processor() or "cpu",
-        "float32_products": float32_products(),
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-    }
 
 
 class RunFolder:
@@ -87,8 +43,7 @@ class RunFolder:
 
     def started_from(self) -> str | None:
         """What `record_start` kept; None for freshly drawn weights, or a run of an older version."""
-        path = self.path / START
-        return str(read_json(path).get("init_from")) if path.exists() else None
+        return started_from(self.path)
 
     def config(self) -> RunConfig:
         """The resolved configuration of the run; raises `ConfigError` if this is no run folder."""

@@ -9,15 +9,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
+from shodh.checkpoint.run_files import write_tokenizer
 from shodh.checkpoint.weights import read_weights
 from shodh.config import RunConfig
 from shodh.core.distributed import rank
 from shodh.core.errors import CheckpointError
-from shodh.core.files import atomic_path
-from shodh.core.strict_json import write_json
 from shodh.core.weights import load_into
 from shodh.data import WindowDataset
 from shodh.models.basis import PATCH, PatchBasis
@@ -25,7 +23,6 @@ from shodh.models.factory import build_tokenizer
 from shodh.models.tokenizer import Tokenizer
 from shodh.schema.domain import add_walls
 from shodh.train.datasets import Regimes
-from shodh.train.latents import TOKENIZER_FILE
 from shodh.train.run_folder import RunFolder
 
 log = logging.getLogger("shodh")
@@ -86,19 +83,9 @@ def _with_latent_statistics(
 
 
 def publish_tokenizer(config: RunConfig, regimes: Regimes, folder: RunFolder, device: torch.device) -> None:
-    """Write ``tokenizer.safetensors`` and ``tokenizer.json`` from the newest checkpoint of a run folder."""
+    """Make a run folder a pretrained tokenizer, from its newest checkpoint."""
     tag = folder.latest()
     if tag is None:
         raise CheckpointError(f"{folder.path} has no complete checkpoint to publish a tokenizer from")
     state = _with_latent_statistics(config, regimes, folder.checkpoints / tag, device)
-    final = folder.path / "tokenizer.safetensors"
-    with atomic_path(final) as partial:
-        save_file({name: tensor.float().contiguous() for name, tensor in state.items()}, str(partial))
-    content = {
-        "weights": final.name,
-        "normalizer": regimes.normalizer.to_dict(),
-        "regimes": regimes.names,
-        "domains": {name: d.to_dict() for name, d in zip(regimes.names, regimes.domains, strict=True)},
-    }
-    write_json(folder.path / TOKENIZER_FILE, content)
-    log.info("tokenizer written to %s", final)
+    log.info("tokenizer written to %s", write_tokenizer(folder.path, config, regimes.space, state))

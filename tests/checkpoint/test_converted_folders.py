@@ -21,8 +21,11 @@ import shodh
 from shodh.checkpoint.convert import convert, parse_size, push_to_hub
 from shodh.checkpoint.description import read_pretrained
 from shodh.checkpoint.foreign.deepspeed_folder import read_deepspeed_folder
+from shodh.checkpoint.weights import read_initial_weights
 from shodh.core.errors import CheckpointError, ConfigError, DataError
 from shodh.core.weights import INDEX, WEIGHTS
+from shodh.evaluate.evaluation import open_run
+from shodh.schema.space import Space
 
 pytestmark = pytest.mark.distributed
 
@@ -109,6 +112,56 @@ def test_run_folder_checkpoint_and_lone_file_give_the_same(runs: Callable[..., R
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (outs[0] / WEIGHTS).read_bytes()
 
 
+def test_a_run_and_its_checkpoint_load_where_they_lie(runs: Callable[..., Run], tmp_path: Path) -> None:
+    """As what is converted of them, with the same name; also when the run and its tokenizer are gone."""
+    run, alone = runs(1), tmp_path / "anywhere" / "copy"
+    convert(run.path, tmp_path / "out")
+    shutil.copytree(run.checkpoint(2), alone)
+    models = [shodh.from_pretrained(path) for path in (run.path, run.checkpoint(2), alone, tmp_path / "out")]
+    draw = torch.Generator().manual_seed(0)
+    fields = torch.randn(2, models[0].history, models[0].num_channels, *models[0].grid, generator=draw)
+    static = (torch.rand(2, models[0].num_static, *models[0].grid, generator=draw) < 0.3).float()
+    for regime in models[0].regimes:
+        first, *others = (model.rollout(fields, static, regime, 2, exact=True) for model in models)
+        assert all(torch.equal(first, other) for other in others)
+    assert len({model.description.source.sha256 for model in models}) == 1
+    assert len({model.space.checksum for model in models}) == 1
+    assert {model.description.source.step for model in models} == {2}
+    tokenizer = shodh.from_pretrained(Path(run.overrides[1].partition("=")[2]))
+    assert tokenizer.operator is None and tokenizer.space == models[0].space
+    assert torch.equal(*(m.encode(fields, static, m.regimes[0]) for m in (tokenizer, models[0])))
+
+
+@pytest.mark.parametrize("file", ("model.safetensors", "tokenizer.safetensors", "config.json", "space.json"))
+def test_a_damaged_checkpoint_is_named_by_everyone_who_reads_it(
+    file: str, runs: Callable[..., Run], laboratory: Laboratory
+) -> None:
+    run = laboratory.copy(runs(1), f"damaged-{file}")
+    path = run.checkpoint(2) / file
+    content = bytearray(path.read_bytes())
+    position = -2 if file.endswith("safetensors") else content.index(b'"version') + 10
+    content[position] ^= 1
+    path.unlink()  # The tokenizer's is linked.
+    path.write_bytes(content)
+    readers: list[Callable[[], object]] = [
+        lambda: shodh.from_pretrained(run.path),
+        lambda: open_run(run.path, None, torch.device("cpu")),
+        lambda: read_initial_weights(run.checkpoint(2)),
+    ]
+    for reader in readers:
+        with pytest.raises(CheckpointError, match=file):
+            reader()
+
+
+def test_weights_that_are_not_finite_are_named(runs: Callable[..., Run], tmp_path: Path) -> None:
+    weights = load_file(runs(1).checkpoint(2) / WEIGHTS)
+    weights["head.bias"][3] = float("nan")
+    save_file(weights, tmp_path / "w.safetensors")
+    convert(tmp_path / "w.safetensors", tmp_path / "out", config_path=runs(1).path / "config.yaml")
+    with pytest.raises(CheckpointError, match=r"operator\.head\.bias hold NaN"):
+        shodh.from_pretrained(tmp_path / "out")
+
+
 def test_shards_hold_at_most_the_limit_and_load_like_one_file(runs: Callable[..., Run], tmp_path: Path) -> None:
     one, many, back = (tmp_path / name for name in ("one", "many", "back"))
     convert(runs(1).path, one)
@@ -142,8 +195,8 @@ def test_a_tokenizer_of_an_older_version_says_how_to_mend_it(runs: Callable[...,
     old = tmp_path / "old"
     tokenizer = Path(run.overrides[1].partition("=")[2])
     shutil.copytree(tokenizer, old, ignore=shutil.ignore_patterns("latents"))
-    content = json.loads((old / "tokenizer.json").read_text())
-    del content["domains"]
+    (old / "manifest.json").unlink()
+    content = {"weights": "tokenizer.safetensors", "normalizer": Space.load(old).normalizer.to_dict()}
     (old / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="domains.*--resume auto"):
         convert(run.path, tmp_path / "out", tokenizer=old)
@@ -170,7 +223,7 @@ def test_card_and_config_describe_the_model(runs: Callable[..., Run], laboratory
     assert description.run["seed"] == 3
     assert description.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert description.parameters["active"] < description.parameters["total"]
-    assert description.domains["open_channel"]["boundary"] == ["periodic", "periodic", "wall"]
+    assert description.space.domains[0].boundary == ("periodic", "periodic", "wall")
     numbers["checkpoint"] = "step_00000001"
     (run.path / "report" / "metrics.json").write_text(json.dumps(numbers))
     convert(run.path, tmp_path / "other")
@@ -219,7 +272,6 @@ def test_rollout_of_physical_fields_is_what_the_evaluation_computes(
     runs: Callable[..., Run], laboratory: Laboratory, tmp_path: Path
 ) -> None:
     """Decoded one-step prediction against the path through the run's own data set, normalisation and domain."""
-    from shodh.evaluate.evaluation import open_run
     from shodh.schema.domain import add_walls, static_features
 
     run = runs(1)
@@ -280,13 +332,13 @@ def test_hub_model_is_downloaded_and_a_missing_one_is_one_line(
     runs: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     convert(runs(1).path, tmp_path / "out")
-    monkeypatch.setattr("shodh.checkpoint.pretrained_base.snapshot_download", lambda name, **_: str(tmp_path / "out"))
+    monkeypatch.setattr("shodh.checkpoint.pretrained.snapshot_download", lambda name, **_: str(tmp_path / "out"))
     assert shodh.from_pretrained("someone/model").regimes == ("open_channel", "porous_media")
 
     def absent(name: str, **_: Any) -> str:
         raise OSError("no such repository\nand more")
 
-    monkeypatch.setattr("shodh.checkpoint.pretrained_base.snapshot_download", absent)
+    monkeypatch.setattr("shodh.checkpoint.pretrained.snapshot_download", absent)
     with pytest.raises(CheckpointError, match="no such repository$"):
         shodh.from_pretrained("someone/model")
 

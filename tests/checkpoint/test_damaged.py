@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -276,13 +277,26 @@ def test_existing_folder_is_replaced_on_request_only(converted: Path, runs: Call
         convert(tmp_path / "absent", converted, overwrite=True)
     assert {p.name: p.read_bytes() for p in converted.iterdir()} == before
     convert(converted, converted, "bf16", overwrite=True, verify=True)
-    assert sorted(p.name for p in converted.iterdir()) == ["README.md", "config.json", WEIGHTS]
+    assert sorted(p.name for p in converted.iterdir()) == [
+        "README.md",
+        "config.json",
+        "manifest.json",
+        WEIGHTS,
+        "space.json",
+    ]
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("years of work")
     with pytest.raises(CheckpointError, match="replaces nothing else"):
         convert(converted, mine, overwrite=True)
     assert (mine / "thesis.tex").exists()
+    checkpoint, run = tmp_path / "checkpoint", tmp_path / "run"
+    shutil.copytree(runs(1).checkpoint(2), checkpoint)
+    shutil.copytree(converted, run)
+    (run / "config.yaml").write_text("name: run")
+    for theirs in (checkpoint, run):  # They describe a model too, and are nothing to be thrown away.
+        with pytest.raises(CheckpointError, match="replaces nothing else"):
+            convert(converted, theirs, overwrite=True)
 
 
 def test_failure_while_writing_leaves_nothing(
@@ -300,16 +314,16 @@ def test_failure_while_writing_leaves_nothing(
 def test_verification_finds_a_bit_that_was_written_wrong(
     runs: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from shodh.checkpoint import convert as module
+    from shodh.checkpoint import description as module
 
-    write = module.write_pretrained
+    write = module.write_weights
 
     def write_and_flip(folder: Path, *arguments: Any, **options: Any) -> list[Path]:
         files = write(folder, *arguments, **options)
         flip_bit(files[0], files[0].stat().st_size - 3)
         return files
 
-    monkeypatch.setattr(module, "write_pretrained", write_and_flip)
+    monkeypatch.setattr(module, "write_weights", write_and_flip)
     refused(runs(1).path, tmp_path, "what was written differs", verify=True)
 
 
@@ -322,13 +336,15 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("config.json", lambda c: c.update(format_version=2), "config.json: format_version: Input should be 1"),
+        ("config.json", lambda c: c.update(format_version=3), "config.json: format_version: Input should be 2"),
+        ("config.json", lambda c: c["run"].update(seed=5), r"config.json has \d+ bytes, and \d+ were written"),
         ("config.json", lambda c: c.update(colour="red"), "config.json: colour: Extra inputs"),
         ("config.json", lambda c: c["run"].update(sed=1), "unknown key 'sed': did you mean 'seed'"),
-        ("config.json", lambda c: c.pop("normalizer"), "config.json: normalizer: Field required"),
-        ("config.json", lambda c: c["normalizer"].pop("regimes"), "normalisation constants are incomplete"),
-        ("config.json", lambda c: c["domains"].clear(), "domains lacks the regimes"),
-        ("config.json", lambda c: c["domains"]["open_channel"].pop("lengths"), "a domain of config.json is malformed"),
+        ("space.json", lambda c: c.pop("fields"), "space.json is damaged: KeyError"),
+        ("space.json", lambda c: c.update(version=2), "space.json: expected format 'shodh-space' of version 1"),
+        ("space.json", lambda c: c["regimes"].clear(), "space.json is damaged: .* at least one"),
+        ("space.json", lambda c: c["regimes"][0]["domain"].pop("lengths"), "space.json is damaged: KeyError"),
+        ("space.json", lambda c: c["regimes"][0]["domain"].update(flat=True), "space.json is damaged: its checksum"),
         ("config.json", lambda c: c["run"]["operator"].update(depth=3), "lacks operator.blocks.2"),
         (INDEX, lambda c: c.pop("weight_map"), "index.json is damaged: it has no weight_map"),
         (

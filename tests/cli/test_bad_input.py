@@ -13,8 +13,15 @@ from typing import Any
 import pytest
 from helper import ON_CPU, ROOT, Finished, free_port, run_script
 
-from shodh.config import dump_config, load_config
+from shodh.checkpoint.run_files import write_tokenizer
+from shodh.config import load_config
 from shodh.core.cli import run_main
+from shodh.core.weights import expected_shapes
+from shodh.models.factory import build_tokenizer
+from shodh.models.init import initialise
+from shodh.schema.domain import Domain
+from shodh.schema.normalize import FieldNormalizer
+from shodh.schema.space import Space
 
 PRETRAIN, TOKENIZER = "launch/pretrain.py", "launch/train_tokenizer.py"
 
@@ -123,8 +130,19 @@ def tokenizer_folder(config: Path, tmp_path: Path) -> Callable[..., Path]:
     def make(*overrides: str) -> Path:
         folder = tmp_path / "tokenizer"
         folder.mkdir()
-        (folder / "config.yaml").write_text(dump_config(load_config(config, overrides)))
-        (folder / "tokenizer.json").write_text("{}")
+        trained = load_config(config, overrides)
+        model = build_tokenizer(trained)
+        fields = [f.build() for f in trained.data.fields]
+        names = [r.name for r in trained.data.regimes]
+        constants = {name: {f.name: (0.0, 1.0) for f in fields if not f.static} for name in names}
+        domain = Domain(("periodic",) * 3, (1.0, 1.0, 1.0))
+        space = Space.of(FieldNormalizer(fields, 3, constants), fields, dict.fromkeys(names, domain))
+        initialise(model, 0)
+        write_tokenizer(folder, trained, space, {n: model.state_dict()[n] for n in expected_shapes(model)})
+        if not overrides:
+            content = bytearray((folder / "tokenizer.safetensors").read_bytes())
+            content[-1] ^= 1
+            (folder / "tokenizer.safetensors").write_bytes(content)
         return folder
 
     return make
@@ -138,7 +156,7 @@ def tokenizer_folder(config: Path, tmp_path: Path) -> Callable[..., Path]:
             ["was trained on the fields ['velocity', 'heat', 'rock']", "['velocity', 'tracer', 'solid']", "train it"],
         ),
         (["tokenizer.latent_channels=16"], ["other settings of tokenizer.latent_channels"]),
-        ([], ["tokenizer.json is damaged"]),
+        ([], ["tokenizer.safetensors is damaged: its checksum"]),
     ],
 )
 def test_tokenizer_that_does_not_fit(

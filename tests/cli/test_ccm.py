@@ -12,6 +12,8 @@ import yaml
 from helper import ROOT, run_script
 from published import published
 
+from shodh.schema.space import Space
+
 STUDY = "launch/ccm.py"
 
 
@@ -97,7 +99,8 @@ def test_a_family_from_nothing_to_a_report(study_file: Path, tmp_path: Path) -> 
     assert {path: path.stat().st_mtime_ns for path in before} == before
     low = folder / "converted" / "seed0" / "low"
     descriptions = [config_of(path) for path in (anchor, low, high)]
-    assert len({json.dumps(d["normalizer"]) for d in descriptions}) == 1
+    spaces = [Space.load(path).regimes for path in (anchor, low, high)]
+    assert len({space[0].constants for space in spaces}) == 1
     assert [d["source"]["init_from"] for d in descriptions[1:]] == [descriptions[0]["source"]["sha256"]] * 2
     assert [d["run"]["family"]["parameters"]["viscosity"] for d in descriptions] == [[0.001, 0.01], 0.001, 0.01]
     result = json.loads((folder / "results" / "seed0.json").read_text())

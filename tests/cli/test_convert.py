@@ -11,11 +11,14 @@ import torch
 from helper import run_script
 from safetensors.torch import save_file
 
+from shodh.checkpoint.run_files import write_tokenizer
 from shodh.config import dump_config, load_config
 from shodh.core.weights import expected_shapes
-from shodh.data import FieldNormalizer
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
+from shodh.schema.domain import Domain
+from shodh.schema.normalize import FieldNormalizer
+from shodh.schema.space import Space
 
 SCRIPT = "tools/convert_checkpoint.py"
 
@@ -37,13 +40,9 @@ def run(write_config: Callable[..., Path], tmp_path: Path) -> Path:
     fields = [f.build() for f in config.data.fields]
     names = [r.name for r in config.data.regimes]
     constants = {name: {f.name: (0.0, 1.0) for f in fields if not f.static} for name in names}
-    content = {
-        "weights": "tokenizer.safetensors",
-        "normalizer": FieldNormalizer(fields, 3, constants).to_dict(),
-        "regimes": names,
-        "domains": {name: {"boundary": ["periodic"] * 3, "lengths": [1.0] * 3} for name in names},
-    }
-    (config.tokenizer_dir / "tokenizer.json").write_text(json.dumps(content))
+    domain = Domain(("periodic",) * 3, (1.0, 1.0, 1.0))
+    space = Space.of(FieldNormalizer(fields, 3, constants), fields, dict.fromkeys(names, domain))
+    write_tokenizer(config.tokenizer_dir, config, space, tokenizer.state_dict())
     return config.run_dir / "model.safetensors"
 
 

@@ -10,16 +10,19 @@ import torch
 from known_family import HISTORY, MEAN, PREFIX, REGIME, ROLLOUT, SCALE
 
 from shodh.core.errors import DataError
-from shodh.experiments.composition.bench import Bench, Line, persistence, unroll
+from shodh.experiments.composition.bench import Bench, Line
 from shodh.experiments.composition.members import Case
+from shodh.models.operator import OperatorOutput
 
 
 def test_unrolled_steps_are_the_model_s_rollout(bench: Bench, case: Case) -> None:
     """The same frames, in normalised and in physical units."""
     model = bench.family.put(bench.family.low)
     window = case.frames[:, :HISTORY]
+    forecaster = model.forecaster
     with torch.no_grad():
-        ours = unroll(bench.model_step(model), window, case.static, 4)
+        encoded = forecaster.encode(window, case.static, 0)
+        ours = forecaster.rollout(*encoded, forecaster.labels(0, window), 4)
     static = torch.zeros(len(window), 0, *window.shape[3:])
     theirs = model.rollout(MEAN + SCALE * window, static, REGIME, 4)
     torch.testing.assert_close(MEAN + SCALE * ours, theirs, rtol=1e-5, atol=1e-5)
@@ -37,20 +40,20 @@ def test_errors_are_relative_and_physical(bench: Bench, case: Case) -> None:
         ]
         for n in range(len(physical))
     ]
-    np.testing.assert_allclose(bench.later(persistence, case).numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(bench.later(bench.persistence, case).numpy(), expected, rtol=1e-5)
 
 
 def test_frames_that_count_are_hidden_from_the_prefix_and_the_other_way_round(bench: Bench, case: Case) -> None:
-    step = bench.step_of(bench.family.low)
-    observed, later = bench.observed(step, case), bench.later(step, case)
+    model = bench.model_of(bench.family.low)
+    observed, later = bench.observed(model, case), bench.later(model, case)
     changed = case.frames.clone()
     changed[:, HISTORY + PREFIX :] += 1.0
-    assert torch.equal(bench.observed(step, replace(case, frames=changed)), observed)
-    assert not torch.equal(bench.later(step, replace(case, frames=changed)), later)
+    assert torch.equal(bench.observed(model, replace(case, frames=changed)), observed)
+    assert not torch.equal(bench.later(model, replace(case, frames=changed)), later)
     changed = case.frames.clone()
     changed[:, :PREFIX] += 1.0
-    assert torch.equal(bench.later(step, replace(case, frames=changed)), later)
-    assert not torch.equal(bench.observed(step, replace(case, frames=changed)), observed)
+    assert torch.equal(bench.later(model, replace(case, frames=changed)), later)
+    assert not torch.equal(bench.observed(model, replace(case, frames=changed)), observed)
 
 
 def test_batches_change_nothing(bench: Bench, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,13 +82,13 @@ def test_gradient_is_the_slope_of_the_observed_loss(bench: Bench, case: Case) ->
 
 
 def test_a_rollout_that_is_not_finite_is_infinitely_bad(bench: Bench, case: Case) -> None:
-    errors = bench.later(lambda window, static: window[:, -1] * torch.inf, case)
-    assert torch.isinf(errors).all()
+    diverges = replace(bench.persistence, operator=lambda states, *_: OperatorOutput(states[:, -1] * torch.inf, []))
+    assert torch.isinf(bench.later(diverges, case)).all()
 
 
 def test_too_few_frames_are_refused(bench: Bench, case: Case) -> None:
     short = replace(case, frames=case.frames[:, :-1])
     with pytest.raises(DataError, match="trajectories of 6 frames; history 2, prefix 2 and rollout 3 need 7"):
-        bench.later(persistence, short)
+        bench.later(bench.persistence, short)
     with pytest.raises(DataError, match="the prefix has 2 frames, and the model reads 2"):
         Bench(bench.family, 0, ROLLOUT)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import pytest
 import torch
 from known_family import GRID, REGIME, known_study
 
+from shodh.checkpoint.folder import read_manifest, write_manifest
 from shodh.core.errors import CheckpointError, ConfigError, DataError
 from shodh.experiments.composition.bench import Bench
 from shodh.experiments.composition.members import Family, open_members, read_case
 from shodh.experiments.composition.runs import make
 from shodh.experiments.composition.settings import CCMConfig
 from shodh.experiments.harness.worker import write_result
+from shodh.schema.space import Space
 
 CPU = torch.device("cpu")
 
@@ -37,6 +40,7 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads(path.read_text())
     edit(content)
     path.write_text(json.dumps(content))
+    write_manifest(folder, [folder / name for name in read_manifest(folder)["files"]])
 
 
 def test_members_are_opened_in_memory_with_their_range(known: CCMConfig) -> None:
@@ -82,15 +86,12 @@ def test_a_missing_member_is_named(copied: CCMConfig) -> None:
 
 def test_models_of_several_regimes_are_refused(copied: CCMConfig) -> None:
     def add_regime(content: dict[str, Any]) -> None:
-        other = "shear_2d"
-        content["regimes"].append(other)
-        content["domains"][other] = content["domains"][REGIME]
-        constants = content["normalizer"]["regimes"]
-        constants[other] = constants[REGIME]
-        content["run"]["data"]["regimes"].append({**content["run"]["data"]["regimes"][0], "name": other})
+        content["run"]["data"]["regimes"].append({**content["run"]["data"]["regimes"][0], "name": "shear_2d"})
 
     folders = [copied.folder_of(0, member) for member in ("anchor", "low", "high")]
     for folder in folders:
+        space = Space.load(folder)
+        replace(space, regimes=(*space.regimes, replace(space.regimes[0], name="shear_2d"))).save(folder)
         change(folder, add_regime)
     with pytest.raises(CheckpointError, match="on the fields of one regime; this one is on the fields of"):
         Family(folders[0], folders[1], folders[2], "viscosity", CPU)

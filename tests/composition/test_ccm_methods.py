@@ -127,8 +127,8 @@ def test_read_outs_do_not_see_the_frames_that_count(bench: Bench, trial: Trial, 
 
 
 def test_fine_tuning_lowers_the_loss_that_it_sees(bench: Bench, case: Case) -> None:
-    before = bench.observed(bench.step_of(bench.family.anchor), case).mean()
-    after = bench.observed(bench.model_step(fine_tune(bench, case, 1e-3, 5)), case).mean()
+    before = bench.observed(bench.model_of(bench.family.anchor), case).mean()
+    after = bench.observed(fine_tune(bench, case, 1e-3, 5).forecaster, case).mean()
     assert after < 0.95 * before
 
 

@@ -23,7 +23,7 @@ from shodh.experiments.composition.runs import describe_study, expand, make
 from shodh.experiments.composition.settings import CCMConfig
 from shodh.experiments.harness.run import Run
 from shodh.experiments.harness.runner import check_forerunners
-from shodh.train.field_task import inherited_normalizer
+from shodh.train.opening import inherited_normalizer
 
 SMALL: dict[str, Any] = published({"kind": "fno", "dim": 8, "depth": 1, "modes": 2})
 

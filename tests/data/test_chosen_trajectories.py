@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from shodh.data import FieldNormalizer, RegimeSource, WindowDataset, write_trajectories
+from shodh.data.normalize import fit_normalizer
+from shodh.data import RegimeSource, WindowDataset, write_trajectories
 from shodh.data.latents import data_identity
 from shodh.core.errors import DataError
 from shodh.schema.fields import Field, RegimeSchema, Trajectories
@@ -43,7 +44,7 @@ def test_windows_and_statistics_are_of_the_chosen_trajectories_alone(stored: Pat
     levels = {round(float(data[i]["fields"].mean()), -1) for i in range(len(data))}
     assert levels == {LEVELS["train"][n] for n in chosen}
     assert source.num_trajectories("test") == 2, "held-out splits stay whole"
-    mean, scale = FieldNormalizer.from_sources([source]).constants["warm"]["heat"]
+    mean, scale = fit_normalizer([source]).constants["warm"]["heat"]
     frames = np.empty((4, 1, 8, 8), dtype=np.float32)
     whole = opened(stored, None)
     expected = []
@@ -56,8 +57,8 @@ def test_windows_and_statistics_are_of_the_chosen_trajectories_alone(stored: Pat
 
 def test_statistics_beside_the_data_are_not_used_for_some_of_it(stored: Path) -> None:
     (stored / "stats.yaml").write_text("mean: {heat: 7.0}\nstd: {heat: 3.0}\n")
-    assert FieldNormalizer.from_sources([opened(stored, None)]).constants["warm"]["heat"] == (7.0, 3.0)
-    assert FieldNormalizer.from_sources([opened(stored, (0,))]).constants["warm"]["heat"][0] == pytest.approx(10, abs=1)
+    assert fit_normalizer([opened(stored, None)]).constants["warm"]["heat"] == (7.0, 3.0)
+    assert fit_normalizer([opened(stored, (0,))]).constants["warm"]["heat"][0] == pytest.approx(10, abs=1)
 
 
 def test_latents_of_other_trajectories_are_another_cache(stored: Path) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool3d
 
+from shodh.data.normalize import fit_normalizer
 from shodh.data import (
-    FieldNormalizer,
     LatentWindowDataset,
     MixtureLoader,
     MixtureSampler,
@@ -49,7 +49,7 @@ def open_latents(folder: Path, source: RegimeSource, **kwargs: int) -> LatentWin
 
 
 def test_cached_windows_are_the_encoded_windows(source, tmp_path):
-    normalizer = FieldNormalizer.from_sources([source])
+    normalizer = fit_normalizer([source])
     assert write_latents(tmp_path / "c", source, "train", encode, normalizer=normalizer, batch_size=2) == 2
     cached = open_latents(tmp_path / "c", source, stride=2, regime=3)
     windows = WindowDataset(source, "train", history=2, horizon=1, stride=2, normalizer=normalizer, regime=3)
@@ -78,9 +78,11 @@ def test_complete_files_are_kept_and_only_they(source, tmp_path):
     (folder / f"{second}.json").unlink()
     assert write_latents(folder, source, "train", encode) == 1
     content = (folder / f"{first}.npy").read_bytes()
-    (folder / f"{first}.npy").write_bytes(content[:-4])
-    assert write_latents(folder, source, "train", encode) == 1
-    assert (folder / f"{first}.npy").read_bytes() == content
+    flipped = content[:-4] + bytes([content[-4] ^ 1]) + content[-3:]
+    for damaged in (content[:-4], flipped):
+        (folder / f"{first}.npy").write_bytes(damaged)
+        assert write_latents(folder, source, "train", encode) == 1
+        assert (folder / f"{first}.npy").read_bytes() == content
 
 
 def test_ranks_share_the_files(source, tmp_path):

@@ -11,7 +11,15 @@ import pytest
 import torch
 import yaml
 
-from shodh.data import FieldNormalizer, RegimeSource, WindowDataset, compute_statistics, write_stats, write_trajectories
+from shodh.data.normalize import fit_normalizer
+from shodh.schema.normalize import FieldNormalizer
+from shodh.data import (
+    RegimeSource,
+    WindowDataset,
+    compute_statistics,
+    write_stats,
+    write_trajectories,
+)
 from shodh.data.formats.inspection import inspect_file
 from shodh.data.checks import check_masks, looks_inverted, mask_problem
 from shodh.core.errors import DataError
@@ -38,7 +46,7 @@ def write(root: Path, make: Make, tracer: Callable[[np.ndarray], np.ndarray], ou
 
 def normalised(source: RegimeSource) -> tuple[FieldNormalizer, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Normaliser, all normalised training frames of the tracer, what is stored, and where it exists, ``[N, *grid]``."""
-    normalizer = FieldNormalizer.from_sources([source])
+    normalizer = fit_normalizer([source])
     windows = {n: WindowDataset(source, "train", history=1, horizon=0, normalizer=n) for n in (normalizer, None)}
     scaled, stored = ([w[i] for i in range(len(w))] for w in windows.values())
     tracer, raw = (torch.stack([item["fields"][0, 3] for item in items]) for items in (scaled, stored))
@@ -73,7 +81,7 @@ def test_what_files_hold_where_a_field_does_not_exist_changes_nothing(tmp_path: 
     items = []
     for outside in (0.0, -1e30):
         source = RegimeSource("r", write(tmp_path / str(outside), make_trajectories, lambda z: 300 + z, outside), FIELDS)
-        data = WindowDataset(source, "test", history=2, horizon=1, normalizer=FieldNormalizer.from_sources([source]))
+        data = WindowDataset(source, "test", history=2, horizon=1, normalizer=fit_normalizer([source]))
         items.append(torch.stack([data[i]["fields"] for i in range(len(data))]))
     assert torch.equal(*items)
 
@@ -104,7 +112,7 @@ def test_a_field_that_is_constant_in_training_alone_is_refused(tmp_path: Path, m
     with h5py.File(root / "data" / "test" / "3.hdf5", "a") as file:
         file["t0_fields/tracer"][0, 0, 0, 0, 0] = 310
     source = RegimeSource("r", root, (VELOCITY, Field("tracer"), SOLID))
-    data = WindowDataset(source, "test", history=1, horizon=0, normalizer=FieldNormalizer.from_sources([source]))
+    data = WindowDataset(source, "test", history=1, horizon=0, normalizer=fit_normalizer([source]))
     with pytest.raises(DataError, match="'tracer' is 300 in all training data"):
         data[0]
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from shodh.data import FieldNormalizer, MixtureLoader, MixtureSampler, RegimeSource, WindowDataset
+from shodh.data.normalize import fit_normalizer
+from shodh.data import MixtureLoader, MixtureSampler, RegimeSource, WindowDataset
 from shodh.data.loader import _next
 from shodh.core.errors import DataError, TopologyError
 
@@ -31,7 +32,7 @@ def folders(make_folder):
 @pytest.fixture
 def datasets(folders, fields):
     sources = [RegimeSource(name, path, fields) for name, path in folders.items()]
-    normalizer = FieldNormalizer.from_sources(sources)
+    normalizer = fit_normalizer(sources)
     return [WindowDataset(s, "train", history=1, horizon=1, normalizer=normalizer) for s in sources]
 
 

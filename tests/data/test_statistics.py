@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
+from shodh.schema.normalize import FieldNormalizer
 from shodh.data import (
-    FieldNormalizer,
     RegimeSource,
     WellFile,
     WindowDataset,
@@ -20,7 +20,7 @@ from shodh.data import (
     write_stats,
     write_trajectories,
 )
-from shodh.data.normalize import power_of_two
+from shodh.data.normalize import fit_normalizer, normalizer_from_statistics, power_of_two
 from shodh.core.errors import DataError
 from shodh.schema.fields import Field
 
@@ -101,7 +101,7 @@ def normalizer_for(fields: tuple[Field, ...], rms: float) -> FieldNormalizer:
         "std": {"velocity": [rms, rms, 0.0], "tracer": 0.3, "solid": 0.4},
     }
     calm = {"mean": {"velocity": [0.0] * 3, "tracer": 7.0}, "std": {"velocity": [0.0] * 3, "tracer": 0.0}}
-    return FieldNormalizer.from_statistics(fields, 3, {"channel": statistics, "calm": calm})
+    return normalizer_from_statistics(fields, 3, {"channel": statistics, "calm": calm})
 
 
 def exact_velocity(rng: np.random.Generator, grid: tuple[int, int, int], step: float) -> torch.Tensor:
@@ -144,7 +144,7 @@ def test_scales(fields):
 
 def test_normalised_training_windows_are_of_order_one(make_folder, fields):
     source = RegimeSource("open_channel", make_folder(), fields)
-    normalizer = FieldNormalizer.from_sources([source])
+    normalizer = fit_normalizer([source])
     dataset = WindowDataset(source, "train", history=1, horizon=1, normalizer=normalizer)
     values = torch.cat([dataset[i]["fields"] for i in range(len(dataset))])
     assert values[:, 3].mean().abs() < 0.05 and abs(values[:, 3].std() - 1) < 0.05

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from shodh.data import FieldNormalizer, RegimeSource, WindowDataset, write_trajectories
+from shodh.data.normalize import fit_normalizer
+from shodh.schema.normalize import FieldNormalizer
+from shodh.data import RegimeSource, WindowDataset, write_trajectories
 from shodh.core.errors import DataError
 from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
@@ -45,7 +47,7 @@ def test_absent_fields_are_read_as_zeros_and_are_never_normalised(tmp_path):
         RegimeSource("hot", tmp_path / "hot", VOCABULARY, only=("heat", "permeability"), split=(1, 0, 0)),
         RegimeSource("windy", tmp_path / "windy", VOCABULARY, only=("velocity",)),
     ]
-    normalizer = FieldNormalizer.from_sources(sources)
+    normalizer = fit_normalizer(sources)
     assert set(normalizer.constants["hot"]) == {"heat", "permeability"}
     assert set(normalizer.constants["windy"]) == {"velocity"}
     hot_item, windy_item = (WindowDataset(s, "train", history=1, horizon=1, normalizer=normalizer)[0] for s in sources)
@@ -67,7 +69,7 @@ def test_a_regime_must_have_what_it_is_said_to_have(tmp_path):
 def test_static_fields_reach_the_models_with_zero_mean_and_unit_variance(tmp_path, name, transform):
     values = write(tmp_path / "rock", ("heat", name), ("periodic",) * 3, (6, 5, 4))
     source = RegimeSource("rock", tmp_path / "rock", VOCABULARY, only=("heat", name), split=(1, 0, 0))
-    normalizer = FieldNormalizer.from_sources([source])
+    normalizer = fit_normalizer([source])
     again = FieldNormalizer.from_dict(json.loads(json.dumps(normalizer.to_dict())))
     assert again.constants == normalizer.constants
     channel = ["permeability", "depth"].index(name)
@@ -89,7 +91,7 @@ def test_constant_static_field_is_normalised_to_zero_and_not_to_amplified_roundi
     result = Trajectories(schema, (1.0, 1.0, 1.0), 0.1 * np.arange(4), values)
     write_trajectories(tmp_path / "data" / "train" / "x.hdf5", result)
     source = RegimeSource("x", tmp_path, fields)
-    normalizer = FieldNormalizer.from_sources([source])
+    normalizer = fit_normalizer([source])
     window = WindowDataset(source, "train", history=1, horizon=1, normalizer=normalizer)[0]
     assert float(window["static"].abs().max()) < 1e-6
 
@@ -103,7 +105,7 @@ def test_logarithm_of_what_is_not_positive_is_refused(tmp_path):
     write_trajectories(folder / "train" / "a.hdf5", Trajectories(schema, (1.0,) * 3, 0.1 * np.arange(4), values))
     source = RegimeSource("rock", folder, VOCABULARY, only=("heat", "permeability"))
     with pytest.raises(DataError, match="'log' needs positive values, and 'permeability'"):
-        FieldNormalizer.from_sources([source])
+        fit_normalizer([source])
 
 
 def test_two_dimensions_are_read_as_equal_layers_of_near_cubic_cells(tmp_path):
@@ -122,7 +124,7 @@ def test_two_dimensions_are_read_as_equal_layers_of_near_cubic_cells(tmp_path):
         fields[:, 0, ..., 3], (velocity[..., 0] + np.roll(velocity[..., 0], -1, 1)) / 2, atol=1e-6
     )
     np.testing.assert_array_equal(fields[:, 3, ..., 5], values["heat"][0, :3])
-    scale = FieldNormalizer.from_sources([source]).constants["sheet"]["velocity"]
+    scale = fit_normalizer([source]).constants["sheet"]["velocity"]
     assert scale[0] == 0 and scale[1] in (0.5, 1.0)
     plain = RegimeSource("sheet", tmp_path / "sheet", VOCABULARY, only=("velocity", "heat", "depth"))
     assert not plain.flat and plain.grid == grid

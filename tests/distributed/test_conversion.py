@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import shodh
 from shodh.checkpoint.convert import convert
 from shodh.checkpoint.description import read_pretrained
+from shodh.checkpoint.folder import read_manifest, write_manifest
 from shodh.checkpoint.pretrained import ShodhModel
 from shodh.checkpoint.weights import source_checksum
 from shodh.models.operator import OperatorOutput
@@ -94,8 +95,12 @@ def test_a_run_and_its_conversion_name_the_checkpoint_they_started_from(laborato
     run_ranks(1, rank_jobs.start_from, laboratory.config, overrides, anchor)
     folder = RunFolder(laboratory.load(overrides).run_dir)
     assert folder.started_from() == checksum and RunFolder(run.path).started_from() is None
-    shutil.copytree(run.checkpoint(10), folder.checkpoints / "step_00000010")
-    convert(folder.checkpoints / "step_00000010", tmp_path / "expert")
+    checkpoint = folder.checkpoints / "step_00000010"
+    shutil.copytree(run.checkpoint(10), checkpoint)
+    shutil.copy(folder.path / "config.json", checkpoint)  # What a save would have put there.
+    names = [checkpoint / name for name in read_manifest(checkpoint)["files"]]
+    write_manifest(checkpoint, names)
+    convert(checkpoint, tmp_path / "expert")
     assert read_pretrained(tmp_path / "expert")[0].source.init_from == checksum
     assert read_pretrained(anchor)[0].source.init_from is None
 

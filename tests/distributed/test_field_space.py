@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,15 @@ from shodh.config import load_config
 from shodh.core.errors import CheckpointError
 from shodh.data import write_trajectories
 from shodh.evaluate.evaluation import Evaluator, evaluate, open_run
-from shodh.evaluate.field_evaluation import FieldEvaluation
+from shodh.evaluate.regime_evaluation import RegimeEvaluation
 from shodh.evaluate.report import write_report
 from shodh.moe.trace import read_trace
 from shodh.report.page import write_page
 from shodh.routing.probe.sections import probe_model
 from shodh.schema.fields import Boundary, Field, RegimeSchema, Trajectories
+from shodh.schema.space import Space
 from shodh.train.field_task import FieldTask
-from shodh.train.jobs import open_data
+from shodh.train.opening import open_data
 from shodh.train.plan import describe_plan, make_plan
 from shodh.train.run_folder import RunFolder
 
@@ -150,12 +152,12 @@ def test_resumed_run_keeps_its_normalisation(fields: Fields) -> None:
     whole = fields.run(2, 2)
     folder = RunFolder(whole.path.with_name("grown"))
     folder.path.mkdir()
-    space = json.loads((whole.path / "space.json").read_text())
-    space["normalizer"]["regimes"]["dye"]["dye"]["scale"] = 5.0
-    (folder.path / "space.json").write_text(json.dumps(space))
+    space = Space.load(whole.path)
+    waves, dye = space.regimes
+    replace(space, regimes=(waves, replace(dye, constants=(("dye", 0.0, 5.0),)))).save(folder.path)
     config = load_config(fields.config, whole.overrides)
-    resumed, _ = open_data(config, folder, torch.device("cpu"))
-    fresh, _ = open_data(config, None, torch.device("cpu"))
+    resumed, *_ = open_data(config, folder, torch.device("cpu"))
+    fresh, *_ = open_data(config, None, torch.device("cpu"))
     assert resumed.normalizer.constants["dye"]["dye"][1] == 5.0 != fresh.normalizer.constants["dye"]["dye"][1]
 
 
@@ -219,10 +221,10 @@ def test_noise_is_relative_to_the_size_of_each_channel(opened: Evaluator) -> Non
 
 def test_persistence_is_the_error_of_the_last_frame(opened: Evaluator) -> None:
     """Computed here from the file, in physical units."""
-    part = FieldEvaluation(opened, 1, "test")
+    part = RegimeEvaluation(opened, 1, "test")
     for batch in part.windows():
         with torch.no_grad():
-            part.add(*batch)
+            part.add(batch)
     dye = trajectories("dye", 2, 12).values["dye"].astype(np.float64)
     pairs = [(dye[b, t], dye[b, t + 1]) for b in range(2) for t in range(1, FRAMES - 1)]
     expected = np.mean([np.linalg.norm(u - v) / np.linalg.norm(v) for u, v in pairs])
@@ -237,12 +239,13 @@ def test_converted_model_rolls_out_as_the_evaluation_does(opened: Evaluator, tmp
     temperatures = [name for name in trained if "temperature" in name]
     assert temperatures and all(torch.equal(trained[n], dict(model.operator.named_buffers())[n]) for n in temperatures)
     for number, regime in enumerate(model.regimes):
-        part = FieldEvaluation(opened, number, "test")
-        frames, static = next(part.rollouts())
-        normal, stored = frames.clone(), static.clone()
+        part = RegimeEvaluation(opened, number, "test")
+        batch = next(part.rollouts())
+        normal, stored = batch.fields, batch.static
         fields = opened.regimes.normalizer.denormalize(normal, regime)
         with torch.no_grad():
-            expected = part.predict(frames[:, :2], static).latent
+            labels = part.forecaster.labels(number, normal)
+            expected = part.forecaster.step(batch.states[:, :2], batch.features, labels).latent
         found = model.predict(fields[:, :2], stored, regime)
         expected = opened.regimes.normalizer.denormalize(expected, regime)
         torch.testing.assert_close(found[:, part.channels], expected[:, part.channels], rtol=1e-5, atol=1e-5)
@@ -259,10 +262,12 @@ def test_checkpoint_outside_its_run_says_what_is_missing(opened: Evaluator, tmp_
     run = tmp_path / "run"
     shutil.copytree(opened.folder.path, run)
     (run / "space.json").unlink()
-    with pytest.raises(CheckpointError, match=r"space\.json"):
-        convert(run, tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"space\.json"):
-        open_run(run, None, torch.device("cpu"))
+    convert(run, tmp_path / "out")
+    assert open_run(run, None, torch.device("cpu")).regimes.space == opened.regimes.space
+    (run / "checkpoints" / f"step_{STEPS:08d}" / "space.json").unlink()
+    for use in (lambda: convert(run, tmp_path / "other"), lambda: open_run(run, None, torch.device("cpu"))):
+        with pytest.raises(CheckpointError, match=r"space\.json"):
+            use()
 
 
 def test_probe_maps_the_plane_and_makes_a_page(opened: Evaluator, tmp_path: Path) -> None:

@@ -21,12 +21,12 @@ from shodh.checkpoint.weights import read_initial_weights
 from shodh.config import config_from_dict, load_config
 from shodh.core.errors import CheckpointError
 from shodh.core.weights import load_into, load_weights
-from shodh.data import FieldNormalizer
+from shodh.data.normalize import fit_normalizer
 from shodh.evaluate.evaluation import evaluate, open_run
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
 from shodh.moe.groups import added_weights, is_added, is_routed_expert
-from shodh.train.latents import open_for_operator
+from shodh.train.opening import open_run_data
 
 pytestmark = pytest.mark.distributed
 
@@ -246,12 +246,12 @@ def test_tokenizer_serves_an_unseen_regime_with_its_own_normalisation(
 ) -> None:
     config = load_config(laboratory.config, unseen("unseen"))
     with pytest.raises(CheckpointError, match=r"without \['unseen'\]"):
-        open_for_operator(config)
+        open_run_data(config)
     config = load_config(laboratory.config, unseen("unseen", "tokenizer.unseen_regimes=true"))
-    regimes, trained = open_for_operator(config)
-    own = FieldNormalizer.from_sources(regimes.sources).constants["unseen"]
+    regimes, trained = open_run_data(config)
+    own = fit_normalizer(regimes.sources).constants["unseen"]
     assert regimes.normalizer.constants == {"unseen": own}
-    assert own != trained.normalizer.constants["porous_media"]
+    assert own != trained.space.normalizer.constants["porous_media"]
 
 
 def test_latent_transformer_is_tuned_evaluated_and_converted(

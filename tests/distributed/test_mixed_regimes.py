@@ -18,8 +18,8 @@ from shodh.data import write_trajectories
 from shodh.evaluate.evaluation import evaluate, open_run
 from shodh.evaluate.report import write_report
 from shodh.schema.fields import Boundary, Field, RegimeSchema, Trajectories
-from shodh.train.latents import open_for_operator
 from shodh.train.metrics import read_metrics
+from shodh.train.opening import open_run_data
 
 pytestmark = pytest.mark.distributed
 
@@ -122,6 +122,6 @@ def test_experts_and_validation_see_all_regimes(run: dict[str, Any]) -> None:
 def test_tokenizer_of_all_serves_a_run_of_some_of_its_regimes(run: dict[str, Any]) -> None:
     config = run["evaluator"].config
     data = config.data.model_copy(update={"regimes": config.data.regimes[1:]})
-    regimes, trained = open_for_operator(config.model_copy(update={"data": data}))
+    regimes, trained = open_run_data(config.model_copy(update={"data": data}))
     assert regimes.names == ["rock", "sheet"] and len(trained.model.basis.heads) == 2
     assert regimes.domains == run["evaluator"].regimes.domains[1:]

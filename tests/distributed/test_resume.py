@@ -167,7 +167,8 @@ def test_checkpoint_holds_no_pickle_and_each_rank_has_written(laboratory: Labora
     folder = laboratory.run(2, 2, 3).checkpoint(10)
     files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     ranks = {f"optimizer/rank_{rank:05d}.safetensors" for rank in (0, 1)}
-    assert files == {"manifest.json", "model.safetensors", *ranks}
+    described = {"config.json", "space.json", "manifest.json", "model.safetensors", "tokenizer.safetensors"}
+    assert files == {*described, *ranks}
     weights, moments = ((folder / name).stat().st_size for name in ("model.safetensors", min(ranks)))
     assert 0.8 < moments / weights < 1.2, "two moments of half of the numbers, and no second copy of the weights"
 

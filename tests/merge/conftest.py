@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,14 @@ from safetensors.torch import save_file
 
 from shodh.checkpoint.convert import convert
 from shodh.checkpoint.description import read_pretrained
+from shodh.checkpoint.run_files import write_tokenizer
 from shodh.config import RunConfig, dump_config, load_config
 from shodh.core.weights import expected_shapes
-from shodh.data import FieldNormalizer
 from shodh.models.factory import build_tokenizer
 from shodh.models.init import initialise
+from shodh.schema.domain import Domain
+from shodh.schema.normalize import FieldNormalizer
+from shodh.schema.space import Space
 from shodh.train.run_folder import RunFolder
 
 
@@ -59,15 +61,11 @@ def _write_tokenizer(config: RunConfig, mean: float, seed: int) -> None:
     model = build_tokenizer(config)
     initialise(model, seed)
     state = model.state_dict()
-    save_file({n: state[n].contiguous() for n in expected_shapes(model)}, folder / "tokenizer.safetensors")
     fields = [f.build() for f in config.data.fields]
     names = [r.name for r in config.data.regimes]
     constants = {
         name: {f.name: (0.0 if f.kind == "vector" else mean, 1.0) for f in fields if not f.static} for name in names
     }
-    content = {
-        "weights": "tokenizer.safetensors",
-        "normalizer": FieldNormalizer(fields, 3, constants).to_dict(),
-        "domains": {name: {"boundary": ["periodic"] * 3, "lengths": [1.0] * 3} for name in names},
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(content))
+    domain = Domain(("periodic",) * 3, (1.0, 1.0, 1.0))
+    space = Space.of(FieldNormalizer(fields, 3, constants), fields, dict.fromkeys(names, domain))
+    write_tokenizer(folder, config, space, {n: state[n] for n in expected_shapes(model)})

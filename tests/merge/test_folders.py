@@ -224,7 +224,7 @@ def test_experts_of_another_model_are_refused(family: Family, make_folder: Calla
         (
             "normal",
             {"mean": 0.5},
-            "normalisation: normalizer.regimes.open_channel.tracer.mean is 0.5 and 0.0",
+            "normalisation: constants.open_channel.tracer.mean is 0.5 and 0.0",
         ),
         ("half", {"dtype": "bf16"}, "differ in precision: dtype is bf16 and fp32"),
         ("foreign", {"family": {**place(1e-3), "name": "dams"}}, "family.name is dams and vortices"),

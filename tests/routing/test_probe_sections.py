@@ -34,11 +34,11 @@ Open = Callable[..., Evaluator]
 
 def drawn_evaluator(config: RunConfig, seed: int) -> Evaluator:
     """A run with drawn weights, opened as if it had been trained."""
-    opened = open_regimes(config.data)
+    opened = open_regimes(config)
     tokenizer, model = build_tokenizer(config), build_operator(config)
     initialise(tokenizer, 7)
     initialise(model, seed)
-    trained = TrainedTokenizer(tokenizer.eval().requires_grad_(False), opened.normalizer, Path("none"), "")
+    trained = TrainedTokenizer(tokenizer.eval().requires_grad_(False), opened.space, Path("none"), "")
     folder = RunFolder(config.out / f"run-{seed}")
     return Evaluator(config, folder, "none", opened, trained, model.eval().requires_grad_(False), torch.device("cpu"))
 

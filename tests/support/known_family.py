@@ -6,7 +6,6 @@ there, the error vanishes up to rounding. The models are tiny, random and never 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,19 @@ from safetensors.torch import save_file
 
 from shodh.checkpoint.convert import convert
 from shodh.checkpoint.description import read_pretrained
-from shodh.checkpoint.pretrained import FieldModel, from_pretrained
+from shodh.checkpoint.pretrained import ShodhModel, from_pretrained
 from shodh.config import dump_config
 from shodh.config.reading import section_from_dict
 from shodh.core.seeding import generator
 from shodh.core.weights import expected_shapes, load_into
-from shodh.data import FieldNormalizer, write_trajectories
+from shodh.data import write_trajectories
 from shodh.experiments.composition.settings import CCMConfig
 from shodh.merge import compose, coordinate, decompose, from_files, from_memory, to_memory
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
+from shodh.schema.domain import Domain
 from shodh.schema.fields import Field, RegimeSchema, Trajectories
-from shodh.train.field_task import SPACE_FILE
+from shodh.schema.space import RegimeSpace, Space
 from shodh.train.run_folder import RunFolder
 
 GRID = (16, 16)
@@ -136,12 +136,9 @@ def write_member(study: CCMConfig, seed: int, member: str, anchor: Path | None) 
     save_file({n: t.contiguous() for n, t in state.items()}, run.path / "model.safetensors")
     (run.path / "config.yaml").write_text(dump_config(config))
     fields = [f.build() for f in config.data.fields]
-    space = {
-        "normalizer": FieldNormalizer(fields, 2, {REGIME: {"vorticity": (MEAN, SCALE)}}).to_dict(),
-        "regimes": [REGIME],
-        "domains": {REGIME: {"boundary": ["periodic"] * 3, "lengths": [1.0, 1.0, 1.0 / GRID[0]], "flat": True}},
-    }
-    (run.path / SPACE_FILE).write_text(json.dumps(space))
+    domain = Domain(("periodic",) * 3, (1.0, 1.0, 1.0 / GRID[0]), flat=True)
+    regime = RegimeSpace.of(REGIME, domain, {"vorticity": (MEAN, SCALE)})
+    Space(tuple(fields), 2, (regime,)).save(run.path)
     run.record_start(None if anchor is None else read_pretrained(anchor)[0].source.sha256)
     out = study.folder_of(seed, member)  # type: ignore[arg-type]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -149,12 +146,11 @@ def write_member(study: CCMConfig, seed: int, member: str, anchor: Path | None) 
     return out
 
 
-def composed(study: CCMConfig, alpha: float, seed: int = 0) -> FieldModel:
+def composed(study: CCMConfig, alpha: float, seed: int = 0) -> ShodhModel:
     """The model at a coordinate."""
     paths = [study.folder_of(seed, member) for member in ("anchor", "low", "high")]
     weights = [from_memory(to_memory(from_files(read_pretrained(path)[1]))) for path in paths]
     model = from_pretrained(paths[0])
-    assert isinstance(model, FieldModel)
     load_into(model, to_memory(compose(weights[0], *decompose(*weights), alpha)), Path("composed"))
     return model
 

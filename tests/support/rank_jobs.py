@@ -37,7 +37,7 @@ def describe_engine(engine: Any, config: Any) -> dict[str, Any]:
     from shodh.schema.domain import num_static_features
 
     static = num_static_features(sum(f.static for f in config.data.fields), len(config.data.optional))
-    if config.operator.in_field_space:
+    if not config.has_tokenizer:
         inputs = probe_fields(config)
     else:
         inputs = probe_input(config.data.history, config.tokenizer.latent_channels, static)

@@ -47,7 +47,7 @@ def test_every_parameter_is_in_one_group_and_the_right_one(path: Path) -> None:
     linear = config.operator.experts.form == "linear"
     with torch.device("meta"):
         models = [build_operator(config)]
-        if not config.operator.in_field_space:
+        if config.has_tokenizer:
             models.append(build_tokenizer(config))
         for model in models:
             assert_grouped(model, decay_groups(model, 0.1), linear)

@@ -15,7 +15,7 @@ from torch import Tensor
 from shodh.config import OperatorConfig
 from shodh.core.errors import ConfigError
 from shodh.models.dpot import PotOperator, TemporalAggregation
-from shodh.models.field_space import FieldSpace, channel_mask, coordinates, pad_absent
+from shodh.models.field_space import FieldSpace, coordinates
 from shodh.models.init import initialise
 from shodh.models.operator import OperatorOutput
 from shodh.models.registry import FieldOperator, build_field_operator
@@ -23,6 +23,7 @@ from shodh.moe.experts import ExpertLayerReference
 from shodh.moe.groups import is_routed_expert
 from shodh.schema.domain import Domain
 from shodh.schema.fields import Field
+from shodh.schema.presence import channel_mask, pad_absent
 
 PUBLISHED = FieldSpace(channels=4, static=0, grid=(128, 128), history=10)
 SPACES = [FieldSpace(3, 1, (16, 8), 4), FieldSpace(3, 1, (8, 8, 16), 4)]

@@ -6,9 +6,9 @@ import sys
 from datetime import timedelta
 
 import pytest
-from shodh.train.ranks import Ranks
 from torch.distributed import DistNetworkError, DistStoreError
 
+from shodh.experiments.harness.ranks import Ranks
 from shodh.train.runtime import AGENT_STORE, meet
 
 SOON = timedelta(seconds=0.3)

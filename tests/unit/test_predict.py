@@ -10,15 +10,15 @@ import torch
 from published import published
 
 from shodh.checkpoint.description import ModelDescription, Source
-from shodh.checkpoint.pretrained import FieldModel, ShodhModel
-from shodh.checkpoint.pretrained_base import PretrainedModel
+from shodh.checkpoint.pretrained import ShodhModel
 from shodh.config import to_dict
 from shodh.config.reading import config_from_dict
 from shodh.core.errors import DataError
-from shodh.data import FieldNormalizer
 from shodh.models.init import initialise
 from shodh.schema.domain import Domain
 from shodh.schema.fields import OUTSIDE
+from shodh.schema.normalize import FieldNormalizer
+from shodh.schema.space import Space
 
 FIELDS = [
     {"name": "velocity", "kind": "vector", "solenoidal": True},
@@ -34,7 +34,7 @@ OPERATORS: dict[str, dict[str, Any]] = {
 CONSTANTS = {"velocity": (0.0, 2.0), "temperature": (300.0, 5.0), "ambient": (101325.0, 0.0)}
 
 
-def build(kind: str) -> PretrainedModel:
+def build(kind: str) -> ShodhModel:
     regime = {"name": "box", "path": "data", "only": ["velocity", "temperature", "ambient", "solid"]}
     tree = {
         "name": "p",
@@ -48,16 +48,13 @@ def build(kind: str) -> PretrainedModel:
     description = ModelDescription(
         parts=("tokenizer", "operator") if kind == "latents" else ("operator",),
         dtype="fp32",
-        regimes=("box",),
-        fields=(),
-        domains={"box": domain.to_dict()},
-        normalizer=FieldNormalizer(fields, 3, {"box": CONSTANTS}).to_dict(),
+        space=Space.of(FieldNormalizer(fields, 3, {"box": CONSTANTS}), fields, {"box": domain}),
         run=to_dict(config),
         parameters={},
         versions={},
         source=Source(name="run", sha256="0"),
     )
-    model = (ShodhModel if kind == "latents" else FieldModel)(description)
+    model = ShodhModel(description)
     for part in ("tokenizer", "operator"):
         if getattr(model, part, None) is not None:
             initialise(getattr(model, part), 0)
@@ -65,7 +62,7 @@ def build(kind: str) -> PretrainedModel:
 
 
 @pytest.fixture(scope="module", params=list(OPERATORS))
-def model(request: pytest.FixtureRequest) -> PretrainedModel:
+def model(request: pytest.FixtureRequest) -> ShodhModel:
     return build(request.param)
 
 
@@ -89,7 +86,7 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("strided", [False, True])
 def test_every_kind_gives_the_values_of_float32_in_the_kind_that_came(
-    model: PretrainedModel, given: tuple[torch.Tensor, torch.Tensor], kind: str, strided: bool
+    model: ShodhModel, given: tuple[torch.Tensor, torch.Tensor], kind: str, strided: bool
 ) -> None:
     fields, static = given
     expected = model.predict(fields, static, "box")
@@ -113,7 +110,7 @@ def test_every_kind_gives_the_values_of_float32_in_the_kind_that_came(
 
 
 def test_integer_masks_default_dtype_and_inference_mode_change_nothing(
-    model: PretrainedModel, given: tuple[torch.Tensor, torch.Tensor]
+    model: ShodhModel, given: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     fields, static = given
     expected = model.predict(fields, static, "box")
@@ -127,7 +124,7 @@ def test_integer_masks_default_dtype_and_inference_mode_change_nothing(
 
 
 def test_what_does_not_exist_is_not_read_and_constants_come_back(
-    model: PretrainedModel, given: tuple[torch.Tensor, torch.Tensor]
+    model: ShodhModel, given: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     fields, static = given
     found = model.rollout(fields, static, "box", steps=2)
@@ -162,7 +159,7 @@ BAD = {
 
 @pytest.mark.parametrize("bad", BAD)
 def test_bad_arrays_are_refused_in_one_line(
-    model: PretrainedModel, given: tuple[torch.Tensor, torch.Tensor], bad: str
+    model: ShodhModel, given: tuple[torch.Tensor, torch.Tensor], bad: str
 ) -> None:
     change, words = BAD[bad]
     with pytest.raises(DataError) as caught:

@@ -13,9 +13,9 @@ from shodh.core.errors import ConfigError, DataError
 from shodh.models.basis import PATCH, PatchBasis, SchemaBasis
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
-from shodh.models.tokenizer import Tokenizer, existing_channels, keep_above, relative_spacing
+from shodh.models.tokenizer import Tokenizer, keep_above, relative_spacing
 from shodh.ops import divergence
-from shodh.schema.domain import Domain, add_walls, num_static_features, static_features
+from shodh.schema.domain import Domain, add_walls, existing_channels, num_static_features, static_features
 from shodh.schema.fields import Field, RegimeSchema
 from shodh.train.losses import reconstruction_loss, reconstruction_terms, weigh_fields
 from shodh.train.operator_task import mean_changes

@@ -22,15 +22,17 @@ from typing import Any
 
 import torch
 from memory import peak_memory, read_counters
-from safetensors.torch import save_file
 from tqdm import tqdm
 
+from shodh.checkpoint.run_files import write_tokenizer
 from shodh.config import RunConfig, config_from_dict, dump_config
 from shodh.core.strict_json import dumps
 from shodh.core.weights import expected_shapes, persistent_buffers
-from shodh.data import FieldNormalizer
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
+from shodh.schema.domain import Domain
+from shodh.schema.normalize import FieldNormalizer
+from shodh.schema.space import Space
 
 EXAMPLES = """examples:
   python tools/bench/convert_memory.py --json tools/bench/results/convert_memory_cpu.json
@@ -52,23 +54,18 @@ def make_config(folder: Path, depth: int) -> RunConfig:
     return config_from_dict(tree)
 
 
-def write_tokenizer(config: RunConfig) -> None:
+def make_tokenizer(config: RunConfig) -> None:
     """The run folder of a tokenizer that was never trained."""
     folder = config.tokenizer_dir
     folder.mkdir(parents=True)
     model = build_tokenizer(config)
     initialise(model, 0)
     state = model.state_dict()
-    save_file({name: state[name].contiguous() for name in expected_shapes(model)}, folder / "tokenizer.safetensors")
     fields = [f.build() for f in config.data.fields]
     constants = {r.name: {f.name: (0.0, 1.0) for f in fields if not f.static} for r in config.data.regimes}
-    domain = {"boundary": ["periodic"] * 3, "lengths": [1.0] * 3}
-    content = {
-        "weights": "tokenizer.safetensors",
-        "normalizer": FieldNormalizer(fields, 3, constants).to_dict(),
-        "domains": {r.name: domain for r in config.data.regimes},
-    }
-    (folder / "tokenizer.json").write_text(dumps(content))
+    domain = Domain(("periodic",) * 3, (1.0, 1.0, 1.0))
+    space = Space.of(FieldNormalizer(fields, 3, constants), fields, dict.fromkeys(constants, domain))
+    write_tokenizer(folder, config, space, {name: state[name] for name in expected_shapes(model)})
 
 
 def write_deepspeed(config: RunConfig, folder: Path, stage: int) -> int:
@@ -217,7 +214,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to make them (default: the temporary folder)")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     parser.add_argument(
-        "--cgroup", type=Path, metavar="FOLDER", help="memory control group, with a limit, that conversions run in"
+        "--cgroup", type=Path, metavar="folder", help="memory control group, with a limit, that conversions run in"
     )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -228,7 +225,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         config = make_config(folder, options.depth)
-        write_tokenizer(config)
+        make_tokenizer(config)
         limit = options.max_shard_size
         rows = []
         cases = [("zero1", "fp32"), ("zero3", "fp32"), ("safetensors", "bf16")]

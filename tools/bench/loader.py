@@ -25,7 +25,8 @@ import torch
 from tqdm import tqdm
 
 from shodh.core.strict_json import dumps
-from shodh.data import FieldNormalizer, MixtureLoader, MixtureSampler, RegimeSource, WindowDataset, write_trajectories
+from shodh.data import MixtureLoader, MixtureSampler, RegimeSource, WindowDataset, write_trajectories
+from shodh.data.normalize import fit_normalizer
 from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
 EXAMPLES = """examples:
@@ -106,7 +107,7 @@ def contestants(
     folder: Path, fields: tuple[Field, ...], workers: list[int]
 ) -> tuple[dict[str, Callable[[], Any]], int]:
     source = RegimeSource("box", folder, fields)
-    normalizer = FieldNormalizer.from_sources([source])
+    normalizer = fit_normalizer([source])
     plain = WindowDataset(source, "train", history=1, horizon=0)
     dataset = WindowDataset(source, "train", history=1, horizon=0, normalizer=normalizer)
     sampler = MixtureSampler(0, [len(dataset)], [1.0], 1)

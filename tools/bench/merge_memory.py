@@ -26,7 +26,9 @@ from shodh.config import RunConfig, config_from_dict, to_dict
 from shodh.core.seeding import generator
 from shodh.core.strict_json import dumps
 from shodh.core.weights import LazyWeights, StoredTensor, expected_shapes, target_dtypes
-from shodh.data import FieldNormalizer
+from shodh.schema.domain import Domain
+from shodh.schema.normalize import FieldNormalizer
+from shodh.schema.space import Space
 
 EXAMPLES = """examples:
   python tools/bench/merge_memory.py --json tools/bench/results/merge_memory_cpu.json
@@ -59,14 +61,12 @@ def write_expert(folder: Path, config: RunConfig, name: str, shard: int) -> int:
     }
     fields = [f.build() for f in config.data.fields]
     constants = {r.name: {f.name: (0.0, 1.0) for f in fields if not f.static} for r in config.data.regimes}
+    domain = Domain(("periodic",) * 3, (1.0, 1.0, 1.0))
     start = None if name == "anchor" else "anchor"
     description = ModelDescription(
         parts=parts,
         dtype="fp32",
-        regimes=tuple(r.name for r in config.data.regimes),
-        fields=tuple(to_dict(config)["data"]["fields"]),
-        domains={r.name: {"boundary": ["periodic"] * 3, "lengths": [1.0] * 3} for r in config.data.regimes},
-        normalizer=FieldNormalizer(fields, 3, constants).to_dict(),
+        space=Space.of(FieldNormalizer(fields, 3, constants), fields, dict.fromkeys(constants, domain)),
         run=to_dict(config),
         parameters=count_parameters(config, parts),
         versions={},

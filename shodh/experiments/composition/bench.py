@@ -8,34 +8,25 @@ frames, over the ``rollout`` steps after the prefix, for every method: also for 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.checkpoint.pretrained import FieldModel
 from shodh.core.errors import DataError
 from shodh.core.weights import LazyWeights
 from shodh.experiments.composition.members import Case, Family
 from shodh.merge import Slider, check_prefix
+from shodh.models.forecaster import Forecaster
+from shodh.models.operator import OperatorOutput
 from shodh.train.losses import physical_relative_l2
 
-#: ``(window [B, history, C, *grid], static [B, S, *grid]) -> next frame [B, C, *grid]``, normalised.
-Step = Callable[[Tensor, Tensor], Tensor]
 
-
-def unroll(step: Step, window: Tensor, static: Tensor, steps: int) -> Tensor:
-    """The ``steps`` frames that follow, each predicted from the last ones: ``[B, steps, C, *grid]``; differentiable."""
-    frames = []
-    for _ in range(steps):
-        frames.append(step(window, static))
-        window = torch.cat((window[:, 1:], frames[-1].unsqueeze(1)), 1)
-    return torch.stack(frames, 1)
-
-
-def persistence(window: Tensor, static: Tensor) -> Tensor:
-    """The last frame again."""
-    return window[:, -1]
+def still(states: Tensor, features: Tensor, **told: Any) -> OperatorOutput:
+    """The operator of persistence: the last frame again."""
+    return OperatorOutput(states[:, -1], [])
 
 
 class Bench:
@@ -69,13 +60,14 @@ class Bench:
                 f"rollout {self.rollout} need {needed}"
             )
 
-    def model_step(self, model: FieldModel) -> Step:
-        """What a network does with a window."""
-        return lambda window, static: model.step(window, static, self.family.regime).latent
+    @property
+    def persistence(self) -> Forecaster:
+        """The last frame again and again."""
+        return replace(self.family.model.forecaster, operator=still)
 
-    def step_of(self, weights: LazyWeights) -> Step:
-        """What the family's network does with these weights, until it is given others."""
-        return self.model_step(self.family.put(weights))
+    def model_of(self, weights: LazyWeights) -> Forecaster:
+        """The family's network with these weights, until it is given others."""
+        return self.family.put(weights).forecaster
 
     def l2re(self, prediction: Tensor, truth: Tensor, static: Tensor) -> Tensor:
         """Relative L2 error in physical units over the cells that exist, the mean over fields.
@@ -83,10 +75,11 @@ class Bench:
         ``[N, T, C, *grid]`` with ``static [N, S, *grid] -> [N, T]``. It is what is published; of a field with an offset
         it is small whatever is predicted.
         """
-        cells = self.family.model.cells(static, self.family.regime)
+        space = self.family.model.space
+        cells = space.cells(static, torch.zeros(len(static), dtype=torch.long, device=static.device))
         if cells is not None:
             cells = cells.unsqueeze(1).expand_as(truth).flatten(0, 1)
-        constants = self.family.model.normalizer.constants[self.family.regime]
+        constants = space.constants(0)
         errors = [
             physical_relative_l2(
                 prediction[:, :, channels].flatten(0, 1),
@@ -98,35 +91,36 @@ class Bench:
         ]
         return torch.stack(errors).mean(0).view(truth.shape[:2])
 
-    def observed_loss(self, step: Step, case: Case) -> Tensor:
+    def observed_loss(self, model: Forecaster, case: Case) -> Tensor:
         """Error of a rollout over the observed steps, from the first frames: ``[N]``; differentiable."""
-        return self._errors(step, case, 0, self.prefix).mean(1)
+        return self._errors(model, case, 0, self.prefix).mean(1)
 
     @torch.no_grad()
-    def observed(self, step: Step, case: Case) -> Tensor:
+    def observed(self, model: Forecaster, case: Case) -> Tensor:
         """`observed_loss` in batches; infinite where the rollout is not finite. float64, on the CPU."""
-        return _finite([self.observed_loss(step, part) for part in case.chunks(self.batch)])
+        return _finite([self.observed_loss(model, part) for part in case.chunks(self.batch)])
 
     @torch.no_grad()
-    def later(self, step: Step, case: Case) -> Tensor:
+    def later(self, model: Forecaster, case: Case) -> Tensor:
         """Error of each counted step, ``[N, rollout]``; infinite where it is not finite. float64, on the CPU."""
         self.check(case)
-        return _finite([self._errors(step, part, self.prefix, self.rollout) for part in case.chunks(self.batch)])
+        return _finite([self._errors(model, part, self.prefix, self.rollout) for part in case.chunks(self.batch)])
 
     def window(self, case: Case) -> Tensor:
         """The last observed frames, from which the counted rollout starts."""
         return case.frames[:, self.prefix : self.prefix + self.history]
 
-    def _errors(self, step: Step, case: Case, start: int, steps: int) -> Tensor:
+    def _errors(self, model: Forecaster, case: Case, start: int, steps: int) -> Tensor:
         first = start + self.history
-        predicted = unroll(step, case.frames[:, start:first], case.static, steps)
+        states, features = model.encode(case.frames[:, start:first], case.static, 0)
+        predicted = model.rollout(states, features, model.labels(0, states), steps)
         return self.l2re(predicted, case.frames[:, first : first + steps], case.static)
 
     def loss_and_gradient(self, slider: Slider, case: Case) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
         """``alpha [d] -> (mean loss on the observed steps, its gradient [d])``, in batches."""
 
         def loss_of(part: Case) -> Callable[[torch.nn.Module], Tensor]:
-            return lambda _: self.observed_loss(self.model_step(self.family.model), part).mean()
+            return lambda _: self.observed_loss(self.family.model.forecaster, part).mean()
 
         parts = [(len(part.frames), slider.loss_and_gradient(loss_of(part))) for part in case.chunks(self.batch)]
 
@@ -151,21 +145,21 @@ class Line:
         self._observed: dict[float, Tensor] = {}
         self._later: dict[float, Tensor] = {}
 
-    def step(self, alpha: float) -> Step:
-        """What the composed network does, until it is given another coordinate."""
+    def model(self, alpha: float) -> Forecaster:
+        """The composed network, until it is given another coordinate."""
         self.bench.family.slider().set(alpha)
-        return self.bench.model_step(self.bench.family.model)
+        return self.bench.family.model.forecaster
 
     def observed(self, alpha: float) -> Tensor:
         """`Bench.observed` at a coordinate."""
         if alpha not in self._observed:
-            self._observed[alpha] = self.bench.observed(self.step(alpha), self.case)
+            self._observed[alpha] = self.bench.observed(self.model(alpha), self.case)
         return self._observed[alpha]
 
     def later(self, alpha: float) -> Tensor:
         """`Bench.later` at a coordinate."""
         if alpha not in self._later:
-            self._later[alpha] = self.bench.later(self.step(alpha), self.case)
+            self._later[alpha] = self.bench.later(self.model(alpha), self.case)
         return self._later[alpha]
 
     def observed_mean(self, alpha: float) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from shodh.checkpoint.pretrained import FieldModel
+from shodh.checkpoint.pretrained import ShodhModel
 from shodh.core.weights import LazyWeights
 from shodh.experiments.composition.bench import Bench, Line
 from shodh.experiments.composition.members import Case, Family
@@ -111,16 +111,16 @@ def choose(
 
 
 def _mean_error(bench: Bench, cases: Sequence[Case], weights: LazyWeights) -> float:
-    step = bench.step_of(weights)
-    return sum(float(bench.later(step, case).mean()) for case in cases) / len(cases)
+    model = bench.model_of(weights)
+    return sum(float(bench.later(model, case).mean()) for case in cases) / len(cases)
 
 
 def _mean_tuned(bench: Bench, cases: Sequence[Case], rate: float) -> float:
-    errors = [bench.later(bench.model_step(fine_tune(bench, case, rate, STEPS)), case) for case in cases]
+    errors = [bench.later(fine_tune(bench, case, rate, STEPS).forecaster, case) for case in cases]
     return sum(float(e.mean()) for e in errors) / len(errors)
 
 
-def fine_tune(bench: Bench, case: Case, rate: float, steps: int) -> FieldModel:
+def fine_tune(bench: Bench, case: Case, rate: float, steps: int) -> ShodhModel:
     """The anchor after ``steps`` steps of Adam on the observed steps of all trajectories of a case together.
 
     Each step is one forward and one backward pass over them, as one evaluation of `shodh.merge.read_gradient` is. The
@@ -135,7 +135,7 @@ def fine_tune(bench: Bench, case: Case, rate: float, steps: int) -> FieldModel:
             optimiser.zero_grad()
             for part in case.chunks(bench.batch):
                 share = len(part.frames) / len(case.frames)
-                (share * bench.observed_loss(bench.model_step(model), part).mean()).backward()
+                (share * bench.observed_loss(model.forecaster, part).mean()).backward()
             optimiser.step()
     finally:
         model.requires_grad_(False)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from shodh.core.errors import ConfigError
-from shodh.core.files import atomic_path
+from shodh.core.files import link_or_copy
 from shodh.core.seeding import stable_seed
 from shodh.data import SPLITS, compute_statistics, write_stats
 from shodh.experiments.composition.settings import CCMConfig
@@ -98,7 +97,8 @@ def join_support(study: CCMConfig) -> None:
     for old in strangers:  # Of a value that the support had before.
         old.unlink()
     for link in missing:
-        _link(wanted[link], link)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(wanted[link], link)
     train = sorted(link for link in wanted if link.parent.name == "train")
     write_stats(statistics, compute_statistics(train, get_regime(study.family.regime).schema))
 
@@ -109,13 +109,3 @@ def _is_same(link: Path, source: Path) -> bool:
         return False
     ours, theirs = link.stat(), source.stat()
     return os.path.samestat(ours, theirs) or (ours.st_size, ours.st_mtime_ns) == (theirs.st_size, theirs.st_mtime_ns)
-
-
-def _link(source: Path, link: Path) -> None:
-    link.parent.mkdir(parents=True, exist_ok=True)
-    link.unlink(missing_ok=True)
-    try:
-        os.link(source, link)
-    except OSError:
-        with atomic_path(link) as partial:
-            shutil.copy2(source, partial)

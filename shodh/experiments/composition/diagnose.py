@@ -64,9 +64,10 @@ def _selections(bench: Bench, cases: Sequence[Case], alpha: float) -> list[Tenso
     """Experts of every token, ``[T, K]`` a sparse layer, of one step at a coordinate."""
     family = bench.family
     family.slider().set(alpha)
-    parts = [
-        [r.selected.cpu() for r in family.model.step(bench.window(part), part.static, family.regime).routing]
-        for case in cases
-        for part in case.chunks(bench.batch)
-    ]
+    model = family.model.forecaster
+    parts = []
+    for part in (part for case in cases for part in case.chunks(bench.batch)):
+        states, features = model.encode(bench.window(part), part.static, 0)
+        routing = model.step(states, features, model.labels(0, states)).routing
+        parts.append([r.selected.cpu() for r in routing])
     return [torch.cat(layer) for layer in zip(*parts, strict=True)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shodh.checkpoint.pretrained import FieldModel, from_pretrained
+from shodh.checkpoint.pretrained import ShodhModel, from_pretrained
 from shodh.core.errors import CheckpointError, DataError
 from shodh.core.weights import LazyWeights, load_into
 from shodh.data import Split
@@ -21,8 +21,8 @@ from shodh.merge.coordinates import ParameterMap
 from shodh.merge.experts import Expert, family_range
 from shodh.merge.folders import open_family
 from shodh.merge.slider import Grouping
-from shodh.models.tokenizer import existing_channels
-from shodh.train.field_task import open_fields, open_windows
+from shodh.train.datasets import open_regimes
+from shodh.train.field_task import open_windows
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class Family:
         self.range: Range = family_range(experts[0], experts[1], parameter)
         self.anchor, self.low, self.high = (_in_memory(e) for e in (opened, *experts))
         model = from_pretrained(anchor, device=device)
-        if not isinstance(model, FieldModel) or len(model.regimes) != 1:
+        if model.tokenizer is not None or len(model.regimes) != 1:
             raise CheckpointError(
                 f"{anchor}: a study of composition needs an operator on the fields of one regime; this one is on "
-                f"{'the fields' if isinstance(model, FieldModel) else 'the latents'} of {list(model.regimes)}"
+                f"{'the fields' if model.tokenizer is None else 'the latents'} of {list(model.regimes)}"
             )
         self.model, self.device = model, device
         self.regime = model.regimes[0]
@@ -91,8 +91,7 @@ class Family:
     @property
     def channels(self) -> Mapping[str, slice]:
         """Channels of the regime's fields."""
-        fields = [f for f in (f.build() for f in self.model.config.data.fields) if not f.static]
-        return existing_channels(fields, self.model.domain(self.regime), len(self.model.grid))
+        return self.model.space.channels(0)
 
     def in_map(self, scale: ParameterMap) -> Range:
         """The parameter's range, with coordinates on a scale."""
@@ -102,15 +101,15 @@ class Family:
         """What the experts share, and the direction between them."""
         return decompose(self.anchor, self.low, self.high)
 
-    def put(self, weights: LazyWeights) -> FieldModel:
+    def put(self, weights: LazyWeights) -> ShodhModel:
         """The network with these weights."""
-        load_into(self.model, to_memory(weights), Path("composed weights"))
+        load_into(self.model, to_memory(weights), Path("composed weights"), finite=False)
         return self.model
 
-    def copy_of(self, weights: LazyWeights) -> FieldModel:
+    def copy_of(self, weights: LazyWeights) -> ShodhModel:
         """Another network, with these weights."""
         model = copy.deepcopy(self.model)
-        load_into(model, to_memory(weights), Path("composed weights"))
+        load_into(model, to_memory(weights), Path("composed weights"), finite=False)
         return model
 
     def slider(self, by: Grouping = "all") -> Slider:
@@ -131,13 +130,12 @@ class Family:
         regime = config.data.regimes[0].model_copy(update={"path": folder})
         data = config.data.model_copy(update={"regimes": (regime,)})
         config = config.model_copy(update={"data": data})
-        regimes = open_fields(config, self.model.normalizer)
+        regimes = open_regimes(config, self.model.space.normalizer)
         try:
             windows = open_windows(config, regimes, split, frames - data.history)[0]
             items = [windows[i] for i in range(len(windows)) if windows.index[i][1] == 0]
         finally:
-            for source in regimes.sources:
-                source.close()
+            regimes.close()
         fields, static = (torch.stack([item[name] for item in items]).to(self.device) for name in ("fields", "static"))
         return Case(value, fields, static)
 

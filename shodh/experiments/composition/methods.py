@@ -7,7 +7,7 @@ its error is counted on the later ones. Oracle and persistence are marks to read
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shodh.core.weights import LazyWeights
-from shodh.experiments.composition.bench import Bench, Line, Step, persistence
+from shodh.experiments.composition.bench import Bench, Line
 from shodh.experiments.composition.calibrate import Chosen, TaskVectors, fine_tune
 from shodh.experiments.composition.members import Case
 from shodh.experiments.composition.settings import MethodName
@@ -31,6 +31,7 @@ from shodh.merge import (
 from shodh.merge.coordinates import LIMIT, ParameterMap, clip
 from shodh.merge.readout import BANK
 from shodh.merge.slider import Grouping
+from shodh.models.operator import OperatorOutput
 
 #: Random directions that are drawn; their errors are averaged.
 DRAWS = 3
@@ -107,7 +108,7 @@ class Trial:
 
     def with_weights(self, weights: LazyWeights) -> Outcome:
         """The outcome of a network that is the same at every value."""
-        return Outcome(self.bench.later(self.bench.step_of(weights), self.case))
+        return Outcome(self.bench.later(self.bench.model_of(weights), self.case))
 
     def at(self, alpha: float, forward: int = 0, backward: int = 0) -> Outcome:
         """The outcome of composition at a coordinate."""
@@ -115,7 +116,7 @@ class Trial:
 
 
 def _persistence(trial: Trial) -> Outcome:
-    return Outcome(trial.bench.later(persistence, trial.case), networks=0)
+    return Outcome(trial.bench.later(trial.bench.persistence, trial.case), networks=0)
 
 
 def _arithmetic(name: str) -> Callable[[Trial], Outcome]:
@@ -166,7 +167,7 @@ def _gradient_by(by: Grouping) -> Callable[[Trial], Outcome]:
         found = read_gradient(trial.bench.loss_and_gradient(slider, trial.case), start)
         alpha = [float(a) for a in np.atleast_1d(np.asarray(found.alpha))]
         slider.set(alpha)
-        errors = trial.bench.later(trial.bench.model_step(trial.family.model), trial.case)
+        errors = trial.bench.later(trial.family.model.forecaster, trial.case)
         passes = first.forward + len(found.trace)
         return Outcome(errors, alpha, passes, passes)
 
@@ -193,20 +194,21 @@ def _random_direction(trial: Trial) -> Outcome:
 def _ensemble(trial: Trial) -> Outcome:
     """Outputs of both experts at every step, with the factors that `scale` gives their weights."""
     alpha = trial.calibrated
-    low, high = (trial.bench.model_step(trial.family.copy_of(w)) for w in trial.family.experts)
+    low, high = (trial.family.copy_of(weights).forecaster for weights in trial.family.experts)
 
-    def step(window: Tensor, static: Tensor) -> Tensor:
-        return (1 - alpha) / 2 * low(window, static) + (1 + alpha) / 2 * high(window, static)
+    def mixed(*given: Tensor, **told: Any) -> OperatorOutput:
+        first, second = (model.operator(*given, **told).latent for model in (low, high) if model.operator is not None)
+        return OperatorOutput((1 - alpha) / 2 * first + (1 + alpha) / 2 * second, [])
 
-    return Outcome(trial.bench.later(step, trial.case), alpha, networks=2)
+    return Outcome(trial.bench.later(replace(low, operator=mixed), trial.case), alpha, networks=2)
 
 
 def _prefix_finetune(trial: Trial) -> Outcome:
     """All weights of the anchor, with as many forward and backward passes as `gradient` took."""
     assert trial.chosen.rate is not None
     passes = trial.outcome("gradient").forward
-    step: Step = trial.bench.model_step(fine_tune(trial.bench, trial.case, trial.chosen.rate, passes))
-    return Outcome(trial.bench.later(step, trial.case), None, passes, passes)
+    model = fine_tune(trial.bench, trial.case, trial.chosen.rate, passes).forecaster
+    return Outcome(trial.bench.later(model, trial.case), None, passes, passes)
 
 
 def _number(found: Readout) -> float:

@@ -177,7 +177,7 @@ class CCMConfig(StudySettings):
         names = [r.name for r in config.data.regimes]
         if names != [self.family.regime]:
             raise ConfigError(f"{base}: a study of composition has the one regime {self.family.regime!r}, not {names}")
-        if not config.operator.in_field_space:
+        if config.has_tokenizer:
             raise ConfigError(f"{base}: operator.kind {config.operator.kind} needs a tokenizer; use one on fields")
         needed = config.data.history + self.prefix + self.rollout
         if config.data.stride != 1:

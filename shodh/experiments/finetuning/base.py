@@ -6,18 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
-
-from shodh.checkpoint.description import is_pretrained, read_pretrained
+from shodh.checkpoint.description import is_converted, read_pretrained
 from shodh.checkpoint.folder import read_manifest
+from shodh.checkpoint.run_files import is_tokenizer, write_tokenizer
 from shodh.config import RegimeConfig, RunConfig, dump_config
 from shodh.core.cli import field_maps, named_paths
 from shodh.core.errors import CheckpointError, ConfigError
-from shodh.core.files import atomic_path, write_atomically
-from shodh.core.strict_json import write_json
+from shodh.core.files import write_atomically
 from shodh.data.formats.splits import open_splits
 from shodh.routing.probe.windows import describe_regime
-from shodh.train.latents import TOKENIZER_FILE
 from shodh.train.run_folder import RunFolder
 
 
@@ -40,7 +37,7 @@ def open_base(path: Path, checkpoint: str | None = None) -> Base:
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; expected a run folder or one of tools/convert_checkpoint.py")
-    if is_pretrained(path):
+    if is_converted(path):
         description, _ = read_pretrained(path)
         if checkpoint is not None:
             raise CheckpointError(f"{path} is a converted folder, which has no checkpoints; leave out {checkpoint!r}")
@@ -49,7 +46,7 @@ def open_base(path: Path, checkpoint: str | None = None) -> Base:
         return Base(path, description.config, path)
     folder = RunFolder(path)
     config = folder.config()
-    if (path / TOKENIZER_FILE).exists():
+    if is_tokenizer(path):
         raise CheckpointError(f"{path} is the run of a tokenizer; expected the one of an operator")
     tag = checkpoint or folder.latest()
     if tag is None:
@@ -68,16 +65,16 @@ def find_tokenizer(base: Base, out: Path) -> Path | None:
     CheckpointError
         There is none.
     """
-    if base.config.operator.in_field_space:
+    if not base.config.has_tokenizer:
         return None
-    if not is_pretrained(base.path):
+    if not is_converted(base.path):
         beside = base.path.parent / base.config.tokenizer_dir.name
         for folder in (base.config.tokenizer_dir, beside):
-            if (folder / TOKENIZER_FILE).is_file():
+            if is_tokenizer(folder):
                 return folder
         raise CheckpointError(f"no trained tokenizer in {base.config.tokenizer_dir} or {beside}")
     folder = out / "tokenizer"
-    if not (folder / TOKENIZER_FILE).is_file():
+    if not is_tokenizer(folder):
         _unpack_tokenizer(base, folder)
     return folder
 
@@ -85,20 +82,12 @@ def find_tokenizer(base: Base, out: Path) -> Path | None:
 def _unpack_tokenizer(base: Base, folder: Path) -> None:
     description, tensors = read_pretrained(base.path)
     prefix = "tokenizer."
-    state = {n.removeprefix(prefix): t.read().float().contiguous() for n, t in tensors.items() if n.startswith(prefix)}
+    state = {name.removeprefix(prefix): t.read() for name, t in tensors.items() if name.startswith(prefix)}
     if not state:
         raise CheckpointError(f"{base.path} holds an operator on latents without its tokenizer; convert its run again")
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder / "tokenizer.safetensors") as partial:
-        save_file(state, str(partial))
     write_atomically(folder / "config.yaml", dump_config(base.config))
-    content = {
-        "weights": "tokenizer.safetensors",
-        "normalizer": description.normalizer,
-        "regimes": list(description.regimes),
-        "domains": description.domains,
-    }
-    write_json(folder / TOKENIZER_FILE, content)
+    write_tokenizer(folder, base.config, description.space, state)
 
 
 def check_regime(regime: RegimeConfig, base: Base) -> None:

@@ -90,7 +90,7 @@ def draw_trajectories(regime: RegimeConfig, base: Base, seed: int, counts: tuple
     data["data"]["regimes"] = [to_dict(regime)]
     config = config_from_dict(data, f"regime {regime.name!r}")
     choose = new_choice(config, base.weights)
-    (source,) = open_sources(config.data, extrude=not config.operator.in_field_space, choose=choose)
+    (source,) = open_sources(config, choose=choose)
     total = source.num_trajectories("train")
     if max(counts) > total:
         raise ConfigError(

@@ -14,10 +14,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from shodh.config import RunConfig
-from shodh.models.factory import build_operator
-from shodh.models.field_space import FieldSpace
+from shodh.models.factory import build_operator, operator_space
 from shodh.moe.routers import Router
-from shodh.schema.domain import num_static_features
 
 BACKWARD = 2  # a backward pass costs twice the forward's products: gradients of inputs and of weights
 
@@ -52,16 +50,9 @@ def step_flops(config: RunConfig) -> int:
 
 def sample_inputs(config: RunConfig, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
     """One sample's history and static input as the operator of a run is given them; their values are arbitrary."""
-    if config.operator.in_field_space:
-        space = FieldSpace.of(config)
-        shapes = (space.history, space.channels, *space.grid), (space.static, *space.grid)
-    else:
-        num_static = sum(f.build().num_components(3) for f in config.data.fields if f.static)
-        features = num_static_features(num_static, len(config.data.optional))
-        grid = config.latent_grid
-        shapes = (config.data.history, config.tokenizer.latent_channels, *grid), (features, *grid)
-    history, static = (torch.empty(1, *shape, device=device) for shape in shapes)
-    return history, static
+    space = operator_space(config)
+    history = torch.empty(1, space.history, space.channels, *space.grid, device=device)
+    return history, torch.empty(1, space.static, *space.grid, device=device)
 
 
 def _router_flops(config: RunConfig) -> int:

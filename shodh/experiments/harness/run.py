@@ -17,8 +17,8 @@ from typing import Any
 from shodh.checkpoint.weights import source_checksum
 from shodh.config import RunConfig, config_from_dict, to_dict
 from shodh.core.errors import ConfigError
+from shodh.core.reading import read_object
 from shodh.core.strict_json import to_json
-from shodh.core.weights import read_json
 from shodh.data.formats.splits import data_folder
 from shodh.data.identity import DataRecord
 from shodh.train.run_folder import RunFolder
@@ -89,7 +89,7 @@ class Run:
     def identity(self) -> Identity:
         """JSON-able; contents of data files stand in the run folder (``data.json``), and are compared with that."""
         paths = list(self.weights)
-        if not self.config.operator.in_field_space:
+        if self.config.has_tokenizer:
             paths.append(self.config.tokenizer_dir / "tokenizer.safetensors")
         weights = [_checksum(path, path.stat().st_mtime_ns) if path.exists() else None for path in paths]
         found: Identity = to_json({**_identity_of(self.config, recorded=True), "weights": weights, **self.settings})
@@ -129,7 +129,7 @@ class Run:
         CheckpointError
             It is damaged.
         """
-        values = read_json(self.result)
+        values = read_object(self.result)
         self._compare(self.result, values.get("identity", {}), self.identity())
         return values
 

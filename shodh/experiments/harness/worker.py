@@ -14,8 +14,8 @@ import torch
 from shodh.checkpoint.folder import prune
 from shodh.core.devices import pick_device
 from shodh.core.distributed import rank
+from shodh.core.reading import read_object
 from shodh.core.strict_json import write_json
-from shodh.core.weights import read_json
 from shodh.experiments.harness.run import Run
 from shodh.experiments.harness.workers import STOPPED, ignore_interrupts, leave_ranks
 from shodh.train.jobs import pretrain
@@ -56,7 +56,7 @@ def prune_checkpoints(folder: RunFolder) -> None:
 def main() -> int:
     quiet_logs()
     ignore_interrupts()
-    job = read_json(Path(sys.argv[1]))
+    job = read_object(Path(sys.argv[1]))
     if "prepare" in job:
         return 0 if resolve_name(job["prepare"])(job) else STOPPED
     return 0 if carry_out(Run.of_job(job, sys.argv[1])) else STOPPED

@@ -23,8 +23,8 @@ import torch.distributed as dist
 import shodh
 from shodh.core.devices import card_environment, check_ranks
 from shodh.core.errors import ConfigError
+from shodh.core.reading import read_object
 from shodh.core.strict_json import write_json
-from shodh.core.weights import read_json
 from shodh.experiments.harness.ranks import Ranks
 
 ROOT = Path(shodh.__file__).resolve().parents[1]
@@ -68,7 +68,7 @@ class Progress:
 def read_failures(folder: Path) -> dict[str, str]:
     """Jobs of a study's folder that have failed, and why, when they last did; some may be finished by now."""
     path = folder / FAILURES
-    return {str(name): str(why) for name, why in read_json(path).items()} if path.exists() else {}
+    return {str(name): str(why) for name, why in read_object(path).items()} if path.exists() else {}
 
 
 class Workers:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from shodh.checkpoint.folder import checkpoints_of, read_manifest
+from shodh.checkpoint.run_files import is_tokenizer
 from shodh.checkpoint.weights import read_weights
 from shodh.config import RegimeConfig, RunConfig, config_from_dict
 from shodh.core.errors import CheckpointError
@@ -25,7 +26,6 @@ from shodh.experiments.transfer.settings import PlasticityConfig
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
 from shodh.train.jobs import open_data, train_tokenizer
-from shodh.train.latents import TOKENIZER_FILE
 from shodh.train.metrics import read_metrics
 from shodh.train.run_folder import RunFolder
 from shodh.train.runtime import start_distributed
@@ -67,7 +67,7 @@ def measure(run: Run, device: torch.device) -> dict[str, Any]:
 def prepare(job: dict[str, Any]) -> bool:
     """Train the tokenizer unless it is there, and encode the data once for every mix of regimes."""
     config = config_from_dict(job["config"], "tokenizer")
-    if not (config.tokenizer_dir / TOKENIZER_FILE).exists() and not train_tokenizer(config, "auto"):
+    if not is_tokenizer(config.tokenizer_dir) and not train_tokenizer(config, "auto"):
         return False
     device = start_distributed()
     by_name = {r.name: r for r in config.data.regimes}

@@ -20,7 +20,7 @@ from shodh.moe.groups import is_routed_expert
 from shodh.moe.step import finish_step
 from shodh.train.datasets import mixture_loader
 from shodh.train.field_task import operator_task
-from shodh.train.jobs import open_data
+from shodh.train.opening import open_data
 from shodh.train.run_folder import RunFolder
 from shodh.train.trainer import Batch
 
@@ -39,7 +39,7 @@ class Probe:
 
     def __init__(self, config: RunConfig, device: torch.device, normalised_by: RunFolder | None = None) -> None:
         self.config, self.device = config, device
-        self.regimes, self._open = open_data(config, normalised_by, device)
+        self.regimes, _, self._open = open_data(config, normalised_by, device)
         train, experts = config.operator.train, config.operator.experts
         training, topology = self._open("train"), plan_topology(1, 1, experts.num_experts, train.global_batch)
         self.task = operator_task(config, self.regimes, training)

@@ -227,7 +227,7 @@ def make_tokenizer(study: StudyConfig, runs: Sequence[Run], workers: Workers) ->
         It could not be trained.
     """
     config = tokenizer_config(study)
-    if config.operator.in_field_space:
+    if not config.has_tokenizer:
         return
     mixes = [run.labels["regimes"] for run in runs]
     if study.plasticity is not None:

@@ -24,9 +24,7 @@ from shodh.routing.probe.interventions import (
 )
 from shodh.routing.probe.record import Recording
 from shodh.routing.probe.windows import ProbeBatch, batches
-from shodh.schema.domain import add_walls
-from shodh.train.field_task import Presence
-from shodh.train.losses import mean_square
+from shodh.train.losses import mean_over
 
 KINDS = {
     "remove": "one expert's routed output is taken away",
@@ -115,8 +113,9 @@ class _RegimeEffects:
 
     def __init__(self, evaluator: Evaluator, recording: Recording, donors: Sequence[Recording], decode: bool) -> None:
         self.e, self.recording, self.decode = evaluator, recording, decode
-        self.channels = recording.regime.regimes.channel_numbers(recording.regime.number)
-        self._presence = Presence(recording.regime.regimes)
+        self.space, self.number = recording.regime.regimes.space, recording.regime.number
+        self.channels = self.space.channel_numbers(self.number)
+        self.forecaster = recording.regime.forecaster(evaluator)
         tokens = recording.selected.shape[2]
         self.donors = [d for d in donors if d.selected.shape[2] == tokens]
         self.means = Means()
@@ -130,24 +129,22 @@ class _RegimeEffects:
 
     @torch.no_grad()
     def _measure(self, name: str, batch: ProbeBatch) -> None:
-        told = self.recording.regime.router_arguments(self.e.config.operator.experts, batch.past)
-        output = self.e.operator(batch.past, batch.features, **told).latent
+        labels = self.forecaster.labels(self.number, batch.past)
+        output = self.forecaster.step(batch.past, batch.features, labels).latent
         error = output - batch.target
         self.means.add(
-            f"{name}/latent", mean_square(error) if self.e.trained else self._field_error(error, batch.static)
+            f"{name}/latent", mean_over(error.square()) if self.e.trained else self._field_error(error, batch.static)
         )
         if self.decode:
-            regime, some = self.recording.regime, slice(None, None, DECODE_EVERY)
-            emitted = self.e.tokenizer.emit(output[some], add_walls(batch.static[some], regime.domain))
-            error = self.e.tokenizer.assemble(emitted, regime.domain) - batch.fields[some, -1]
+            some = slice(None, None, DECODE_EVERY)
+            decoded = self.forecaster.decode(output[some].unsqueeze(1), batch.static[some], self.number)[:, 0]
+            error = decoded - batch.fields[some, -1]
             self.means.add(f"{name}/decoded", self._field_error(error, batch.static[some]))
 
     def _field_error(self, error: Tensor, static: Tensor) -> Tensor:
         """Mean square of each sample over the fields, and the cells, that exist."""
-        cells = self._presence.cells(
-            static, torch.full((len(error),), self.recording.regime.number, device=error.device)
-        )
-        return mean_square(error[:, self.channels], None if cells is None else cells[:, self.channels])
+        cells = self.space.cells(static, self.forecaster.labels(self.number, error))
+        return mean_over(error[:, self.channels].square(), None if cells is None else cells[:, self.channels])
 
     def ratios(self, number: int) -> tuple[float, float | None]:
         values = self.means.result()

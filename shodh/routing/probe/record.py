@@ -73,7 +73,7 @@ def record(evaluator: Evaluator, regime: ProbeRegime, split: Split, limit: int, 
     details : bool
         Also local physics, inputs of the expert layers, and a picture; else the choices alone.
     """
-    model = evaluator.operator
+    model, forecaster = evaluator.operator, regime.forecaster(evaluator)
     selected: list[np.ndarray] = []
     inputs: list[Tensor] = []
     trajectory: list[int] = []
@@ -84,8 +84,8 @@ def record(evaluator: Evaluator, regime: ProbeRegime, split: Split, limit: int, 
     rows = math.ceil(PROBE_ROWS / limit)
     for batch in batches(evaluator, regime, split, limit, "probe" if details else "probe, other split"):
         with _layer_inputs(model) as seen:
-            told = regime.router_arguments(evaluator.config.operator.experts, batch.past)
-            routing = model(batch.past, batch.features, **told).routing
+            labels = forecaster.labels(regime.number, batch.past)
+            routing = forecaster.step(batch.past, batch.features, labels).routing
         samples = len(batch.past)
         selected.append(torch.stack([r.selected.unflatten(0, (samples, -1)) for r in routing]).cpu().numpy())
         trajectory += batch.trajectory

@@ -6,23 +6,21 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from shodh.config import DataConfig, ExpertsConfig, RegimeConfig
+from shodh.config import DataConfig, RegimeConfig
 from shodh.core.errors import ConfigError, DataError
 from shodh.data import RegimeSource, Split, WindowDataset
 from shodh.data.formats.splits import open_splits
 from shodh.evaluate.evaluation import Evaluator
-from shodh.moe.step import regime_arguments
+from shodh.models.forecaster import Forecaster
 from shodh.schema.domain import Domain
 from shodh.train.datasets import Regimes, open_regimes
-from shodh.train.field_task import Presence
-from shodh.train.latents import encode_frames
 
 
 @dataclass(frozen=True)
@@ -45,11 +43,12 @@ class ProbeRegime:
     def domain(self) -> Domain:
         return self.regimes.domains[self.number]
 
-    def router_arguments(self, experts: ExpertsConfig, like: Tensor) -> dict[str, Any]:
-        """What the operator's routers are told of ``like.shape[0]`` samples; nothing, unless they are labelled."""
+    def forecaster(self, evaluator: Evaluator) -> Forecaster:
+        """The run's networks on this regime; raises `DataError` if their router has no experts for it."""
+        experts = evaluator.config.operator.experts
         if self.left_out and experts.num_experts and experts.router.traits.labelled:
             raise DataError(f"{self.name} was not trained on, and a router that goes by labels has no experts for it")
-        return regime_arguments(experts, self.number, like)
+        return evaluator.forecaster.on(self.regimes.space)
 
     def by_name(self, channels: Tensor, *, static: bool = False) -> dict[str, Tensor]:
         """The fields that exist in this regime, ``[B, components, *grid]``, of the channels of all of the run's."""
@@ -101,7 +100,7 @@ def left_out_regimes(
     for name, path in paths.items():
         regime = describe_regime(name, path, evaluator.config.data, (maps or {}).get(name))
         data = evaluator.config.data.model_copy(update={"regimes": (regime,)})
-        regimes = open_regimes(data, extrude=not evaluator.config.operator.in_field_space)
+        regimes = open_regimes(evaluator.config.model_copy(update={"data": data}))
         found.append(ProbeRegime(regimes, 0, left_out=True))
     return found
 
@@ -156,19 +155,6 @@ def spread(count: int, limit: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, count - 1, min(count, limit)).round()})
 
 
-def _operator_inputs(
-    evaluator: Evaluator, regime: ProbeRegime, fields: Tensor, static: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Frames and static inputs in the space of the operator: latents, or the fields themselves."""
-    if evaluator.trained is None:
-        label = torch.full((len(fields),), regime.number, device=evaluator.device)
-        return Presence(regime.regimes).pad(fields.to(evaluator.device), static.to(evaluator.device), label)
-    encoded = [
-        encode_frames(evaluator.tokenizer, regime.domain, frame, static, evaluator.device) for frame in fields.unbind(1)
-    ]
-    return torch.stack([latent for latent, _ in encoded], 1), encoded[0][1]
-
-
 @torch.no_grad()
 def batches(
     evaluator: Evaluator, regime: ProbeRegime, split: Split, limit: int, description: str
@@ -183,18 +169,20 @@ def batches(
         stride=data.stride,
         normalizer=regime.regimes.normalizer,
     )
+    forecaster = regime.forecaster(evaluator)
     rows, size = spread(len(windows), limit), evaluator.config.evaluation.batch
     starts = range(0, len(rows), size)
     for start in tqdm(starts, f"{description}, {regime.name}", unit="batch", disable=not sys.stderr.isatty()):
         items = [windows[row] for row in rows[start : start + size]]
         fields, static = (torch.stack([item[name] for item in items]) for name in ("fields", "static"))
-        frames, features = _operator_inputs(evaluator, regime, fields, static)
+        fields, static = fields.to(evaluator.device), static.to(evaluator.device)
+        states, features = forecaster.encode(fields, static, regime.number)
         yield ProbeBatch(
-            past=frames[:, : data.history],
-            target=frames[:, data.history],
+            past=states[:, : data.history],
+            target=states[:, data.history],
             features=features,
-            fields=fields.to(evaluator.device),
-            static=static.to(evaluator.device),
+            fields=fields,
+            static=static,
             trajectory=[item["trajectory"] for item in items],
             frame=[item["frame"] for item in items],
         )

@@ -1,0 +1,52 @@
+"""Versions, machine, command line and commit: what a run needs to explain itself."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shodh import __version__
+from shodh.core.devices import uses_cuda
+from shodh.core.precision import float32_products
+
+PACKAGES = ("torch", "deepspeed", "numpy", "h5py", "safetensors", "pydantic")
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree, with ``-dirty`` if it was changed; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() or None if run.returncode == 0 else None
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, machine, command line and commit: what a run needs to explain itself."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "missing"
+    return {
+        "shodh": __version__,
+        "commit": git_commit(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": versions,
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if uses_cuda() else platform.processor() or "cpu",
+        "float32_products": float32_products(),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }

@@ -1,0 +1,151 @@
+"""How a model forecasts: fields -> states -> next states -> fields; the one place that rolls out.
+
+A *state* is what the operator steps: the latents of a frame, or where there is no tokenizer the frame itself, padded
+where its regime lacks a channel or a mask takes cells away. *Features* are the operator's static input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from shodh.config import ExpertsConfig, RunConfig
+from shodh.core.errors import CheckpointError
+from shodh.models.operator import OperatorOutput
+from shodh.models.tokenizer import Potential, Tokenizer
+from shodh.moe.step import router_arguments
+from shodh.schema.domain import add_walls, static_features
+from shodh.schema.space import Space
+
+
+class Encoded(NamedTuple):
+    """States ``[B, T, ...]`` and features ``[B, ...]``."""
+
+    states: Tensor
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class Forecaster:
+    """A space, an operator, and of models on latents a tokenizer; all in model units but `predict`.
+
+    Parameters
+    ----------
+    history : int
+        States that a step needs.
+    experts : ExpertsConfig
+        Says what the routers are told.
+    operator : callable
+        ``(states, features, **router arguments) -> OperatorOutput``; None of a tokenizer alone.
+    """
+
+    space: Space
+    history: int
+    experts: ExpertsConfig
+    operator: Callable[..., OperatorOutput] | None
+    tokenizer: Tokenizer | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        space: Space,
+        operator: Callable[..., OperatorOutput] | None,
+        tokenizer: Tokenizer | None = None,
+    ) -> Self:
+        """Of the networks of a run."""
+        return cls(space, config.data.history, config.operator.experts, operator, tokenizer)
+
+    def on(self, space: Space) -> Self:
+        """The same networks on other regimes."""
+        return replace(self, space=space)
+
+    def labels(self, regime: int, like: Tensor) -> Tensor:
+        """The label of a regime for as many samples as ``like`` has."""
+        return torch.full((len(like),), regime, device=like.device)
+
+    def encode(self, fields: Tensor, static: Tensor, regime: int) -> Encoded:
+        """Fields ``[B, T, C, *grid]`` and static fields ``[B, S, *grid]`` of one regime."""
+        if self.tokenizer is None:
+            return Encoded(*self.space.pad(fields, static, self.labels(regime, fields)))
+        geometry = add_walls(static, self.space.domains[regime])
+        latents = [self.tokenizer.encode(frame, geometry) for frame in fields.unbind(1)]
+        return Encoded(torch.stack(latents, 1), static_features(geometry))
+
+    def step(self, states: Tensor, features: Tensor, labels: Tensor) -> OperatorOutput:
+        """The state that follows ``states [B, history, ...]``, and how it was routed; differentiable.
+
+        Samples may be of different regimes, ``labels [B]``. In channels and cells that do not exist the answer means
+        nothing.
+        """
+        if self.operator is None:
+            raise CheckpointError("there is a tokenizer alone; use a run of launch/pretrain.py")
+        return self.operator(states, features, **router_arguments(self.experts, labels))
+
+    def unroll(self, states: Tensor, features: Tensor, labels: Tensor) -> Iterator[OperatorOutput]:
+        """`step` again and again, each on the last ``history`` states; without end, and differentiable."""
+        window = states[:, -self.history :]
+        while True:
+            output = self.step(window, features, labels)
+            yield output
+            following = output.latent.unsqueeze(1)
+            if self.tokenizer is None:
+                following = self.space.pad(following, features, labels)[0]
+            window = torch.cat((window[:, 1:], following), 1)
+
+    def rollout(self, states: Tensor, features: Tensor, labels: Tensor, steps: int) -> Tensor:
+        """The ``steps`` states that follow, each predicted from the last ones: ``[B, steps, ...]``."""
+        return torch.stack([output.latent for output in islice(self.unroll(states, features, labels), steps)], 1)
+
+    def emit(self, state: Tensor, static: Tensor, regime: int) -> Tensor:
+        """What the decoder network makes of states ``[B, ...]`` of one regime; without a tokenizer, the state."""
+        if self.tokenizer is None:
+            return state
+        return self.tokenizer.emit(state, add_walls(static, self.space.domains[regime]))
+
+    def assemble(self, emitted: Tensor, regime: int, *, exact: bool = False) -> Tensor:
+        """Fields ``[B, C, *grid]`` of what was emitted. Arguments and errors as `decode`."""
+        if self.tokenizer is not None:
+            return self.tokenizer.assemble(emitted, self.space.domains[regime], exact=exact)
+        if exact:
+            raise CheckpointError("exact is of velocities that are decoded from a potential; this operator has none")
+        return emitted
+
+    def potentials(self, emitted: Tensor, regime: int) -> dict[str, Potential]:
+        """What the solenoidal fields of `assemble` are made of; nothing without a tokenizer."""
+        if self.tokenizer is None:
+            return {}
+        return self.tokenizer.potentials(emitted, self.space.domains[regime])
+
+    def decode(self, states: Tensor, static: Tensor, regime: int, *, exact: bool = False) -> Tensor:
+        """States ``[B, T, ...]`` of one regime -> fields ``[B, T, C, *grid]``.
+
+        Parameters
+        ----------
+        exact : bool
+            Round potentials to a lattice, so that the stored divergence of solenoidal fields is bitwise zero.
+
+        Raises
+        ------
+        CheckpointError
+            ``exact`` is asked of a model without a tokenizer.
+        """
+        frames = (self.emit(state, static, regime) for state in states.unbind(1))
+        return torch.stack([self.assemble(emitted, regime, exact=exact) for emitted in frames], 1)
+
+    def predict(self, fields: Tensor, static: Tensor, regime: str, steps: int = 1, *, exact: bool = False) -> Tensor:
+        """The ``steps`` frames that follow ``fields [B, T, C, *grid]``, all in physical units.
+
+        ``static [B, S, *grid]`` is as it is stored. What is given of fields where they do not exist is not read.
+        """
+        number = self.space.number(regime)
+        scaled = self.space.static_to_model(static, regime)
+        given = self.space.to_model(fields[:, -self.history :], regime, static)
+        encoded = self.encode(given, scaled, number)
+        states = self.rollout(*encoded, self.labels(number, given), steps)
+        return self.space.to_physical(self.decode(states, scaled, number, exact=exact), regime, static)
