@@ -10,7 +10,7 @@ import yaml
 
 from shodh.config.reading import merge_trees
 
-MOE_POT = yaml.safe_load((Path(__file__).parents[1] / "launch" / "configs" / "moe_pot_tiny.yaml").read_text())
+MOE_POT = yaml.safe_load((Path(__file__).parents[2] / "launch" / "configs" / "moe_pot_tiny.yaml").read_text())
 EXPERTS: dict[str, Any] = MOE_POT["operator"]["experts"]
 
 
