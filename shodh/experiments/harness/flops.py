@@ -17,6 +17,7 @@ from shodh.config import RunConfig
 from shodh.models.factory import build_operator, operator_space
 from shodh.moe.routers import Router
 
+_COUNTED: dict[str, int] = {}
 BACKWARD = 2  # a backward pass costs twice the forward's products: gradients of inputs and of weights
 
 
@@ -35,12 +36,23 @@ def forward_flops(config: RunConfig) -> int:
     sparse = config.operator.experts.num_experts > 0
     experts = config.operator.experts.model_copy(update={"num_experts": 0})
     active = config.model_copy(update={"operator": config.operator.model_copy(update={"experts": experts})})
-    with torch.device("meta"):
-        model = build_operator(active if sparse else config)
-    inputs = sample_inputs(config, "meta")
-    with flop_counter() as counter, torch.no_grad():
-        model(*inputs)
-    return int(counter.get_total_flops()) + (_router_flops(config) if sparse else 0)
+    return _counted(active if sparse else config) + (_router_flops(config) if sparse else 0)
+
+
+def _counted(config: RunConfig) -> int:
+    """Products of a forward pass; runs that differ in what a pass does not see are counted once."""
+    unseen: dict[str, Any] = {"train": True}
+    if config.operator.experts.num_experts == 0:  # Then there is no router.
+        unseen["experts"] = {"router", "balance"}
+    key = config.model_dump_json(include={"data", "tokenizer", "operator"}, exclude={"operator": unseen})
+    if key not in _COUNTED:
+        with torch.device("meta"):
+            model = build_operator(config)
+        inputs = sample_inputs(config, "meta")
+        with flop_counter() as counter, torch.no_grad():
+            model(*inputs)
+        _COUNTED[key] = int(counter.get_total_flops())
+    return _COUNTED[key]
 
 
 def step_flops(config: RunConfig) -> int:
