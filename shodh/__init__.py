@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 def from_pretrained(path_or_hub_id: Any, *, device: Any = "cpu", **download: Any) -> Any:
