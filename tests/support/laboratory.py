@@ -92,7 +92,7 @@ class Laboratory:
     def run(self, world: int, ep_size: int, stage: int, *more: str) -> Run:
         key = (world, ep_size, stage, *more)
         if key not in self._runs:
-            name = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+            name = "run-" + hashlib.sha256(repr(key).encode()).hexdigest()[:12]
             overrides = self.overrides(name, ep_size, stage, *more)
 
             def train() -> Run:
