@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 # What the ranks need is imported once, here: they are forks.
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401
