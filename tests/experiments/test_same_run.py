@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from published import published
 from safetensors.torch import save_file
 
 from shodh.config import RunConfig, config_from_dict, dump_config, to_dict
@@ -19,7 +20,9 @@ from shodh.data.identity import DataRecord
 from shodh.experiments.harness.run import Run
 from shodh.train.datasets import open_sources
 
-OPERATOR = {"kind": "fno", "dim": 8, "depth": 1, "modes": 2, "train": {"steps": 2, "warmup": 1, "global_batch": 4}}
+OPERATOR = published(
+    {"kind": "fno", "dim": 8, "depth": 1, "modes": 2, "train": {"steps": 2, "warmup": 1, "global_batch": 4}}
+)
 Place = Callable[..., Run]
 
 
@@ -48,7 +51,7 @@ def place(tmp_path: Path, tiny_tree: dict[str, Any], tiny_data: Path) -> Place:
 def leave(config: RunConfig) -> None:
     config.run_dir.mkdir(parents=True)
     (config.run_dir / "config.yaml").write_text(dump_config(config))
-    DataRecord.of(open_sources(config.data, extrude=False), config.run_dir).save()
+    DataRecord.of(open_sources(config), config.run_dir).save()
 
 
 def test_the_same_run_is_kept(place: Place) -> None:

@@ -216,7 +216,8 @@ def test_package_works_without_compiled_kernels_and_says_so_once(tmp_path: Path)
     package = Path(shodh.__file__).parent
     ignore = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(package / "ops", tmp_path / "shodh" / "ops", ignore=ignore)
-    for name in ("__init__.py", "errors.py"):
+    (tmp_path / "shodh" / "core").mkdir()
+    for name in ("__init__.py", "core/__init__.py", "core/errors.py"):
         shutil.copy(package / name, tmp_path / "shodh" / name)
     script = """
 import torch, warnings

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from published import published
 from torch import Tensor
 
 from shodh.config import RunConfig
@@ -55,7 +56,7 @@ def build(kind: str) -> tuple[RunConfig, Forecaster]:
             "regimes": [{"name": name, "path": "d", "only": only} for name, only in REGIMES.items()],
         },
         "tokenizer": {"latent_channels": 8, "strides": [4, 2], "widths": [8, 8], "head_channels": 8},
-        "operator": OPERATORS[kind],
+        "operator": OPERATORS[kind] if kind == "latents" else published(OPERATORS[kind]),
     }
     config = config_from_dict(tree, "test")
     fields = tuple(f.build() for f in config.data.fields)

@@ -114,8 +114,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 OWN = {
     "shodh/core/reading.py",
     "shodh/train/metrics.py",
-    "shodh/train/ranks.py",
-    "shodh/train/workers.py",
+    "shodh/experiments/harness/ranks.py",
+    "shodh/experiments/harness/workers.py",
     "shodh/data/formats/probe.py",
     "shodh/ops/build.py",
 }

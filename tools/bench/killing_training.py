@@ -12,7 +12,6 @@ example:
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
@@ -78,7 +77,7 @@ def configure(folder: Path, steps: int, width: int, every: int) -> Path:
         "parallel": {"ep_size": 2},
     }
     path = folder / "config.yaml"
-    path.write_text(json.dumps(tree))  # JSON is YAML.
+    path.write_text(dumps(tree))  # JSON is YAML.
     assert run("launch/train_tokenizer.py", "--config", str(path), world=1) == 0
     return path
 
