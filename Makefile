@@ -53,7 +53,7 @@ docs: $(VENV)/.docs
 
 # Shorter than a reader's: fewer steps, the same cells.
 notebooks: $(VENV)/.docs
-	SHODH_NOTEBOOK_STEPS=16 $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 --override-ini=testpaths=docs/notebooks docs/notebooks
+	SHODH_NOTEBOOK_STEPS=16 $(BIN)/python -m pytest --timeout=900 --nbmake --nbmake-timeout=600 --override-ini=testpaths=docs/notebooks docs/notebooks
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache
