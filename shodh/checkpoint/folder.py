@@ -143,9 +143,14 @@ def _remove(path: Path) -> None:
 # Of a checkpoint, or another folder of weights
 
 
+def describe_file(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"size": path.stat().st_size, "sha256": checksum(path)}
+
+
 def write_manifest(folder: Path, files: Iterable[Path]) -> None:
     """List files of a folder with their sizes and checksums, as a checkpoint does."""
-    listed = {str(f.relative_to(folder)): {"size": f.stat().st_size, "sha256": checksum(f)} for f in files}
+    listed = {str(f.relative_to(folder)): describe_file(f) for f in files}
     write_json(folder / MANIFEST, {"files": listed, "state": {}, "topology": {}}, sort_keys=True)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shodh.checkpoint.shares import Place, flat_tensors, places, shares
+from shodh.checkpoint.shares import Place, flat_tensors, places, shard_range, shares
 from shodh.core.errors import CheckpointError
 from shodh.core.reading import parse_json
 from shodh.core.weights import StoredTensor, check_fit, open_file, persistent_buffers, read_metadata
@@ -120,8 +120,7 @@ def _load_parameter(zero: Any, place: Place, stored: StoredTensor) -> None:
         return
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    start = zero._get_param_partition_rank(p) * p.ds_tensor.numel()
-    numel = max(0, min(p.ds_tensor.numel(), p.ds_numel - start))
+    start, numel = shard_range(zero, p)
     p.ds_tensor.data[:numel].copy_(stored.part(place.first + start, place.first + start + numel))
     if p.ds_status == ZeroParamStatus.AVAILABLE:
         p.data.copy_(stored.part(place.first, place.first + p.ds_numel).view(p.ds_shape))

@@ -99,13 +99,19 @@ def shares(engine: Any) -> Iterator[Share]:
 def _shard(zero: Any, place: Place) -> Share:
     """ZeRO 3; the last share is padded, and a small parameter may have none on this rank."""
     p: Any = place.parameter
-    size, flat, offset = p.ds_tensor.numel(), None, 0
+    flat, offset = None, 0
     if p.requires_grad:
-        group, offset, size = zero.grad_position[zero.get_param_id(p)]
+        group, offset, _ = zero.grad_position[zero.get_param_id(p)]
         flat = zero.fp32_partitioned_groups_flat[group]
-    start = zero._get_param_partition_rank(p) * size
-    numel = max(0, min(size, p.ds_numel - start))
+    start, numel = shard_range(zero, p)
     return Share(place.name, place.first + start, numel, p.ds_tensor.detach()[:numel], flat, offset)
+
+
+def shard_range(zero: Any, p: Any) -> tuple[int, int]:
+    """First number, and count, of a parameter's flat numbers that this rank has under ZeRO 3; the rest is padding."""
+    size = p.ds_tensor.numel()
+    start = zero._get_param_partition_rank(p) * size
+    return start, max(0, min(size, p.ds_numel - start))
 
 
 def _range(zero: Any, place: Place, number: int) -> Share | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from shodh.checkpoint.folder import (
     OPTIMIZER,
-    checksum,
+    describe_file,
     partial_folder,
     prune,
     publish,
@@ -113,7 +113,7 @@ class CheckpointWriter:
 
     def _publish(self, record: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
         folder, tag = partial_folder(self._run, _tag(record)), _tag(record)
-        files |= {name: _describe(folder / name) for name in (WEIGHTS, *self._described)}
+        files |= {name: describe_file(folder / name) for name in (WEIGHTS, *self._described)}
         sync_to_disk(folder / OPTIMIZER)
         publish(folder, self._run, tag, {"format": FORMAT, "tag": tag, "files": files, **record})
         prune(self._run, tag, self._keep)
@@ -128,11 +128,7 @@ def _write(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
     """Write a rank's share; returns what the manifest says of its own file."""
     own = f"{OPTIMIZER}/rank_{rank():05d}.safetensors"
     snapshot.write(folder / WEIGHTS, folder / own)
-    return {own: _describe(folder / own)}
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": checksum(path)}
+    return {own: describe_file(folder / own)}
 
 
 def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:

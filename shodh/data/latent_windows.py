@@ -70,11 +70,6 @@ class LatentWindowDataset(Dataset[dict[str, Any]]):
         """Shape of ``latents``."""
         return (self.length, *self.shapes[0].latents[2:])
 
-    @property
-    def static_shape(self) -> tuple[int, ...]:
-        """Shape of ``static``."""
-        return self.shapes[0].static[1:]
-
     def __len__(self) -> int:
         return len(self.index)
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from shodh.checkpoint.shares import shard_range
 from shodh.config import TrainConfig
 from shodh.core.distributed import gather
 from shodh.core.errors import ConfigError
@@ -109,11 +110,10 @@ def _clear_padding(engine: Any) -> None:
     for parameter in engine.module.parameters():
         if not hasattr(parameter, "ds_tensor"):
             continue
-        size = parameter.ds_tensor.numel()
-        own = min(max(parameter.ds_numel - zero._get_param_partition_rank(parameter) * size, 0), size)
+        _, own = shard_range(zero, parameter)
         parameter.ds_tensor.data[own:] = 0
         if parameter.requires_grad:
-            group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+            group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
             zero.fp32_partitioned_groups_flat[group].data[offset + own : offset + size] = 0
 
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from shodh.checkpoint.run_files import TOKENIZER_WEIGHTS
 from shodh.checkpoint.weights import source_checksum
 from shodh.config import RunConfig, config_from_dict, to_dict
 from shodh.core.errors import ConfigError
@@ -90,7 +91,7 @@ class Run:
         """JSON-able; contents of data files stand in the run folder (``data.json``), and are compared with that."""
         paths = list(self.weights)
         if self.config.has_tokenizer:
-            paths.append(self.config.tokenizer_dir / "tokenizer.safetensors")
+            paths.append(self.config.tokenizer_dir / TOKENIZER_WEIGHTS)
         weights = [_checksum(path, path.stat().st_mtime_ns) if path.exists() else None for path in paths]
         found: Identity = to_json({**_identity_of(self.config, recorded=True), "weights": weights, **self.settings})
         return found
