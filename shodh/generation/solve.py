@@ -75,6 +75,7 @@ def start_worker(queue: Any, stop: Any) -> None:
     """Prepare a worker process."""
     global _channel
     _channel = (queue, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # also of a server that was started elsewhere
     queue.cancel_join_thread()  # unread progress must not hold up the end
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -120,11 +121,13 @@ def solve_all(tasks: Sequence[tuple[Job, Part]], device: str, workers: int, repo
             for job, part in tasks:
                 solve(job, part, device, functools.partial(report, str(part.path)))
         return
-    context = multiprocessing.get_context("spawn")
+    # Workers are forks of a server that imports torch once, not of this process, whose threads may hold locks.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     queue, stop = context.Queue(), context.Event()
     pool = ProcessPoolExecutor(workers, context, start_worker, (queue, stop))
     try:
-        # Workers inherit that Ctrl-C is ignored: it is the parent's business, which then stops them.
+        # The server and its workers inherit that Ctrl-C is ignored: it is the parent's business, which then stops them.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         futures = {pool.submit(solve_in_worker, job, part) for job, part in tasks}
         signal.signal(signal.SIGINT, handler)

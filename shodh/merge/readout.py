@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize, minimize_scalar
+import scipy
 
 from shodh.core.errors import ConfigError, DataError
 from shodh.merge.coordinates import LIMIT, ParameterMap, clip, coordinate, extrapolation, mapped
@@ -141,7 +141,7 @@ def read_line_search(evaluate: Evaluate, bank: Sequence[float] = BANK, tolerance
     place = nodes.index(recorder.best_alpha())
     bounds = (nodes[max(0, place - 1)], nodes[min(len(nodes) - 1, place + 1)])
     # Finite, because the search fits parabolas.
-    minimize_scalar(
+    scipy.optimize.minimize_scalar(
         lambda alpha: min(recorder(alpha), _WALL), bounds=bounds, method="bounded", options={"xatol": tolerance}
     )
     return recorder.best()
@@ -176,7 +176,9 @@ def read_gradient(
     bounds = [(-limit, limit)] * len(x0)
     # Beyond this many evaluations L-BFGS-B ends its line search and stops.
     options = {"maxfun": max_evaluations}
-    minimize(value, np.clip(x0, -limit, limit), jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+    scipy.optimize.minimize(
+        value, np.clip(x0, -limit, limit), jac=True, method="L-BFGS-B", bounds=bounds, options=options
+    )
     alpha, loss = min(trace, key=lambda entry: entry[1] if math.isfinite(entry[1]) else math.inf)
     if not math.isfinite(loss):
         raise DataError(f"the loss is not finite at any of the coordinates {[a for a, _ in trace]}")

@@ -38,7 +38,6 @@ def load() -> None:
         unavailable_reason(implementation)
 
 
-@torch.compiler.assume_constant_result
 def choose_implementation(device_type: str, dtype: torch.dtype) -> str:
     """The fastest implementation built for a device; says once why it is only the reference."""
     fastest = {"cpu": "cpp", "cuda": "cuda"}.get(device_type)
@@ -48,6 +47,10 @@ def choose_implementation(device_type: str, dtype: torch.dtype) -> str:
         return fastest
     _warn_once(fastest)
     return "reference"
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler: three seconds of every command.
+choose_implementation._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import scipy
 import torch
-from scipy import ndimage
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from shodh.core.errors import DataError
 from shodh.core.seeding import generator
@@ -76,7 +74,7 @@ def crop_image(solid: Solid, seed: int, grid: Sequence[int]) -> Solid:
 
 def label_pores(solid: Solid) -> np.ndarray:
     """Labels of the pore clusters (6 neighbours, periodic): 0 in the solid, else 1..n."""
-    labels, count = ndimage.label(~solid)
+    labels, count = scipy.ndimage.label(~solid)
     if count == 0:
         return labels
     pairs = []
@@ -85,8 +83,8 @@ def label_pores(solid: Solid) -> np.ndarray:
         touching = (first > 0) & (last > 0)
         pairs.append(np.stack([first[touching], last[touching]]))
     rows, columns = np.concatenate(pairs, axis=1)
-    graph = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(count + 1, count + 1))
-    _, cluster = connected_components(graph, directed=False)
+    graph = scipy.sparse.coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(count + 1, count + 1))
+    _, cluster = scipy.sparse.csgraph.connected_components(graph, directed=False)
     # Node 0 is the solid and touches nothing; number the clusters of pores from 1.
     _, renumbered = np.unique(cluster[1:], return_inverse=True)
     return np.concatenate(([0], renumbered + 1))[labels]

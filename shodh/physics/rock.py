@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage
+import scipy
 from tqdm import tqdm
 
 from shodh.core.errors import ConfigError, DataError
@@ -31,7 +31,7 @@ class RockCube:
 
 def connects(solid: Solid, axis: int) -> np.ndarray:
     """Pores (bool) of the clusters that touch both ends of ``axis``; the box is not periodic."""
-    labels, _ = ndimage.label(~solid)
+    labels, _ = scipy.ndimage.label(~solid)
     ends = np.intersect1d(labels.take(0, axis=axis), labels.take(-1, axis=axis))
     return np.isin(labels, ends[ends > 0])
 

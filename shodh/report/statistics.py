@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from shodh.core.seeding import stable_seed
 
@@ -130,16 +130,16 @@ def _t_tests(logs: np.ndarray) -> tuple[float, float, float, float]:
         return mean, mean, float(mean == 0), float(abs(mean) >= margin)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of nearly equal differences, whose p is as good as 0
-        test = stats.ttest_1samp(logs, 0.0)
+        test = scipy.stats.ttest_1samp(logs, 0.0)
         sides = ((margin, "less"), (-margin, "greater"))
-        inside = [stats.ttest_1samp(logs, end, alternative=side).pvalue for end, side in sides]
+        inside = [scipy.stats.ttest_1samp(logs, end, alternative=side).pvalue for end, side in sides]
     interval = test.confidence_interval(1 - LEVEL)
     return float(interval.low), float(interval.high), float(test.pvalue), min(1.0, 2 * float(max(inside)))
 
 
 def sign_flip(differences: Sequence[float]) -> float:
     """Two-sided p of the mean under random signs; exact up to 14 seeds."""
-    test = stats.permutation_test(
+    test = scipy.stats.permutation_test(
         (np.asarray(differences),),
         np.mean,
         permutation_type="samples",
@@ -242,7 +242,7 @@ def what_seeds_can_show(n: int) -> str:
     """A few sentences about a number of seeds."""
     if n < MIN_SEEDS:
         return f"Fewer than {MIN_SEEDS} seeds ({n} here) are no comparison: nothing is called a difference."
-    needed = float(stats.t.ppf(1 - LEVEL / 2, n - 1)) / math.sqrt(n)
+    needed = float(scipy.stats.t.ppf(1 - LEVEL / 2, n - 1)) / math.sqrt(n)
     return (
         f"With {n} seeds the exact sign-flip test cannot give a p below {2 / 2**n:.3g}, and the paired t test, which "
         f"assumes normal differences, finds one only if its mean is above {needed:.2f} times its spread over seeds. "

@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 
 class Reading(NamedTuple):
@@ -32,6 +29,11 @@ def logistic(fit: np.ndarray, labels: np.ndarray, samples: np.ndarray) -> np.nda
     """Label by multinomial logistic regression on standardised features; with one label in ``labels``, that one."""
     if len(np.unique(labels)) == 1:
         return np.full(len(samples), labels[0])
+    # Imported here: they take seconds, and few who import this module classify.
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     return model.fit(fit, labels).predict(samples)
 

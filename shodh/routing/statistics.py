@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import xlogy
+import scipy
 
 DEAD = 0.01  # an expert with less than this part of the even share is dead
 
@@ -63,7 +63,7 @@ def shares(counts: np.ndarray) -> np.ndarray:
 
 def entropy(share: np.ndarray) -> np.ndarray:
     """Shannon entropy along the last axis, nats."""
-    return -xlogy(share, share).sum(-1)
+    return -scipy.special.xlogy(share, share).sum(-1)
 
 
 class Information(NamedTuple):

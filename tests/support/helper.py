@@ -1,7 +1,7 @@
 """Start gloo ranks, or a whole command line, in fresh processes that need not import torch and DeepSpeed again.
 
-A fork server imports them once a session. Every rank is a fork of it: a new process without anything of an earlier
-test, which starts in milliseconds instead of seconds.
+A fork server imports them once a session. Every rank, every command, and every job that a command of a study starts is
+a fork of it: a new process without anything of an earlier test, which starts in milliseconds instead of seconds.
 """
 
 from __future__ import annotations
@@ -25,21 +25,24 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from types import SimpleNamespace
+from typing import IO, Any, NamedTuple, TypeVar
 from unittest import mock
 
 from torch.distributed import TCPStore
+
+from shodh.experiments.harness import workers
 
 ROOT = Path(__file__).resolve().parents[2]
 PRELOAD = [
     "torch",
     "deepspeed",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # imported by every engine, and brings torch's compiler
-    "shodh.train.jobs",
     "shodh.moe.layer",
+    *sorted(f"shodh.commands.{path.stem}" for path in (ROOT / "shodh" / "commands").glob("[!_]*.py")),
+    "shodh.experiments.harness.worker",
     "torch.utils.tensorboard",
-    "matplotlib.figure",  # these three cost a command that reports four seconds
-    "scipy.stats",
+    "scipy.stats",  # what commands import when they need it costs one that reports four seconds
     "sklearn.linear_model",
 ]
 
@@ -181,25 +184,50 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout
     return [value for _, value in answers]
 
 
-def _script_main(script: str, argv: Sequence[str], environment: Mapping[str, str], out: str, err: str) -> None:
+def _python_main(script: str, argv: Sequence[str], environment: Mapping[str, str], out: str, err: str) -> None:
+    """``python <script> <argv>``, or ``python -m <script> <argv>`` where it names a module."""
     for number, path in ((1, out), (2, err)):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, number)
         os.close(descriptor)
     # Python's own streams may be another's in the fork server; these write to the descriptors.
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", closefd=False)
     _enter(environment)
+    workers.subprocess = SimpleNamespace(Popen=_Job)
     sys.argv = [script, *argv]
     code = 0
     try:
-        runpy.run_path(script, run_name="__main__")
+        if script.endswith(".py"):
+            runpy.run_path(script, run_name="__main__")
+        else:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except BaseException:
         traceback.print_exc()
         code = 1
     _leave(code)
+
+
+class _Job:
+    """What `subprocess.Popen` is to a study: its jobs too are forks, and need not import everything again."""
+
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], stdout: IO[str], stderr: IO[str], text: bool
+    ) -> None:
+        interpreter, flag, module, *argv = command
+        assert (interpreter, flag, stderr.name, text) == (sys.executable, "-m", stdout.name, True)
+        self._process = _process(_python_main, module, argv, dict(env), stdout.name, stderr.name)
+        self.terminate, self.kill = self._process.terminate, self._process.kill
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int:
+        self._process.join()
+        assert self._process.exitcode is not None
+        return self._process.exitcode
 
 
 def run_script(
@@ -209,7 +237,7 @@ def run_script(
     with tempfile.TemporaryDirectory() as folder:
         out, err = f"{folder}/out", f"{folder}/err"
         arguments = (str(ROOT / script), [str(a) for a in argv], dict(environment or {}), out, err)
-        process = _process(_script_main, *arguments)
+        process = _process(_python_main, *arguments)
         process.join(timeout)
         if process.is_alive():
             process.kill()

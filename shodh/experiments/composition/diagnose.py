@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import scipy
 import torch
-from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 
 from shodh.experiments.composition.bench import Bench
@@ -48,7 +48,7 @@ def usage_divergence(here: Tensor, there: Tensor) -> float:
     """Jensen-Shannon divergence in bits of how often each expert is chosen in two selections ``[T, K]``."""
     experts = int(max(here.max(), there.max())) + 1
     usage = [torch.bincount(s.reshape(-1), minlength=experts).double().numpy() for s in (here, there)]
-    distance = float(jensenshannon(*usage, base=2))
+    distance = float(scipy.spatial.distance.jensenshannon(*usage, base=2))
     # Rounding may leave a tiny negative square, and so no number, for equal shares.
     return 0.0 if distance != distance else distance**2
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from scipy import stats
+import scipy
 
 from shodh.experiments.composition.results import BEST_ENDPOINT, Results, SeedResult, deviation
 from shodh.experiments.composition.settings import Role
@@ -172,7 +172,7 @@ def correlate(results: Results, method: str, scale: ParameterMap) -> tuple[float
     y = [alpha for *_, alpha in points]
     if len(set(x)) < 3 or len(set(y)) < 2:
         return None
-    return float(stats.pearsonr(x, y).statistic), float(stats.spearmanr(x, y).statistic)
+    return float(scipy.stats.pearsonr(x, y).statistic), float(scipy.stats.spearmanr(x, y).statistic)
 
 
 _KEYS = {

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import pandas as pd
-from scipy.stats import gmean
+import scipy
 
 from shodh.experiments.finetuning.runs import SCRATCH, ZERO_SHOT, methods
 from shodh.experiments.finetuning.settings import TuningConfig
@@ -81,7 +81,7 @@ class Outcomes:
         """The geometric mean over fields: columns regime, count, method, seed, measure, error."""
         known = self.frame.drop_duplicates([*PLACE, SEED, "measure"])  # every method has the same persistence
         keys = ["regime", "count", "method", SEED, "measure"]
-        return known.groupby(keys, sort=False)[ERROR].agg(lambda e: float(gmean(e))).reset_index()
+        return known.groupby(keys, sort=False)[ERROR].agg(lambda e: float(scipy.stats.gmean(e))).reset_index()
 
     @cached_property
     def claims(self) -> dict[Claim, Comparison]:

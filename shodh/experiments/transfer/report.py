@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from scipy.stats import spearmanr
+import scipy
 
 from shodh.experiments.harness.report import claims_section, write_study
 from shodh.experiments.harness.results import missing_runs, read_results, to_table
@@ -219,7 +219,7 @@ def _routers(results: Results) -> Section | None:
     text = ROUTERS
     known = _means_by_model(results)
     if len(known) >= 6 and len({u for u, _ in known}) > 2 and len(results.mixes) == 1:
-        found = spearmanr(*zip(*known, strict=True))
+        found = scipy.stats.spearmanr(*zip(*known, strict=True))
         text += (
             f"Over the {len(known)} sparse models, each the mean over its seeds, U and error have a rank correlation "
             f"of {found.statistic:.2f} (negative: more separation goes with a lower error; the models differ in more "

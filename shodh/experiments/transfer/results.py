@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import gmean
+import scipy
 
 from shodh.experiments.harness.results import ERROR, SEED, tidy
 from shodh.report.statistics import Comparison, Interval, compare, holm, nested_bootstrap
@@ -103,7 +103,7 @@ class Result:
         fields = self.values["evaluation"]["regimes"][regime].get("rollout", {}).values()
         ratios = [over_persistence(kinds["model"], kinds["persistence"]) for kinds in fields]
         known = [ratio for ratio in ratios if ratio]
-        return float(gmean(known)) if known else None
+        return float(scipy.stats.gmean(known)) if known else None
 
     def relative(self, error: dict[str, float | None]) -> float | None:
         """An error of the result over persistence's, never a square."""
@@ -230,7 +230,7 @@ class Results:
         chosen = frame[(frame["mix"] == mix) & frame["label"].isin(names) & (frame["reading"] == reading)]
         if regime is not None:
             chosen = chosen[chosen["regime"] == regime]
-        return chosen.groupby(SEED)[ERROR].agg(lambda e: float(gmean(e)))
+        return chosen.groupby(SEED)[ERROR].agg(lambda e: float(scipy.stats.gmean(e)))
 
     def paired(self, claim: Claim) -> Comparison | None:
         """Over the seeds that both have finished; p is of this comparison alone."""

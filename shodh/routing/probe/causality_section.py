@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import scipy
 from matplotlib.figure import Figure
-from scipy.stats import spearmanr
 
 from shodh.report.page import Section, Table
 from shodh.routing.probe.causality import KINDS, Effect, Effects
@@ -127,7 +127,7 @@ def _usage_against_importance(effects: Effects, recordings: Sequence[Recording])
     usage, harm = np.array(pairs).T
     if np.ptp(usage) == 0 or np.ptp(harm) == 0:
         return None
-    return float(spearmanr(usage, harm).statistic)
+    return float(scipy.stats.spearmanr(usage, harm).statistic)
 
 
 def _interventions_table(effects: Effects) -> Table:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import scipy
 import torch
-from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from shodh.schema.fields import Boundary
@@ -95,7 +95,7 @@ def wall_distance(
         pad = [n // 2 if kind == "periodic" else 0 for n, kind in zip(grid, boundary, strict=True)]
         fluid = np.pad(solid <= 0.5, [(p, p) for p in pad], mode="wrap")
         inside = tuple(slice(p, p + n) for p, n in zip(pad, grid, strict=True))
-        distance = np.minimum(distance, distance_transform_edt(fluid, sampling=tuple(spacing))[inside])
+        distance = np.minimum(distance, scipy.ndimage.distance_transform_edt(fluid, sampling=tuple(spacing))[inside])
     return distance
 
 

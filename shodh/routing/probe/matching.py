@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
+import scipy
 
 
 class Match(NamedTuple):
@@ -27,7 +27,7 @@ class Match(NamedTuple):
 def match_experts(similarity: np.ndarray) -> Match:
     """The one-to-one matching with the largest total similarity ``[E1, E2]`` (Hungarian method); NaN counts as zero."""
     known = np.nan_to_num(similarity)
-    first, second = linear_sum_assignment(known, maximize=True)
+    first, second = scipy.optimize.linear_sum_assignment(known, maximize=True)
     return Match(first, second, known[first, second], float(known.mean()))
 
 
