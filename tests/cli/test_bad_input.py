@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -224,49 +225,35 @@ def test_help_has_examples(script: str) -> None:
     assert finished.code == 0 and "examples:" in finished.stdout and f"{script} --config" in finished.stdout
 
 
-def launch(*arguments: Any, timeout: float = 90.0, **changes: str | None) -> Finished:
-    """``deepspeed --num_gpus 2 <arguments>``, as a user types it on a machine without cards."""
-    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", free_port(), *arguments]
-    changed = {**os.environ, "OMP_NUM_THREADS": "1", **ON_CPU, **changes}
-    environment = {name: value for name, value in changed.items() if value is not None}
-    finished = subprocess.run(
-        [str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-    )
-    return Finished(finished.returncode, finished.stdout, finished.stderr)
+def on_ranks(world: int, *arguments: Any, **environment: str) -> list[Finished]:
+    """A command on all ranks at once, as a launcher starts them, but none is ended for another's failure."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world), **environment}
 
+    def start(rank: int) -> Finished:
+        return run_script(*arguments, environment={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)})
 
-def assert_one_line_under_the_launcher(finished: Finished, *expected: str) -> None:
-    lines = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
-    assert finished.code == 2, finished.stderr
-    assert len(lines) == 1 and all(text in lines[0] for text in expected), finished.stderr
-    assert "Traceback" not in finished.stderr
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(start, range(world)))
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
-def test_launcher_ends_both_ranks_for_a_typo(config: Path) -> None:
-    finished = launch(PRETRAIN, "--config", config, "--set", "operator.depht=3")
-    assert_one_line_under_the_launcher(finished, "did you mean 'depth'?")
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_launcher_ends_both_ranks_for_missing_data_after_they_are_connected(config: Path, tmp_path: Path) -> None:
-    finished = launch(TOKENIZER, "--config", config, "--set", f"data.regimes.0.path={tmp_path / 'nowhere'}")
-    assert_one_line_under_the_launcher(finished, str(tmp_path / "nowhere"))
-
-
-ONE_CARD = {"SHODH_CARDS": "1", "DS_ACCELERATOR": "cuda"}
+@pytest.mark.parametrize(
+    ("script", "setting", "expected"),
+    [(PRETRAIN, "operator.depht=3", "did you mean 'depth'?"), (TOKENIZER, "data.regimes.0.path=/nowhere", "/nowhere")],
+    ids=["typo", "missing data, after they are connected"],
+)
+def test_one_rank_speaks_and_all_end(script: str, setting: str, expected: str, config: Path) -> None:
+    first, second = on_ranks(2, script, "--config", config, "--set", setting)
+    assert_one_line(first, expected)
+    assert (second.code, second.stderr) == (2, "")
 
 
 @pytest.mark.parametrize("local_size", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
 def test_more_ranks_than_cards(config: Path, out: Path, local_size: str) -> None:
     """The first rank without a card speaks; the others end with it."""
-    for rank in (0, 1, 2):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3", local_size: "3"}
-        settings = ["operator.train.global_batch=6", "operator.train.valid_batches=1"]
-        arguments = ("--config", config, "--set", *settings)
-        finished = run_script(PRETRAIN, *arguments, environment={**ranks, **ONE_CARD})
+    settings = ["operator.train.global_batch=6", "operator.train.valid_batches=1"]
+    environment = {local_size: "3", "SHODH_CARDS": "1", "DS_ACCELERATOR": "cuda"}
+    for rank, finished in enumerate(on_ranks(3, PRETRAIN, "--config", config, "--set", *settings, **environment)):
         if rank == 1:
             assert_one_line(finished, "3 ranks", "1 CUDA device,", "--num_gpus 1")
         assert finished.code == 2 and (rank == 1 or finished.stderr == "")
@@ -276,8 +263,17 @@ def test_more_ranks_than_cards(config: Path, out: Path, local_size: str) -> None
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_launcher_refuses_more_ranks_than_cards(config: Path, out: Path) -> None:
-    finished = launch(PRETRAIN, "--config", config, SHODH_CARDS="1", DS_ACCELERATOR=None)
-    assert_one_line_under_the_launcher(finished, "2 ranks", "1 CUDA device,")
+    """``deepspeed --num_gpus 2 ...``, as a user types it: it ends both ranks at the first that fails."""
+    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", free_port()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **ON_CPU, "SHODH_CARDS": "1"}
+    del environment["DS_ACCELERATOR"]
+    finished = subprocess.run(
+        [str(part) for part in (*command, PRETRAIN, "--config", config)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    (line,) = (text for text in finished.stderr.splitlines() if text.startswith("error: "))
+    assert finished.returncode == 2 and "Traceback" not in finished.stderr, finished.stderr
+    assert "2 ranks" in line and "1 CUDA device," in line
     assert not out.exists()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import importlib.util
 import multiprocessing
 import multiprocessing.process
@@ -112,6 +113,8 @@ def _rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
 def _enter(environment: Mapping[str, str]) -> None:
     import torch
 
+    # What the server imported stays: DeepSpeed collects garbage, and would copy and search all of it, 1 s a rank.
+    gc.freeze()
     os.chdir(ROOT)
     # One thread a process: threads that wait for each other on busy cores cost more than they give.
     os.environ.update({"OMP_NUM_THREADS": "1", **environment})
