@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first: workers that take one file after the other then end together."""
     long = {item.path for item in items for mark in ("slow", "distributed") if item.get_closest_marker(mark)}
     items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: neither the collector nor a fork is to look at, or copy, it again."""
+    gc.freeze()
 
 
 def _walk(rng: np.random.Generator, batch: int, frames: int, *shape: int) -> np.ndarray:

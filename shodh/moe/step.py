@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from shodh.config import ExpertsConfig
@@ -34,11 +33,6 @@ def router_arguments(
     if config.num_experts and config.router.traits.noisy and noise_key:
         given["noise"] = tuple(stable_seed("router noise", *noise_key, *name) for name in samples)
     return given
-
-
-def regime_arguments(config: ExpertsConfig, regime: int, like: Tensor) -> dict[str, Any]:
-    """`router_arguments` in evaluation, of as many samples of one regime as ``like`` has rows."""
-    return router_arguments(config, torch.full((len(like),), regime, device=like.device))
 
 
 def finish_step(model: nn.Module, config: ExpertsConfig, counts: Callable[[], Tensor]) -> None:

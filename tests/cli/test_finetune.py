@@ -9,30 +9,18 @@ from pathlib import Path
 import pytest
 import yaml
 from helper import run_script
-from published import published
+from published import TINY_MOE_POT
 
 FINETUNE = "launch/finetune.py"
-OPERATOR = published(
-    {
-        "kind": "moe_pot",
-        "dim": 16,
-        "depth": 1,
-        "heads": 2,
-        "patch": 8,
-        "field": {"mlp": 16, "decoder": 8},
-        "experts": {"num_experts": 4, "top_k": 2},
-        "train": {"steps": 1, "warmup": 1, "global_batch": 4},
-    }
-)
 
 
 @pytest.fixture
 def run(tmp_path: Path, write_config: Callable[..., Path], tiny_data: Path) -> Path:
-    """A run on one tiny regime, trained for a step."""
+    """A run on one tiny regime, trained for two steps."""
     path = write_config(tmp_path / "base.yaml")
     tree = yaml.safe_load(path.read_text())
     regimes = [{"name": "open_channel", "path": str(tiny_data / "open_channel")}]
-    tree |= {"operator": OPERATOR, "evaluation": {"rollout": 2}, "data": {**tree["data"], "regimes": regimes}}
+    tree |= {"operator": TINY_MOE_POT, "evaluation": {"rollout": 2}, "data": {**tree["data"], "regimes": regimes}}
     path.write_text(yaml.safe_dump(tree))
     finished = run_script("launch/pretrain.py", "--config", path)
     assert finished.code == 0, finished.stderr

@@ -15,22 +15,9 @@ from typing import Any
 import pytest
 import yaml
 from helper import ROOT, run_script
-from published import published
+from published import TINY_MOE_POT
 
 STUDY = "launch/study.py"
-OPERATOR = published(
-    {
-        "kind": "moe_pot",
-        "dim": 16,
-        "depth": 1,
-        "heads": 2,
-        "patch": 8,
-        "loss": "mse",
-        "field": {"mlp": 16, "decoder": 8},
-        "experts": {"num_experts": 4, "top_k": 2},
-        "train": {"steps": 2, "warmup": 1, "global_batch": 4},
-    }
-)
 
 
 @pytest.fixture
@@ -38,7 +25,7 @@ def study_file(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
     """A study of MoE-POT on the tiny data: no tokenizer, one block, two steps."""
     base = write_config(tmp_path / "base.yaml")
     tree = yaml.safe_load(base.read_text())
-    tree["operator"] = OPERATOR
+    tree["operator"] = {**TINY_MOE_POT, "loss": "mse"}
     tree["evaluation"] = {"rollout": 2}
     base.write_text(yaml.safe_dump(tree))
     study = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from published import published
+from published import TINY_MOE_POT
 from safetensors.torch import save_file
 
 from shodh.config import load_config, to_dict
@@ -29,19 +29,6 @@ from shodh.experiments.harness.run import Run
 from shodh.models.factory import build_operator
 from shodh.models.init import initialise
 
-OPERATOR: dict[str, Any] = published(
-    {
-        "kind": "moe_pot",
-        "dim": 16,
-        "depth": 1,
-        "heads": 2,
-        "patch": 8,
-        "field": {"mlp": 16, "decoder": 8},
-        "experts": {"num_experts": 4, "top_k": 2},
-        "train": {"steps": 2, "warmup": 1, "global_batch": 4, "lr": 1e-3},
-    }
-)
-
 
 @pytest.fixture
 def run(tmp_path: Path, write_config: Callable[..., Path]) -> Callable[..., Path]:
@@ -50,7 +37,7 @@ def run(tmp_path: Path, write_config: Callable[..., Path]) -> Callable[..., Path
     def write(**operator: Any) -> Path:
         path = write_config(tmp_path / "base.yaml")
         tree = yaml.safe_load(path.read_text())
-        tree["operator"] = {**OPERATOR, **operator}
+        tree["operator"] = {**TINY_MOE_POT, **operator}
         tree["data"]["regimes"] = tree["data"]["regimes"][:1]
         folder = tmp_path / "runs" / "base"
         checkpoint = folder / "checkpoints" / "step_00000002"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +76,57 @@ def error_of_gradient(deepspeed_json: Path, accumulation: int) -> float:
         compared += len(true)
     assert compared
     return worst
+
+
+def still_after(deepspeed_json: Path, cases: list[dict[str, Any]]) -> list[list[str]]:
+    """Names that the check after the first step finds in an engine of one rank, for each of ``cases``.
+
+    Parameters of a case
+    --------------------
+    lr, clip : float
+        Of the step.
+    lost, put_back, zero : str
+        Parameters, by the beginning of their names, that the optimiser does not step and has no state of, whose old
+        value it puts back, or all of which have a gradient of zero (``all``).
+    """
+    from shodh.config import TrainConfig
+    from shodh.core.topology import Topology
+    from shodh.train.engine import MovementCheck, build_engine, load_deepspeed_config
+    from shodh.train.runtime import start_distributed
+
+    start_distributed()
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+    def case(lr: float, clip: float = 1.0, lost: str = "", put_back: str = "", zero: str = "") -> list[str]:
+        train = TrainConfig(steps=1, clip=clip, betas=(0.9, 0.999))
+        settings = load_deepspeed_config(deepspeed_json, train, Topology(1, 1, micro_batch=3, accumulation=1))
+        layers = {"norm": nn.LayerNorm(4), "map": nn.Linear(4, 4), "more": nn.Linear(4, 4)}
+        model = nn.Sequential()
+        for name, layer in layers.items():
+            model.add_module(name, layer)
+        groups = [{"params": list(layer.parameters()), "name": n, "weight_decay": 0.0} for n, layer in layers.items()]
+        engine = build_engine(model, groups, train, settings, "torch")
+        optimizer = engine.optimizer.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step = partial(_faulty_step, optimizer.step, engine, lost, put_back)
+        check = MovementCheck(engine)
+        engine.backward(engine(x).square().sum() * (0.0 if zero == "all" else 1.0))
+        engine.step()
+        return check.finish(lr)
+
+    return [case(**settings) for settings in cases]
+
+
+def _faulty_step(step: Callable[[], Any], engine: Any, lost: str, put_back: str) -> None:
+    """A step of the optimiser that loses a group of parameters, and whose change of some is taken back."""
+    groups = engine.optimizer.optimizer.param_groups
+    for group in groups:
+        if lost and group["name"] == lost:
+            for flat in group["params"]:
+                flat.grad = None
+    fragments = {n: p._hp_mapping.hp_fragment for n, p in engine.module.named_parameters() if n == put_back}
+    before = {name: fragment.detach().clone() for name, fragment in fragments.items()}
+    step()
+    for name, fragment in fragments.items():
+        fragment.data.copy_(before[name])

@@ -19,3 +19,18 @@ def published(operator: Mapping[str, Any]) -> dict[str, Any]:
     sparse = {**EXPERTS, "hidden": operator.get("dim", 128)}
     experts = sparse if operator["kind"] == "moe_pot" else {"num_experts": 0}
     return merge_trees({"loss": "relative_l2", "random_shifts": False, "experts": experts}, operator)
+
+
+#: A MoE-POT of one block on fields of 16^3 cells.
+TINY_MOE_POT = published(
+    {
+        "kind": "moe_pot",
+        "dim": 16,
+        "depth": 1,
+        "heads": 2,
+        "patch": 8,
+        "field": {"mlp": 16, "decoder": 8},
+        "experts": {"num_experts": 4, "top_k": 2},
+        "train": {"steps": 2, "warmup": 1, "global_batch": 4},
+    }
+)

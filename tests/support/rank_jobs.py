@@ -33,7 +33,7 @@ def probe_input(history: int, latent_channels: int, static_channels: int) -> tup
 
 def describe_engine(engine: Any, config: Any) -> dict[str, Any]:
     """Outputs for the probe, and the dtype of every parameter and buffer."""
-    from shodh.moe.step import regime_arguments
+    from shodh.moe.step import router_arguments
     from shodh.schema.domain import num_static_features
 
     static = num_static_features(sum(f.static for f in config.data.fields), len(config.data.optional))
@@ -43,7 +43,9 @@ def describe_engine(engine: Any, config: Any) -> dict[str, Any]:
         inputs = probe_input(config.data.history, config.tokenizer.latent_channels, static)
     engine.eval()
     with torch.no_grad():
-        output = engine(*inputs, **regime_arguments(config.operator.experts, 0, inputs[0]))
+        output = engine(
+            *inputs, **router_arguments(config.operator.experts, torch.zeros(len(inputs[0]), dtype=torch.long))
+        )
     return {
         "latent": output.latent,
         "selected": [routing.selected for routing in output.routing],

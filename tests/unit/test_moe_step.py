@@ -9,7 +9,7 @@ import torch
 
 from shodh.config import ExpertsConfig
 from shodh.moe.experts import ExpertLayerReference
-from shodh.moe.step import finish_step, regime_arguments, router_arguments
+from shodh.moe.step import finish_step, router_arguments
 
 NAMES = [(0, 3, 1), (1, 0, 7)]
 NOISY = {"kind": "noisy_topk", "score": "softmax", "normalise": "after"}
@@ -25,7 +25,6 @@ def test_only_an_oracle_is_told_the_regime() -> None:
         assert router_arguments(config({"kind": kind}), labels, NAMES, 0, 5) == {}
     (name,) = told = router_arguments(config({"kind": "oracle"}), labels)
     assert name == "regime" and torch.equal(told["regime"], labels)
-    assert regime_arguments(config({"kind": "oracle"}), 1, torch.zeros(3, 2))["regime"].tolist() == [1, 1, 1]
     assert router_arguments(config({"kind": "oracle"}, num_experts=0), labels) == {}, "a dense model has no router"
 
 
