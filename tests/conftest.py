@@ -137,11 +137,17 @@ def write_config(tiny_tree: dict[str, Any]) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def laboratory(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path]) -> Laboratory:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this session, which all workers have; `helper.made_once` makes what lies there."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def laboratory(shared: Path, write_config: Callable[..., Path]) -> Laboratory:
     """A tiny trained tokenizer, and runs of the tiny configuration on ranks; all workers of a session share them."""
     from helper import made_once
     from laboratory import make_laboratory
 
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "laboratory"
+    folder = shared / "laboratory"
     return made_once(folder / "laboratory.pickle", lambda: make_laboratory(folder, write_config))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helper import made_once
 from known_family import MOE_POT, build_known
 
 from shodh.experiments.composition.bench import Bench
@@ -19,26 +21,31 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
-def known(tmp_path_factory: pytest.TempPathFactory) -> CCMConfig:
+def known(shared: Path) -> CCMConfig:
     """A dense family with models and data; read it, never change it."""
-    return build_known(tmp_path_factory.mktemp("known"))
+    return made_once(shared / "known" / "study.pickle", lambda: build_known(shared / "known"))
 
 
 @pytest.fixture(scope="session")
-def known_sparse(tmp_path_factory: pytest.TempPathFactory) -> CCMConfig:
+def known_sparse(shared: Path) -> CCMConfig:
     """The same with routed experts, at the values of the experts alone, and some of the methods."""
     family = {"interpolation": (), "extrapolation": (), "validation": (0.01,), "valid": 1, "test": 2}
     methods = ("anchor", "scale", "gradient_by_expert")
     short = {"prefix": 1, "rollout": 1, "maps": ("linear",)}
-    return build_known(tmp_path_factory.mktemp("sparse"), MOE_POT, family=family, methods=methods, **short)
+    changes: dict[str, Any] = {"family": family, "methods": methods, **short}
+    return made_once(shared / "sparse" / "study.pickle", lambda: build_known(shared / "sparse", MOE_POT, **changes))
 
 
 @pytest.fixture(scope="session")
-def evaluated(known: CCMConfig) -> dict[str, Any]:
+def evaluated(known: CCMConfig, shared: Path) -> dict[str, Any]:
     """What the evaluation of seed 0 leaves behind."""
-    write_result(make(known, 0, None), CPU)
-    found: dict[str, Any] = json.loads(known.results_file(0).read_text())
-    return found
+
+    def evaluate() -> dict[str, Any]:
+        write_result(make(known, 0, None), CPU)
+        found: dict[str, Any] = json.loads(known.results_file(0).read_text())
+        return found
+
+    return made_once(shared / "known" / "evaluated.pickle", evaluate)
 
 
 @pytest.fixture(scope="module")
