@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from shodh.core.precision import float32_products
 PACKAGES = ("torch", "deepspeed", "numpy", "h5py", "safetensors", "pydantic")
 
 
+@cache
 def git_commit() -> str | None:
-    """The commit of the source tree, with ``-dirty`` if it was changed; None outside a checkout."""
+    """The commit of the source tree, with ``-dirty`` if it was changed; None outside a checkout. Asked once."""
     root = Path(__file__).resolve().parents[2]
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
@@ -30,20 +32,23 @@ def git_commit() -> str | None:
     return run.stdout.strip() or None if run.returncode == 0 else None
 
 
+@cache
+def installed_version(package: str) -> str:
+    """The version of a package, or ``missing``."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions, machine, command line and commit: what a run needs to explain itself."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "missing"
     return {
         "shodh": __version__,
         "commit": git_commit(),
         "command": sys.argv,
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": {name: installed_version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "device": torch.cuda.get_device_name() if uses_cuda() else platform.processor() or "cpu",
