@@ -137,8 +137,9 @@ def combine(outputs: Tensor, place: Tensor, weights: Tensor) -> Tensor:
 @fused_on_cuda
 def collect(place: Tensor, top_k: int, *parts: Tensor) -> Tensor:
     """Sum of what all parts ``[N, D]`` have at the ``K`` places of each token: ``place [T * K] -> [T, D]``."""
-    picked = [wide(part).index_select(0, place) for part in parts]
-    return _sum(sum(picked[1:], picked[0]).view(len(place) // top_k, top_k, parts[0].shape[1])).to(parts[0].dtype)
+    total = sum((wide(part) for part in parts[1:]), wide(parts[0]))
+    picked = total.index_select(0, place).view(len(place) // top_k, top_k, total.shape[1])
+    return _sum(picked).to(parts[0].dtype)
 
 
 @fused_on_cuda
