@@ -21,8 +21,11 @@ def slots(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
     A stable order is unique, so both ways to find it agree: counting on a GPU, without a sort; sorting on a CPU, where
     a table of keys x N is slow.
     """
-    place = slots_by_counting(keys, num_keys) if keys.is_cuda else slots_by_sorting(keys)
-    return place, _inverse(place)
+    if keys.is_cuda:
+        place = slots_by_counting(keys, num_keys)
+        return place, inverse(place)
+    order = keys.argsort(stable=True)
+    return inverse(order), order
 
 
 @fused_on_cuda
@@ -33,12 +36,8 @@ def slots_by_counting(keys: Tensor, num_keys: int) -> Tensor:
     return (seen.gather(0, keys.unsqueeze(0))[0] - 1).long()
 
 
-def slots_by_sorting(keys: Tensor) -> Tensor:
-    """Places by a stable sort."""
-    return _inverse(keys.argsort(stable=True))
-
-
-def _inverse(permutation: Tensor) -> Tensor:
+def inverse(permutation: Tensor) -> Tensor:
+    """The permutation that undoes ``permutation [N]``."""
     return torch.empty_like(permutation).scatter_(
         0, permutation, torch.arange(len(permutation), device=permutation.device)
     )

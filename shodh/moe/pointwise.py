@@ -75,7 +75,7 @@ def swiglu_backward(gate: Tensor, up: Tensor, gradient: Tensor, scale: Tensor) -
     of_scale = (d * hidden).sum(-1)
     by_row = scale.unsqueeze(-1)
     d = d * by_row
-    return _gradients(torch.ops.aten.silu_backward(d * u, g), d * silu, hidden * by_row, of_scale, gate.dtype)
+    return _gradients(torch.ops.aten.silu_backward(d * u, g), d * silu, hidden.mul_(by_row), of_scale, gate.dtype)
 
 
 @fused_on_cuda
@@ -92,7 +92,7 @@ def bilinear_backward(gate: Tensor, up: Tensor, gradient: Tensor, scale: Tensor)
     of_scale = (d * hidden).sum(-1)
     by_row = scale.unsqueeze(-1)
     d = d * by_row
-    return _gradients(d * u, d * g, hidden * by_row, of_scale, gate.dtype)
+    return _gradients(d * u, d * g, hidden.mul_(by_row), of_scale, gate.dtype)
 
 
 @fused_on_cuda
@@ -110,7 +110,7 @@ def gelu_backward(first: Tensor, second: Tensor, gradient: Tensor, scale: Tensor
     by_row = scale.unsqueeze(-1)
     of_a, of_b = (d * by_row).chunk(2, -1)
     of_a, of_b = (torch.ops.aten.gelu_backward(part, x) for part, x in ((of_a, a), (of_b, b)))
-    return _gradients(of_a, of_b, hidden * by_row, of_scale, first.dtype)
+    return _gradients(of_a, of_b, hidden.mul_(by_row), of_scale, first.dtype)
 
 
 class Activation(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from shodh.moe import grouped
+from shodh.moe import grouped, mixture
 from shodh.moe.experts import ExpertStack
 from shodh.moe.mixture import mix_experts, mix_experts_reference
 from shodh.moe.routing import count_assignments
@@ -174,10 +174,9 @@ def test_one_expert_alone_is_the_same_expert_among_others() -> None:
 def test_both_orders_are_the_stable_one(number: int, keys: int) -> None:
     given = torch.randint(keys, (number,), generator=torch.Generator().manual_seed(number))
     expected = sorted(range(number), key=lambda n: (int(given[n]), n))
-    for place in (grouped.slots_by_counting(given, keys), grouped.slots_by_sorting(given)):
-        assert place.argsort().tolist() == expected
     place, order = grouped.slots(given, keys)
     assert order.tolist() == expected and torch.equal(place[order], torch.arange(number))
+    assert torch.equal(grouped.slots_by_counting(given, keys), place)
 
 
 class Calls(TorchDispatchMode):
@@ -192,6 +191,12 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def by_counting(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+    """`grouped.slots` as on a GPU."""
+    place = grouped.slots_by_counting(keys, num_keys)
+    return place, grouped.inverse(place)
+
+
 HOST = {"_local_scalar_dense", "nonzero", "item", "unique", "_unique2", "masked_select", "bincount", "is_nonzero"}
 
 
@@ -200,7 +205,7 @@ HOST = {"_local_scalar_dense", "nonzero", "item", "unique", "_unique2", "masked_
 def test_a_gpu_is_never_waited_for_and_nothing_is_sorted_or_scattered(
     form: str, top_k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grouped, "slots_by_sorting", lambda keys: grouped.slots_by_counting(keys, EXPERTS))
+    monkeypatch.setattr(mixture, "slots", by_counting)
     monkeypatch.setattr(Tensor, "tolist", lambda self: pytest.fail("tolist waits for a GPU"), raising=False)
     case = Case(form, top_k=top_k)
     selected, weights = case.selected, case.score.gather(1, case.selected).detach().requires_grad_()
