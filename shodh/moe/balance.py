@@ -81,7 +81,8 @@ def _layer_means(routing: Routing) -> Tensor:
         grouped = routing.probs.unflatten(2, (routing.num_groups, -1))
         within = grouped / grouped.sum(-1, keepdim=True).clamp(min=1e-20)
         # Mean of p(e | g) over the tokens that chose group g, kept as the numerator: the share of g times that mean.
-        chosen = torch.nn.functional.one_hot(routing.selected[..., 0] // grouped.shape[-1], routing.num_groups)
+        groups = torch.arange(routing.num_groups, device=routing.selected.device)
+        chosen = routing.selected[..., :1] // grouped.shape[-1] == groups
         parts.append((within * chosen.unsqueeze(-1)).mean(1).flatten(1))
     return torch.cat(parts, 1)
 
@@ -129,6 +130,7 @@ class GlobalBalance:
     def __init__(self) -> None:
         self._sum: Tensor | None = None
         self._count = 0
+        self.means, self.terms = _layer_means, _layer_terms  #: The arithmetic around the collective.
 
     def start_step(self) -> None:
         """Forget the micro-batches of the last optimiser step."""
@@ -148,7 +150,7 @@ class GlobalBalance:
     def __call__(self, routings: Sequence[Routing]) -> BalanceTerms:
         """Terms of all layers, averaged over the layers; every rank gets the same Switch and mean-probability part."""
         stacked = _stacked(routings)
-        terms = _layer_terms(stacked, self._globalise(_layer_means(stacked)))
+        terms = self.terms(stacked, self._globalise(self.means(stacked)))
         # z-loss and mean entropies are per-token means: data parallelism averages them, no collective is needed.
         means = BalanceTerms(*torch.stack(terms).mean(1).unbind())
         return means._replace(cv2=len(routings) * means.importance)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from shodh.moe import grouped, mixture
+from shodh.moe import grouped, mixture, pointwise
 from shodh.moe.experts import ExpertStack
 from shodh.moe.mixture import mix_experts, mix_experts_reference
 from shodh.moe.routing import count_assignments
@@ -228,3 +228,44 @@ def test_nothing_but_inputs_of_the_activation_is_kept_by_the_choice(top_k: int) 
     given = {t.data_ptr() for t in (case.rows, *case.stack.parameters())}
     floats = sum(t.numel() for p, t in kept.items() if p not in given and t.is_floating_point() and t.ndim > 1)
     assert floats == TOKENS * top_k * (2 * hidden + 1)  # Gate, up, and the weight.
+
+
+def test_a_compiler_takes_every_pass_over_the_rows_whole() -> None:
+    gate, up, gradient = (draw(seed, 24, 16, dtype=torch.bfloat16) for seed in range(3))
+    place = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (grouped.slots_by_counting, (place % 5, 5)),
+        (pointwise.combine, (gate, place, draw(4, 12, 2))),
+        (pointwise.collect, (place, 2, gate, up)),
+        (pointwise.swiglu_backward, (gate, up, gradient, draw(5, 24))),
+        (pointwise.gelu_backward, (gate, up, torch.cat((gradient, up), 1), draw(5, 24))),
+    ]
+    for function, given in calls:
+        compiled = torch.compile(function.__wrapped__, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*given), function(*given), rtol=0, atol=0)
+
+
+class OnCuda(Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+def test_compiler_is_asked_once_on_a_gpu_alone_and_missed_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+
+    def no_compiler(function: Any) -> Any:
+        asked.append(function.__name__)
+        return lambda *args: (_ for _ in ()).throw(RuntimeError("no Triton here\nand much more"))
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    twice = pointwise.fused_on_cuda(lambda x: 2 * x)
+    there = torch.ones(3).as_subclass(OnCuda)
+    assert torch.equal(twice(torch.ones(3)), torch.full((3,), 2.0)) and asked == []
+    with caplog.at_level("WARNING", "shodh"):
+        assert all((twice(there) == 2).all() for _ in range(3))
+    assert len(asked) == 1
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "no Triton here" in line and "\n" not in line
