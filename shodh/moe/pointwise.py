@@ -1,4 +1,5 @@
 """What experts do number by number, forward and backward: one function a pass over the rows, in float32 at least.
+In place where they can: on a CPU much of the time goes into new memory.
 
 Each is one kernel on CUDA, where it is compiled when it is first called, and plain torch elsewhere.
 """
@@ -63,19 +64,19 @@ def _gradients(first: Tensor, second: Tensor, hidden: Tensor, scale: Tensor, dty
 @fused_on_cuda
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up``"""
-    return (F.silu(wide(gate)) * wide(up)).to(gate.dtype)
+    return F.silu(wide(gate)).mul_(up).to(gate.dtype)
 
 
 @fused_on_cuda
 def swiglu_backward(gate: Tensor, up: Tensor, gradient: Tensor, scale: Tensor) -> Gradients:
-    """Backward of ``scale [N] * swiglu(gate, up)``, all others ``[N, H]``."""
+    """Backward of ``scale [N] * swiglu(gate, up)``, all others ``[N, H]``; in float32 it overwrites ``gradient``."""
     g, u, d = wide(gate), wide(up), wide(gradient)
-    silu = F.silu(g)
+    silu, by_row = F.silu(g), scale.unsqueeze(-1)
     hidden = silu * u
     of_scale = (d * hidden).sum(-1)
-    by_row = scale.unsqueeze(-1)
-    d = d * by_row
-    return _gradients(torch.ops.aten.silu_backward(d * u, g), d * silu, hidden.mul_(by_row), of_scale, gate.dtype)
+    d.mul_(by_row)
+    silu.mul_(d)
+    return _gradients(torch.ops.aten.silu_backward(d.mul_(u), g), silu, hidden.mul_(by_row), of_scale, gate.dtype)
 
 
 @fused_on_cuda
@@ -88,11 +89,10 @@ def bilinear(gate: Tensor, up: Tensor) -> Tensor:
 def bilinear_backward(gate: Tensor, up: Tensor, gradient: Tensor, scale: Tensor) -> Gradients:
     """As `swiglu_backward`."""
     g, u, d = wide(gate), wide(up), wide(gradient)
-    hidden = g * u
+    hidden, by_row = g * u, scale.unsqueeze(-1)
     of_scale = (d * hidden).sum(-1)
-    by_row = scale.unsqueeze(-1)
-    d = d * by_row
-    return _gradients(d * u, d * g, hidden.mul_(by_row), of_scale, gate.dtype)
+    of_up = d.mul_(by_row) * g
+    return _gradients(d.mul_(u), of_up, hidden.mul_(by_row), of_scale, gate.dtype)
 
 
 @fused_on_cuda
@@ -108,7 +108,7 @@ def gelu_backward(first: Tensor, second: Tensor, gradient: Tensor, scale: Tensor
     hidden = torch.cat((F.gelu(a), F.gelu(b)), -1)
     of_scale = (d * hidden).sum(-1)
     by_row = scale.unsqueeze(-1)
-    of_a, of_b = (d * by_row).chunk(2, -1)
+    of_a, of_b = d.mul_(by_row).chunk(2, -1)
     of_a, of_b = (torch.ops.aten.gelu_backward(part, x) for part, x in ((of_a, a), (of_b, b)))
     return _gradients(of_a, of_b, hidden.mul_(by_row), of_scale, first.dtype)
 
@@ -131,7 +131,7 @@ FUSED = {
 def combine(outputs: Tensor, place: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of the ``K`` rows of each token: ``[N, O], place [T * K], weights [T, K] -> [T, O]``."""
     picked = wide(outputs.index_select(0, place)).view(*weights.shape, outputs.shape[1])
-    return _sum(picked * weights.unsqueeze(-1)).to(outputs.dtype)
+    return _sum(picked.mul_(weights.unsqueeze(-1))).to(outputs.dtype)
 
 
 @fused_on_cuda
