@@ -64,21 +64,27 @@ def entropy(p: Tensor) -> Tensor:
     return torch.special.entr(p).sum(-1)
 
 
+def _stacked(routings: Sequence[Routing]) -> Routing:
+    """The decisions of ``L`` layers as one, with a first axis for them: every step below is taken once for all."""
+    fields = zip(Routing._fields, zip(*routings, strict=True), strict=True)
+    return Routing(**{name: torch.stack(values) for name, values in fields if values[0] is not None})
+
+
 def _layer_means(routing: Routing) -> Tensor:
-    """What must be averaged over the global batch, as one flat vector, so that all layers need one collective."""
-    fraction = routing.counts.float() / routing.selected.numel()
-    importance = torch.zeros_like(routing.probs).scatter(1, routing.selected, routing.weights).mean(0)
-    load = importance.new_empty(0) if routing.load_probs is None else routing.load_probs.mean(0)
-    parts = [fraction, routing.probs.mean(0), routing.group_probs.mean(0), importance, load]
+    """What must be averaged over the global batch, ``[L, M]``, so that all layers need one collective."""
+    fraction = routing.counts.float() / routing.selected[0].numel()
+    importance = torch.zeros_like(routing.probs).scatter(2, routing.selected, routing.weights).mean(1)
+    parts = [fraction, routing.probs.mean(1), routing.group_probs.mean(1), importance]
+    if routing.load_probs is not None:
+        parts.append(routing.load_probs.mean(1))
     if routing.num_groups:
-        grouped = routing.probs.unflatten(1, (routing.num_groups, -1))
+        grouped = routing.probs.unflatten(2, (routing.num_groups, -1))
         within = grouped / grouped.sum(-1, keepdim=True).clamp(min=1e-20)
         # Mean of p(e | g) over the tokens that chose group g, kept as the numerator: the share of g times that mean.
-        chosen = torch.nn.functional.one_hot(routing.selected[:, 0] // grouped.shape[-1], routing.num_groups).unsqueeze(
-            -1
-        )
-        parts.append((within * chosen).mean(0).flatten())
-    return torch.cat(parts)
+        groups = torch.arange(routing.num_groups, device=routing.selected.device)
+        chosen = routing.selected[..., :1] // grouped.shape[-1] == groups
+        parts.append((within * chosen.unsqueeze(-1)).mean(1).flatten(1))
+    return torch.cat(parts, 1)
 
 
 def _switch(fraction: Tensor, probs: Tensor) -> Tensor:
@@ -87,30 +93,31 @@ def _switch(fraction: Tensor, probs: Tensor) -> Tensor:
 
 
 def _squared_variation(values: Tensor) -> Tensor:
-    """``CV^2``, the variance over the squared mean; of no values, 0."""
-    if not values.numel():
-        return values.sum()
-    return values.var(correction=0) / values.mean().square().clamp(min=1e-20)
+    """``CV^2`` over the last axis, the variance over the squared mean."""
+    return values.var(-1, correction=0) / values.mean(-1).square().clamp(min=1e-20)
 
 
 def _layer_terms(routing: Routing, means: Tensor) -> BalanceTerms:
+    """The terms of each layer, ``[L]``."""
     experts, groups = routing.num_experts, routing.num_groups
     smooth = 0 if routing.load_probs is None else experts
     sizes = [experts, experts, groups, experts, smooth, experts if groups else 0]
-    fraction, probs, group_probs, weights, load, within = means.split(sizes)
-    z_loss = torch.logsumexp(routing.logits, -1).square().mean()
+    fraction, probs, group_probs, weights, load, within = means.split(sizes, 1)
+    z_loss = torch.logsumexp(routing.logits, -1).square().mean(1)
     if not groups:
-        information = entropy(probs) - entropy(routing.probs).mean()
+        information = entropy(probs) - entropy(routing.probs).mean(1)
         switch = _switch(fraction, probs)
     else:
         # Decided groups that are all used, and balance inside each group, weighted by the group's share.
-        information = entropy(group_probs) - entropy(routing.group_probs).mean()
-        fraction, within = fraction.view(groups, -1), within.view(groups, -1)
+        information = entropy(group_probs) - entropy(routing.group_probs).mean(1)
+        fraction, within = (values.unflatten(1, (groups, -1)) for values in (fraction, within))
         share = fraction.sum(-1).detach().clamp(min=1e-20)
-        switch = (_switch(fraction, within) / share).sum()
+        switch = (_switch(fraction, within) / share).sum(1)
     importance = _squared_variation(weights)
-    similarity = importance.new_zeros(()) if routing.similarity is None else routing.similarity
-    return BalanceTerms(switch, information, z_loss, importance, importance, _squared_variation(load), similarity)
+    none = importance.new_zeros(len(importance))
+    of_load = _squared_variation(load) if smooth else none
+    similarity = none if routing.similarity is None else routing.similarity
+    return BalanceTerms(switch, information, z_loss, importance, importance, of_load, similarity)
 
 
 class GlobalBalance:
@@ -123,6 +130,7 @@ class GlobalBalance:
     def __init__(self) -> None:
         self._sum: Tensor | None = None
         self._count = 0
+        self.means, self.terms = _layer_means, _layer_terms  #: The arithmetic around the collective.
 
     def start_step(self) -> None:
         """Forget the micro-batches of the last optimiser step."""
@@ -141,12 +149,11 @@ class GlobalBalance:
 
     def __call__(self, routings: Sequence[Routing]) -> BalanceTerms:
         """Terms of all layers, averaged over the layers; every rank gets the same Switch and mean-probability part."""
-        flat = [_layer_means(routing) for routing in routings]
-        means = self._globalise(torch.cat(flat)).split([m.numel() for m in flat])
-        terms = [_layer_terms(routing, m) for routing, m in zip(routings, means, strict=True)]
+        stacked = _stacked(routings)
+        terms = self.terms(stacked, self._globalise(self.means(stacked)))
         # z-loss and mean entropies are per-token means: data parallelism averages them, no collective is needed.
-        means_of_terms = BalanceTerms(*(torch.stack(t).mean() for t in zip(*terms, strict=True)))
-        return means_of_terms._replace(cv2=len(terms) * means_of_terms.importance)
+        means = BalanceTerms(*torch.stack(terms).mean(1).unbind())
+        return means._replace(cv2=len(routings) * means.importance)
 
 
 def update_selection_bias(router: Router, counts: Tensor, rate: float) -> None:

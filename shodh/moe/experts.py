@@ -20,14 +20,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh.config import ExpertsConfig
 from shodh.core.seeding import Key, generator
 from shodh.moe.gates import Gate
-from shodh.moe.grouped import ALIGNMENT, grouped_linear, mix_experts
+from shodh.moe.mixture import expert_reference, mix_experts
 from shodh.moe.routers import make_router
+from shodh.moe.routers.base import to_tokens
 from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing
 
 
@@ -103,7 +105,8 @@ def build_dense(config: ExpertsConfig, dim: int, copies: int) -> FeedForward | L
 class ExpertStack(nn.Module):
     """Routed experts on this device, all of a layer or a rank's share, as three stacked matrices.
 
-    ``forward(rows [N, D] sorted by expert, counts [E]) -> [N, O]``
+    ``forward(rows [T, D], selected [T, K], weights [T, K], counts, group) -> [T, O]``, the weighted sum of the chosen
+    ones: `shodh.moe.mixture.mix_experts`.
 
     Parameters
     ----------
@@ -137,46 +140,15 @@ class ExpertStack(nn.Module):
                 drawn_by = generator(*key, name, self.first_expert + local)
                 parameter[local].copy_(draw.normal_(0.0, parameter.shape[2] ** -0.5, generator=drawn_by))
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        return run_experts(rows, counts, self.w1, self.w2, self.w3, self.activation)
+    def forward(
+        self, rows: Tensor, selected: Tensor, weights: Tensor, counts: Tensor, group: dist.ProcessGroup | None = None
+    ) -> Tensor:
+        matrices = self.w1, self.w2, self.w3
+        return mix_experts(rows, selected, weights, counts, matrices, self.activation, group)
 
     def one(self, rows: Tensor, expert: int) -> Tensor:
         """Expert ``expert`` alone on rows ``[N, D]``."""
-        counts = torch.full((1,), len(rows), dtype=torch.int32, device=rows.device)
-        w1, w2, w3 = (w[expert : expert + 1] for w in (self.w1, self.w2, self.w3))
-        return run_experts(rows, counts, w1, w2, w3, self.activation)
-
-
-def run_experts(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, activation: str) -> Tensor:
-    """Each row through its expert: ``[N, D] -> [N, O]``; see the table above.
-
-    The halves of a matrix are multiplied apart, so that no weight is copied, which would cost the more the more experts
-    there are. A bias is a grouped product with rows of a one, so that its gradient is a sum in there: deterministic,
-    unlike a scattered one.
-
-    Parameters
-    ----------
-    rows, counts
-        Sorted by expert, and rows of each expert.
-    """
-    first, second = (grouped_linear(rows, w, counts) for w in (w1, w3))
-    if activation != "linear":
-        return grouped_linear(ACTIVATIONS[activation](first, second), w2, counts)
-    padding = (0, ALIGNMENT // rows.element_size() - 1)
-    bias = grouped_linear(F.pad(rows.new_ones(len(rows), 1), padding), F.pad(w2, padding), counts)
-    return F.gelu(torch.cat((first, second), 1) + bias)
-
-
-def run_experts_reference(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, activation: str) -> Tensor:
-    """`run_experts` row by row, as the table above says it."""
-    outputs = []
-    for row, expert in zip(rows, torch.arange(len(counts)).repeat_interleave(counts.cpu()), strict=True):
-        first, second = w1[expert] @ row, w3[expert] @ row
-        if activation == "linear":
-            outputs.append(F.gelu(torch.cat((first, second)) + w2[expert, :, 0]))
-        else:
-            outputs.append(w2[expert] @ ACTIVATIONS[activation](first, second))
-    return torch.stack(outputs)
+        return expert_reference(rows, self.w1[expert], self.w2[expert], self.w3[expert], self.activation)
 
 
 def build_stack(config: ExpertsConfig, dim: int, num_experts: int, first_expert: int = 0) -> ExpertStack:
@@ -205,11 +177,11 @@ class AddedExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits, _ = self.gate(x.float().mean(1, keepdim=True) if self.of_sample else x)
-        weights = torch.sigmoid(logits).unsqueeze(-1)
-        rows = x.reshape(-1, x.shape[-1])
-        counts = torch.full((self.num_added,), len(rows), dtype=torch.int32, device=x.device)
-        every = self.stack(rows.repeat(self.num_added, 1), counts).view(self.num_added, *x.shape[:-1], self.width)
-        return (every.movedim(0, 2).to(weights.dtype) * weights).sum(2).to(x.dtype)
+        weights = to_tokens(torch.sigmoid(logits), x)
+        every = torch.arange(self.num_added, device=x.device).expand(len(weights), -1)
+        counts = torch.full((self.num_added,), len(weights), dtype=torch.int32, device=x.device)
+        out: Tensor = self.stack(x.reshape(-1, x.shape[-1]), every, weights, counts)
+        return out.view(*x.shape[:-1], self.width)
 
 
 def build_added(config: ExpertsConfig, dim: int) -> AddedExperts | None:
@@ -228,17 +200,20 @@ class ExpertLayerReference(nn.Module):
     (`shodh.moe.routing.RouterInputs`).
     """
 
-    def __init__(self, config: ExpertsConfig, dim: int) -> None:
+    def __init__(self, config: ExpertsConfig, dim: int, ep_size: int = 1, ep_rank: int = 0) -> None:
         super().__init__()
         self.width = output_width(config, dim)
         self.router = make_router(config, dim)
-        self.experts = build_stack(config, dim, config.num_experts)
+        local = config.num_experts // ep_size
+        self.experts = build_stack(config, dim, local, local * ep_rank)
         self.shared_experts = build_dense(config, dim, config.num_shared) if config.num_shared else None
         self.added_experts = build_added(config, dim)
+        self.ep_group: dist.ProcessGroup | None = None
 
     def forward(self, x: Tensor, inputs: RouterInputs = NO_INPUTS) -> tuple[Tensor, Routing]:
         routing: Routing = self.router(x, inputs)
-        out = mix_experts(x.reshape(-1, x.shape[-1]), routing, self.experts).view(*x.shape[:-1], self.width)
+        chosen = routing.selected, routing.weights, routing.counts
+        out: Tensor = self.experts(x.reshape(-1, x.shape[-1]), *chosen, self.ep_group).view(*x.shape[:-1], self.width)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)
         if self.added_experts is not None:

@@ -7,9 +7,11 @@ the mean squared cosine between the rows that stand for two alternatives, measur
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from shodh.config import RouterConfig
@@ -24,6 +26,40 @@ def mean_squared_cosine(rows: Tensor) -> Tensor:
     experts = rows.shape[0]
     off_diagonal = (unit @ unit.T).square() * (1 - torch.eye(experts, device=rows.device))
     return off_diagonal.sum() / max(1, experts * (experts - 1))
+
+
+def scaled_cosine_reference(query: Tensor, rows: Tensor, log_scale: Tensor) -> Tensor:
+    """``exp(log_scale) cos(query_t, row_e)``: ``[T, S], [E, S], [1] -> [T, E]``."""
+    return log_scale.exp() * F.linear(F.normalize(query, dim=-1), F.normalize(rows, dim=-1))
+
+
+class _ScaledCosine(torch.autograd.Function):
+    """`scaled_cosine_reference`, with a backward of a third of its operations.
+
+    With unit vectors ``q`` and ``p``, ``out = s q.p`` and its gradient ``g``, the part of ``dout/dquery`` along ``q``
+    that normalising takes away is ``sum_e g out``, that along ``p`` is ``sum_t g out``, and the gradient of ``log s``
+    is the sum of all of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, rows: Tensor, log_scale: Tensor) -> Tensor:
+        lengths = [torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(1e-12) for v in (query, rows)]
+        q, p = query / lengths[0], rows / lengths[1]
+        scale = log_scale.exp()
+        out = scale * (q @ p.t())
+        ctx.save_for_backward(q, p, *lengths, scale, out)
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, p, q_length, p_length, scale, out = ctx.saved_tensors
+        along = gradient * out
+        along_q, along_p = along.sum(1, keepdim=True), along.sum(0).unsqueeze(1)
+        scaled = gradient * scale
+        of_query = torch.addcmul(scaled @ p, q, along_q, value=-1).div_(q_length)
+        of_rows = torch.addcmul(scaled.t() @ q, p, along_p, value=-1).div_(p_length)
+        return of_query, of_rows, along_p.sum().view(1)
 
 
 class Gate(nn.Module):
@@ -67,8 +103,9 @@ class Gate(nn.Module):
         similarity = mean_squared_cosine(rows) if self.measures_similarity else None
         if self.score == "softmax":
             return F.linear(x, rows), similarity
-        query = F.normalize(F.linear(x, self.projection.float()), dim=-1)
-        return self.log_temperature.float().exp() * F.linear(query, F.normalize(rows, dim=-1)), similarity
+        query = F.linear(x, self.projection.float())
+        logits: Tensor = _ScaledCosine.apply(query.flatten(0, -2), rows, self.log_temperature.float())
+        return logits.unflatten(0, query.shape[:-1]), similarity
 
 
 class _Linear32(nn.Linear):

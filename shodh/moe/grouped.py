@@ -1,136 +1,86 @@
-"""Rows sorted by expert: to and from that order, and products of each segment with the matrix of its expert.
+"""Rows in the order of their experts, and products of each expert's rows with its matrix.
 
-The only arithmetic of routed experts: the expert-parallel layer of a training run and its plain-torch twin, in training
-and in evaluation, at every expert-parallel degree and on every device, call `mix_experts` and `grouped_linear`.
+Nothing here waits for the device, but for products that have no kernel (float64, and rows of odd sizes), which are
+taken expert by expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from shodh.moe.routing import Routing
+from shodh.moe.pointwise import fused_on_cuda
 
 ALIGNMENT = 16  # bytes: the grouped GEMM wants rows of whole multiples
+BLACKWELL = 10  # CUDA's major capability
 
-Experts = Callable[[Tensor, Tensor], Tensor]
+
+def slots(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+    """The stable order of ``keys [N]``: the place of each in it ``[N]``, and the inverse, what stands at each place.
+
+    A stable order is unique, so both ways to find it agree: counting on a GPU, without a sort; sorting on a CPU, where
+    a table of keys x N is slow.
+    """
+    if keys.is_cuda:
+        place = slots_by_counting(keys, num_keys)
+        return place, inverse(place)
+    order = keys.argsort(stable=True)
+    return inverse(order), order
 
 
-def _fits_grouped_gemm(rows: Tensor, weight: Tensor) -> bool:
-    """Whether ``torch._grouped_mm`` takes these: it has no float64, and no rows of odd sizes."""
-    widths = (size * rows.element_size() for size in weight.shape[1:])
+@fused_on_cuda
+def slots_by_counting(keys: Tensor, num_keys: int) -> Tensor:
+    """Places by one running sum over a table that has a row a key: it counts smaller keys, and equal ones before."""
+    hits = keys == torch.arange(num_keys, device=keys.device).unsqueeze(1)
+    seen = hits.flatten().cumsum(0, dtype=torch.int32).view(num_keys, -1)
+    return (seen.gather(0, keys.unsqueeze(0))[0] - 1).long()
+
+
+def inverse(permutation: Tensor) -> Tensor:
+    """The permutation that undoes ``permutation [N]``."""
+    return torch.empty_like(permutation).scatter_(
+        0, permutation, torch.arange(len(permutation), device=permutation.device)
+    )
+
+
+def ends_of(counts: Tensor) -> Tensor:
+    """Where the rows of each expert end, int32, of how many there are."""
+    return counts.cumsum(0, dtype=torch.int32)
+
+
+def has_kernel(rows: Tensor, *widths: int) -> bool:
+    """Whether ``torch._grouped_mm`` takes rows of this dtype and these widths."""
     known = rows.dtype in (torch.float32, torch.bfloat16, torch.float16) and hasattr(torch, "_grouped_mm")
-    return known and len(rows) > 0 and not any(width % ALIGNMENT for width in widths)
+    return known and len(rows) > 0 and not any(width * rows.element_size() % ALIGNMENT for width in widths)
 
 
-class _GroupedProduct(torch.autograd.Function):
-    """Grouped GEMM forward and backward; torch's own derivative refuses a gradient that is an expanded number."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weight, ends)
-        out: Tensor = torch._grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        rows, weight, ends = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        of_rows, of_weight = ctx.needs_input_grad[:2]
-        return (
-            torch._grouped_mm(gradient, weight, offs=ends) if of_rows else None,
-            torch._grouped_mm(gradient.t(), rows, offs=ends) if of_weight else None,
-            None,
-        )
-
-
-def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Multiply each row with the matrix of its expert: a grouped GEMM, or a loop over segments where it has no kernel.
+def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Each row times the matrix of its expert: ``[N, A] x [E, A, B] -> [N, B]``.
 
     Parameters
     ----------
-    rows : Tensor [N, D]
+    rows : Tensor
         Sorted by expert.
-    weight : Tensor [E, O, D]
-        Cast to the dtype of the rows.
-    counts : Tensor [E], int
-        Rows of each expert; they sum to ``N``.
-
-    Returns
-    -------
-    Tensor [N, O]
+    ends : Tensor [E], int32
+        Where the rows of each expert end.
     """
-    weight = weight.to(rows.dtype)
-    if not _fits_grouped_gemm(rows, weight):
-        return grouped_linear_reference(rows, weight, counts)
-    ends = torch.cumsum(counts, 0, dtype=torch.int32)
-    out: Tensor = _GroupedProduct.apply(rows.contiguous(), weight.contiguous(), ends)
+    if has_kernel(rows, *weight.shape[1:]):
+        out: Tensor = torch._grouped_mm(rows, weight, offs=ends)
+        return out
+    return torch.cat([part @ matrix for part, matrix in zip(_segments(rows, ends), weight.unbind(0), strict=True)])
+
+
+def grouped_gradient(gradient: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    """Sum over each expert's rows of their outer products: ``[N, B], [N, A] -> [E, B, A]``; zero for no rows."""
+    if not has_kernel(rows, gradient.shape[1], rows.shape[1]):
+        parts = zip(_segments(gradient, ends), _segments(rows, ends), strict=True)
+        return torch.stack([a.t() @ b for a, b in parts])
+    out: Tensor = torch._grouped_mm(gradient.t(), rows, offs=ends)
+    if out.is_cuda and torch.cuda.get_device_capability(out.device)[0] >= BLACKWELL:
+        # There the kernel leaves the gradient of an expert without rows as it finds the memory (pytorch #172439).
+        out.masked_fill_((ends.diff(prepend=ends.new_zeros(1)) == 0).view(-1, 1, 1), 0.0)
     return out
 
 
-def grouped_linear_reference(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """`grouped_linear` expert by expert: any floating-point dtype and any sizes."""
-    segments = rows.split(counts.tolist())
-    return torch.cat([F.linear(segment, matrix) for segment, matrix in zip(segments, weight.unbind(0), strict=True)])
-
-
-class _Reorder(torch.autograd.Function):
-    """Gather rows in both directions: deterministic and without the atomics of a scattered gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, take: Tensor, give: Tensor, copies: int) -> Tensor:
-        ctx.save_for_backward(give)
-        ctx.copies = copies
-        return rows.index_select(0, take)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (give,) = ctx.saved_tensors
-        rows = gradient.index_select(0, give)
-        return rows if ctx.copies == 1 else rows.unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
-
-
-class Order:
-    """A stable order of slots by key, and its inverse; ``copies`` slots belong to each row.
-
-    Parameters
-    ----------
-    keys : Tensor [N], int
-        Key of each slot: the expert that serves it.
-    """
-
-    def __init__(self, keys: Tensor, copies: int = 1) -> None:
-        self.copies = copies
-        self._order = keys.argsort(stable=True)
-        self._inverse = torch.empty_like(self._order)
-        self._inverse[self._order] = torch.arange(len(keys), device=keys.device)
-
-    def sort(self, rows: Tensor) -> Tensor:
-        """``[N / copies, D] -> [N, D]``: each row at the places of its slots."""
-        take = self._order if self.copies == 1 else self._order // self.copies
-        out: Tensor = _Reorder.apply(rows, take, self._inverse, self.copies)
-        return out
-
-    def restore(self, rows: Tensor) -> Tensor:
-        """``[N, O] -> [N, O]``: sorted rows back in the order of the slots."""
-        out: Tensor = _Reorder.apply(rows, self._inverse, self._order, 1)
-        return out
-
-
-def mix_experts(rows: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    """Sum of the chosen experts' outputs by their weights, in float32 at least: ``[T, D] -> [T, O]``.
-
-    Parameters
-    ----------
-    experts : callable
-        ``(rows [N, D] sorted by expert, counts [E]) -> [N, O]``.
-    """
-    top_k = routing.selected.shape[1]
-    order = Order(routing.selected.flatten(), top_k)
-    slots = order.restore(experts(order.sort(rows), routing.counts)).unflatten(0, (-1, top_k))
-    weighted = slots.to(torch.promote_types(slots.dtype, torch.float32)) * routing.weights.unsqueeze(-1)
-    return weighted.sum(1).to(rows.dtype)
+def _segments(rows: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
+    return rows.tensor_split(ends[:-1].tolist())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -126,6 +128,43 @@ def _differences(layer: Any, twin: Any, results: list[Any], first: int) -> dict[
         else:
             differences[name] = _relative(parameter.grad, expected)
     return differences
+
+
+def waits(ep_size: int) -> Counter[str]:
+    """What one layer, forward and backward, asks of a device that must be waited for."""
+    import torch.distributed as dist
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from shodh.config import ExpertsConfig
+    from shodh.models.init import initialise
+    from shodh.moe.layer import ExpertLayer
+    from shodh.train.runtime import start_distributed
+
+    start_distributed()
+    layer = ExpertLayer(ExpertsConfig(num_experts=4, hidden=HIDDEN, top_k=2), DIM, ep_size, dist.get_rank() % ep_size)
+    layer.set_deepspeed_parallelism()
+    initialise(torch.nn.ModuleDict({"block": layer}), 0)
+    found: Counter[str] = Counter()
+
+    class Host(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found[function.overloadpacket.__name__] += 1
+            return function(*args, **(kwargs or {}))
+
+    def tolist(tensor: torch.Tensor) -> Any:
+        found["tolist"] += 1
+        return list(map(int, tensor)) if tensor.ndim == 1 else [list(map(int, row)) for row in tensor.numpy()]
+
+    with mock.patch.object(torch.Tensor, "tolist", tolist, create=True), Host():
+        out, _ = layer(torch.randn(BATCH, TOKENS, DIM).requires_grad_())
+        out.sum().backward()
+    return Counter({n: found[n] for n in ("tolist", "_local_scalar_dense", "nonzero", "bincount", "unique")})
+
+
+@pytest.mark.parametrize(("ep_size", "expected"), [(1, 0), (2, 1)])
+def test_device_is_waited_for_once_a_layer_and_on_one_rank_never(ep_size: int, expected: int) -> None:
+    for found in run_ranks(2, waits, ep_size):
+        assert found.total() == found["tolist"] == expected
 
 
 @pytest.fixture(scope="module")

@@ -25,3 +25,15 @@ def test_benchmark_reports_every_contestant(dtype: str, tmp_path: Path, capsys: 
     assert ("fused backward alone" in rows) == (unavailable_reason("cpp") is None)
     assert rows["copy"]["over_copy"] == 1.0
     assert ("max |divergence| of the exact decode: 0.0" in capsys.readouterr().out) == bool(exact)
+
+
+def test_benchmark_of_an_expert_layer_has_every_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    main, table = runpy.run_path(str(BENCH.with_name("experts.py")))["main"], tmp_path / "experts.json"
+    for precision in ("fp32", "bf16"):
+        tiny = ["--shapes", "top1", "many", "--tiny", "--rounds", "2", "--precision", precision]
+        assert main([*tiny, "--out", str(table)]) == 0
+        for result in json.loads(table.read_text())["shapes"].values():
+            assert result["failed"] == {}
+            assert result["variants"].keys() >= {"dense", "sparse", "sparse, all on one"}
+            assert all(row["over_dense"] > 0 for row in result["variants"].values())

@@ -7,6 +7,7 @@ The expert layer subclasses an undocumented class. Each test names one thing tha
 from __future__ import annotations
 
 import inspect
+import re
 from importlib import metadata
 from typing import Any
 
@@ -17,7 +18,8 @@ from shodh.config import ExpertsConfig
 
 deepspeed = pytest.importorskip("deepspeed")
 
-from deepspeed.module_inject import auto_ep_config, auto_ep_layer  # noqa: E402
+from deepspeed.checkpoint import autoep_affine  # noqa: E402
+from deepspeed.module_inject import auto_ep_layer  # noqa: E402
 from deepspeed.moe import utils  # noqa: E402
 
 from shodh.moe.layer import ExpertLayer, optimizer_groups  # noqa: E402
@@ -43,12 +45,12 @@ def test_version_is_one_that_was_read() -> None:
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
-        (auto_ep_layer.AutoEPMoELayer.__init__, ["self", "spec", "source_module", "ep_size", "ep_rank", "config"]),
-        (auto_ep_layer._AllToAllV.forward, ["ctx", "group", "x", "input_splits", "output_splits"]),
         (
-            auto_ep_layer._split_plan_from_expert_counts,
-            ["num_tokens_per_expert", "ep_size", "num_local_experts", "ep_group"],
+            autoep_affine.legacy_uniform_autoep_placement_descriptor,
+            ["num_experts", "num_local_experts", "ep_size"],
         ),
+        (autoep_affine.autoep_experts_for_rank, ["descriptor", "rank"]),
+        (autoep_affine.autoep_placement_to_affine_map, ["descriptor", "logical_shape"]),
         (auto_ep_layer.AutoEPMoELayer.set_deepspeed_parallelism, ["self"]),
         (utils.split_params_into_different_moe_groups_for_optimizer, ["param_groups"]),
         (deepspeed.utils.groups._get_expert_parallel_group, ["group_name"]),
@@ -69,13 +71,17 @@ def test_signatures(function: Any, expected: list[str]) -> None:
         assert optional or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL), f"new argument {name}"
 
 
-def test_specification_needs_no_more_than_we_give(layer: ExpertLayer) -> None:
-    assert auto_ep_layer.MoELayerSpec is auto_ep_config.MoELayerSpec
-    assert layer.load_balance_coeff is None and layer.expert_bias is None, "DeepSpeed would balance on its own"
-
-
-def test_split_plan_says_what_is_sent_and_what_comes() -> None:
-    assert auto_ep_layer.SplitPlan._fields == ("input_splits", "output_splits", "local_counts_by_source")
+def test_engine_finds_expert_layers_by_their_class_and_asks_them_for_no_more(layer: ExpertLayer) -> None:
+    assert isinstance(layer, auto_ep_layer.AutoEPMoELayer)
+    engine = inspect.getsource(deepspeed.runtime.engine)
+    asked = set(re.findall(r"\bmodule\.(\w+)", inspect.getsource(deepspeed.DeepSpeedEngine._save_moe_checkpoint)))
+    native = {"expert_group_name", "state_dict", "named_modules"}
+    assert {name for name in asked - native if not hasattr(layer, name)} == set()
+    assert engine.count("isinstance(module, _AutoEPMoELayer)") > 3
+    # What gives a layer its group reads these, and what it would do without them is never reached.
+    binding = inspect.getsource(auto_ep_layer.AutoEPMoELayer.set_deepspeed_parallelism)
+    read = set(re.findall(r"\bself\.(\w+)", binding.split("return\n", 1)[1]))
+    assert {name for name in read if not hasattr(layer, name)} == set()
 
 
 def test_parameters_are_those_of_the_exchange_format(layer: ExpertLayer) -> None:

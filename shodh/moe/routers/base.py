@@ -116,9 +116,9 @@ class GateRouter(Router):
         self.expert_gate = make_gate(config.router, dim, self.num_experts, self.num_experts // self.num_groups)
         self.expert_gate.measures_similarity = config.balance.orthogonality > 0
 
-    def query(self, tokens: Tensor, mean: Tensor) -> Tensor:
-        """What the gate sees, ``[B, S or 1, D]``, of tokens and sample means ``[B, 1, D]``, both float32."""
-        return mean if self.of_sample else tokens
+    def query(self, tokens: Tensor) -> Tensor:
+        """What the gate sees of tokens ``[B, S, D]`` in float32: ``[B, S or 1, D]``."""
+        return sample_mean(tokens) if self.of_sample else tokens
 
 
 class GroupedRouter(GateRouter):
@@ -127,9 +127,7 @@ class GroupedRouter(GateRouter):
     ``p(e) = p(group) * p(e | group, token)``; groups are runs of consecutive experts.
     """
 
-    def route_in_groups(
-        self, tokens: Tensor, mean: Tensor, group_probs: Tensor, group_bias: Tensor | None = None
-    ) -> Routing:
+    def route_in_groups(self, tokens: Tensor, group_probs: Tensor, group_bias: Tensor | None = None) -> Routing:
         """Choose experts of the likeliest group.
 
         Parameters
@@ -139,7 +137,7 @@ class GroupedRouter(GateRouter):
         group_bias : Tensor [G], optional
             Added to them for the choice alone.
         """
-        logits, similarity = self.expert_gate(self.query(tokens, mean))
+        logits, similarity = self.expert_gate(self.query(tokens))
         logits, group_probs = self.cooled(logits, tokens), to_tokens(group_probs, tokens)
         within = logits.view(-1, self.num_groups, self.num_experts // self.num_groups).softmax(-1)
         probs = (group_probs.unsqueeze(-1) * within).flatten(1)
@@ -147,6 +145,11 @@ class GroupedRouter(GateRouter):
         group_of_expert = torch.arange(self.num_experts, device=tokens.device) * self.num_groups // self.num_experts
         allowed = group_of_expert == biased.argmax(-1, keepdim=True)
         return self.choose(logits, probs, allowed, group_probs=group_probs, similarity=similarity)
+
+
+def sample_mean(tokens: Tensor) -> Tensor:
+    """``[B, S, D] -> [B, 1, D]``"""
+    return tokens.mean(1, keepdim=True)
 
 
 def to_tokens(values: Tensor, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from shodh.config import ExpertsConfig
+from shodh.moe.routers.base import sample_mean
 from shodh.moe.routers.token import TokenRouter
 
 
@@ -15,5 +16,6 @@ class ContextRouter(TokenRouter):
         super().build(config, dim)
         self.context_weight = config.router.context_weight
 
-    def query(self, tokens: Tensor, mean: Tensor) -> Tensor:
+    def query(self, tokens: Tensor) -> Tensor:
+        mean = sample_mean(tokens)
         return mean if self.of_sample else tokens + self.context_weight * mean

@@ -26,7 +26,7 @@ class NoisyTopKRouter(GateRouter):
 
     def route(self, x: Tensor, noise: tuple[int, ...] | None = None) -> Routing:
         tokens = x.float()
-        query = self.query(tokens, tokens.mean(1, keepdim=True))
+        query = self.query(tokens)
         logits, similarity = self.expert_gate(query)
         load = None
         if noise is not None:

@@ -17,4 +17,4 @@ class OracleRouter(GroupedRouter):
             raise ValueError(f"regime labels {regime.tolist()} do not fit router.groups={self.num_groups}")
         tokens = x.float()
         groups = F.one_hot(regime, self.num_groups).float().unsqueeze(1)
-        return self.route_in_groups(tokens, tokens.mean(1, keepdim=True), groups)
+        return self.route_in_groups(tokens, groups)

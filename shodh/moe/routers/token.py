@@ -13,6 +13,6 @@ class TokenRouter(GateRouter):
 
     def route(self, x: Tensor) -> Routing:
         tokens = x.float()
-        logits, similarity = self.expert_gate(self.query(tokens, tokens.mean(1, keepdim=True)))
+        logits, similarity = self.expert_gate(self.query(tokens))
         logits = self.cooled(logits, tokens)
         return self.choose(logits, logits.softmax(-1), similarity=similarity)

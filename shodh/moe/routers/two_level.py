@@ -6,7 +6,7 @@ from torch import Tensor
 
 from shodh.config import ExpertsConfig
 from shodh.moe.gates import make_gate
-from shodh.moe.routers.base import GroupedRouter
+from shodh.moe.routers.base import GroupedRouter, sample_mean
 from shodh.moe.routing import Routing
 
 
@@ -19,6 +19,6 @@ class TwoLevelRouter(GroupedRouter):
 
     def route(self, x: Tensor) -> Routing:
         tokens = x.float()
-        mean = tokens.mean(1, keepdim=True)
         group_bias = self.selection_bias.float().view(self.num_groups, -1).mean(1)
-        return self.route_in_groups(tokens, mean, self.group_gate(mean)[0].softmax(-1), group_bias)
+        group_probs = self.group_gate(sample_mean(tokens))[0].softmax(-1)
+        return self.route_in_groups(tokens, group_probs, group_bias)
