@@ -185,7 +185,7 @@ class PotOperator(nn.Module):
             self.classifier = _classifier(config.dim, config.field.classes)
 
     def forward(
-        self, history: Tensor, static: Tensor, regime: Tensor | None = None, noise: tuple[int, ...] | None = None
+        self, history: Tensor, static: Tensor, regime: Tensor | None = None, noise: Tensor | None = None
     ) -> OperatorOutput:
         x = self.embed(history, static)
         x = self.aggregate(x + self.position.position.to(x.dtype))

@@ -151,7 +151,7 @@ class LatentTransformer(nn.Module):
         return latent
 
     def forward(
-        self, history: Tensor, static: Tensor, regime: Tensor | None = None, noise: tuple[int, ...] | None = None
+        self, history: Tensor, static: Tensor, regime: Tensor | None = None, noise: Tensor | None = None
     ) -> OperatorOutput:
         """Predict the next latent.
 

@@ -74,9 +74,8 @@ def _layer_means(routing: Routing) -> Tensor:
         grouped = routing.probs.unflatten(1, (routing.num_groups, -1))
         within = grouped / grouped.sum(-1, keepdim=True).clamp(min=1e-20)
         # Mean of p(e | g) over the tokens that chose group g, kept as the numerator: the share of g times that mean.
-        chosen = torch.nn.functional.one_hot(routing.selected[:, 0] // grouped.shape[-1], routing.num_groups).unsqueeze(
-            -1
-        )
+        groups = torch.arange(routing.num_groups, device=routing.selected.device)
+        chosen = (routing.selected[:, :1] // grouped.shape[-1] == groups).unsqueeze(-1)
         parts.append((within * chosen).mean(0).flatten())
     return torch.cat(parts)
 
