@@ -112,6 +112,18 @@ def _layer_terms(routing: Routing, means: Tensor) -> BalanceTerms:
     return BalanceTerms(switch, information, z_loss, importance, importance, _squared_variation(load), similarity)
 
 
+def _means(routings: Sequence[Routing]) -> list[Tensor]:
+    return [_layer_means(routing) for routing in routings]
+
+
+def _terms(routings: Sequence[Routing], means: Sequence[Tensor]) -> BalanceTerms:
+    """Of all layers, averaged over them."""
+    terms = [_layer_terms(routing, m) for routing, m in zip(routings, means, strict=True)]
+    # z-loss and mean entropies are per-token means: data parallelism averages them, no collective is needed.
+    averaged = BalanceTerms(*(torch.stack(t).mean() for t in zip(*terms, strict=True)))
+    return averaged._replace(cv2=len(terms) * averaged.importance)
+
+
 class GlobalBalance:
     """Balance terms over the global batch: all ranks, and all micro-batches of the step so far.
 
@@ -122,6 +134,7 @@ class GlobalBalance:
     def __init__(self) -> None:
         self._sum: Tensor | None = None
         self._count = 0
+        self.means, self.terms = _means, _terms  #: The arithmetic on either side of the collective.
 
     def start_step(self) -> None:
         """Forget the micro-batches of the last optimiser step."""
@@ -140,12 +153,9 @@ class GlobalBalance:
 
     def __call__(self, routings: Sequence[Routing]) -> BalanceTerms:
         """Terms of all layers, averaged over the layers; every rank gets the same Switch and mean-probability part."""
-        flat = [_layer_means(routing) for routing in routings]
+        flat = self.means(routings)
         means = self._globalise(torch.cat(flat)).split([m.numel() for m in flat])
-        terms = [_layer_terms(routing, m) for routing, m in zip(routings, means, strict=True)]
-        # z-loss and mean entropies are per-token means: data parallelism averages them, no collective is needed.
-        means_of_terms = BalanceTerms(*(torch.stack(t).mean() for t in zip(*terms, strict=True)))
-        return means_of_terms._replace(cv2=len(terms) * means_of_terms.importance)
+        return self.terms(routings, means)
 
 
 def update_selection_bias(router: Router, counts: Tensor, rate: float) -> None:

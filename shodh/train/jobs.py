@@ -43,6 +43,7 @@ from shodh.train.callbacks import (
     Validation,
 )
 from shodh.train.callbacks.checkpoints import resume as resume_from
+from shodh.train.compiling import compile_run, compiles
 from shodh.train.data_identity import kept_choice
 from shodh.train.datasets import Regimes, open_loaders, open_regimes
 from shodh.train.engine import build_engine, load_deepspeed_config
@@ -68,6 +69,7 @@ class Job:
     deepspeed: dict[str, Any]
     folder: RunFolder
     start: Path | None
+    compile: bool
 
     @classmethod
     def of(
@@ -75,10 +77,11 @@ class Job:
     ) -> Job:
         """Resolve and compare with the run that goes on; nothing is written. Errors as `find_start`."""
         deepspeed = load_deepspeed_config(config.deepspeed, train, topology)
+        compiled = compiles(config.compile, deepspeed["zero_optimization"]["stage"])
         start = find_start(folder, resume)
         if start is not None:
             check_same_run(config, folder)
-        return cls(train, topology, deepspeed, folder, start)
+        return cls(train, topology, deepspeed, folder, start, compiled)
 
 
 @ieee_float32()
@@ -231,6 +234,8 @@ def _run(
 
     train, topology, folder = job.train, job.topology, job.folder
     count = sum(p.numel() for p in model.parameters())
+    if job.compile:
+        log.info("compile: %d parts of the model", compile_run(model, task))
     engine = build_engine(model, optimizer_groups(model, train.weight_decay), train, job.deepspeed, config.kernels)
     keep_ieee()  # DeepSpeed or apex may have thought otherwise.
     if weights is not None:

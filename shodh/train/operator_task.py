@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from shodh.config import RunConfig
-from shodh.core.errors import DataError
 from shodh.core.devices import send
+from shodh.core.errors import DataError
 from shodh.core.noise import normal
 from shodh.core.seeding import generator, stable_seed
 from shodh.data.loader import SampleDataset
@@ -45,7 +45,7 @@ class OperatorTask:
         self.history = config.data.history
         relative = config.operator.loss == "over_persistence"
         self._change = mean_changes(training, self._labels()) if relative else None
-        self._balance = GlobalBalance()
+        self.balance = GlobalBalance()
 
     def _labels(self) -> list[str]:
         """Each regime with its fields, for messages."""
@@ -105,7 +105,7 @@ class OperatorTask:
         return Measured({name: (values, batch["regime"]) for name, values in pairs.items()}, output.routing)
 
     def start_step(self) -> None:
-        self._balance.start_step()
+        self.balance.start_step()
 
     def loss(self, model: Any, batch: Batch, step: int) -> Outcome:
         regime = batch["regime"]
@@ -124,7 +124,7 @@ class OperatorTask:
             self._change = self._change.to(error.device)  # Once.
         loss = mean if self._change is None else (error / self._change[regime]).mean()
         if output.routing:
-            config, terms = self.operator.experts.balance, self._balance(output.routing)
+            config, terms = self.operator.experts.balance, self.balance(output.routing)
             balance = terms.weighted(config)
             loss = loss + balance
             metrics["train/balance_loss"] = (balance.detach(), "mean")

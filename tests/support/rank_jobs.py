@@ -482,3 +482,11 @@ def pretrain_counting_reads(config_path: Path, overrides: list[str], step: int) 
 
     Trainer._take_step, Trainer.call = take_step, after_step  # type: ignore[method-assign]
     return {**pretrain(config_path, overrides), "reads": reads.places}
+
+
+def pretrain_compiled(config_path: Path, overrides: list[str]) -> dict[str, Any]:
+    """As `pretrain` with ``compile: on``, by a backend that translates as much and needs no compiler of kernels."""
+    from shodh.train import compiling, jobs
+
+    jobs.compile_run = partial(compiling.compile_run, backend="aot_eager")  # type: ignore[assignment]
+    return pretrain(config_path, [*overrides, "compile=on"])

@@ -1,7 +1,7 @@
 """Every kind of router: names in checkpoints, initial weights, outputs, gradients, as recorded in router_values.json.
 
-The numbers were recorded before routers became one class a kind; those of noisy kinds again, when noise became a hash of
-the seed. To record a new kind beside them:
+The numbers were recorded before routers became one class a kind; those of noisy kinds again, when noise became a hash
+of the seed. To record a new kind beside them:
 ``python tests/unit/test_router_values.py CASE``, with the case added to `CASES`, prints its line.
 """
 

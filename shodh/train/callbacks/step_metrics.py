@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from shodh.core.devices import uses_cuda
 from shodh.core.distributed import rank
+from shodh.train.compiling import CompileCount
 from shodh.train.metrics import Metrics, MetricWriter, StepRecord, mean_over_ranks, reduce_metrics
 from shodh.train.trainer import Callback, Trainer
 
@@ -33,6 +34,7 @@ class StepMetrics(Callback):
         self.writer: MetricWriter | None = None
         self._bar: tqdm[Any] | None = None
         self._clock: _Clock | None = None
+        self._compiled = CompileCount()
 
     def start(self, trainer: Trainer) -> None:
         if rank() == 0:
@@ -60,6 +62,7 @@ class StepMetrics(Callback):
     def _log(self, trainer: Trainer) -> None:
         assert self._clock is not None and self._bar is not None
         metrics = {**trainer.metrics, **self._clock.read(trainer)}
+        metrics |= {name: (value, "max") for name, value in self._compiled.read().items()}
         if uses_cuda():
             metrics["mem/peak_gib"] = (torch.cuda.max_memory_allocated() / 2**30, "max")
         values = self._write_record(reduce_metrics(metrics, trainer.engine.device))
