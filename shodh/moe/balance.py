@@ -74,8 +74,9 @@ def _layer_means(routing: Routing) -> Tensor:
         grouped = routing.probs.unflatten(1, (routing.num_groups, -1))
         within = grouped / grouped.sum(-1, keepdim=True).clamp(min=1e-20)
         # Mean of p(e | g) over the tokens that chose group g, kept as the numerator: the share of g times that mean.
-        groups = torch.arange(routing.num_groups, device=routing.selected.device)
-        chosen = (routing.selected[:, :1] // grouped.shape[-1] == groups).unsqueeze(-1)
+        chosen = torch.nn.functional.one_hot(routing.selected[:, 0] // grouped.shape[-1], routing.num_groups).unsqueeze(
+            -1
+        )
         parts.append((within * chosen).mean(0).flatten())
     return torch.cat(parts)
 
@@ -112,18 +113,6 @@ def _layer_terms(routing: Routing, means: Tensor) -> BalanceTerms:
     return BalanceTerms(switch, information, z_loss, importance, importance, _squared_variation(load), similarity)
 
 
-def _means(routings: Sequence[Routing]) -> list[Tensor]:
-    return [_layer_means(routing) for routing in routings]
-
-
-def _terms(routings: Sequence[Routing], means: Sequence[Tensor]) -> BalanceTerms:
-    """Of all layers, averaged over them."""
-    terms = [_layer_terms(routing, m) for routing, m in zip(routings, means, strict=True)]
-    # z-loss and mean entropies are per-token means: data parallelism averages them, no collective is needed.
-    averaged = BalanceTerms(*(torch.stack(t).mean() for t in zip(*terms, strict=True)))
-    return averaged._replace(cv2=len(terms) * averaged.importance)
-
-
 class GlobalBalance:
     """Balance terms over the global batch: all ranks, and all micro-batches of the step so far.
 
@@ -134,7 +123,7 @@ class GlobalBalance:
     def __init__(self) -> None:
         self._sum: Tensor | None = None
         self._count = 0
-        self.means, self.terms = _means, _terms  #: The arithmetic on either side of the collective.
+        self.means, self.terms = _layer_means, _layer_terms  #: The arithmetic around the collective.
 
     def start_step(self) -> None:
         """Forget the micro-batches of the last optimiser step."""
@@ -153,9 +142,12 @@ class GlobalBalance:
 
     def __call__(self, routings: Sequence[Routing]) -> BalanceTerms:
         """Terms of all layers, averaged over the layers; every rank gets the same Switch and mean-probability part."""
-        flat = self.means(routings)
+        flat = [self.means(routing) for routing in routings]
         means = self._globalise(torch.cat(flat)).split([m.numel() for m in flat])
-        return self.terms(routings, means)
+        terms = [self.terms(routing, m) for routing, m in zip(routings, means, strict=True)]
+        # z-loss and mean entropies are per-token means: data parallelism averages them, no collective is needed.
+        means_of_terms = BalanceTerms(*(torch.stack(t).mean() for t in zip(*terms, strict=True)))
+        return means_of_terms._replace(cv2=len(terms) * means_of_terms.importance)
 
 
 def update_selection_bias(router: Router, counts: Tensor, rate: float) -> None:
