@@ -192,7 +192,7 @@ class PotOperator(nn.Module):
         inputs, routing = RouterInputs(regime, noise), []
         for layer, block in enumerate(self.blocks):
             given = (x, inputs.at_layer(layer))
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
+            if self.config.activation_checkpointing is True and torch.is_grad_enabled():
                 x, decision = checkpoint(block, *given, use_reentrant=False)
             else:
                 x, decision = block(*given)

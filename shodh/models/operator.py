@@ -175,7 +175,7 @@ class LatentTransformer(nn.Module):
         routing: list[Routing] = []
         for number, block in enumerate(self.blocks):
             given = (x, own, other, inputs.at_layer(number))
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
+            if self.config.activation_checkpointing is True and torch.is_grad_enabled():
                 x, decision = checkpoint(block, *given, use_reentrant=False)
             else:
                 x, decision = block(*given)

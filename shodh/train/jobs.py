@@ -20,7 +20,8 @@ from shodh.checkpoint.optimizer_state import set_masters
 from shodh.checkpoint.run_files import describe_operator_run, is_tokenizer, open_tokenizer
 from shodh.checkpoint.weights import read_initial_weights, source_checksum
 from shodh.config import RunConfig, TrainConfig
-from shodh.core.distributed import rank, together, world_size
+from shodh.core.devices import local_world_size
+from shodh.core.distributed import gather, rank, together, world_size
 from shodh.core.errors import CheckpointError, ConfigError
 from shodh.core.precision import ieee_float32, keep_ieee
 from shodh.core.topology import Topology, plan_topology
@@ -50,9 +51,10 @@ from shodh.train.engine import build_engine, load_deepspeed_config
 from shodh.train.field_task import operator_task
 from shodh.train.opening import kept_space, open_data
 from shodh.train.operator_task import OperatorTask
+from shodh.train.plan import decide_checkpointing
 from shodh.train.run_folder import RunFolder
 from shodh.train.runtime import start_distributed
-from shodh.train.start import check_memory, check_same_run, claim, find_start
+from shodh.train.start import check_memory, check_same_run, claim, device_memory, find_start
 from shodh.train.tokenizer_task import TokenizerTask, open_frames
 from shodh.train.tokenizer_weights import fit_basis, publish_tokenizer
 from shodh.train.trainer import Callback, Task, Trainer
@@ -178,7 +180,8 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
         loaders = open_loaders(config, open_split, topology)
         with torch.device("meta"):
             check_memory(_bare_operator(config, topology.ep_size), device)
-        model, weights = _build_operator(config, topology.ep_size, init_from)
+        decided = _decided(config, device)
+        model, weights = _build_operator(decided, topology.ep_size, init_from)
 
     def record() -> None:
         if job.start is None:
@@ -187,6 +190,16 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
         describe_operator_run(folder.path, config, regimes.space, tokenizer, folder.started_from())
 
     return _run(config, job, model.to(device), task, regimes, loaders, record, weights)
+
+
+def _decided(config: RunConfig, device: torch.device) -> RunConfig:
+    """The run with ``activation_checkpointing: auto`` decided by the device with the least memory. Collective."""
+    if config.operator.activation_checkpointing != "auto":
+        return config
+    memory = min(gather(device_memory(device) // (1 if device.type == "cuda" else local_world_size() or world_size())))
+    decided = decide_checkpointing(config, world_size(), memory)
+    log.info("activation_checkpointing: auto is %s", str(decided.operator.activation_checkpointing).lower())
+    return decided
 
 
 def _bare_operator(config: RunConfig, ep_size: int) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -158,7 +158,13 @@ def _imagined_regimes(config: RunConfig) -> Regimes:
 
 
 def rehearse_operator(config: RunConfig, micro_batch: int, device: str = "meta") -> Rehearsal:
-    """A micro-batch of an operator's training."""
+    """A micro-batch of an operator's training; what a block adds is found from models of two and three blocks."""
+    operator = config.operator
+    if operator.depth > 3 and operator.kind != "unet" and device == "meta":  # Levels of a U-Net differ.
+        depths = (operator.model_copy(update={"depth": depth}) for depth in (2, 3))
+        two, three = (rehearse_operator(config.model_copy(update={"operator": o}), micro_batch) for o in depths)
+        pairs = zip(astuple(two), astuple(three), strict=True)
+        return Rehearsal(*(b + (operator.depth - 3) * (b - a) for a, b in pairs))
     space = operator_space(config)
     states = {"latents" if config.has_tokenizer else "fields": (space.history + 1, space.channels, *space.grid)}
     relative = config.operator.loss == "over_persistence"  # To the data, which are not here.
