@@ -37,6 +37,7 @@ from shodh.train.callbacks import (
     Checkpoints,
     Experts,
     FirstStep,
+    Profile,
     RoutingTrace,
     SkippedSteps,
     StepMetrics,
@@ -55,6 +56,7 @@ from shodh.train.plan import decide_checkpointing
 from shodh.train.run_folder import RunFolder
 from shodh.train.runtime import start_distributed
 from shodh.train.start import check_memory, check_same_run, claim, device_memory, find_start
+from shodh.train.throughput import Throughput
 from shodh.train.tokenizer_task import TokenizerTask, open_frames
 from shodh.train.tokenizer_weights import fit_basis, publish_tokenizer
 from shodh.train.trainer import Callback, Task, Trainer
@@ -72,10 +74,17 @@ class Job:
     folder: RunFolder
     start: Path | None
     compile: bool
+    profile: int
 
     @classmethod
     def of(
-        cls, config: RunConfig, train: TrainConfig, topology: Topology, folder: RunFolder, resume: str | None
+        cls,
+        config: RunConfig,
+        train: TrainConfig,
+        topology: Topology,
+        folder: RunFolder,
+        resume: str | None,
+        profile: int,
     ) -> Job:
         """Resolve and compare with the run that goes on; nothing is written. Errors as `find_start`."""
         deepspeed = load_deepspeed_config(config.deepspeed, train, topology)
@@ -83,11 +92,11 @@ class Job:
         start = find_start(folder, resume)
         if start is not None:
             check_same_run(config, folder)
-        return cls(train, topology, deepspeed, folder, start, compiled)
+        return cls(train, topology, deepspeed, folder, start, compiled, profile)
 
 
 @ieee_float32()
-def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
+def train_tokenizer(config: RunConfig, resume: str | None = None, profile: int = 0) -> bool:
     """Train the autoencoder; its run folder then holds weights, normalisation and latent statistics.
 
     Returns False if a signal stopped it early.
@@ -96,7 +105,7 @@ def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
         raise ConfigError(f"operator.kind={config.operator.kind} works on the fields themselves, without a tokenizer")
     train, folder = config.tokenizer.train, RunFolder(config.tokenizer_dir)
     topology = plan_topology(world_size(), 1, 0, train.global_batch, train.micro_batch)
-    job = Job.of(config, train, topology, folder, resume)
+    job = Job.of(config, train, topology, folder, resume, profile)
     device = start_distributed()
     claim(folder, resume, job.start)
     with together():
@@ -156,7 +165,7 @@ def plan_operator(config: RunConfig, world_size: int) -> tuple[Topology, dict[st
 
 
 @ieee_float32()
-def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | None = None) -> bool:
+def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | None = None, profile: int = 0) -> bool:
     """Train the operator, on cached latents or on fields; returns False if a signal stopped it early.
 
     Parameters
@@ -166,10 +175,12 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
     init_from : Path, optional
         A checkpoint folder, converted folder or safetensors file whose weights a *new* run starts from, at any number
         of ranks, EP degree and ZeRO stage.
+    profile : int
+        Steps to profile; 0: none.
     """
     train, folder = config.operator.train, RunFolder(config.run_dir)
     topology, _ = plan_operator(config, world_size())
-    job = Job.of(config, train, topology, folder, resume)
+    job = Job.of(config, train, topology, folder, resume, profile)
     if init_from is not None:
         read_initial_weights(init_from)  # Mapped, not read: what cannot be used is refused before ranks connect.
     device = start_distributed()
@@ -254,7 +265,7 @@ def _run(
     if weights is not None:
         set_masters(engine, weights)
     with closing(loaders["train"]), closing(loaders["valid"]), closing(regimes):
-        callbacks = _callbacks(config, job, task, regimes, loaders["valid"])
+        callbacks = _callbacks(config, job, task, regimes, loaders["valid"], engine.device)
         trainer = Trainer(engine, task, loaders["train"].iterate, train, topology, config.seed, callbacks)
         if job.start is not None:
             resume_from(trainer, job.start)
@@ -278,10 +289,13 @@ def _run(
         return trainer.finished or trainer.fit()
 
 
-def _callbacks(config: RunConfig, job: Job, task: Task, regimes: Regimes, held_out: MixtureLoader) -> list[Callback]:
+def _callbacks(
+    config: RunConfig, job: Job, task: Task, regimes: Regimes, held_out: MixtureLoader, device: torch.device
+) -> list[Callback]:
     """What happens beside the steps, in this order."""
     train, folder, names = job.train, job.folder, regimes.names
-    metrics = StepMetrics(folder.path, train.log_every)
+    throughput = Throughput(config, job.topology.world_size, device, isinstance(task, TokenizerTask))
+    metrics = StepMetrics(folder.path, train.log_every, throughput)
     checkpoints = Checkpoints(folder, train.checkpoint_every, train.keep_checkpoints)
     routing: list[Callback] = []
     if isinstance(task, OperatorTask):
@@ -289,4 +303,5 @@ def _callbacks(config: RunConfig, job: Job, task: Task, regimes: Regimes, held_o
         routing = [experts, RoutingTrace(config, names, job.topology, folder.routing)]
     faults = [FirstStep(), SkippedSteps(names, checkpoints)]
     validation = Validation(task.measured, held_out.iterate, names, metrics)
-    return [*routing, metrics, *faults, validation, StopSignal(), checkpoints]
+    profile = [Profile(folder.path, job.profile)] if job.profile else []
+    return [*routing, metrics, *faults, validation, StopSignal(), checkpoints, *profile]

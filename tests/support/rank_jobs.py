@@ -55,7 +55,7 @@ def describe_engine(engine: Any, config: Any) -> dict[str, Any]:
     }
 
 
-def pretrain(config_path: Path, overrides: list[str], resume: str | None = None) -> dict[str, Any]:
+def pretrain(config_path: Path, overrides: list[str], resume: str | None = None, profile: int = 0) -> dict[str, Any]:
     """`shodh.train.jobs.pretrain`, with `describe_engine` after the last step."""
     from shodh.config import load_config
     from shodh.train import jobs
@@ -74,7 +74,7 @@ def pretrain(config_path: Path, overrides: list[str], resume: str | None = None)
         return done
 
     Trainer.fit = fit_and_look  # type: ignore[method-assign]
-    seen["finished"] = jobs.pretrain(config, resume)
+    seen["finished"] = jobs.pretrain(config, resume, profile=profile)
     return seen
 
 
