@@ -49,4 +49,4 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from shodh.train.jobs import pretrain
 
-    return 0 if pretrain(config, args.resume, args.init_from) else 3
+    return 0 if pretrain(config, args.resume, args.init_from, args.profile) else 3

@@ -19,4 +19,4 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(args.config, args.set)
     from shodh.train.jobs import train_tokenizer
 
-    return 0 if train_tokenizer(config, args.resume) else 3
+    return 0 if train_tokenizer(config, args.resume, args.profile) else 3

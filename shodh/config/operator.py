@@ -47,7 +47,9 @@ class OperatorConfig(Section):
         0.0, description="standard deviation added to the normalised history; of fields: times each channel's rms"
     )
     random_shifts: bool = Field(True, description="shift training samples by whole latent cells along periodic axes")
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | Literal["auto"] = Field(
+        False, description="compute blocks again in the backward pass; auto: where the step would not fit otherwise"
+    )
     train: TrainConfig = TrainConfig(steps=400)
 
     @model_validator(mode="after")

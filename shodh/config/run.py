@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from shodh.config.base import Batch, Count, Grid, Section, Seed, Width
 from shodh.config.data import DataConfig
@@ -62,6 +62,11 @@ class RunConfig(Section):
     out: Path = Field(Path("runs"), description="folder of the run folders")
     deepspeed: Path = Field(Path("ds_configs/cpu.json"), description="DeepSpeed JSON; 'auto' values come from here")
     kernels: Literal["auto", "torch", "apex"] = Field("auto", description="fused norm and optimiser")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="compile norms, rotary positions, residuals, routers and balance terms of a latent transformer; "
+        "auto: on a card, where ZeRO is below 3",
+    )
     routing_trace: Count = Field(20000, description="lines of routing trace a rank may write; long runs are thinned")
     routing_samples: Count = Field(64, description="validation samples, of all ranks, traced token by token; 0: none")
     data: DataConfig
@@ -71,6 +76,12 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     family: FamilyConfig | None = Field(None, description="for tools/merge_experts.py; null: no family")
     finetune: FinetuneConfig | None = Field(None, description="train some weights alone; null: all of them")
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _read_switch(cls, value: object) -> object:
+        """YAML reads ``on`` and ``off`` as true and false."""
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _check_finetune(self) -> RunConfig:

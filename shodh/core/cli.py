@@ -27,8 +27,22 @@ def training_parser(description: str | None, examples: str) -> argparse.Argument
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override settings")
     parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
     parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's log too")
+    parser.add_argument(
+        "--profile",
+        type=positive,
+        default=0,
+        metavar="STEPS",
+        help="profile so many steps after the first ones: a trace and a table of the largest kernels in RUN/profile",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
+
+
+def positive(text: str) -> int:
+    """A whole number above zero, for argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
 
 
 def named_paths(option: str, settings: Sequence[str]) -> dict[str, Path]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 
 import torch
 
@@ -43,6 +44,12 @@ def pick_device(name: str) -> str:
     if name == "cuda" and not uses_cuda():
         raise ConfigError("--device cuda: no CUDA device was found; use --device cpu")
     return "cuda" if name != "cpu" and uses_cuda() else "cpu"
+
+
+def send(values: Iterable[int], device: torch.device) -> torch.Tensor:
+    """A few whole numbers of the host on a device, int64; nothing waits for the copy."""
+    held = torch.tensor(list(values), dtype=torch.int64)
+    return held.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else held.to(device)
 
 
 def local_rank() -> int:

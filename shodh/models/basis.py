@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from shodh.core.devices import send
+from shodh.models.rows import Groups
+
 PATCH = 8  # cells of the field per latent cell and axis
 
 
@@ -91,22 +94,28 @@ class SchemaBasis(nn.Module):
             {name: PatchBasis(len(c), latent_channels) for name, c in zip(names, self.channels, strict=True)}
         )
 
-    def _parts(self, head: Tensor) -> list[tuple[PatchBasis, list[int], Tensor]]:
-        """``(basis, channels, rows of the batch)`` of each head that occurs."""
-        bases = list(self.heads.values())
-        return [(bases[h], self.channels[h], (head == h).nonzero()) for h in head.unique().tolist()]  # type: ignore
+    def _basis(self, head: int) -> tuple[PatchBasis, list[int]]:
+        """A basis and its channels."""
+        return list(self.heads.values())[head], self.channels[head]  # type: ignore[return-value]
 
-    def encode(self, fields: Tensor, head: Tensor) -> Tensor:
+    def encode(self, fields: Tensor, heads: Sequence[int]) -> Tensor:
         """``[B, C, X, Y, Z]`` with heads ``[B]`` -> ``[B, L, X/8, Y/8, Z/8]``."""
-        rows, parts = [], []
-        for basis, channels, chosen in self._parts(head):
-            rows.append(chosen.flatten())
-            parts.append(basis.encode(fields[chosen, channels]))
-        return torch.cat(parts)[torch.cat(rows).argsort()]
+        groups, parts = Groups(heads, fields.device), []
+        for head, rows in groups.split(fields):
+            basis, channels = self._basis(head)
+            if len(channels) < self.num_channels:
+                rows = rows.index_select(1, send(channels, fields.device))
+            parts.append(basis.encode(rows))
+        return groups.join(parts)
 
-    def decode(self, latent: Tensor, head: Tensor) -> Tensor:
+    def decode(self, latent: Tensor, heads: Sequence[int]) -> Tensor:
         """``[B, L, x, y, z]`` with heads ``[B]`` -> ``[B, C, X, Y, Z]``; zero in the channels of absent fields."""
-        fields = latent.new_zeros(len(latent), self.num_channels, *(PATCH * n for n in latent.shape[2:]))
-        for basis, channels, chosen in self._parts(head):
-            fields[chosen, channels] = basis.decode(latent[chosen.flatten()])
-        return fields
+        groups, parts = Groups(heads, latent.device), []
+        for head, rows in groups.split(latent):
+            basis, channels = self._basis(head)
+            fields = basis.decode(rows)
+            if len(channels) < self.num_channels:
+                every = fields.new_zeros(len(fields), self.num_channels, *fields.shape[2:])
+                fields = every.index_copy(1, send(channels, latent.device), fields)
+            parts.append(fields)
+        return groups.join(parts)

@@ -28,8 +28,24 @@ def rotary_angles(grid: tuple[int, int, int], head_dim: int, base: float = 100.0
     return coordinates[:, pair % 3].double() * frequency
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate consecutive pairs of the last axis of ``x [..., tokens, head_dim]``."""
+def rotary_tables(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors ``[tokens, head_dim]`` of `rotate`, for numbers and for their partners, of angles ``[tokens, pairs]``."""
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((cos, cos), -1).flatten(-2), torch.stack((-sin, sin), -1).flatten(-2)
+
+
+def rotate(x: Tensor, own: Tensor, other: Tensor) -> Tensor:
+    """Rotate consecutive pairs of the last axis of ``x [..., tokens, head_dim]``; factors of `rotary_tables`.
+
+    Pairs, not halves, because the weights of every checkpoint mean pairs. Each number is multiplied in its place and
+    its partner added, so nothing is taken apart and joined: the bits of `rotate_reference` in fewer passes.
+    """
+    partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return x * own + partner * other
+
+
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` as it is defined, of cosines and sines ``[tokens, pairs]``."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
@@ -45,11 +61,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, own: Tensor | None, other: Tensor | None) -> Tensor:
         batch, tokens, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        if cos is not None and sin is not None:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv
+        if own is not None and other is not None:
+            q, k = rotate(qkv[:2], own, other)
         mixed = F.scaled_dot_product_attention(q, k, v)
         out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, tokens, dim))
         return out
@@ -58,7 +75,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; its feed-forward is dense, or shared plus routed experts.
 
-    ``forward(x [B, S, D], cos, sin, inputs) -> (x, Routing or None)``
+    ``forward(x [B, S, D], own, other, inputs) -> (x, Routing or None)``, with the factors of `rotary_tables`.
 
     Parameters
     ----------
@@ -83,15 +100,25 @@ class Block(nn.Module):
         self.feed_forward = make_feed_forward()
         self.initial_gain = residual_gain(self, 2 * depth)
 
-    def forward(
-        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, inputs: RouterInputs = NO_INPUTS
-    ) -> tuple[Tensor, Routing | None]:
+    @property
+    def dense(self) -> bool:
+        """Whether its feed-forward has no routed experts."""
+        return isinstance(self.feed_forward, FeedForward | LinearFeedForward)
+
+    def mix(self, x: Tensor, own: Tensor | None, other: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the feed-forward is added to, and what it is given."""
         y = self.norm1(x)
         if self.attention is not None:
-            x = x + self.attention(y, cos, sin)
+            x = x + self.attention(y, own, other)
         elif self.mixing is not None:
             x = x + self.mixing(y)
-        if isinstance(self.feed_forward, FeedForward | LinearFeedForward):
-            return x + self.feed_forward(self.norm2(x)), None
-        out, routing = self.feed_forward(self.norm2(x), inputs)
+        return x, self.norm2(x)
+
+    def forward(
+        self, x: Tensor, own: Tensor | None, other: Tensor | None, inputs: RouterInputs = NO_INPUTS
+    ) -> tuple[Tensor, Routing | None]:
+        x, y = self.mix(x, own, other)
+        if self.dense:
+            return x + self.feed_forward(y), None
+        out, routing = self.feed_forward(y, inputs)
         return x + out, routing

@@ -185,14 +185,14 @@ class PotOperator(nn.Module):
             self.classifier = _classifier(config.dim, config.field.classes)
 
     def forward(
-        self, history: Tensor, static: Tensor, regime: Tensor | None = None, noise: tuple[int, ...] | None = None
+        self, history: Tensor, static: Tensor, regime: Tensor | None = None, noise: Tensor | None = None
     ) -> OperatorOutput:
         x = self.embed(history, static)
         x = self.aggregate(x + self.position.position.to(x.dtype))
         inputs, routing = RouterInputs(regime, noise), []
         for layer, block in enumerate(self.blocks):
             given = (x, inputs.at_layer(layer))
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
+            if self.config.activation_checkpointing is True and torch.is_grad_enabled():
                 x, decision = checkpoint(block, *given, use_reentrant=False)
             else:
                 x, decision = block(*given)

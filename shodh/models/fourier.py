@@ -36,6 +36,13 @@ class Spectrum:
         self.axes = tuple(range(1, 1 + len(self.grid)))
         self._sizes = (*self.grid[:-1], self.grid[-1] // 2 + 1)
         self._kept = kept_frequencies(grid, modes)
+        self._on: dict[torch.device, list[Tensor]] = {}
+
+    def _indices(self, device: torch.device) -> list[Tensor]:
+        """The kept frequencies on a device, copied there once."""
+        if device not in self._on:
+            self._on[device] = [kept.to(device) for kept in self._kept]
+        return self._on[device]
 
     @property
     def num_modes(self) -> int:
@@ -45,18 +52,18 @@ class Spectrum:
         """``[B, *grid, D] -> [B, num_modes, D]``, complex."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         modes = torch.fft.rfftn(x, dim=self.axes, norm="ortho")
-        for axis, kept in zip(self.axes, self._kept, strict=True):
+        for axis, kept in zip(self.axes, self._indices(x.device), strict=True):
             if len(kept) < modes.shape[axis]:
-                modes = modes.index_select(axis, kept.to(x.device))
+                modes = modes.index_select(axis, kept)
         return modes.flatten(1, -2)
 
     def inverse(self, modes: Tensor) -> Tensor:
         """``[B, num_modes, D] -> [B, *grid, D]``, real; frequencies that are not kept are zero."""
         modes = modes.unflatten(1, [len(k) for k in self._kept])
-        for axis, kept, size in zip(self.axes, self._kept, self._sizes, strict=True):
+        for axis, kept, size in zip(self.axes, self._indices(modes.device), self._sizes, strict=True):
             if len(kept) < size:
                 shape = (*modes.shape[:axis], size, *modes.shape[axis + 1 :])
-                modes = modes.new_zeros(shape).index_copy(axis, kept.to(modes.device), modes)
+                modes = modes.new_zeros(shape).index_copy(axis, kept, modes)
         out: Tensor = torch.fft.irfftn(modes, s=self.grid, dim=self.axes, norm="ortho")
         return out
 

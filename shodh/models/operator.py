@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from shodh.config import ExpertsConfig, OperatorConfig
 from shodh.core.errors import ConfigError
 from shodh.core.seeding import Key, generator
-from shodh.models.blocks import Block, rotary_angles
+from shodh.models.blocks import Block, rotary_angles, rotary_tables
 from shodh.models.fourier import FourierMixing
 from shodh.models.kernels import Kernels
 from shodh.moe.experts import ExpertLayerReference, build_dense, output_width
@@ -119,8 +119,8 @@ class LatentTransformer(nn.Module):
         # Plain attributes, not buffers: DeepSpeed casts buffers to bf16, which would spoil the angles.
         if self._angles is None or self._angles[:2] != (like.device, like.dtype):
             angles = rotary_angles(self.token_grid, self.config.dim // self.config.heads)
-            cos, sin = (f(angles).to(like.device, like.dtype) for f in (torch.cos, torch.sin))
-            self._angles = (like.device, like.dtype, cos, sin)
+            own, other = (table.to(like.device, like.dtype) for table in rotary_tables(angles))
+            self._angles = (like.device, like.dtype, own, other)
         return self._angles[2], self._angles[3]
 
     def _to_tokens(self, x: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class LatentTransformer(nn.Module):
         return latent
 
     def forward(
-        self, history: Tensor, static: Tensor, regime: Tensor | None = None, noise: tuple[int, ...] | None = None
+        self, history: Tensor, static: Tensor, regime: Tensor | None = None, noise: Tensor | None = None
     ) -> OperatorOutput:
         """Predict the next latent.
 
@@ -171,11 +171,11 @@ class LatentTransformer(nn.Module):
         x = self.embed(tokens.to(self.embed.weight.dtype))
         if self.position is not None:
             x = x + self.position.position.to(x.dtype)
-        cos, sin = self._rotary(x)
+        own, other = self._rotary(x)
         routing: list[Routing] = []
         for number, block in enumerate(self.blocks):
-            given = (x, cos, sin, inputs.at_layer(number))
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
+            given = (x, own, other, inputs.at_layer(number))
+            if self.config.activation_checkpointing is True and torch.is_grad_enabled():
                 x, decision = checkpoint(block, *given, use_reentrant=False)
             else:
                 x, decision = block(*given)

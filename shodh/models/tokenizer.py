@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh.config import TokenizerConfig
+from shodh.core.devices import send
 from shodh.core.errors import ConfigError
 from shodh.models.basis import PATCH, PatchBasis, SchemaBasis
+from shodh.models.rows import Groups
 from shodh.ops import decode_velocity, helmholtz_potential
 from shodh.schema.domain import NUM_WALL_CHANNELS, Domain, extend_into_solids
 from shodh.schema.fields import Field, field_slices
@@ -174,16 +176,20 @@ class Tokenizer(nn.Module):
         """Which of the `optional` fields exist, read from the geometry: ``[B, G, X, Y, Z] -> [B, P]``, 0 or 1."""
         return geometry[:, geometry.shape[1] - len(self.optional) :, 0, 0, 0]
 
-    def head(self, geometry: Tensor) -> Tensor:
-        """Number of the linear basis and the latent statistics of each sample, ``[B]``."""
+    def head(self, geometry: Tensor) -> list[int]:
+        """Number of the linear basis and the latent statistics of each sample, read from the geometry."""
         if len(self._head_of) == 1:
-            return torch.zeros(len(geometry), dtype=torch.long, device=geometry.device)
-        flags = [tuple(bool(flag) for flag in row) for row in self.presence(geometry).tolist()]
-        for row in flags:
-            if row not in self._head_of:
-                there = [name for name, flag in zip(self.optional, row, strict=True) if flag]
-                raise ConfigError(f"no regime that this tokenizer was made for has, of {self.optional}, just {there}")
-        return torch.tensor([self._head_of[row] for row in flags], device=geometry.device)
+            return [0] * len(geometry)
+        return [self._head(tuple(bool(flag) for flag in row)) for row in self.presence(geometry).tolist()]
+
+    def _head(self, flags: tuple[bool, ...]) -> int:
+        """Of the presence of the optional fields."""
+        if len(self._head_of) == 1:
+            return 0
+        if flags not in self._head_of:
+            there = [name for name, flag in zip(self.optional, flags, strict=True) if flag]
+            raise ConfigError(f"no regime that this tokenizer was made for has, of {self.optional}, just {there}")
+        return self._head_of[flags]
 
     def exists(self, geometry: Tensor) -> Tensor:
         """1 where a field exists in a cell, else 0: ``[B, C, X, Y, Z]``, or ``[B, C, 1, 1, 1]`` without masks."""
@@ -197,16 +203,20 @@ class Tokenizer(nn.Module):
                 exists[:, slices[name]] *= presence[:, number].view(-1, 1, 1, 1, 1)
         return exists
 
-    def encode(self, fields: Tensor, geometry: Tensor) -> Tensor:
-        """Normalised fields ``[B, C, X, Y, Z]`` and geometry ``[B, G, X, Y, Z]`` -> latents ``[B, L, x, y, z]``."""
+    def encode(self, fields: Tensor, geometry: Tensor, head: Sequence[int] | None = None) -> Tensor:
+        """Normalised fields ``[B, C, X, Y, Z]`` and geometry ``[B, G, X, Y, Z]`` -> latents ``[B, L, x, y, z]``.
+
+        ``head`` is that of `head`, where it is known.
+        """
         dtype = self.encoder.out.weight.dtype
-        fields, head = self.fill(fields, geometry), self.head(geometry)
+        fields, head = self.fill(fields, geometry), self.head(geometry) if head is None else head
         latent = self.basis.encode(fields, head) + self.encoder(torch.cat((fields, geometry), 1).to(dtype)).float()
         mean, std = self._latent_statistics(head)
         return (latent - mean) / std
 
-    def _latent_statistics(self, head: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (values[head].view(len(head), -1, 1, 1, 1) for values in (self.latent_mean, self.latent_std))
+    def _latent_statistics(self, head: Sequence[int]) -> tuple[Tensor, Tensor]:
+        rows = send(head, self.latent_mean.device)
+        mean, std = (values[rows].view(len(head), -1, 1, 1, 1) for values in (self.latent_mean, self.latent_std))
         return mean, std
 
     def fill(self, fields: Tensor, geometry: Tensor) -> Tensor:
@@ -218,10 +228,10 @@ class Tokenizer(nn.Module):
             fields[:, channel, None] = extend_into_solids(fields[:, channel, None], geometry[:, mask, None])
         return fields
 
-    def emit(self, latent: Tensor, geometry: Tensor) -> Tensor:
+    def emit(self, latent: Tensor, geometry: Tensor, head: Sequence[int] | None = None) -> Tensor:
         """What the decoder network emits, ``[B, C, X, Y, Z]``: scalars, and of every solenoidal vector a face field
         whose divergence-free part is meant; zero where a field does not exist."""
-        head = self.head(geometry)
+        head = self.head(geometry) if head is None else head
         mean, std = self._latent_statistics(head)
         latent = latent * std + mean
         correction: Tensor = self.decoder(latent.to(self.encoder.out.weight.dtype), geometry)
@@ -278,25 +288,25 @@ class Tokenizer(nn.Module):
         Parameters
         ----------
         domains, index
-            Sample ``b`` lives in ``domains[index[b]]``; samples are decoded domain by domain.
+            Sample ``b`` lives in ``domains[index[b]]``; samples are decoded domain by domain. An index on the CPU is
+            read without waiting for a device.
         exact : bool
             Round the potential to a lattice, so that the stored float32 divergence is bitwise zero.
         """
-        emitted = self.emit(latent, geometry)
-        order: list[Tensor] = []
-        parts: list[Tensor] = []
-        for i in index.unique().tolist():
-            rows = (index == i).nonzero().flatten()
-            parts.append(self.assemble(emitted[rows], domains[i], exact=exact))
-            order.append(rows)
-        out = torch.cat(parts)
-        return out[torch.cat(order).argsort()]
+        labels: list[int] = index.tolist()
+        emitted = self.emit(latent, geometry, self._heads(domains, labels))
+        groups = Groups(labels, emitted.device)
+        return groups.join([self.assemble(rows, domains[i], exact=exact) for i, rows in groups.split(emitted)])
+
+    def _heads(self, domains: Sequence[Domain], labels: Sequence[int]) -> list[int]:
+        """`head` of samples that live in these domains."""
+        return [self._head(tuple(there for _, there in domains[i].presence)) for i in labels]
 
     def forward(
         self, fields: Tensor, geometry: Tensor, domains: Sequence[Domain], index: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Reconstruction and latents, for training."""
-        latent = self.encode(fields, geometry)
+        latent = self.encode(fields, geometry, self._heads(domains, index.tolist()))
         return self.decode(latent, geometry, domains, index), latent
 
 

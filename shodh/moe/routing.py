@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shodh.core.seeding import stable_seed
+from shodh.core.noise import fold
 
 
 class Routing(NamedTuple):
@@ -60,18 +60,16 @@ class RouterInputs(NamedTuple):
     ----------
     regime : Tensor [B], int64, optional
         Regime of each sample, for `labelled` kinds alone: the oracle, a control.
-    noise : tuple of int, optional
+    noise : Tensor [B], int64, optional
         A seed for each sample, for the noisy top-k in training alone; see `shodh.moe.step.router_arguments`.
     """
 
     regime: Tensor | None = None
-    noise: tuple[int, ...] | None = None
+    noise: Tensor | None = None
 
     def at_layer(self, layer: int) -> RouterInputs:
         """The inputs of one layer: each draws noise of its own."""
-        if self.noise is None:
-            return self
-        return self._replace(noise=tuple(stable_seed(seed, layer) for seed in self.noise))
+        return self if self.noise is None else self._replace(noise=fold(self.noise, layer))
 
 
 NO_INPUTS = RouterInputs()

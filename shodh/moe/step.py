@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shodh.config import ExpertsConfig
+from shodh.core.devices import send
 from shodh.core.seeding import Key, stable_seed
 from shodh.moe.balance import update_selection_bias
 from shodh.moe.routers import Router
@@ -31,7 +32,7 @@ def router_arguments(
     if config.num_experts and config.router.traits.labelled:
         given["regime"] = regime
     if config.num_experts and config.router.traits.noisy and noise_key:
-        given["noise"] = tuple(stable_seed("router noise", *noise_key, *name) for name in samples)
+        given["noise"] = send((stable_seed("router noise", *noise_key, *name) for name in samples), regime.device)
     return given
 
 

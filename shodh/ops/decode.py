@@ -162,7 +162,8 @@ def _decode(potential: Tensor, harmonic: Tensor | None, grid: Grid, exact: bool,
 
 def _raise_for_autocast(potential: Tensor, harmonic: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Under autocast, 16-bit inputs to float32: the decode is limited by memory, not by arithmetic."""
-    if not torch.is_autocast_enabled(potential.device.type):
+    device = potential.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return potential, harmonic
     narrow = (torch.float16, torch.bfloat16)
     if potential.dtype in narrow:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -103,7 +104,7 @@ def helmholtz_potential(
     grid = make_grid(ndim, spacing, boundary, "staggered")
     w = list(field.to(compute_dtype(field.dtype)).unbind(1))
     inverse = inverse_spacing(grid)
-    with torch.autocast(field.device.type, enabled=False):
+    with _without_autocast(field.device.type):
         if ndim == 2:
             rhs = [difference(w[1], 0, grid, True) * inverse[0] - difference(w[0], 1, grid, True) * inverse[1]]
         else:
@@ -116,3 +117,8 @@ def helmholtz_potential(
         return potential, None
     space = tuple(range(1, ndim + 1))
     return potential, torch.stack([w[axis].mean(space) for axis in grid.periodic_axes], 1)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Autocast off; the meta device has none."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -87,15 +87,20 @@ def add_walls(static: Tensor, domain: Domain) -> Tensor:
     on every axis, and learn through these where nothing wraps. One constant channel a field of `Domain.presence` is 1
     where the field exists: absent is not zero.
     """
-    walls = static.new_zeros(static.shape[0], NUM_WALL_CHANNELS, *static.shape[2:])
+    described = describe_domain(static, domain)
+    return torch.cat((static, described.expand(len(static), *described.shape)), 1)
+
+
+def describe_domain(static: Tensor, domain: Domain) -> Tensor:
+    """The channels that `add_walls` adds for a sample, ``[3 + P, X, Y, Z]``, of the grid and type of ``static``."""
+    grid = static.shape[2:]
+    walls = static.new_zeros(NUM_WALL_CHANNELS, *grid)
     for axis, boundary in enumerate(domain.boundary):
         if boundary != "periodic":
-            mark = 1.0 if boundary == "wall" else -1.0
-            channel = walls[:, axis]
-            channel.narrow(axis + 1, 0, 1).fill_(mark)
-            channel.narrow(axis + 1, channel.shape[axis + 1] - 1, 1).fill_(mark)
-    flags = static.new_tensor([float(there) for _, there in domain.presence]).view(1, -1, 1, 1, 1)
-    return torch.cat((static, walls, flags.expand(len(static), -1, *static.shape[2:])), 1)
+            for end in (0, grid[axis] - 1):
+                walls[axis].narrow(axis, end, 1).fill_(1.0 if boundary == "wall" else -1.0)
+    flags = [static.new_full((1, *grid), float(there)) for _, there in domain.presence]
+    return torch.cat((walls, *flags))
 
 
 def static_features(geometry: Tensor) -> Tensor:

@@ -164,8 +164,8 @@ class Space:
     def exists(self, label: Tensor, *, static: bool = False) -> Tensor:
         """Which channels each sample has: labels ``[B] -> [B, C]``, bool."""
         fields = self.static if static else self.dynamic
-        table = torch.stack([channel_mask(fields, domain, self.ndim) for domain in self.domains])
-        return table.to(label.device)[label]
+        rows = [channel_mask(fields, domain, self.ndim) for domain in self.domains]
+        return self._table(f"exists {static}", rows, label.device)[label]
 
     def cells(self, static: Tensor, label: Tensor) -> Tensor | None:
         """In which cells each channel exists: ``[B, S, *grid] -> [B, C, *grid]``, bool; None: in all."""
@@ -173,8 +173,18 @@ class Space:
 
     def presence(self, label: Tensor) -> Tensor:
         """1 where a dynamic field exists in the regime of a sample: ``[B] -> [B, F]``."""
-        table = [[float(f.name not in domain.absent) for f in self.dynamic] for domain in self.domains]
-        return torch.tensor(table, device=label.device)[label]
+        rows = [torch.tensor([float(f.name not in d.absent) for f in self.dynamic]) for d in self.domains]
+        return self._table("presence", rows, label.device)[label]
+
+    def _table(self, name: str, rows: list[Tensor], device: torch.device) -> Tensor:
+        """Rows of all regimes on a device, copied there once: each copy would wait for it."""
+        if (name, device) not in self._tables:
+            self._tables[name, device] = torch.stack(rows).to(device)
+        return self._tables[name, device]
+
+    @cached_property
+    def _tables(self) -> dict[tuple[str, torch.device], Tensor]:
+        return {}
 
     def pad(self, frames: Tensor, static: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """What operators on fields are given: ones in channels that a regime lacks, zeros in the cells of masks.

@@ -20,7 +20,8 @@ from shodh.checkpoint.optimizer_state import set_masters
 from shodh.checkpoint.run_files import describe_operator_run, is_tokenizer, open_tokenizer
 from shodh.checkpoint.weights import read_initial_weights, source_checksum
 from shodh.config import RunConfig, TrainConfig
-from shodh.core.distributed import rank, together, world_size
+from shodh.core.devices import local_world_size
+from shodh.core.distributed import gather, rank, together, world_size
 from shodh.core.errors import CheckpointError, ConfigError
 from shodh.core.precision import ieee_float32, keep_ieee
 from shodh.core.topology import Topology, plan_topology
@@ -36,6 +37,7 @@ from shodh.train.callbacks import (
     Checkpoints,
     Experts,
     FirstStep,
+    Profile,
     RoutingTrace,
     SkippedSteps,
     StepMetrics,
@@ -43,15 +45,18 @@ from shodh.train.callbacks import (
     Validation,
 )
 from shodh.train.callbacks.checkpoints import resume as resume_from
+from shodh.train.compiling import compile_run, compiles
 from shodh.train.data_identity import kept_choice
 from shodh.train.datasets import Regimes, open_loaders, open_regimes
 from shodh.train.engine import build_engine, load_deepspeed_config
 from shodh.train.field_task import operator_task
 from shodh.train.opening import kept_space, open_data
 from shodh.train.operator_task import OperatorTask
+from shodh.train.plan import decide_checkpointing
 from shodh.train.run_folder import RunFolder
 from shodh.train.runtime import start_distributed
-from shodh.train.start import check_memory, check_same_run, claim, find_start
+from shodh.train.start import check_memory, check_same_run, claim, device_memory, find_start
+from shodh.train.throughput import Throughput
 from shodh.train.tokenizer_task import TokenizerTask, open_frames
 from shodh.train.tokenizer_weights import fit_basis, publish_tokenizer
 from shodh.train.trainer import Callback, Task, Trainer
@@ -68,21 +73,30 @@ class Job:
     deepspeed: dict[str, Any]
     folder: RunFolder
     start: Path | None
+    compile: bool
+    profile: int
 
     @classmethod
     def of(
-        cls, config: RunConfig, train: TrainConfig, topology: Topology, folder: RunFolder, resume: str | None
+        cls,
+        config: RunConfig,
+        train: TrainConfig,
+        topology: Topology,
+        folder: RunFolder,
+        resume: str | None,
+        profile: int,
     ) -> Job:
         """Resolve and compare with the run that goes on; nothing is written. Errors as `find_start`."""
         deepspeed = load_deepspeed_config(config.deepspeed, train, topology)
+        compiled = compiles(config.compile, deepspeed["zero_optimization"]["stage"])
         start = find_start(folder, resume)
         if start is not None:
             check_same_run(config, folder)
-        return cls(train, topology, deepspeed, folder, start)
+        return cls(train, topology, deepspeed, folder, start, compiled, profile)
 
 
 @ieee_float32()
-def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
+def train_tokenizer(config: RunConfig, resume: str | None = None, profile: int = 0) -> bool:
     """Train the autoencoder; its run folder then holds weights, normalisation and latent statistics.
 
     Returns False if a signal stopped it early.
@@ -91,7 +105,7 @@ def train_tokenizer(config: RunConfig, resume: str | None = None) -> bool:
         raise ConfigError(f"operator.kind={config.operator.kind} works on the fields themselves, without a tokenizer")
     train, folder = config.tokenizer.train, RunFolder(config.tokenizer_dir)
     topology = plan_topology(world_size(), 1, 0, train.global_batch, train.micro_batch)
-    job = Job.of(config, train, topology, folder, resume)
+    job = Job.of(config, train, topology, folder, resume, profile)
     device = start_distributed()
     claim(folder, resume, job.start)
     with together():
@@ -151,7 +165,7 @@ def plan_operator(config: RunConfig, world_size: int) -> tuple[Topology, dict[st
 
 
 @ieee_float32()
-def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | None = None) -> bool:
+def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | None = None, profile: int = 0) -> bool:
     """Train the operator, on cached latents or on fields; returns False if a signal stopped it early.
 
     Parameters
@@ -161,10 +175,12 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
     init_from : Path, optional
         A checkpoint folder, converted folder or safetensors file whose weights a *new* run starts from, at any number
         of ranks, EP degree and ZeRO stage.
+    profile : int
+        Steps to profile; 0: none.
     """
     train, folder = config.operator.train, RunFolder(config.run_dir)
     topology, _ = plan_operator(config, world_size())
-    job = Job.of(config, train, topology, folder, resume)
+    job = Job.of(config, train, topology, folder, resume, profile)
     if init_from is not None:
         read_initial_weights(init_from)  # Mapped, not read: what cannot be used is refused before ranks connect.
     device = start_distributed()
@@ -175,7 +191,8 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
         loaders = open_loaders(config, open_split, topology)
         with torch.device("meta"):
             check_memory(_bare_operator(config, topology.ep_size), device)
-        model, weights = _build_operator(config, topology.ep_size, init_from)
+        decided = _decided(config, device)
+        model, weights = _build_operator(decided, topology.ep_size, init_from)
 
     def record() -> None:
         if job.start is None:
@@ -184,6 +201,16 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
         describe_operator_run(folder.path, config, regimes.space, tokenizer, folder.started_from())
 
     return _run(config, job, model.to(device), task, regimes, loaders, record, weights)
+
+
+def _decided(config: RunConfig, device: torch.device) -> RunConfig:
+    """The run with ``activation_checkpointing: auto`` decided by the device with the least memory. Collective."""
+    if config.operator.activation_checkpointing != "auto":
+        return config
+    memory = min(gather(device_memory(device) // (1 if device.type == "cuda" else local_world_size() or world_size())))
+    decided = decide_checkpointing(config, world_size(), memory)
+    log.info("activation_checkpointing: auto is %s", str(decided.operator.activation_checkpointing).lower())
+    return decided
 
 
 def _bare_operator(config: RunConfig, ep_size: int) -> nn.Module:
@@ -231,12 +258,14 @@ def _run(
 
     train, topology, folder = job.train, job.topology, job.folder
     count = sum(p.numel() for p in model.parameters())
+    if job.compile:
+        log.info("compile: %d parts of the model", compile_run(model, task))
     engine = build_engine(model, optimizer_groups(model, train.weight_decay), train, job.deepspeed, config.kernels)
     keep_ieee()  # DeepSpeed or apex may have thought otherwise.
     if weights is not None:
         set_masters(engine, weights)
     with closing(loaders["train"]), closing(loaders["valid"]), closing(regimes):
-        callbacks = _callbacks(config, job, task, regimes, loaders["valid"])
+        callbacks = _callbacks(config, job, task, regimes, loaders["valid"], engine.device)
         trainer = Trainer(engine, task, loaders["train"].iterate, train, topology, config.seed, callbacks)
         if job.start is not None:
             resume_from(trainer, job.start)
@@ -260,10 +289,13 @@ def _run(
         return trainer.finished or trainer.fit()
 
 
-def _callbacks(config: RunConfig, job: Job, task: Task, regimes: Regimes, held_out: MixtureLoader) -> list[Callback]:
+def _callbacks(
+    config: RunConfig, job: Job, task: Task, regimes: Regimes, held_out: MixtureLoader, device: torch.device
+) -> list[Callback]:
     """What happens beside the steps, in this order."""
     train, folder, names = job.train, job.folder, regimes.names
-    metrics = StepMetrics(folder.path, train.log_every)
+    throughput = Throughput(config, job.topology.world_size, device, isinstance(task, TokenizerTask))
+    metrics = StepMetrics(folder.path, train.log_every, throughput)
     checkpoints = Checkpoints(folder, train.checkpoint_every, train.keep_checkpoints)
     routing: list[Callback] = []
     if isinstance(task, OperatorTask):
@@ -271,4 +303,5 @@ def _callbacks(config: RunConfig, job: Job, task: Task, regimes: Regimes, held_o
         routing = [experts, RoutingTrace(config, names, job.topology, folder.routing)]
     faults = [FirstStep(), SkippedSteps(names, checkpoints)]
     validation = Validation(task.measured, held_out.iterate, names, metrics)
-    return [*routing, metrics, *faults, validation, StopSignal(), checkpoints]
+    profile = [Profile(folder.path, job.profile)] if job.profile else []
+    return [*routing, metrics, *faults, validation, StopSignal(), checkpoints, *profile]

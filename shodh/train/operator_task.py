@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shodh.config import RunConfig
+from shodh.core.devices import send
 from shodh.core.errors import DataError
-from shodh.core.seeding import generator
+from shodh.core.noise import normal
+from shodh.core.seeding import generator, stable_seed
 from shodh.data.loader import SampleDataset
 from shodh.models.forecaster import Forecaster
 from shodh.models.operator import OperatorOutput
@@ -18,15 +20,9 @@ from shodh.moe.balance import GlobalBalance
 from shodh.moe.step import router_arguments
 from shodh.train.datasets import Regimes
 from shodh.train.metrics import Metrics
-from shodh.train.trainer import Batch, Measured, Outcome
+from shodh.train.trainer import Batch, Measured, Outcome, sample_names
 
-SAMPLE_KEY = ("regime", "trajectory", "frame")
 _STILL = 1e-13  # mean square of changes over that of values that float32 makes of equal frames
-
-
-def sample_names(batch: Batch) -> Iterator[tuple[int, ...]]:
-    """What names each sample: regime, trajectory, frame. Nothing is read from a device before the first is asked."""
-    yield from zip(*(batch[k].tolist() for k in SAMPLE_KEY), strict=True)
 
 
 class OperatorTask:
@@ -49,7 +45,7 @@ class OperatorTask:
         self.history = config.data.history
         relative = config.operator.loss == "over_persistence"
         self._change = mean_changes(training, self._labels()) if relative else None
-        self._balance = GlobalBalance()
+        self.balance = GlobalBalance()
 
     def _labels(self) -> list[str]:
         """Each regime with its fields, for messages."""
@@ -73,9 +69,9 @@ class OperatorTask:
         std = self.operator.input_noise
         if std == 0:
             return history
-        shape, seed = history.shape[1:], self.config.seed
-        drawn = [torch.randn(shape, generator=generator(seed, "noise", step, *name)) for name in sample_names(batch)]
-        return history + std * self._noise_scale(history) * torch.stack(drawn).to(history)
+        seeds = [stable_seed(self.config.seed, "noise", step, *name) for name in sample_names(batch)]
+        drawn = normal(send(seeds, history.device), history.shape[1:])
+        return history + std * self._noise_scale(history) * drawn.to(history.dtype)
 
     def _shift(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
         """Latents and static features, each sample rolled along the periodic axes of its domain.
@@ -85,14 +81,13 @@ class OperatorTask:
         latents, static = self._windows(batch)
         if not self.operator.random_shifts:
             return latents, static
-        rolled: list[tuple[Tensor, Tensor]] = []
-        for row, key in enumerate(sample_names(batch)):
+        shifts: list[int] = []
+        for key in sample_names(batch):
             draw = torch.rand(3, generator=generator(self.config.seed, "shift", step, *key)).tolist()
-            boundary = self.regimes.domains[key[0]].boundary
-            sizes = latents.shape[-3:]
-            shifts = [int(u * n) if b == "periodic" else 0 for u, n, b in zip(draw, sizes, boundary, strict=True)]
-            rolled.append((latents[row].roll(shifts, (-3, -2, -1)), static[row].roll(shifts, (-3, -2, -1))))
-        return torch.stack([a for a, _ in rolled]), torch.stack([b for _, b in rolled])
+            boundary, sizes = self.regimes.domains[key[0]].boundary, latents.shape[-3:]
+            shifts += [int(u * n) if b == "periodic" else 0 for u, n, b in zip(draw, sizes, boundary, strict=True)]
+        by_sample = send(shifts, latents.device).view(-1, 3)
+        return roll_samples(latents, by_sample), roll_samples(static, by_sample)
 
     def predict(self, model: Any, batch: Batch) -> tuple[OperatorOutput, Tensor, Tensor]:
         """Output without noise or shifts, and the errors ``[B]`` of it and of persistence."""
@@ -110,7 +105,7 @@ class OperatorTask:
         return Measured({name: (values, batch["regime"]) for name, values in pairs.items()}, output.routing)
 
     def start_step(self) -> None:
-        self._balance.start_step()
+        self.balance.start_step()
 
     def loss(self, model: Any, batch: Batch, step: int) -> Outcome:
         regime = batch["regime"]
@@ -125,14 +120,26 @@ class OperatorTask:
             f"train/{self.space}_{self.measure}": (mean.detach(), "mean"),
             "train/over_persistence": (mean.detach() / persistence.mean(), "mean"),
         }
-        loss = mean if self._change is None else (error / self._change.to(error.device)[regime]).mean()
+        if self._change is not None:
+            self._change = self._change.to(error.device)  # Once.
+        loss = mean if self._change is None else (error / self._change[regime]).mean()
         if output.routing:
-            config, terms = self.operator.experts.balance, self._balance(output.routing)
+            config, terms = self.operator.experts.balance, self.balance(output.routing)
             balance = terms.weighted(config)
             loss = loss + balance
             metrics["train/balance_loss"] = (balance.detach(), "mean")
             metrics |= {f"moe/{name}": (value.detach(), "mean") for name, value in terms.reported(config).items()}
         return Outcome(loss, error.detach(), metrics, output.routing)
+
+
+def roll_samples(values: Tensor, shifts: Tensor) -> Tensor:
+    """Each sample of ``values [B, ..., x, y, z]`` rolled by its ``shifts [B, 3]``, in one copy for all of them."""
+    sizes = values.shape[-3:]
+    x, y, z = ((torch.arange(n, device=values.device) - shifts[:, a, None]) % n for a, n in enumerate(sizes))
+    place = (x[:, :, None, None] * sizes[1] + y[:, None, :, None]) * sizes[2] + z[:, None, None, :]
+    flat = values.flatten(-3)
+    where = place.view(len(values), *(1,) * (flat.ndim - 2), -1).expand(flat.shape)
+    return flat.gather(-1, where).view(values.shape)
 
 
 def mean_changes(datasets: Sequence[SampleDataset], labels: Sequence[str], windows: int = 64) -> Tensor:

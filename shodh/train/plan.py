@@ -1,24 +1,28 @@
 """What a run will need, before it is started: parameters, memory, tokens, traffic, groups. Touches no data.
 
-Weights are built on the meta device, so nothing is allocated. Memory of activations is an estimate from the tensors
-that a block keeps for its backward pass, and of operators on fields so is the work of a step, six operations a weight
-and token; everything else is counted.
+Weights are built, and a step is rehearsed, on the meta device (`shodh.train.rehearsal`): nothing is allocated and
+nothing estimated but the engine's own buffers. What a device's library and fragments of free memory take is not in it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 
 from shodh.config import RunConfig
+from shodh.core.errors import TopologyError
 from shodh.core.topology import Topology, plan_topology
-from shodh.models.factory import build_operator
+from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.field_space import FieldSpace
-from shodh.models.fno import PROJECTION
 from shodh.moe.groups import decay_groups, is_routed_expert
 from shodh.train.engine import load_deepspeed_config
+from shodh.train.rehearsal import Rehearsal, rehearse_operator, rehearse_tokenizer
 
 GPU_MEMORY_GIB = 80.0
 PEAK_FLOPS = {"bf16": 989e12, "fp32": 67e12}  # H100 SXM, dense, NVIDIA's data sheet
@@ -32,11 +36,12 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
+    buffers: float
     activations: float
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.buffers + self.activations
 
 
 @dataclass(frozen=True)
@@ -52,62 +57,131 @@ class Plan:
     active_parameters: int
     groups: list[tuple[str, int, int]]
     tokens_per_sample: int
-    memory: Memory
-    flops_per_step: float
+    stage: Stage
+    tokenizer: Stage | None
     all_to_all_bytes: float
     gradient_bytes: float
 
 
-def _memory(config: RunConfig, topology: Topology, stage: int, dense: int, experts: int) -> tuple[float, float, float]:
-    """Bytes of weights, gradients and optimiser on a rank; ZeRO shards dense weights over all ranks, and experts over
-    the ranks that hold the same ones."""
-    bf16 = config.operator.train.precision == "bf16"
-    width = 2 if bf16 else 4
+def _memory(
+    zero: Mapping[str, Any], topology: Topology, dense: int, experts: int, precision: str, activations: int
+) -> Memory:
+    """Of a rank; ZeRO shards dense weights over all ranks, and experts over the ranks that hold the same ones."""
+    width, stage = 2 if precision == "bf16" else 4, zero.get("stage", 0)
     weights = gradients = optimizer = 0.0
     for count, ranks in ((dense, topology.world_size), (experts / topology.ep_size, topology.expert_replicas)):
         weights += count * width / (ranks if stage >= 3 else 1)
         gradients += count * 4 / (ranks if stage >= 2 else 1)  # summed in float32
-        optimizer += count * (12 if bf16 else 8) / ranks
-    return weights, gradients, optimizer
+        optimizer += count * 12 / ranks  # master weights and two moments, float32
+    # Gradients on their way to other ranks: DeepSpeed's defaults where the file says nothing.
+    buckets = 2 if stage < 3 and zero.get("overlap_comm", False) else 1
+    of_bucket = 4 if stage == 1 else width
+    buffers = buckets * of_bucket * float(zero.get("reduce_bucket_size", 500_000_000))
+    return Memory(weights, gradients, optimizer, buffers, activations)
 
 
-def _activation_bytes(config: RunConfig, micro_batch: int, tokens: int) -> float:
-    operator, experts = config.operator, config.operator.experts
-    width = 2 if operator.train.precision == "bf16" else 4
-    if not config.has_tokenizer:
-        return float(micro_batch * width * _kept_in_field_space(config, tokens))
-    hidden = experts.hidden * (experts.num_shared + experts.top_k)
-    # Kept for the backward pass of a block, per token: two norms' inputs and outputs, q, k, v, the attention's output,
-    # the routed copy in and out, and gate, up and product of every active expert.
-    block = (10 + 2 * experts.top_k) * operator.dim + 3 * hidden
-    if operator.activation_checkpointing:
-        kept = operator.depth * operator.dim + block
-    else:
-        kept = operator.depth * block
-    return float(micro_batch * tokens * kept * width)
+@dataclass(frozen=True)
+class Stage:
+    """A training stage on a rank: its parameters, and a step of it, rehearsed when it is asked for."""
+
+    config: RunConfig
+    topology: Topology
+    zero: Mapping[str, Any]
+    dense_parameters: int
+    expert_parameters: int
+    of_tokenizer: bool = False
+
+    @property
+    def precision(self) -> str:
+        return (self.config.tokenizer if self.of_tokenizer else self.config.operator).train.precision
+
+    @cached_property
+    def rehearsal(self) -> Rehearsal:
+        """Of a micro-batch."""
+        rehearse = rehearse_tokenizer if self.of_tokenizer else rehearse_operator
+        return rehearse(self.config, self.topology.micro_batch)
+
+    @property
+    def memory(self) -> Memory:
+        sizes = self.dense_parameters, self.expert_parameters
+        return _memory(self.zero, self.topology, *sizes, self.precision, self.rehearsal.peak)
+
+    @property
+    def flops_per_step(self) -> float:
+        """Of all ranks, forward and backward, with what is computed again."""
+        return float(self.rehearsal.flops) * self.topology.world_size * self.topology.accumulation
+
+    def fits(self, memory: float = GPU_MEMORY_GIB * 2**30) -> bool:
+        """Whether a tenth of a device's memory is left, for its library, fragments and what other ranks send."""
+        return self.memory.total < 0.9 * memory
+
+    def remedy(self) -> str:
+        """A setting with which it would fit on a card; the first of the cheapest that does."""
+        for name, changed in self._alternatives():
+            if changed.fits():
+                return f"{name} would ({_bytes(changed.memory.total)})"
+        return "no micro_batch, activation_checkpointing or ZeRO stage would: more GPUs, or a smaller model"
+
+    def _alternatives(self) -> Iterator[tuple[str, Stage]]:
+        name = "tokenizer" if self.of_tokenizer else "operator"
+        again, config = self, self.config
+        if not self.of_tokenizer and not checkpoints(config):
+            config = with_checkpointing(config, True)
+            again = replace(self, config=config)
+            yield "operator.activation_checkpointing=true", again
+        size = self.topology.micro_batch
+        with_it = " with it" if again is not self else ""
+        while size > 1:
+            size = max(d for d in range(1, size) if size % d == 0)
+            accumulation = self.topology.global_batch // (self.topology.world_size * size)
+            topology = replace(self.topology, micro_batch=size, accumulation=accumulation)
+            again = replace(self, config=config, topology=topology)
+            yield f"{name}.train.micro_batch={size}{with_it}", again
+        yield "ZeRO 3 with all of that", replace(again, zero={**self.zero, "stage": 3})
 
 
-def _kept_in_field_space(config: RunConfig, tokens: int) -> float:
-    """Numbers that an operator on fields keeps of a sample for its backward pass."""
-    operator, experts = config.operator, config.operator.experts
-    space = FieldSpace.of(config)
-    cells = math.prod(space.grid)
-    given = space.history * space.channels + space.static + space.ndim
-    if operator.kind == "unet":  # Two convolutions, norms and activations, on the way down and up; levels halve it.
-        return cells * (given + 16.0 * operator.dim)
-    if operator.kind == "fno":  # Input, spectrum, both branches and activation of a block; the hidden layer at the end.
-        return cells * (given + 5.0 * operator.depth * operator.dim + 2 * PROJECTION * operator.dim)
-    # Two norms, the spectrum with its activation, shared features and experts; frames in patches; the decoder.
-    block = 14.0 * operator.dim + 2 * operator.field.mlp + 3 * (experts.num_shared + experts.top_k) * experts.hidden
-    if operator.kind == "dpot":
-        block = 14.0 * operator.dim + 2 * operator.field.mlp
-    blocks = operator.depth * operator.dim + block if operator.activation_checkpointing else operator.depth * block
-    frames = space.history * (cells * (space.channels + space.static + space.ndim + 1) + 3.0 * tokens * operator.dim)
-    return tokens * blocks + frames + 4.0 * cells * operator.field.decoder
+def checkpoints(config: RunConfig) -> bool:
+    """Whether blocks are computed again for sure: ``auto`` is not decided here."""
+    return config.operator.activation_checkpointing is True
+
+
+def with_checkpointing(config: RunConfig, value: bool) -> RunConfig:
+    """The run with ``activation_checkpointing`` decided."""
+    operator = config.operator.model_copy(update={"activation_checkpointing": value})
+    return config.model_copy(update={"operator": operator})
+
+
+def decide_checkpointing(config: RunConfig, world: int, memory: float) -> RunConfig:
+    """The run with ``activation_checkpointing: auto`` decided for devices of so many bytes."""
+    if config.operator.activation_checkpointing != "auto":
+        return config
+    kept = with_checkpointing(config, False)
+    return kept if operator_stage(kept, world).fits(memory) else with_checkpointing(config, True)
+
+
+def operator_stage(config: RunConfig, world: int) -> Stage:
+    """The operator's training on so many ranks. Errors as `make_plan`."""
+    train, experts = config.operator.train, config.operator.experts
+    topology = plan_topology(world, config.parallel.ep_size, experts.num_experts, train.global_batch, train.micro_batch)
+    zero = load_deepspeed_config(config.deepspeed, train, topology)["zero_optimization"]
+    with torch.device("meta"):
+        sizes = {name: p.numel() for name, p in build_operator(config).named_parameters()}
+    routed = sum(n for name, n in sizes.items() if is_routed_expert(name))
+    return Stage(config, topology, zero, sum(sizes.values()) - routed, routed)
+
+
+def tokenizer_stage(config: RunConfig, world: int) -> Stage:
+    """The tokenizer's training on so many ranks. Errors as `make_plan`."""
+    train = config.tokenizer.train
+    topology = plan_topology(world, 1, 0, train.global_batch, train.micro_batch)
+    zero = load_deepspeed_config(config.deepspeed, train, topology)["zero_optimization"]
+    with torch.device("meta"):
+        size = sum(p.numel() for p in build_tokenizer(config).parameters())
+    return Stage(config, topology, zero, size, 0, of_tokenizer=True)
 
 
 def make_plan(config: RunConfig, nodes: int | None = None, gpus_per_node: int | None = None) -> Plan:
-    """Plan the operator's training for a cluster (by default the one in ``config.parallel``).
+    """Plan the training of a run for a cluster (by default the one in ``config.parallel``).
 
     Raises
     ------
@@ -118,13 +192,15 @@ def make_plan(config: RunConfig, nodes: int | None = None, gpus_per_node: int | 
     operator, experts = config.operator, config.operator.experts
     train = operator.train
     world = (nodes or config.parallel.nodes) * gpus
-    topology = plan_topology(world, config.parallel.ep_size, experts.num_experts, train.global_batch, train.micro_batch)
-    stage = load_deepspeed_config(config.deepspeed, train, topology)["zero_optimization"]["stage"]
+    config = decide_checkpointing(config, world, GPU_MEMORY_GIB * 2**30)
+    stage = operator_stage(config, world)
+    topology, dense, routed = stage.topology, stage.dense_parameters, stage.expert_parameters
+    tokenizer = None
+    if config.has_tokenizer:
+        with suppress(TopologyError):  # It may be trained on fewer ranks.
+            tokenizer = tokenizer_stage(config, world)
     with torch.device("meta"):
         model = build_operator(config)
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    routed = sum(n for name, n in sizes.items() if is_routed_expert(name))
-    dense = sum(sizes.values()) - routed
     active = dense + (routed * experts.top_k // experts.num_experts if experts.num_experts else 0)
     names = {id(p): name for name, p in model.named_parameters()}
     groups: list[tuple[str, int, int]] = []
@@ -137,24 +213,19 @@ def make_plan(config: RunConfig, nodes: int | None = None, gpus_per_node: int | 
     tokens = math.prod(model.token_grid)
     width = 2 if train.precision == "bf16" else 4
     rank_tokens = tokens * topology.micro_batch * topology.accumulation
-    attends = config.has_tokenizer and operator.mixer == "attention"
-    attention = 12 * operator.depth * tokens * operator.dim if attends else 0  # forward and backward, per token
     away = (topology.ep_size - 1) / topology.ep_size
     return Plan(
         config=config,
         topology=topology,
         gpus_per_node=gpus,
-        zero_stage=stage,
+        zero_stage=stage.zero.get("stage", 0),
         dense_parameters=dense,
         expert_parameters=routed,
         active_parameters=active,
         groups=groups,
         tokens_per_sample=tokens,
-        memory=Memory(
-            *_memory(config, topology, stage, dense, routed),
-            _activation_bytes(config, topology.micro_batch, tokens),
-        ),
-        flops_per_step=(6.0 * active + attention) * tokens * topology.global_batch,
+        stage=stage,
+        tokenizer=tokenizer,
         all_to_all_bytes=4.0 * away * operator.depth * rank_tokens * experts.top_k * operator.dim * width,
         gradient_bytes=2.0 * 4 * (dense + routed / topology.ep_size),
     )
@@ -169,6 +240,23 @@ def _size(count: float) -> str:
 
 def _bytes(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.2f} MiB"
+
+
+def _memory_lines(title: str, stage: Stage) -> list[str]:
+    memory = stage.memory
+    again = not stage.of_tokenizer and checkpoints(stage.config)
+    lacking = "" if stage.fits() else f": does NOT fit in {GPU_MEMORY_GIB:.0f} GB; {stage.remedy()}"
+    return [
+        title,
+        f"  weights               {_bytes(memory.weights)}",
+        f"  gradients             {_bytes(memory.gradients)}",
+        f"  optimiser             {_bytes(memory.optimizer)}",
+        f"  buffers of gradients  {_bytes(memory.buffers)}",
+        f"  activations           {_bytes(memory.activations)} for {stage.topology.micro_batch} samples"
+        + (", blocks computed again" if again else ""),
+        f"  sum                   {_bytes(memory.total)}{lacking}",
+        "",
+    ]
 
 
 def _group_lines(topology: Topology) -> list[str]:
@@ -193,13 +281,12 @@ def _describe_space(config: RunConfig) -> str:
 
 def describe_plan(plan: Plan) -> str:
     """The plan as text."""
-    config, topology, memory = plan.config, plan.topology, plan.memory
+    config, topology, flops = plan.config, plan.topology, plan.stage.flops_per_step
     train = config.operator.train
     experts = config.operator.experts
     nodes = max(1, topology.world_size // plan.gpus_per_node)
-    step_s = plan.flops_per_step / (topology.world_size * PEAK_FLOPS[train.precision] * ASSUMED_UTILISATION)
+    step_s = flops / (topology.world_size * PEAK_FLOPS[train.precision] * ASSUMED_UTILISATION)
     utilisation = f"{ASSUMED_UTILISATION:.0%} of {PEAK_FLOPS[train.precision] / 1e12:.0f}"
-    fits = memory.total / 2**30 < 0.9 * GPU_MEMORY_GIB
     total = plan.dense_parameters + plan.expert_parameters
     feed_forward = "dense feed-forward of equal active size" if config.has_tokenizer else "dense"
     if experts.num_experts:
@@ -222,22 +309,14 @@ def describe_plan(plan: Plan) -> str:
         f"{_size(plan.tokens_per_sample * topology.global_batch)} a step, "
         f"{_size(plan.tokens_per_sample * topology.global_batch * train.steps)} in {train.steps} steps",
         "",
-        "memory of a rank",
-        f"  weights               {_bytes(memory.weights)}",
-        f"  gradients             {_bytes(memory.gradients)}",
-        f"  optimiser             {_bytes(memory.optimizer)}",
-        f"  activations (est.)    {_bytes(memory.activations)}"
-        + (", checkpointed" if config.operator.activation_checkpointing else ""),
-        f"  sum                   {_bytes(memory.total)}"
-        + (
-            ""
-            if fits
-            else f": does NOT fit in {GPU_MEMORY_GIB:.0f} GB; more nodes, a higher ZeRO stage, a smaller "
-            "micro_batch or activation_checkpointing"
+        *_memory_lines("memory of a rank", plan.stage),
+        *(
+            []
+            if plan.tokenizer is None
+            else _memory_lines("memory of a rank that trains the tokenizer", plan.tokenizer)
         ),
-        "",
         "work and traffic of a step",
-        f"  floating point        {plan.flops_per_step / 1e12:.2f} TFLOP, forward and backward",
+        f"  floating point        {flops / 1e12:.2f} TFLOP, forward and backward, with what is computed again",
         f"  all-to-all            {_bytes(plan.all_to_all_bytes)} sent by a rank",
         f"  gradients             {_bytes(plan.gradient_bytes)} sent by a rank",
         f"  time                  {1e3 * step_s:.1f} ms a step, {step_s * train.steps / 3600:.2f} h in all, if H100s",

@@ -86,13 +86,16 @@ def check_same_run(config: RunConfig, folder: RunFolder) -> None:
         )
 
 
+def device_memory(device: torch.device) -> int:
+    """Bytes of a card, or of this machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_memory(model: nn.Module, device: torch.device) -> None:
     """Refuse a model, on the meta device, whose float32 weights alone are more than this machine's memory."""
-    needed = 4 * sum(p.numel() for p in model.parameters())
-    if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
-    else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, there = 4 * sum(p.numel() for p in model.parameters()), device_memory(device)
     if needed > there:
         raise ConfigError(
             f"the weights of a rank need {needed / 2**30:.4g} GiB in float32, and {device} has {there / 2**30:.4g}; "

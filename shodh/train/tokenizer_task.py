@@ -10,16 +10,30 @@ from torch import Tensor
 
 from shodh.config import RunConfig
 from shodh.data import Split, WindowDataset
-from shodh.schema.domain import Domain, add_walls
+from shodh.schema.domain import Domain, describe_domain
 from shodh.train.datasets import Regimes
 from shodh.train.losses import reconstruction_loss, reconstruction_terms, weigh_fields
 from shodh.train.metrics import Metrics
 from shodh.train.trainer import Batch, Measured, Outcome
 
 
-def sample_geometry(static: Tensor, domains: Sequence[Domain], index: Tensor) -> Tensor:
-    """`add_walls`, sample by sample: ``[B, S, X, Y, Z] -> [B, S + 3 + P, X, Y, Z]``."""
-    return torch.cat([add_walls(static[b : b + 1], domains[i]) for b, i in enumerate(index.tolist())])
+class Geometry:
+    """`add_walls`, sample by sample: ``[B, S, X, Y, Z] -> [B, S + 3 + P, X, Y, Z]``; made once a domain and device."""
+
+    def __init__(self, domains: Sequence[Domain]) -> None:
+        self._domains = domains
+        self._described: dict[tuple[int, torch.device, torch.Size], Tensor] = {}
+
+    def __call__(self, static: Tensor, index: Tensor) -> Tensor:
+        """Of samples in the domains ``index [B]``, on the host."""
+        rows = [self._of(static, domain) for domain in index.tolist()]
+        return torch.cat((static, torch.stack(rows)), 1)
+
+    def _of(self, static: Tensor, domain: int) -> Tensor:
+        key = (domain, static.device, static.shape[2:])
+        if key not in self._described:
+            self._described[key] = describe_domain(static, self._domains[domain])
+        return self._described[key]
 
 
 def open_frames(regimes: Regimes, split: Split) -> list[WindowDataset]:
@@ -33,13 +47,14 @@ class TokenizerTask:
     def __init__(self, config: RunConfig, regimes: Regimes) -> None:
         self.regimes = regimes
         self.loss_config = config.tokenizer.loss
+        self._geometry = Geometry(regimes.domains)
 
     def start_step(self) -> None:
         """Nothing is carried from one micro-batch to the next."""
 
     def _terms(self, model: Any, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        fields, index = batch["fields"][:, 0], batch["regime"]
-        geometry = sample_geometry(batch["static"], self.regimes.domains, index)
+        fields, index = batch["fields"][:, 0], batch["sample"][:, 0]
+        geometry = self._geometry(batch["static"], index)
         prediction, latent = model(fields, geometry, self.regimes.domains, index)
         return reconstruction_terms(prediction, fields, self.regimes.dynamic), latent
 

@@ -18,6 +18,22 @@ from shodh.train.schedule import learning_rate
 
 Batch = dict[str, Tensor]
 
+SAMPLE_KEY = ("regime", "trajectory", "frame")
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch where it is computed with; the keys of its samples also stay on the host, as ``sample [B, 3]``.
+
+    Nothing waits for the device: not here, if the batch lies in pinned memory, nor where the keys are read.
+    """
+    keys = torch.stack([batch[name] for name in SAMPLE_KEY], 1)
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} | {"sample": keys}
+
+
+def sample_names(batch: Batch) -> list[tuple[int, ...]]:
+    """What names each sample of a batch of `to_device`: regime, trajectory, frame."""
+    return [tuple(key) for key in batch["sample"].tolist()]
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -112,6 +128,8 @@ class Trainer:
         Seconds spent waiting for data.
     stopping : bool
         Set, on all ranks, by a callback that ends the run early.
+    meeting : bool
+        Whether all ranks meet after this step, because a callback asked them something: the time for more questions.
     """
 
     def __init__(
@@ -127,7 +145,7 @@ class Trainer:
         self.engine, self.task, self.batches = engine, task, batches
         self.train, self.topology, self.seed, self.callbacks = train, topology, seed, callbacks
         self.step = self.skipped = self.skipped_in_row = 0
-        self.applied, self.stopping = True, False
+        self.applied, self.stopping, self.meeting = True, False, True
         self.rate = self.waited = 0.0
         self.metrics: Metrics = {}
 
@@ -179,7 +197,7 @@ class Trainer:
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         began = time.perf_counter()
-        batch = {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in next(batches).items()}
+        batch = to_device(next(batches), self.engine.device)
         self.waited += time.perf_counter() - began
         return batch
 

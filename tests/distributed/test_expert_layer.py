@@ -85,7 +85,7 @@ def compare(ep_size: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:
         weight = torch.randn(BATCH, TOKENS, twin.width, generator=draw).to(dtype)
         told = {
             "oracle": RouterInputs(regime=torch.arange(BATCH) % 2),
-            "noisy_topk": RouterInputs(noise=tuple(range(rank, rank + BATCH))),
+            "noisy_topk": RouterInputs(noise=torch.arange(rank, rank + BATCH)),
         }.get(config.router.kind, RouterInputs())
         results = []
         for module in (layer, twin):

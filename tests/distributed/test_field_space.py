@@ -280,5 +280,5 @@ def test_probe_maps_the_plane_and_makes_a_page(opened: Evaluator, tmp_path: Path
 
 def test_dry_run_counts_the_tokens_of_a_plane(fields: Fields) -> None:
     plan = make_plan(load_config(fields.config, fields.overrides("plan", 2, 1)), 1, 2)
-    assert plan.tokens_per_sample == 8 and plan.memory.activations > 0
+    assert plan.tokens_per_sample == 8 and plan.stage.memory.activations > 0
     assert "16 x 8, 4 channels, 1 static" in describe_plan(plan)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import traceback
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 
 def probe_fields(config: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,7 +57,7 @@ def describe_engine(engine: Any, config: Any) -> dict[str, Any]:
     }
 
 
-def pretrain(config_path: Path, overrides: list[str], resume: str | None = None) -> dict[str, Any]:
+def pretrain(config_path: Path, overrides: list[str], resume: str | None = None, profile: int = 0) -> dict[str, Any]:
     """`shodh.train.jobs.pretrain`, with `describe_engine` after the last step."""
     from shodh.config import load_config
     from shodh.train import jobs
@@ -73,7 +76,7 @@ def pretrain(config_path: Path, overrides: list[str], resume: str | None = None)
         return done
 
     Trainer.fit = fit_and_look  # type: ignore[method-assign]
-    seen["finished"] = jobs.pretrain(config, resume)
+    seen["finished"] = jobs.pretrain(config, resume, profile=profile)
     return seen
 
 
@@ -85,8 +88,8 @@ def pretrain_in_dirty_memory(config_path: Path, overrides: list[str]) -> dict[st
 
 
 def pretrain_until_signal(config_path: Path, overrides: list[str], step: int) -> dict[str, Any]:
-    """As `pretrain`; at the end of ``step`` the last rank alone gets SIGTERM, as a scheduler may send it."""
-    from shodh.train.callbacks import Experts
+    """As `pretrain`, with ranks that meet after every step; at the end of ``step`` the last one alone gets SIGTERM."""
+    from shodh.train.callbacks import Experts, StopSignal
     from shodh.train.trainer import Trainer
 
     finish = Experts.after_step
@@ -96,6 +99,7 @@ def pretrain_until_signal(config_path: Path, overrides: list[str], step: int) ->
         if trainer.step == step + 1 and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    StopSignal.STEPS = 1
     Experts.after_step = finish_and_signal  # type: ignore[method-assign]
     return pretrain(config_path, overrides)
 
@@ -446,3 +450,45 @@ def pretrain_with_broken_weights(config_path: Path, overrides: list[str], step: 
 
     Experts.after_step = finish_and_break  # type: ignore[method-assign]
     return pretrain(config_path, [*overrides, "operator.train.max_skipped_steps=100"])
+
+
+class HostReads(TorchFunctionMode):
+    """Notes what reads values of tensors on the host: ``(file, function)`` of each read."""
+
+    NAMES = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "__bool__", "__float__", "__int__", "__index__"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[tuple[str, str]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.NAMES:
+            frames = [frame for frame in traceback.extract_stack()[:-1] if "torch/" not in frame.filename]
+            self.places.append((frames[-1].filename, frames[-1].name))
+        return func(*args, **(kwargs or {}))
+
+
+def pretrain_counting_reads(config_path: Path, overrides: list[str], step: int) -> dict[str, Any]:
+    """As `pretrain`; ``seen["reads"]`` is what `HostReads` notes in one step and in all that happens after it."""
+    from shodh.train.trainer import Trainer
+
+    take, call, reads = Trainer._take_step, Trainer.call, HostReads()
+
+    def take_step(trainer: Trainer, batches: Any) -> None:
+        with reads if trainer.step == step else nullcontext():
+            take(trainer, batches)
+
+    def after_step(trainer: Trainer, event: str, *arguments: Any) -> None:
+        with reads if event == "after_step" and trainer.step == step + 1 else nullcontext():
+            call(trainer, event, *arguments)
+
+    Trainer._take_step, Trainer.call = take_step, after_step  # type: ignore[method-assign]
+    return {**pretrain(config_path, overrides), "reads": reads.places}
+
+
+def pretrain_compiled(config_path: Path, overrides: list[str]) -> dict[str, Any]:
+    """As `pretrain` with ``compile: on``, by a backend that translates as much and needs no compiler of kernels."""
+    from shodh.train import compiling, jobs
+
+    jobs.compile_run = partial(compiling.compile_run, backend="aot_eager")  # type: ignore[assignment]
+    return pretrain(config_path, [*overrides, "compile=on"])

@@ -31,10 +31,15 @@ def test_only_an_oracle_is_told_the_regime() -> None:
 def test_noise_depends_on_seed_step_and_sample_and_is_absent_in_evaluation() -> None:
     labels, noisy = torch.tensor([0, 1]), config(NOISY, top_k=2)
     assert router_arguments(noisy, labels, NAMES) == {}
-    seeds = router_arguments(noisy, labels, NAMES, 0, 5)["noise"]
-    assert seeds == router_arguments(noisy, labels, iter(NAMES), 0, 5)["noise"]
-    assert seeds[::-1] == router_arguments(noisy, labels, NAMES[::-1], 0, 5)["noise"]
-    others = [router_arguments(noisy, labels, NAMES, *key)["noise"] for key in ((1, 5), (0, 6))]
+
+    def drawn(names: Any, *key: int) -> list[int]:
+        seeds: list[int] = router_arguments(noisy, labels, names, *key)["noise"].tolist()
+        return seeds
+
+    seeds = drawn(NAMES, 0, 5)
+    assert seeds == drawn(iter(NAMES), 0, 5)
+    assert seeds[::-1] == drawn(NAMES[::-1], 0, 5)
+    others = [drawn(NAMES, *key) for key in ((1, 5), (0, 6))]
     assert len({*seeds, *others[0], *others[1]}) == 6
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shodh.config import OperatorConfig
-from shodh.models.blocks import rotary_angles, rotate
+from shodh.models.blocks import rotary_angles, rotary_tables, rotate, rotate_reference
 from shodh.models.init import initialise
 from shodh.models.operator import LatentTransformer
 from shodh.moe.experts import ExpertLayerReference, FeedForward
@@ -36,9 +36,9 @@ def test_rotary_attention_sees_offsets_alone(head_dim: int) -> None:
     grid = (3, 4, 5)
     angles = rotary_angles(grid, head_dim)
     assert angles.shape == (60, head_dim // 2) and angles.dtype == torch.float64
-    cos, sin = angles.cos(), angles.sin()
+    tables = rotary_tables(angles)
     q, k = torch.randn(2, head_dim, dtype=torch.float64)
-    at_q, at_k = rotate(q.expand(60, -1), cos, sin), rotate(k.expand(60, -1), cos, sin)
+    at_q, at_k = rotate(q.expand(60, -1), *tables), rotate(k.expand(60, -1), *tables)
     torch.testing.assert_close(at_q.norm(dim=-1), q.norm().expand(60))
     score = (at_q @ at_k.T).view(*grid, *grid)
     # The same offset (1, 2, -1) from three places.
@@ -52,7 +52,19 @@ def test_rotary_attention_sees_offsets_alone(head_dim: int) -> None:
 def test_rotation_is_that_of_complex_numbers() -> None:
     x, angle = torch.randn(5, 8, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     expected = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.polar(torch.ones_like(angle), angle)
-    torch.testing.assert_close(rotate(x, angle.cos(), angle.sin()), torch.view_as_real(expected).flatten(-2))
+    torch.testing.assert_close(rotate(x, *rotary_tables(angle)), torch.view_as_real(expected).flatten(-2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_has_the_bits_of_its_definition(dtype: torch.dtype) -> None:
+    """So that checkpoints, whose weights mean pairs, give what they gave: values and gradients."""
+    angles = rotary_angles((3, 4, 5), 10)
+    x = torch.randn(2, 60, 3, 10, dtype=dtype).transpose(1, 2).requires_grad_()
+    own, other = (table.to(dtype) for table in rotary_tables(angles))
+    pair = rotate(x, own, other), rotate_reference(x, angles.cos().to(dtype), angles.sin().to(dtype))
+    assert torch.equal(*pair)
+    weight = torch.randn(x.shape, dtype=dtype)
+    assert torch.equal(*(torch.autograd.grad((y * weight).sum(), x)[0] for y in pair))
 
 
 @pytest.mark.parametrize("patch", [1, 2])

@@ -47,7 +47,7 @@ def test_the_task_moves_every_trained_weight_of_a_router(kind: str) -> None:
         draw = torch.Generator().manual_seed(1)
         x, weight = (torch.randn(SAMPLES, TOKENS, DIM, generator=draw) for _ in range(2))
         regime = torch.arange(SAMPLES) % config.router.groups if kind == "oracle" else None
-        noise = tuple(range(SAMPLES)) if kind == "noisy_topk" else None
+        noise = torch.arange(SAMPLES) if kind == "noisy_topk" else None
         (layer(x, RouterInputs(regime, noise))[0] * weight).sum().backward()
         for name, parameter in layer.router.named_parameters():
             trained += 1

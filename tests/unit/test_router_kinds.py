@@ -17,7 +17,7 @@ from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing
 DIM, SAMPLES, TOKENS, EXPERTS = 10, 3, 7, 6
 AFTER = {"score": "softmax", "normalise": "after"}
 NOISY = {"kind": "noisy_topk", **AFTER}
-SEEDS = RouterInputs(noise=(11, 12, 13))
+SEEDS = RouterInputs(noise=torch.tensor([11, 12, 13]))
 
 
 def make(router: dict[str, Any], top_k: int = 2, seed: int = 0, **settings: Any) -> Router:
@@ -79,7 +79,7 @@ def test_noise_of_a_sample_depends_on_its_seed_alone() -> None:
     for b in range(SAMPLES):
         alone = route(router, x[b : b + 1], RouterInputs(noise=SEEDS.noise[b : b + 1]))
         torch.testing.assert_close(alone.logits, together.logits.view(SAMPLES, TOKENS, -1)[b])
-    assert not torch.equal(route(router, x, RouterInputs(noise=(1, 2, 3))).logits, together.logits)
+    assert not torch.equal(route(router, x, RouterInputs(noise=torch.tensor([1, 2, 3]))).logits, together.logits)
     assert not torch.equal(route(router, x, SEEDS.at_layer(0)).logits, route(router, x, SEEDS.at_layer(1)).logits)
 
 
@@ -93,7 +93,7 @@ def test_evaluation_has_no_noise() -> None:
 def test_smooth_load_is_the_probability_to_be_chosen_when_one_noise_is_drawn_anew() -> None:
     """Shazeer 2017, appendix A: the noise of the other experts stays."""
     router, x = trained(make(NOISY)), tokens(samples=1)
-    routing = route(router, x, RouterInputs(noise=(5,)))
+    routing = route(router, x, RouterInputs(noise=torch.tensor([5])))
     clean, std = router.expert_gate(x[0])[0], torch.nn.functional.softplus(router.noise_gate(x[0])[0])
     draws = 20000
     normal = torch.randn(draws, TOKENS, EXPERTS, generator=torch.Generator().manual_seed(0))
@@ -157,7 +157,7 @@ def test_oracle_gives_each_regime_experts_of_its_own(top_k: int) -> None:
         ({"kind": "oracle"}, NO_INPUTS, "needs the regime"),
         ({"kind": "oracle"}, RouterInputs(regime=torch.tensor([0, 2, 1])), "do not fit router.groups=2"),
         (NOISY, NO_INPUTS, "needs noise in training: 3 seeds"),
-        (NOISY, RouterInputs(noise=(1,)), "needs noise in training: 3 seeds"),
+        (NOISY, RouterInputs(noise=torch.tensor([1])), "needs noise in training: 3 seeds"),
         ({"kind": "token"}, SEEDS, "is not noisy"),
     ],
 )

@@ -1,6 +1,7 @@
 """Every kind of router: names in checkpoints, initial weights, outputs, gradients, as recorded in router_values.json.
 
-The numbers were recorded before routers became one class a kind. To record a new kind beside them:
+The numbers were recorded before routers became one class a kind; those of noisy kinds again, when noise became a hash
+of the seed. To record a new kind beside them:
 ``python tests/unit/test_router_values.py CASE``, with the case added to `CASES`, prints its line.
 """
 
@@ -73,7 +74,7 @@ def describe(case: str) -> dict[str, Any]:
             for number, parameter in enumerate(layer.router.parameters()):
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
     regime = torch.arange(SAMPLES) % config.router.groups if kind == "oracle" else None
-    noise = (5, 6, 7) if kind == "noisy_topk" else None
+    noise = torch.tensor([5, 6, 7]) if kind == "noisy_topk" else None
     output, routing = layer(x, RouterInputs(regime, noise))
     more = [t.square().sum() for t in (routing.logits, routing.load_probs, routing.similarity) if t is not None]
     torch.stack([(output * weight).sum(), *more]).sum().backward()

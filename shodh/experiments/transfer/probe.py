@@ -22,7 +22,7 @@ from shodh.train.datasets import mixture_loader
 from shodh.train.field_task import operator_task
 from shodh.train.opening import open_data
 from shodh.train.run_folder import RunFolder
-from shodh.train.trainer import Batch
+from shodh.train.trainer import Batch, to_device
 
 GROUPS = ("router", "experts", "feed_forward", "rest")
 Gradients = dict[str, Tensor]
@@ -92,7 +92,7 @@ class Probe:
     def training_batches(self, steps: int) -> Iterator[Batch]:
         """The first batches that the run itself learns from."""
         for batch in self._loader.iterate(0, steps):
-            yield {name: tensor.to(self.device) for name, tensor in batch.items()}
+            yield to_device(batch, self.device)
 
     def close(self) -> None:
         self._loader.close()

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shodh.config import ExpertsConfig
-from shodh.core.seeding import generator
+from shodh.core.noise import normal
 from shodh.moe.gates import Gate
 from shodh.moe.routers.base import GateRouter, to_tokens
 from shodh.moe.routing import Routing
@@ -24,7 +24,7 @@ class NoisyTopKRouter(GateRouter):
         if isinstance(self.expert_gate, Gate):
             self.initial_gain["expert_gate.weight"] = 0.0
 
-    def route(self, x: Tensor, noise: tuple[int, ...] | None = None) -> Routing:
+    def route(self, x: Tensor, noise: Tensor | None = None) -> Routing:
         tokens = x.float()
         query = self.query(tokens)
         logits, similarity = self.expert_gate(query)
@@ -35,14 +35,13 @@ class NoisyTopKRouter(GateRouter):
         logits = self.cooled(logits, tokens)
         return self.choose(logits, logits.softmax(-1), load_probs=load, similarity=similarity)
 
-    def _add_noise(self, query: Tensor, clean: Tensor, noise: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    def _add_noise(self, query: Tensor, clean: Tensor, noise: Tensor) -> tuple[Tensor, Tensor | None]:
         """``H = x W_g + N(0, 1) softplus(x W_noise)``, and P(x, i) of Shazeer's load, ``[B, S or 1, E]``.
 
         The noise is drawn by the seeds of the samples: the same on any number of ranks, and in a resumed run.
         """
-        drawn = [torch.randn(clean.shape[1:], generator=generator(seed)) for seed in noise]
         std = F.softplus(self.noise_gate(query)[0])
-        noisy = clean + torch.stack(drawn).to(clean) * std
+        noisy = clean + normal(noise, clean.shape[1:]) * std
         if self.top_k == self.num_experts:
             return noisy, None
         best = noisy.topk(self.top_k + 1, dim=-1).values

@@ -3,6 +3,7 @@
 from shodh.train.callbacks.checkpoints import Checkpoints, StopSignal
 from shodh.train.callbacks.experts import Experts
 from shodh.train.callbacks.faults import FirstStep, SkippedSteps
+from shodh.train.callbacks.profile import Profile
 from shodh.train.callbacks.step_metrics import StepMetrics
 from shodh.train.callbacks.trace import RoutingTrace
 from shodh.train.callbacks.validation import Validation
@@ -11,6 +12,7 @@ __all__ = [
     "Checkpoints",
     "Experts",
     "FirstStep",
+    "Profile",
     "RoutingTrace",
     "SkippedSteps",
     "StepMetrics",

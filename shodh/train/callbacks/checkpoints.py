@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from pathlib import Path
 
 from shodh.checkpoint.folder import read_manifest
@@ -19,14 +20,23 @@ log = logging.getLogger("shodh")
 
 
 class StopSignal(Callback):
-    """Stop at SIGTERM or SIGUSR1, which schedulers send before the end, to any rank; read at a step's edge."""
+    """Stop at SIGTERM or SIGUSR1, which schedulers send before the end, to any rank; read at a step's edge.
+
+    To ask all ranks waits for the device. So they meet not after every step, but after as many as take `SECONDS`, at
+    least one and at most `STEPS`: a run stops at most so many steps after the signal. One rank alone stops at once.
+    """
+
+    SECONDS, STEPS = 1.0, 10
 
     def __init__(self) -> None:
         self._asked = False
+        self._next = self._last = 0
+        self._when = 0.0
 
     def start(self, trainer: Trainer) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask)
+        self._next, self._last, self._when = trainer.step + 1, trainer.step, time.perf_counter()
 
     def _ask(self, *_: object) -> None:
         self._asked = True
@@ -34,8 +44,20 @@ class StopSignal(Callback):
     def after_step(self, trainer: Trainer) -> None:
         asked = float(self._asked)
         if trainer.topology.world_size > 1:
-            asked = reduce_metrics({"stop": (asked, "max")}, trainer.engine.device)["stop"]
+            trainer.meeting = trainer.step >= self._next
+            if not trainer.meeting:
+                return
+            asked = self._meet(trainer, asked)
         trainer.stopping = asked > 0 and not trainer.finished
+
+    def _meet(self, trainer: Trainer, asked: float) -> float:
+        """Whether any rank was asked to stop; sets when the ranks meet again. Collective."""
+        now, device = time.perf_counter(), trainer.engine.device
+        seconds = (now - self._when) / (trainer.step - self._last)
+        answer = reduce_metrics({"stop": (asked, "max"), "seconds": (seconds, "max")}, device)
+        self._next = trainer.step + min(self.STEPS, max(1, int(self.SECONDS / answer["seconds"])))
+        self._last, self._when = trainer.step, now
+        return answer["stop"]
 
 
 class Checkpoints(Callback):
@@ -54,7 +76,7 @@ class Checkpoints(Callback):
         if trainer.due(self._every) or trainer.stopping:
             trainer.call("flush")
             self.save(trainer)
-        else:
+        elif trainer.meeting:
             self._writer.advance()
 
     def finish(self, trainer: Trainer) -> None:

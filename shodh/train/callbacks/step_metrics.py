@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from shodh.core.devices import uses_cuda
 from shodh.core.distributed import rank
+from shodh.train.compiling import CompileCount
 from shodh.train.metrics import Metrics, MetricWriter, StepRecord, mean_over_ranks, reduce_metrics
+from shodh.train.throughput import Throughput
 from shodh.train.trainer import Callback, Trainer
 
 log = logging.getLogger("shodh")
@@ -27,12 +29,13 @@ class StepMetrics(Callback):
     Rank 0 writes.
     """
 
-    def __init__(self, run: Path, log_every: int) -> None:
-        self._run, self._every = run, log_every
+    def __init__(self, run: Path, log_every: int, throughput: Throughput | None = None) -> None:
+        self._run, self._every, self._throughput = run, log_every, throughput
         self._record = StepRecord()
         self.writer: MetricWriter | None = None
         self._bar: tqdm[Any] | None = None
         self._clock: _Clock | None = None
+        self._compiled = CompileCount()
 
     def start(self, trainer: Trainer) -> None:
         if rank() == 0:
@@ -60,12 +63,17 @@ class StepMetrics(Callback):
     def _log(self, trainer: Trainer) -> None:
         assert self._clock is not None and self._bar is not None
         metrics = {**trainer.metrics, **self._clock.read(trainer)}
+        metrics |= {name: (value, "max") for name, value in self._compiled.read().items()}
         if uses_cuda():
             metrics["mem/peak_gib"] = (torch.cuda.max_memory_allocated() / 2**30, "max")
-        values = self._write_record(reduce_metrics(metrics, trainer.engine.device))
+        reduced = reduce_metrics(metrics, trainer.engine.device)
+        if self._throughput is not None and rank() == 0:
+            reduced |= self._throughput.of(reduced["perf/samples_per_s"])
+        values = self._write_record(reduced)
         if not values:
             return
-        shown = {k.split("/")[-1]: f"{values[k]:.4g}" for k in ("train/loss", "perf/samples_per_s") if k in values}
+        names = ("train/loss", "perf/samples_per_s", "perf/tflops", "perf/mfu")
+        shown = {k.split("/")[-1]: f"{values[k]:.4g}" for k in names if k in values}
         self._bar.set_postfix(shown)
         if self._bar.disable:
             text = ", ".join(f"{k} {v}" for k, v in shown.items())

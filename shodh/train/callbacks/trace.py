@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from shodh.config import RunConfig
 from shodh.core.distributed import rank
 from shodh.core.topology import Topology
 from shodh.moe.routing import Routing
 from shodh.moe.trace import TraceWriter, cut_traces_of_others, thinning
 from shodh.train.trainer import Batch, Callback, Outcome, Trainer
-
-SAMPLE_KEY = ("regime", "trajectory", "frame")
 
 
 class RoutingTrace(Callback):
@@ -55,7 +51,7 @@ class RoutingTrace(Callback):
             return
         if self._validated != trainer.step:
             self._validated, self._left = trainer.step, self._samples
-        step, keys = trainer.step - 1, torch.stack([batch[k] for k in SAMPLE_KEY], 1)
+        step, keys = trainer.step - 1, batch["sample"]
         self._writer.add(step, "valid", routing, batch["regime"], with_pairs=True)
         grid = trainer.engine.module.token_grid
         self._left -= self._writer.add_samples(step, "valid", routing, keys, grid, self._left)

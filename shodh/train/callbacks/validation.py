@@ -10,7 +10,7 @@ import torch
 from shodh.train.callbacks.experts import regime_table, routing_metrics, sum_over_ranks
 from shodh.train.callbacks.step_metrics import StepMetrics
 from shodh.train.metrics import RegimeMeans, reduce_metrics
-from shodh.train.trainer import Batch, Callback, Measured, Trainer
+from shodh.train.trainer import Batch, Callback, Measured, Trainer, to_device
 
 
 class Validation(Callback):
@@ -42,7 +42,7 @@ class Validation(Callback):
     def _validate(self, trainer: Trainer) -> dict[str, float]:
         means, table = RegimeMeans(self._regimes), None
         for batch in self._batches(0, trainer.train.valid_batches):
-            batch = {name: tensor.to(trainer.engine.device) for name, tensor in batch.items()}
+            batch = to_device(batch, trainer.engine.device)
             errors, routing = self._measure(trainer.engine, batch)
             for name, (values, regime) in errors.items():
                 means.add(name, values, regime)

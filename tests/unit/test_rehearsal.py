@@ -1,0 +1,124 @@
+"""What is planned is what a step takes: memory and work of a rehearsal against a real step on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from shodh.config import RunConfig, load_config
+from shodh.models.factory import build_operator, operator_space
+from shodh.models.init import initialise
+from shodh.train.plan import Stage, decide_checkpointing, describe_plan, make_plan, operator_stage
+from shodh.train.rehearsal import FLOPS, rehearse_operator, rehearse_tokenizer
+from shodh.train.throughput import Throughput, product_rate
+
+CONFIGS = Path(__file__).parents[2] / "launch" / "configs"
+CASES = {
+    "sparse": ("demo", []),
+    "dense": ("demo", ["operator.experts.num_experts=0", "parallel.ep_size=1"]),
+    "bf16": ("demo", ["operator.train.precision=bf16"]),
+    "checkpointed": ("demo", ["operator.activation_checkpointing=true"]),
+    "deep": ("demo", ["operator.depth=5", "operator.dim=64"]),
+    "moe_pot": ("moe_pot_tiny", []),
+    "fno": ("fno_tiny", []),
+}
+
+
+def load(name: str, changes: list[str]) -> RunConfig:
+    return load_config(CONFIGS / f"{name}.yaml", changes)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_operator_is_planned_as_it_is_measured(case: str) -> None:
+    config = load(*CASES[case])
+    planned, measured = rehearse_operator(config, 2), rehearse_operator(config, 2, "cpu")
+    for name in ("saved", "peak", "flops"):
+        assert getattr(planned, name) == pytest.approx(getattr(measured, name), rel=0.1), name
+
+
+def test_tokenizer_is_planned_as_it_is_measured() -> None:
+    config = load("demo", ["data.grid=[16, 16, 16]", "tokenizer.widths=[16, 16]"])
+    planned, measured = rehearse_tokenizer(config, 2), rehearse_tokenizer(config, 2, "cpu")
+    for name in ("saved", "peak", "flops"):
+        assert getattr(planned, name) == pytest.approx(getattr(measured, name), rel=0.1), name
+
+
+@pytest.mark.parametrize("case", ["sparse", "dense", "fno"])
+def test_what_is_kept_is_what_autograd_saves(case: str) -> None:
+    """Counted another way: what torch hands to hooks, each storage once."""
+    config = load(*CASES[case])
+    model, space = build_operator(config), operator_space(config)
+    initialise(model, 0)
+    history = torch.randn(2, space.history, space.channels, *space.grid)
+    seen: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(history, torch.randn(2, space.static, *space.grid))
+        output.latent.square().mean()
+    given = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers(), history]}
+    saved = sum(t.untyped_storage().nbytes() for place, t in seen.items() if place not in given)
+    assert rehearse_operator(config, 2).saved == pytest.approx(saved, rel=0.1)
+
+
+def test_recomputation_is_work_that_is_counted() -> None:
+    plain, again = (rehearse_operator(load(*CASES[name]), 2) for name in ("sparse", "checkpointed"))
+    assert 1.2 * plain.flops < again.flops < 1.34 * plain.flops
+    assert again.saved < 0.2 * plain.saved and again.peak < 0.5 * plain.peak
+
+
+def test_work_is_that_of_torchs_counter() -> None:
+    config = load(*CASES["fno"])
+    with FlopCounterMode(display=False, custom_mapping={}) as counter:
+        counted = rehearse_operator(config, 2, "cpu").flops
+    assert counted == counter.get_total_flops() > 0 and torch.ops.aten.mm in FLOPS
+
+
+def stage(samples: int, **changes: object) -> Stage:
+    """A small model whose samples, on the meta device, may be as many as one likes: 2.2 MiB each."""
+    settings = [f"operator.{name}={value}" for name, value in changes.items()]
+    many = [f"operator.train.{name}_batch={samples}" for name in ("global", "micro")]
+    fixed = [
+        "operator.depth=2",
+        "operator.random_shifts=false",
+        "parallel.ep_size=1",
+        "deepspeed=ds_configs/zero1.json",
+    ]
+    return operator_stage(load("demo", [*fixed, *many, *settings]), 1)
+
+
+def test_what_does_not_fit_says_which_setting_would() -> None:
+    assert stage(16384).fits() and not stage(40000).fits()
+    assert stage(40000).remedy().startswith("operator.activation_checkpointing=true would")
+    assert stage(2**17).remedy().startswith("operator.train.micro_batch=65536 with it would")
+    assert "more GPUs" in stage(1, dim=2**16).remedy()
+
+
+def test_the_plan_speaks_of_both_models() -> None:
+    changes = ["operator.train.global_batch=40000", "operator.train.micro_batch=40000", "operator.random_shifts=false"]
+    text = describe_plan(make_plan(load("demo", ["parallel.ep_size=1", *changes]), 1, 1))
+    assert "does NOT fit in 80 GB; operator." in text and "trains the tokenizer" in text
+
+
+def test_auto_computes_again_only_where_memory_is_short() -> None:
+    assert load("h100_single", []).operator.activation_checkpointing == "auto"
+    config = stage(16384, activation_checkpointing="auto").config
+    decided = {gib: decide_checkpointing(config, 1, gib * 2**30).operator.activation_checkpointing for gib in (20, 80)}
+    assert decided == {20: True, 80: False}
+    fixed = stage(16384, activation_checkpointing="true").config
+    assert decide_checkpointing(fixed, 1, 2.0**50) is fixed
+
+
+def test_throughput_is_work_over_time() -> None:
+    config, cpu = load(*CASES["checkpointed"]), torch.device("cpu")
+    found = Throughput(config, 2, cpu, of_tokenizer=False).of(10.0)
+    work = rehearse_operator(load(*CASES["sparse"]), 1).flops
+    assert found == {"perf/tokens_per_s": 640.0, "perf/tflops": pytest.approx(10 * work / 2 / 1e12)}
+    assert product_rate(torch.float32, cpu, side=64, products=2) > 0
