@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from shodh.config import TokenizerConfig
 from shodh.core.errors import ConfigError
 from shodh.models.basis import PATCH, PatchBasis, SchemaBasis
+from shodh.models.circular import CircularConv3d, circular_pad
 from shodh.ops import decode_velocity, helmholtz_potential
 from shodh.schema.domain import NUM_WALL_CHANNELS, Domain, extend_into_solids
 from shodh.schema.fields import Field, field_slices
@@ -37,10 +38,6 @@ class Potential(NamedTuple):
     harmonic: Tensor | None
 
 
-def _conv(inputs: int, outputs: int) -> nn.Conv3d:
-    return nn.Conv3d(inputs, outputs, 3, padding=1, padding_mode="circular")
-
-
 class ResidualBlock(nn.Module):
     """Two 3x3x3 convolutions with group norm and SiLU, added to the input."""
 
@@ -48,7 +45,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         groups = max(g for g in (8, 4, 2, 1) if channels % g == 0)
         self.norm1, self.norm2 = nn.GroupNorm(groups, channels), nn.GroupNorm(groups, channels)
-        self.conv1, self.conv2 = _conv(channels, channels), _conv(channels, channels)
+        self.conv1, self.conv2 = (CircularConv3d(channels, channels) for _ in range(2))
         self.initial_gain = {"conv2.weight": 0.1}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +83,7 @@ class Decoder(nn.Module):
         super().__init__()
         strides, widths = config.strides[::-1], config.widths[::-1]
         coarseness = [math.prod(strides[i:]) for i in range(len(strides))]
-        self.enter = _conv(config.latent_channels, widths[0])
+        self.enter = CircularConv3d(config.latent_channels, widths[0])
         self.geometry = nn.ModuleList(
             nn.Conv3d(num_geometry, width, cells, stride=cells, bias=False)
             for width, cells in zip(widths, coarseness, strict=True)
@@ -99,7 +96,7 @@ class Decoder(nn.Module):
             nn.ConvTranspose3d(width, out, stride, stride=stride)
             for width, out, stride in zip(widths, after, strides, strict=True)
         )
-        self.head = _conv(config.head_channels + num_geometry, outputs)
+        self.head = CircularConv3d(config.head_channels + num_geometry, outputs)
         # A curl multiplies noise between neighbours: the first velocities must not be larger than the true ones.
         self.initial_gain = {"head.weight": 0.1}
 
@@ -109,7 +106,7 @@ class Decoder(nn.Module):
         for embed, blocks, up in zip(self.geometry, self.blocks, self.ups, strict=True):
             x = up(blocks(x + embed(seen)))
         # Always in float32: the velocity is a difference of neighbouring potentials, which 16 bits would round away.
-        x = F.pad(torch.cat((F.silu(x).float(), geometry), 1), (1,) * 6, mode="circular")
+        x = circular_pad(torch.cat((F.silu(x).float(), geometry), 1))
         assert self.head.bias is not None
         return F.conv3d(x, self.head.weight.float(), self.head.bias.float())
 
