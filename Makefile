@@ -12,7 +12,7 @@ RANKS  := $$(python -m shodh.core.devices --ranks 2)
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast lint types docs notebooks install clean
+.PHONY: demo gpu test test-fast lint types docs notebooks install clean
 
 install: $(STAMP)
 
@@ -28,6 +28,13 @@ demo: $(STAMP)
 	deepspeed --num_gpus $$ranks launch/train_tokenizer.py --config $(DEMO) --resume auto && \
 	deepspeed --num_gpus $$ranks launch/pretrain.py --config $(DEMO) --set parallel.ep_size=$$ranks --resume auto
 	$(BIN)/python launch/evaluate.py --run runs/demo
+
+# The same on one GPU, at 64^3 and with 20,000 steps.
+gpu: $(STAMP)
+	$(BIN)/python tools/generate_data.py --device cuda --regime open_channel porous_media --grid 64 --trajectories 16 --frames 16 --out data/gpu
+	$(BIN)/python launch/train_tokenizer.py --config launch/configs/gpu_64.yaml --resume auto
+	$(BIN)/python launch/pretrain.py --config launch/configs/gpu_64.yaml --resume auto
+	$(BIN)/python launch/evaluate.py --run runs/gpu-64
 
 test: $(STAMP)
 	$(PYTEST)

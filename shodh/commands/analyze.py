@@ -16,9 +16,10 @@ from tqdm import tqdm
 from shodh.core.cli import field_maps, named_paths
 from shodh.core.devices import pick_device
 from shodh.core.errors import ConfigError
+from shodh.evaluate.evaluation import open_run
 from shodh.report.page import Section, text_table, write_page
 from shodh.routing import analyse, find_traces, read_traces
-from shodh.routing.probe.sections import SECTIONS, probe_sections
+from shodh.routing.probe.sections import SECTIONS, probe_model
 from shodh.train.run_folder import RunFolder
 from shodh.train.runtime import quiet_logs
 
@@ -75,11 +76,9 @@ def probe(args: argparse.Namespace) -> list[Section]:
         return []
     device = torch.device(pick_device(args.device))
     unseen = named_paths("--probe-data", args.probe_data)
-    return probe_sections(
-        args.run,
-        args.checkpoint,
-        args.other_run,
-        device,
+    return probe_model(
+        open_run(args.run, args.checkpoint, device),
+        open_run(args.other_run, None, device) if args.other_run else None,
         left_out=unseen,
         maps=field_maps(args.map, unseen),
         limit=args.windows,

@@ -64,7 +64,8 @@ class RunConfig(Section):
     kernels: Literal["auto", "torch", "apex"] = Field("auto", description="fused norm and optimiser")
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="compile norms, rotary positions, residuals, routers and balance terms of a latent transformer; "
+        description="compile norms, rotary positions, residuals, routers and balance terms of a latent transformer, "
+        "and the tokenizer's residual blocks; "
         "auto: on a card, where ZeRO is below 3",
     )
     routing_trace: Count = Field(20000, description="lines of routing trace a rank may write; long runs are thinned")

@@ -18,6 +18,12 @@ class TokenizerLoss(Section):
     gradient: Weight = 0.2
     spectral: Weight = 0.0
 
+    @model_validator(mode="after")
+    def _some(self) -> TokenizerLoss:
+        if not any((self.relative_l2, self.gradient, self.spectral)):
+            raise ValueError("all weights are 0; nothing would be learned")
+        return self
+
 
 class TokenizerConfig(Section):
     """Convolutional autoencoder, 8x per axis, with a divergence-free velocity decoder."""

@@ -24,6 +24,7 @@ from shodh.config import TokenizerConfig
 from shodh.core.devices import send
 from shodh.core.errors import ConfigError
 from shodh.models.basis import PATCH, PatchBasis, SchemaBasis
+from shodh.models.circular import CircularConv3d, circular_pad
 from shodh.models.rows import Groups
 from shodh.ops import decode_velocity, helmholtz_potential
 from shodh.schema.domain import NUM_WALL_CHANNELS, Domain, extend_into_solids
@@ -39,10 +40,6 @@ class Potential(NamedTuple):
     harmonic: Tensor | None
 
 
-def _conv(inputs: int, outputs: int) -> nn.Conv3d:
-    return nn.Conv3d(inputs, outputs, 3, padding=1, padding_mode="circular")
-
-
 class ResidualBlock(nn.Module):
     """Two 3x3x3 convolutions with group norm and SiLU, added to the input."""
 
@@ -50,7 +47,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         groups = max(g for g in (8, 4, 2, 1) if channels % g == 0)
         self.norm1, self.norm2 = nn.GroupNorm(groups, channels), nn.GroupNorm(groups, channels)
-        self.conv1, self.conv2 = _conv(channels, channels), _conv(channels, channels)
+        self.conv1, self.conv2 = (CircularConv3d(channels, channels) for _ in range(2))
         self.initial_gain = {"conv2.weight": 0.1}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +85,7 @@ class Decoder(nn.Module):
         super().__init__()
         strides, widths = config.strides[::-1], config.widths[::-1]
         coarseness = [math.prod(strides[i:]) for i in range(len(strides))]
-        self.enter = _conv(config.latent_channels, widths[0])
+        self.enter = CircularConv3d(config.latent_channels, widths[0])
         self.geometry = nn.ModuleList(
             nn.Conv3d(num_geometry, width, cells, stride=cells, bias=False)
             for width, cells in zip(widths, coarseness, strict=True)
@@ -101,7 +98,7 @@ class Decoder(nn.Module):
             nn.ConvTranspose3d(width, out, stride, stride=stride)
             for width, out, stride in zip(widths, after, strides, strict=True)
         )
-        self.head = _conv(config.head_channels + num_geometry, outputs)
+        self.head = CircularConv3d(config.head_channels + num_geometry, outputs)
         # A curl multiplies noise between neighbours: the first velocities must not be larger than the true ones.
         self.initial_gain = {"head.weight": 0.1}
 
@@ -111,7 +108,7 @@ class Decoder(nn.Module):
         for embed, blocks, up in zip(self.geometry, self.blocks, self.ups, strict=True):
             x = up(blocks(x + embed(seen)))
         # Always in float32: the velocity is a difference of neighbouring potentials, which 16 bits would round away.
-        x = F.pad(torch.cat((F.silu(x).float(), geometry), 1), (1,) * 6, mode="circular")
+        x = circular_pad(torch.cat((F.silu(x).float(), geometry), 1))
         assert self.head.bias is not None
         return F.conv3d(x, self.head.weight.float(), self.head.bias.float())
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh.config import OperatorConfig
+from shodh.models.circular import CIRCULAR
 from shodh.models.field_space import CONVOLUTIONS, TRANSPOSED, FieldSpace
 from shodh.models.fno import with_coordinates
 from shodh.models.operator import OperatorOutput
@@ -19,9 +20,7 @@ class ConvolutionPair(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, ndim: int) -> None:
         super().__init__()
-        convolution = CONVOLUTIONS[ndim]
-        self.conv1 = convolution(inputs, outputs, 3, padding=1, padding_mode="circular")
-        self.conv2 = convolution(outputs, outputs, 3, padding=1, padding_mode="circular")
+        self.conv1, self.conv2 = CIRCULAR[ndim](inputs, outputs), CIRCULAR[ndim](outputs, outputs)
         self.norm1, self.norm2 = nn.GroupNorm(GROUPS, outputs), nn.GroupNorm(GROUPS, outputs)
 
     def forward(self, x: Tensor) -> Tensor:

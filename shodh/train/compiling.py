@@ -1,4 +1,4 @@
-"""Compile the element-wise parts of a model: norms, rotary positions, residuals, routers; and count what was compiled.
+"""Compile the element-wise parts of a model: norms, positions, padding, residuals, routers; and count the compilations.
 
 Functions of modules are compiled, not the modules: parameters, their names in checkpoints, hooks and the experts' own
 kernels stay as they are.
@@ -18,6 +18,7 @@ from torch import nn
 from shodh.core.devices import uses_cuda
 from shodh.core.errors import ConfigError
 from shodh.models.blocks import Block
+from shodh.models.tokenizer import ResidualBlock
 from shodh.moe.routers.base import GateRouter
 from shodh.train.operator_task import OperatorTask
 from shodh.train.trainer import Task
@@ -57,6 +58,8 @@ def _parts(model: nn.Module) -> list[tuple[nn.Module, str]]:
             parts.append((module, "forward" if module.dense else "mix"))
         elif isinstance(module, GateRouter) and not module.traits.labelled:
             parts.append((module, "route"))
+        elif isinstance(module, ResidualBlock):
+            parts.append((module, "forward"))
     return parts
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -78,7 +78,12 @@ def _relative_square(error: Tensor, target: Tensor, floor: float) -> Tensor:
     return error.square().flatten(1).mean(1) / (target.square().flatten(1).mean(1) + floor)
 
 
-def reconstruction_terms(prediction: Tensor, target: Tensor, fields: Sequence[Field]) -> dict[str, Tensor]:
+KINDS = ("relative_l2", "gradient", "spectral")
+
+
+def reconstruction_terms(
+    prediction: Tensor, target: Tensor, fields: Sequence[Field], kinds: Collection[str] = KINDS
+) -> dict[str, Tensor]:
     """Squared relative errors by field, ``[B]`` each: ``relative_l2/<f>``, ``gradient/<f>``, ``spectral/<f>``.
 
     Each term is relative to the same measure of the target (normalised fields, floor 1e-2), so that no regime and no
@@ -89,12 +94,15 @@ def reconstruction_terms(prediction: Tensor, target: Tensor, fields: Sequence[Fi
     terms = {}
     for name, channels in field_slices(fields).items():
         u, v = prediction[:, channels], target[:, channels]
-        terms[f"relative_l2/{name}"] = _relative_square(u - v, v, floor)
-        gradient = [_relative_square((u - v).diff(dim=d), v.diff(dim=d), floor) for d in (2, 3, 4)]
-        terms[f"gradient/{name}"] = torch.stack(gradient).mean(0)
-        cells = v[0, 0].numel()
-        spectra = [(torch.fft.rfftn(w.float(), dim=(2, 3, 4)).abs() / cells + 1e-4).log() for w in (u, v)]
-        terms[f"spectral/{name}"] = (spectra[0] - spectra[1]).square().flatten(1).mean(1)
+        if "relative_l2" in kinds:
+            terms[f"relative_l2/{name}"] = _relative_square(u - v, v, floor)
+        if "gradient" in kinds:
+            gradient = [_relative_square((u - v).diff(dim=d), v.diff(dim=d), floor) for d in (2, 3, 4)]
+            terms[f"gradient/{name}"] = torch.stack(gradient).mean(0)
+        if "spectral" in kinds:
+            cells = v[0, 0].numel()
+            spectra = [(torch.fft.rfftn(w.float(), dim=(2, 3, 4)).abs() / cells + 1e-4).log() for w in (u, v)]
+            terms[f"spectral/{name}"] = (spectra[0] - spectra[1]).square().flatten(1).mean(1)
     return terms
 
 
@@ -109,12 +117,15 @@ def weigh_fields(terms: dict[str, Tensor], presence: Tensor, fields: Sequence[Fi
     return {name: term * weight[:, column[name.split("/", 1)[1]]] for name, term in terms.items()}
 
 
+def weighted_kinds(weights: TokenizerLoss) -> list[str]:
+    """The `KINDS` that a loss has in it."""
+    return [kind for kind in KINDS if getattr(weights, kind)]
+
+
 def reconstruction_loss(terms: dict[str, Tensor], weights: TokenizerLoss) -> Tensor:
     """Weighted mean over fields and samples of `reconstruction_terms`."""
-    by_kind = {"relative_l2": weights.relative_l2, "gradient": weights.gradient, "spectral": weights.spectral}
     total = torch.zeros((), device=next(iter(terms.values())).device)
-    for kind, weight in by_kind.items():
-        if weight:
-            chosen = [term.mean() for name, term in terms.items() if name.startswith(kind + "/")]
-            total = total + weight * torch.stack(chosen).mean()
+    for kind in weighted_kinds(weights):
+        chosen = [term.mean() for name, term in terms.items() if name.startswith(kind + "/")]
+        total = total + getattr(weights, kind) * torch.stack(chosen).mean()
     return total

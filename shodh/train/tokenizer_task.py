@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from shodh.config import RunConfig
 from shodh.data import Split, WindowDataset
 from shodh.schema.domain import Domain, describe_domain
 from shodh.train.datasets import Regimes
-from shodh.train.losses import reconstruction_loss, reconstruction_terms, weigh_fields
+from shodh.train.losses import reconstruction_loss, reconstruction_terms, weigh_fields, weighted_kinds
 from shodh.train.metrics import Metrics
 from shodh.train.trainer import Batch, Measured, Outcome
 
@@ -52,14 +52,14 @@ class TokenizerTask:
     def start_step(self) -> None:
         """Nothing is carried from one micro-batch to the next."""
 
-    def _terms(self, model: Any, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    def _terms(self, model: Any, batch: Batch, kinds: Collection[str]) -> tuple[dict[str, Tensor], Tensor]:
         fields, index = batch["fields"][:, 0], batch["sample"][:, 0]
         geometry = self._geometry(batch["static"], index)
         prediction, latent = model(fields, geometry, self.regimes.domains, index)
-        return reconstruction_terms(prediction, fields, self.regimes.dynamic), latent
+        return reconstruction_terms(prediction, fields, self.regimes.dynamic, kinds), latent
 
     def loss(self, model: Any, batch: Batch, step: int) -> Outcome:
-        terms, latent = self._terms(model, batch)
+        terms, latent = self._terms(model, batch, weighted_kinds(self.loss_config))
         terms = weigh_fields(terms, self.regimes.presence(batch["regime"]), self.regimes.dynamic)
         metrics: Metrics = {f"train/{k}": (v.detach().mean(), "mean") for k, v in terms.items()}
         metrics["latent/std"] = (latent.detach().float().std(), "mean")
@@ -68,7 +68,7 @@ class TokenizerTask:
 
     def measured(self, model: Any, batch: Batch) -> Measured:
         """Held-out errors by field, of the samples that have it."""
-        terms, _ = self._terms(model, batch)
+        terms, _ = self._terms(model, batch, ["relative_l2"])
         presence, regime = self.regimes.presence(batch["regime"]) > 0, batch["regime"]
         errors = {}
         for number, field in enumerate(self.regimes.dynamic):

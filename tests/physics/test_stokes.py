@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from shodh.physics.geometry import pore_space, sphere_pack
+from shodh.physics.solvers.krylov import CGResult, conjugate_gradients
 from shodh.physics.solvers.poisson import closed_faces
 from shodh.physics.solvers.stokes import StokesSolver
 
@@ -105,3 +106,24 @@ def test_geometries_of_a_batch_do_not_see_each_other(pack: torch.Tensor) -> None
     both = StokesSolver(torch.cat((pack, other)), (1 / 18,) * 3).solve(2)[0]
     alone = StokesSolver(pack, (1 / 18,) * 3).solve(2)[0]
     torch.testing.assert_close(both[:1], alone, rtol=0, atol=1e-5 * float(alone.abs().max()))
+
+
+def test_asking_rarely_whether_all_have_converged_changes_nothing() -> None:
+    matrix = torch.randn(3, 12, 12, dtype=torch.float64)
+    matrix = matrix @ matrix.transpose(1, 2) + torch.eye(12, dtype=torch.float64)
+    rhs = torch.randn(3, 12, dtype=torch.float64) * torch.tensor([[1.0], [0.0], [1e-8]])
+
+    def solve(look_every: int) -> CGResult:
+        return conjugate_gradients(
+            lambda x: torch.einsum("bij,bj->bi", matrix, x),
+            rhs,
+            precondition=lambda r: r,
+            tolerance=1e-6,
+            max_iterations=40,
+            look_every=look_every,
+        )
+
+    often, rarely = solve(1), solve(7)
+    assert torch.equal(often.solution, rarely.solution) and torch.equal(often.residual, rarely.residual)
+    assert often.iterations == rarely.iterations < 40
+    assert float(often.residual.max()) <= 1e-6

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from shodh.config import ExpertsConfig, OperatorConfig
+from shodh.config import ExpertsConfig, OperatorConfig, TokenizerConfig
 from shodh.config.reading import config_from_dict
 from shodh.core.errors import ConfigError
 from shodh.models.init import initialise
 from shodh.models.operator import LatentTransformer
+from shodh.models.tokenizer import Tokenizer
+from shodh.schema.fields import Field
 from shodh.train import compiling
 from shodh.train.compiling import CompileCount, compile_run, compiles
 
@@ -61,6 +63,22 @@ def test_compiled_model_is_the_model(case: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
     # One graph a kind of part, whatever the depth; a break would have raised.
     assert CompileCount().read() == {"perf/compiled_graphs": 1 if case == "dense" else 2, "perf/graph_breaks": 0}
+
+
+def test_compiled_tokenizer_is_the_tokenizer() -> None:
+    plain, compiled = (Tokenizer(TokenizerConfig(widths=(8, 8, 8)), [Field("tracer")], []) for _ in range(2))
+    for tokenizer in (plain, compiled):
+        initialise(tokenizer, 0)
+    assert compile_run(compiled, None, "aot_eager") == 6  # type: ignore[arg-type]
+    fields, geometry = torch.randn(1, 1, 8, 16, 8), torch.zeros(1, 3, 8, 16, 8)
+
+    def found(tokenizer: Tokenizer) -> list[torch.Tensor]:
+        loss = tokenizer.emit(tokenizer.encode(fields, geometry), geometry).square().mean()
+        return [loss, *torch.autograd.grad(loss, list(tokenizer.parameters()))]
+
+    for ours, expected in zip(found(compiled), found(plain), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
+    assert CompileCount().read()["perf/graph_breaks"] == 0
 
 
 def test_graphs_that_are_compiled_later_are_logged(caplog: pytest.LogCaptureFixture) -> None:

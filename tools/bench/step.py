@@ -63,6 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="steps of each model that are timed")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--out", type=Path, help="write the numbers, machine, versions and command as JSON")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory: a process for each model")
     parser.add_argument("--measure-memory", choices=KINDS, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -240,6 +241,7 @@ def memory_in_own_process(kind: str) -> float:
 def table(result: dict[str, Any]) -> str:
     """The numbers for people."""
     columns = ("parameters", "step_ms", *(f"{phase}_ms" for phase in PHASES), "peak_mib")
+    columns = columns[:-1] if "peak_mib" not in result["sparse"] else columns
     lines = ["".join(["model".ljust(12), *(name.rjust(14) for name in columns)])]
     for kind in KINDS:
         if kind not in result:
@@ -260,7 +262,7 @@ def main() -> int:
         return 0
     kinds = [kind for kind in KINDS if kind in args.kinds]
     result = time_steps(bench, kinds, args.rounds)
-    for kind in kinds:
+    for kind in [] if args.no_memory else kinds:
         result[kind]["peak_mib"] = memory_in_own_process(kind)
     settings = bench.describe()
     sys.stdout.write(", ".join(f"{k} {v}" for k, v in settings.items()) + "\n" + table(result))

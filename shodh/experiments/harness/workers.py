@@ -200,7 +200,7 @@ def what_ended(code: int, log: Path) -> str:
 
 
 def last_error(log: Path) -> str:
-    """The line of a log that says what went wrong: its last ``error:`` line, or its last line."""
+    """What a log says that went wrong: its last ``error:`` line without that word, or its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "error: " in line.lower()]
-    return (errors or lines or ["no output"])[-1]
+    return (errors or lines or ["no output"])[-1].removeprefix("error: ")

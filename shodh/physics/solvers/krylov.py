@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Operator = Callable[[Tensor], Tensor]
+LOOK_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,13 @@ class CGResult:
 
 
 def conjugate_gradients(
-    apply: Operator, rhs: Tensor, *, precondition: Operator, tolerance: float | Tensor, max_iterations: int
+    apply: Operator,
+    rhs: Tensor,
+    *,
+    precondition: Operator,
+    tolerance: float | Tensor,
+    max_iterations: int,
+    look_every: int | None = None,
 ) -> CGResult:
     """Solve ``A x = b`` for symmetric positive semi-definite ``A`` and a consistent ``b``, system by system.
 
@@ -36,7 +43,12 @@ def conjugate_gradients(
         Relative to the 2-norm of the right-hand side.
     max_iterations : int
         The iteration stops there, converged or not: look at the residual.
+    look_every : int, optional
+        Iterations between questions whether all systems have converged, each of which waits for the device; by default
+        1 on the CPU and `LOOK_EVERY` elsewhere. The solution is the same: a system that has converged is frozen.
     """
+    if look_every is None:
+        look_every = 1 if rhs.device.type == "cpu" else LOOK_EVERY
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).flatten(1).sum(1)
@@ -52,19 +64,21 @@ def conjugate_gradients(
     solution = torch.zeros_like(rhs)
     residual = rhs.clone()
     active = norm > target
-    direction = precondition(residual)
+    direction = precondition(residual).clone()  # An identity returns the residual itself.
     rho = dot(residual, direction)
-    iterations = 0
-    while iterations < max_iterations and bool(active.any()):
+    iterations = torch.zeros((), dtype=torch.int64, device=rhs.device)
+    for iteration in range(max_iterations):
+        if iteration % look_every == 0 and not bool(active.any()):
+            break
+        iterations += active.any()
         image = apply(direction)
         step = spread(quotient(rho, dot(direction, image), active))
         solution.addcmul_(step, direction)
         residual.addcmul_(step, image, value=-1.0)
-        iterations += 1
         active = active & (dot(residual, residual).sqrt() > target)
         conditioned = precondition(residual)
         rho_next = dot(residual, conditioned)
         direction.mul_(spread(quotient(rho_next, rho, active))).add_(conditioned)
         rho = rho_next
     relative = dot(residual, residual).sqrt() / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-    return CGResult(solution, relative, iterations)
+    return CGResult(solution, relative, int(iterations))

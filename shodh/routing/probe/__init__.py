@@ -1,5 +1,5 @@
 """Probing a trained operator: what its experts do, where, and whether they matter."""
 
-from shodh.routing.probe.sections import probe_model, probe_sections
+from shodh.routing.probe.sections import probe_model
 
-__all__ = ["probe_model", "probe_sections"]
+__all__ = ["probe_model"]

@@ -1,16 +1,14 @@
-"""All sections of a probe, from a run folder or from an opened run."""
+"""All sections of a probe."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from shodh.core.errors import ConfigError
 from shodh.core.precision import ieee_float32
 from shodh.data import Split
-from shodh.evaluate.evaluation import Evaluator, open_run
+from shodh.evaluate.evaluation import Evaluator
 from shodh.report.page import Section
 from shodh.routing.probe.causality import measure_effects
 from shodh.routing.probe.causality_section import causality_section
@@ -24,42 +22,6 @@ from shodh.routing.probe.windows import ProbeRegime, held_out_splits, left_out_r
 
 #: What a probe makes of one run; with another run, experts are matched too.
 SECTIONS = ("causality", "local", "maps", "fingerprint", "similarity")
-
-
-def probe_sections(
-    run: Path,
-    checkpoint: str | None,
-    other_run: Path | None,
-    device: torch.device,
-    *,
-    split: Split = "test",
-    left_out: Mapping[str, Path] | None = None,
-    maps: Mapping[str, Mapping[str, str]] | None = None,
-    limit: int = 24,
-    seeds: int = 3,
-    chosen: Collection[str] = SECTIONS,
-) -> list[Section]:
-    """Probe a run's checkpoint with held-out windows; see `probe_model`.
-
-    Parameters
-    ----------
-    run : Path
-        Run folder.
-    checkpoint : str, optional
-        Tag; the newest by default.
-    other_run : Path, optional
-        Another run on the same regimes, whose experts are matched with this one's (its newest checkpoint).
-
-    Raises
-    ------
-    ConfigError, CheckpointError, DataError
-        One line that names what is missing or does not fit.
-    """
-    evaluator = open_run(run, checkpoint, device)
-    other = None if other_run is None else open_run(other_run, None, device)
-    return probe_model(
-        evaluator, other, split=split, left_out=left_out, maps=maps, limit=limit, seeds=seeds, chosen=chosen
-    )
 
 
 @ieee_float32()
