@@ -27,6 +27,7 @@ from shodh.train.rehearsal import Rehearsal, rehearse_operator, rehearse_tokeniz
 GPU_MEMORY_GIB = 80.0
 PEAK_FLOPS = {"bf16": 989e12, "fp32": 67e12}  # H100 SXM, dense, NVIDIA's data sheet
 ASSUMED_UTILISATION = 0.35
+_REHEARSED: dict[tuple[str, int, bool], Rehearsal] = {}
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,13 @@ class Stage:
 
     @cached_property
     def rehearsal(self) -> Rehearsal:
-        """Of a micro-batch."""
-        rehearse = rehearse_tokenizer if self.of_tokenizer else rehearse_operator
-        return rehearse(self.config, self.topology.micro_batch)
+        """Of a micro-batch; equal steps are rehearsed once a process."""
+        seen = self.config.model_dump_json(include={"data", "tokenizer", "operator", "finetune"})
+        key = seen, self.topology.micro_batch, self.of_tokenizer
+        if key not in _REHEARSED:
+            rehearse = rehearse_tokenizer if self.of_tokenizer else rehearse_operator
+            _REHEARSED[key] = rehearse(self.config, self.topology.micro_batch)
+        return _REHEARSED[key]
 
     @property
     def memory(self) -> Memory:

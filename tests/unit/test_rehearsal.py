@@ -97,7 +97,7 @@ def stage(samples: int, **changes: object) -> Stage:
 def test_what_does_not_fit_says_which_setting_would() -> None:
     assert stage(16384).fits() and not stage(40000).fits()
     assert stage(40000).remedy().startswith("operator.activation_checkpointing=true would")
-    assert stage(2**17).remedy().startswith("operator.train.micro_batch=65536 with it would")
+    assert stage(2**17).remedy().startswith("operator.train.micro_batch=32768 with it would")
     assert "more GPUs" in stage(1, dim=2**16).remedy()
 
 

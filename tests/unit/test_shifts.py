@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from shodh.config import OperatorConfig, TokenizerConfig
@@ -11,6 +12,7 @@ from shodh.models.tokenizer import PATCH, PatchBasis, Tokenizer
 from shodh.schema.domain import Domain, add_walls, extend_into_solids
 from shodh.schema.fields import Field
 from shodh.train.losses import relative_l2
+from shodh.train.operator_task import roll_samples
 
 FIELDS = (Field("velocity", "vector", placement="face", solenoidal=True), Field("tracer", masked_by="solid"))
 GRID = (24, 16, 32)
@@ -79,3 +81,11 @@ def test_masked_scalar_is_continued_without_a_jump_and_unchanged_outside() -> No
     torch.testing.assert_close(filled * (1 - solid), smooth * (1 - solid))
     assert float((filled - smooth).abs().max()) < 0.4
     assert float((smooth * solid).max()) > 2.5  # What a jump to zero would have been.
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 5)])
+def test_samples_are_rolled_as_one_by_one(lead: tuple[int, ...]) -> None:
+    values = torch.randn(4, *lead, 3, 5, 4)
+    shifts = torch.tensor([[0, 0, 0], [1, 4, 3], [2, 0, 1], [0, 3, 0]])
+    alone = [row.roll(tuple(by), (-3, -2, -1)) for row, by in zip(values, shifts.tolist(), strict=True)]
+    assert torch.equal(roll_samples(values, shifts), torch.stack(alone))
