@@ -40,8 +40,8 @@ def scaled_cosine(query: Tensor, rows: Tensor, log_scale: Tensor) -> Tensor:
 
 
 class _ScaledCosine(torch.autograd.Function):
-    """With unit vectors ``q`` and ``p``, ``out = s q.p`` and its gradient ``g``: what normalising takes away along ``q``
-    is ``sum_e g out``, along ``p`` ``sum_t g out``, and the gradient of ``log s`` is the sum of all of them.
+    """With unit vectors ``q`` and ``p``, ``out = s q.p`` and its gradient ``g``: what normalising takes away along
+    ``q`` is ``sum_e g out``, along ``p`` ``sum_t g out``, and the gradient of ``log s`` is the sum of all of them.
     """
 
     @staticmethod
