@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from shodh.config import RouterConfig
 from shodh.models.init import initialise
-from shodh.moe.gates import ConvGate, Gate, freeze, make_gate, mean_squared_cosine
+from shodh.moe.gates import (
+    ConvGate,
+    Gate,
+    freeze,
+    make_gate,
+    mean_squared_cosine,
+    scaled_cosine,
+    scaled_cosine_reference,
+)
 
 DIM, EXPERTS = 32, 6
 
@@ -92,3 +100,21 @@ def test_frozen_gate_has_no_parameters_and_the_same_values(config: dict[str, str
     assert not list(frozen.parameters())
     assert set(frozen.state_dict()) == {name for name, _ in free.named_parameters()}
     assert torch.equal(free(rows())[0], frozen(rows())[0])
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scaled_cosine_equals_its_reference(dtype: torch.dtype, zeros: bool) -> None:
+    draw = torch.Generator().manual_seed(1)
+    query, prototypes = (torch.randn(n, 5, generator=draw).to(dtype) for n in (9, EXPERTS))
+    if zeros:
+        query[2], prototypes[1] = 0.0, 0.0
+    leaves = [t.requires_grad_() for t in (query, prototypes, torch.tensor([1.3], dtype=dtype))]
+    weight = torch.randn(9, EXPERTS, generator=draw).to(dtype)
+    ours, theirs = (
+        [out.detach(), *torch.autograd.grad(out, leaves, weight)]
+        for out in (scaled_cosine(*leaves), scaled_cosine_reference(*leaves))
+    )
+    assert torch.equal(ours[0], theirs[0])
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-6)
