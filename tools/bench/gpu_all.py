@@ -25,11 +25,13 @@ from shodh.core.strict_json import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = "tools/bench"
+REGIMES = ("open_channel", "porous_media")
 SINGLE = "launch/configs/h100_single.yaml"
 EXAMPLES = """examples:
   bash tools/bench/gpu_all.sh OUT
   bash tools/bench/gpu_all.sh OUT --only decode 'experts*' --minutes 3
-  bash tools/bench/gpu_all.sh OUT --tiny                       on a CPU, in a minute: nothing but whether it runs
+  bash tools/bench/gpu_all.sh OUT --tiny               on a CPU: nothing but whether it runs
+  bash tools/bench/gpu_profile.sh OUT                  profiles of a sparse and a dense training
 """
 
 
@@ -71,8 +73,8 @@ def step_aims(batch: int) -> list[Aim]:
     ]
 
 
-def steps(out: Path, tiny: bool) -> list[Step]:
-    """All steps, most valuable first."""
+def steps(out: Path, tiny: bool, profile: bool) -> list[Step]:
+    """All steps, most valuable first; or those that profile a sparse and a dense training."""
     device, grid, batch = ("cpu", "16", "1") if tiny else ("cuda", "128", "8")
     config = "launch/configs/demo.yaml" if tiny else SINGLE
     small = ["--set", "data.grid=[16, 16, 16]"] if tiny else []
@@ -96,7 +98,7 @@ def steps(out: Path, tiny: bool) -> list[Step]:
     tokenizer = ["--config", config, "--batch", "1" if tiny else "4", "--rounds", rounds, "--out", "{out}", *small]
     frames = ["--trajectories", "4", "--frames", "6", "--grid", grid, "--device", device, "--out", str(data)]
     short = ["--config", config, "--set", f"out={runs}", "name=gpu", *small[1:]]
-    for number, regime in enumerate(("open_channel", "porous_media")):
+    for number, regime in enumerate(REGIMES):
         short.append(f"data.regimes.{number}.path={data / regime}")
     lengths = {"tokenizer": 3, "operator": 3} if tiny else {"tokenizer": 100, "operator": 200}
     for part, count in lengths.items():
@@ -105,12 +107,25 @@ def steps(out: Path, tiny: bool) -> list[Step]:
         short += [f"{part}.train.global_batch=2", "parallel.gpus_per_node=1", "parallel.ep_size=1"] if tiny else []
     quick = ["open_channel.spin_up=0.2"]
     build = ["-m", "shodh.ops", "--build", "cpu" if tiny else "cuda"]
+    prepare = [
+        Step("data", python("tools/generate_data.py", "--regime", *REGIMES, *frames, "--set", *quick), 100),
+        Step("train_tokenizer", python("launch/train_tokenizer.py", *short), 60),
+    ]
+    train = python("launch/pretrain.py", *short)
+    if profile:
+        dense = ["name=gpu-dense", f"tokenizer.run={runs / 'gpu-tokenizer'}", "operator.experts.num_experts=0"]
+        steps_of_profile = ["--profile", "1" if tiny else "10"]
+        return [
+            *prepare,
+            Step("profile_sparse", [*train, *steps_of_profile], 90),
+            Step("profile_dense", [*train, *dense, *steps_of_profile], 90),
+        ]
     return [
         Step("environment", python("-c", "import torch; torch.cuda.is_available() and torch.cuda.init()"), 60),
         Step("build", [sys.executable, *build], 150),
         decode("float32"),
         decode("bfloat16"),
-        Step("experts", python(f"{BENCH}/experts.py", *expert_options(tiny), "--out", "{out}"), 60),
+        Step("experts", python(f"{BENCH}/experts.py", *expert_options(tiny), "--out", "{out}"), 60, expert_aims()),
         whole_step(1 if tiny else 8),
         *([] if tiny else [whole_step(16)]),
         Step(
@@ -123,46 +138,24 @@ def steps(out: Path, tiny: bool) -> list[Step]:
             ],
         ),
         Step("gpu_tests", python("-m", "pytest", "-q", "-m", "gpu", "tests", "-p", "no:cacheprovider"), 60, [], True),
-        Step(
-            "data",
-            python("tools/generate_data.py", "--regime", "open_channel", "porous_media", *frames, "--set", *quick),
-            100,
-        ),
-        Step("train_tokenizer", python("launch/train_tokenizer.py", *short), 60),
-        Step("pretrain", python("launch/pretrain.py", *short), 120),
+        *prepare,
+        Step("pretrain", train, 120),
         Step("evaluate", python("launch/evaluate.py", "--run", str(runs / "gpu")), 60),
     ]
 
 
 def expert_options(tiny: bool) -> list[str]:
-    if tiny:
-        return [
-            "--dim",
-            "32",
-            "--tokens",
-            "64",
-            "--experts",
-            "4",
-            "--all-experts",
-            "4",
-            "--top-k",
-            "1",
-            "--rounds",
-            "2",
-        ]
+    return ["--shapes", "top1", "many", *(["--tiny", "--rounds", "2"] if tiny else ["--precision", "bf16"])]
+
+
+def expert_aims() -> list[Aim]:
+    top1, many = ("shapes", "top1", "variants"), ("shapes", "many", "variants")
     return [
-        "--form",
-        "gated",
-        "--dim",
-        "768",
-        "--tokens",
-        "32768",
-        "--experts",
-        "8",
-        "--top-k",
-        "1",
-        "--precision",
-        "bf16",
+        Aim("sparse / compiled dense", (*top1, "sparse", "over_dense"), at_most=1.45),
+        Aim("sparse / compiled dense, all on one expert", (*top1, "sparse, all on one", "over_dense"), at_most=1.45),
+        Aim("sparse / compiled dense, CUDA graphs", (*top1, "sparse, graph", "over_dense"), at_most=1.3),
+        Aim("64 experts forward, TFLOP/s", (*many, "sparse", "tflops", "forward"), at_least=200),
+        Aim("64 experts backward, TFLOP/s", (*many, "sparse", "tflops", "backward"), at_least=280),
     ]
 
 
@@ -244,12 +237,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="time of all steps (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="steps whose names match, as in a shell")
     parser.add_argument("--tiny", action="store_true", help="on the CPU, at the smallest sizes")
+    parser.add_argument("--profile", action="store_true", help="profile a sparse and a dense training instead")
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
     summary: dict[str, Any] = {"date": time.strftime("%Y-%m-%d %H:%M"), "env": describe(), "steps": {}}
-    for step in steps(out, args.tiny):
+    for step in steps(out, args.tiny, args.profile):
         if args.only and not any(fnmatch.fnmatch(step.name, pattern) for pattern in args.only):
             continue
         if step.needs_card and args.tiny:
