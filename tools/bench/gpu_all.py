@@ -100,7 +100,7 @@ def steps(out: Path, tiny: bool, profile: bool) -> list[Step]:
     short = ["--config", config, "--set", f"out={runs}", "name=gpu", *small[1:]]
     for number, regime in enumerate(REGIMES):
         short.append(f"data.regimes.{number}.path={data / regime}")
-    lengths = {"tokenizer": 3, "operator": 3} if tiny else {"tokenizer": 100, "operator": 200}
+    lengths = {"tokenizer": 3, "operator": 8 if profile else 3} if tiny else {"tokenizer": 100, "operator": 200}
     for part, count in lengths.items():
         short += [f"{part}.train.steps={count}", f"{part}.train.log_every={max(1, count // 10)}"]
         short += [f"{part}.train.valid_every=0", f"{part}.train.checkpoint_every=0", f"{part}.train.warmup=1"]
@@ -109,16 +109,15 @@ def steps(out: Path, tiny: bool, profile: bool) -> list[Step]:
     build = ["-m", "shodh.ops", "--build", "cpu" if tiny else "cuda"]
     prepare = [
         Step("data", python("tools/generate_data.py", "--regime", *REGIMES, *frames, "--set", *quick), 100),
-        Step("train_tokenizer", python("launch/train_tokenizer.py", *short), 60),
+        Step("train_tokenizer", python("launch/train_tokenizer.py", *short, "--resume", "auto"), 60),
     ]
     train = python("launch/pretrain.py", *short)
     if profile:
-        dense = ["name=gpu-dense", f"tokenizer.run={runs / 'gpu-tokenizer'}", "operator.experts.num_experts=0"]
-        steps_of_profile = ["--profile", "1" if tiny else "10"]
+        train += [f"tokenizer.run={runs / 'gpu-tokenizer'}", "--profile", "1" if tiny else "10", "--set"]
         return [
             *prepare,
-            Step("profile_sparse", [*train, *steps_of_profile], 90),
-            Step("profile_dense", [*train, *dense, *steps_of_profile], 90),
+            Step("profile_sparse", [*train, "name=gpu-sparse"], 90),
+            Step("profile_dense", [*train, "name=gpu-dense", "operator.experts.num_experts=0"], 90),
         ]
     return [
         Step("environment", python("-c", "import torch; torch.cuda.is_available() and torch.cuda.init()"), 60),
