@@ -43,7 +43,6 @@ for command in commands:
         for number, kind in ((1, "out"), (2, "err")):
             os.dup2(os.open(Path(folder, f"{Path(command).stem}.{kind}"), os.O_WRONLY | os.O_CREAT), number)
         sys.argv = [command, "--help"]
-        sys.path[0] = str(Path(command).parent)
         runpy.run_path(command, run_name="__main__")
     os.wait()
 """
