@@ -179,12 +179,18 @@ def _marked_ends(group: h5py.Group, path: str) -> Iterator[tuple[str, int, str]]
                 yield axis, end, "part of a WALL" if code == "WALL" and not touched.all() else code
 
 
+def _listed(file: h5py.File, order: int, path: str) -> dict[str, h5py.Dataset]:
+    """The datasets of the fields of a rank, by their names."""
+    group = _group(file, TENSOR_GROUPS[order], path)
+    names = (hdf5.text(n) for n in np.atleast_1d(hdf5.attribute(group, "field_names", path)))
+    return {name: hdf5.dataset(group, name, path) for name in names}
+
+
 def _fields(file: h5py.File, flags: Flags, path: str) -> tuple[dict[str, StoredField], tuple[str, ...]]:
     fields: dict[str, StoredField] = {}
     for order in (0, 1):
-        group = _group(file, TENSOR_GROUPS[order], path)
-        for name in (hdf5.text(n) for n in np.atleast_1d(hdf5.attribute(group, "field_names", path))):
-            fields[name] = _field(hdf5.dataset(group, name, path), name, order, flags, path)
+        for name, dataset in _listed(file, order, path).items():
+            fields[name] = _field(dataset, name, order, flags, path)
     if not fields:
         raise DataError(f"{path}: there are no scalar or vector fields (t0_fields, t1_fields)")
     if without := [n for n, f in fields.items() if "units" not in file[f.dataset].attrs]:
@@ -224,13 +230,12 @@ def _num_trajectories(file: h5py.File, ndim: int, path: str) -> int:
     if stored is not None:
         count = int(stored)
     else:
-        found = (
-            (item, len(item.shape or ()) - ndim - order)
+        found = [
+            (dataset.shape, len(dataset.shape) - ndim - order, bool(hdf5.single(dataset, "sample_varying", path, False)))
             for order in (0, 1)
-            for item in _group(file, TENSOR_GROUPS[order], path).values()
-            if isinstance(item, h5py.Dataset)
-        )
-        count = next((i.shape[0] for i, lead in found if lead == 2 or (lead == 1 and i.attrs.get("sample_varying"))), 1)
+            for dataset in _listed(file, order, path).values()
+        ]
+        count = next((shape[0] for shape, leading, varies in found if leading == 2 or (leading == 1 and varies)), 1)
     if count < 1:
         raise DataError(f"{path}: n_trajectories is {count}; expected at least 1")
     return count

@@ -40,12 +40,13 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_fields_are_read_bitwise(form, tmp_path):
     axes, arrays = FORMS[form]
-    path = write(tmp_path / "a.hdf5", {**arrays, "time": 0.5 * np.arange(T), "nu": np.float64(0.1)}, lengths=(1, 2, 3))
+    path = write(tmp_path / "a.hdf5", {**arrays, "time": 0.5 * np.arange(T), "nu": np.float64(0.1), "profile": HEAT[0, :, 0, 0]}, lengths=(1, 2, 3))
     hints = FileHints(axes=axes)
     file = open_file(path, hints=hints)
     assert (file.format, file.grid, file.num_trajectories, file.num_frames) == ("arrays", GRID, N, T)
     assert (file.lengths, file.parameters["nu"]) == ((1, 2, 3), 0.1)
     np.testing.assert_array_equal(file.time, 0.5 * np.arange(T))
+    assert "datasets: profile not read" in file.notes
     assert file.field("velocity").kind == "vector" and file.field("solid").static
     velocity, heat, solid = (np.empty(s, "f4") for s in ((2, 3, *GRID), (2, 1, *GRID), (1, *GRID)))
     file.read("velocity", 1, range(1, 4, 2), velocity)
@@ -74,7 +75,7 @@ REFUSED = {
     "no axes": (FORMS["components last"][1], {}, "axes: ntxyz"),
     "u, v, w without axes": (SCALARS, {}, "axes: ntxyz"),
     "u alone, not of MATLAB": ({"u": HEAT[..., 0]}, {}, "state its axes"),
-    "other axes": ({"heat": HEAT}, {"axes": "txyz"}, "do not fit"),
+    "other axes": ({"heat": HEAT}, {"axes": "txyz"}, "8 components with the axes 'txyzc'"),
     "another grid": ({"heat": HEAT, "dye": HEAT[..., :-1]}, {"axes": "ntxyz"}, "do not fit"),
     "two components": ({"heat": HEAT, "v": VELOCITY[..., :2]}, {"axes": "ntxyz"}, "2 components"),
     "times": ({"heat": HEAT, "time": np.arange(3.0)}, {"axes": "ntxyz"}, "time has the shape"),
@@ -97,6 +98,13 @@ def test_a_guess_of_axes_that_the_shape_contradicts_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"axes: nxyztc .*axes: ntxyzc"):
         open_file(path)
     assert open_file(path, hints=FileHints(axes="ntxyzc")).grid == (8, 8, 8)
+    with h5py.File(path, "r+") as file:
+        file.attrs["axes"] = "ntxyzc"
+    channels = ("velocity", "velocity", "velocity", "heat")
+    assert {n: f.kind for n, f in open_file(path, hints=FileHints(channels=channels)).fields.items()} == {
+        "velocity": "vector",
+        "heat": "scalar",
+    }
 
 
 def test_parts_without_times_are_one_trajectory(tmp_path):

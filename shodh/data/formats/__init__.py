@@ -27,7 +27,7 @@ __all__ = ["FORMATS", "SUFFIXES", "FileHints", "TrajectoryFile", "detect_format"
 _LAYOUTS: dict[str, Callable[[h5py.File, FileHints], bool]] = {
     "well": lambda file, _: {"dimensions", "boundary_conditions"} <= set(file) or "t0_fields" in file,
     "jhtdb": lambda file, _: jhtdb.is_jhtdb(file),
-    "dpot": lambda file, _: dpot.is_dpot(file),
+    "dpot": lambda file, _: dpot.is_dpot(file) and "axes" not in file.attrs,
     "pdebench": lambda file, _: pdebench.is_pdebench(file),
     "fno": fno.is_fno,
     "arrays": named.is_named,

@@ -56,7 +56,8 @@ def describe(file: h5py.File, path: Path, hints: FileHints) -> ArrayHeader:
     every = shapes_of(file)
     if not axes:
         raise ConfigError(f"{path}: state the axes that its datasets share, for example axes: ntxyz; {_shown(every)}")
-    rest = {n: s for n, s in every.items() if len(s) > 1 and n not in TIMES}
+    ndim = sum(a in AXES for a in axes)
+    rest = {n: s for n, s in every.items() if len(s) >= max(2, ndim) and n not in TIMES}
     letters = _letters(rest, axes, path)
     main = max(letters, key=lambda n: ("t" in letters[n], "n" in letters[n]))
     sizes = array_sizes(letters[main], rest[main], path)
@@ -122,8 +123,8 @@ def _fields(
         components = shapes[name][form.index("c")] if "c" in form else 1
         if components not in (1, ndim) and (hints.channels is None or len(letters) > 1):
             raise DataError(
-                f"{path}: {name!r} has {components} components on {ndim} axes; a vector has {ndim}: write one dataset a "
-                "field, or a single dataset and name its channels"
+                f"{path}: {name!r} {list(shapes[name])} has {components} components with the axes {form!r}; a vector has "
+                f"{ndim}: correct the axes, write one dataset a field, or a single dataset and name its channels"
             )
         names = (name,) * components
         if hints.channels is not None:
