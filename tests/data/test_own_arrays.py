@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import h5py
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from layouts import random
 
+from shodh.config import load_config
 from shodh.core.errors import ConfigError, DataError
 from shodh.data.formats import FileHints, detect_format, open_file
 from shodh.data.formats.splits import open_splits
@@ -113,6 +115,20 @@ def test_parts_without_times_are_one_trajectory(tmp_path):
         write(tmp_path / f"run_part{part}.hdf5", {"heat": random(part, 20, 6, 8, 8)}, axes="ntxy")
     for files in open_splits(tmp_path).values():
         assert len({f.trajectories for f in files}) == 1 and len(files) == 2  # type: ignore[attr-defined]
+
+
+def test_the_page_on_own_arrays_is_true(tmp_path, monkeypatch):
+    """Its Python runs, its configuration is one, and the files have the fields that this names."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text().split("## Arrays of your own")[1]
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, {})
+    Path("mine.yaml").write_text(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[0])
+    config = load_config("mine.yaml")
+    for path in ("mine.hdf5", "data/well/data/train/mine.hdf5"):
+        file = open_file(path)
+        assert file.grid == config.data.grid
+        assert {n: f.kind for n, f in file.fields.items()} == {f.name: f.kind for f in config.data.fields}
 
 
 def test_stated_axes_of_u_alone_stay_those_of_fno(tmp_path):

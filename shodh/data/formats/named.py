@@ -53,6 +53,8 @@ def describe(file: h5py.File, path: Path, hints: FileHints) -> ArrayHeader:
     """Header of one file."""
     where = str(path)
     axes = hints.axes or hdf5.text(hdf5.single(file, "axes", where, ""))
+    for name in file:
+        hdf5.member(file, name, where)  # Links are refused.
     every = shapes_of(file)
     if not axes:
         raise ConfigError(f"{path}: state the axes that its datasets share, for example axes: ntxyz; {_shown(every)}")
