@@ -75,11 +75,11 @@ def describe(file: h5py.File, path: Path, hints: FileHints) -> ArrayHeader:
     unread = sorted(set(file) - {*rest, *parameters, *TIMES, *AXES})
     notes += [f"datasets: {', '.join(unread)} not read"] if unread else []
     frames = sizes["t"]
-    periodic: tuple[Boundary, ...] = ("periodic",) * len(grid)
+    periodic: Boundary = "periodic"
     if time is not None and time.shape not in ((frames,), (count, frames)):
         raise DataError(f"{path}: time has the shape {time.shape}; expected ({frames},) or ({count}, {frames})")
     return ArrayHeader(
-        grid, lengths or (1.0,) * len(grid), boundary or periodic, count,
+        grid, lengths or (1.0,) * len(grid), boundary or (periodic,) * len(grid), count,
         np.arange(float(frames)) if time is None else time, fields, parameters, tuple(notes),
         with_units=frozenset(n for n, f in fields.items() if f.arrays[0][0] in said), timeless=time is None,
     )  # fmt: skip
