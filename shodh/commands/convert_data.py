@@ -16,6 +16,7 @@ EPILOG = """examples:
   shodh convert-data 3D_CFD_Rand_M1.0_periodic_Train.hdf5 data/cfd
   shodh convert-data ns2d_fno_1e-5/ data/vorticity --boundary periodic periodic --time-step 1.0
   shodh convert-data mine.hdf5 data/mine --axes nxytc --channels velocity velocity height --split 0.9 0.1 0
+  shodh convert-data fields.hdf5 data/mine --axes ntxyz --lengths 1 1 2 --boundary periodic periodic wall
 """
 
 
@@ -33,12 +34,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--shard-mib", type=int, default=1024, metavar="N", help="largest shard (default: 1024)")
     hints = parser.add_argument_group("what a format does not say")
-    hints.add_argument("--format", default="auto", help="auto, well, pdebench, dpot, fno or jhtdb (default: auto)")
+    hints.add_argument(
+        "--format", default="auto", help="auto, well, pdebench, dpot, fno, jhtdb or arrays (default: auto)"
+    )
     hints.add_argument("--boundary", nargs="+", choices=("periodic", "wall", "open"), help="by axis")
     hints.add_argument("--lengths", nargs="+", type=float, help="by axis")
     hints.add_argument("--time-step", type=float, help="from frame to frame")
     hints.add_argument("--channels", nargs="+", help="names of an array's channels; a repeated name is a vector")
-    hints.add_argument("--axes", help="letters of an array's axes: n, t, x, y, z, c; for example nxytc")
+    hints.add_argument("--axes", help="letters of the arrays' axes: n, t, x, y, z, c; for example nxytc")
     return parser.parse_args(argv)
 
 
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from shodh.core.errors import ConfigError
     from shodh.data.formats import FileHints
-    from shodh.data.formats.convert import convert, plan_conversion
+    from shodh.data.formats.convert import assumptions, convert, plan_conversion
 
     if args.shard_mib < 1 or min(args.split) < 0 or sum(args.split) <= 0:
         raise ConfigError("--shard-mib and --split must be positive; see --help")
@@ -63,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.source, args.out, name=args.name, format=args.format, hints=hints, shares=args.split,
         fields=args.fields, shard_bytes=args.shard_mib << 20,
     )  # fmt: skip
+    if assumed := assumptions(shards):
+        sys.stdout.write("assumed, and stated as facts in what is written\n" + "".join(f"  - {a}\n" for a in assumed))
+        sys.stdout.flush()
     total = sum(shard.num_bytes for shard in shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
         written = convert(shards, args.out, lambda size: bar.update(size) and None)

@@ -1,7 +1,9 @@
 """Say what a data file or folder is: fields, shapes, ranges, time step, boundary, divergence, problems and their cure.
 
-Knows The Well, PDEBench, DPOT / MoE-POT, FNO's MATLAB files, JHTDB cutouts and Digital Rocks images. It reads up to
-8 frames of up to 8 trajectories; `--all` reads everything. The exit code is 0 also when there are problems.
+Knows The Well, PDEBench, DPOT / MoE-POT, FNO's MATLAB files, JHTDB cutouts, arrays of one's own and Digital Rocks
+images. It reads all times, and values of up to 8 frames of up to 8 trajectories, of a folder's other files those of the
+first and last frame of the first and last trajectory; `--all` reads everything. The exit code is 0 also when there are
+problems.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("path", type=Path, help="file or folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--all", action="store_true", help="read every frame")
-    parser.add_argument("--format", default="auto", help="well, pdebench, dpot, fno, jhtdb or rock (default: auto)")
-    parser.add_argument("--axes", help="letters of an array's axes: n, t, x, y, z, c; for example nxytc")
+    parser.add_argument("--all", action="store_true", help="read every frame of every file")
+    parser.add_argument(
+        "--format", default="auto", help="well, pdebench, dpot, fno, jhtdb, arrays or rock (default: auto)"
+    )
+    parser.add_argument("--axes", help="letters of the arrays' axes: n, t, x, y, z, c; for example nxytc")
     parser.add_argument("--channels", nargs="+", help="names of an array's channels; a repeated name is a vector")
     parser.add_argument("--image-shape", type=int, nargs=3, metavar=("X", "Y", "Z"), help="of a .raw image")
     parser.add_argument("--image-dtype", help="of a .raw image, for example uint8 or >u2")
@@ -72,7 +76,7 @@ def file_text(r: dict[str, Any]) -> str:
         f"  {r['trajectories']} trajectories of {r['frames']} frames, time {r['time_first']:.4g} .. "
         f"{r['time_last']:.4g}, {step}\n",
         f"  grid {' x '.join(map(str, r['grid']))}, lengths {numbers(r['lengths'])}, {' '.join(r['boundary'])}\n",
-        f"fields ({r['frames_read']} frames read)\n",
+        f"fields (values of {r['frames_read']} of {r['trajectories'] * r['frames']} frames were read)\n",
         *map(field_line, r["fields"]),
     ]
     if r["solved"]:
@@ -86,7 +90,7 @@ def file_text(r: dict[str, Any]) -> str:
 
 def folder_text(r: dict[str, Any]) -> str:
     counts = ", ".join(f"{s}: {n} files, {r['trajectories'].get(s, 0)} trajectories" for s, n in r["files"].items())
-    text = f"{r['path']}: {counts}\n"
+    text = f"{r['path']}: {counts}\n  values of {r['frames_read']} of {r['frames']} frames were read\n"
     text += "".join(f"  - {problem}\n" for problem in r["problems"])
     return text + ("\n" + file_text(r["first"]) if r["first"] else "")
 

@@ -83,7 +83,7 @@ class RegimeConfig(Section):
     trajectories: tuple[Count, ...] | None = Field(
         None, min_length=1, description="numbers of the training trajectories that are learned from; null: all"
     )
-    axes: str | None = Field(None, description="letters of an array's axes: n(umber), t, x, y, z, c(hannel); nxytc")
+    axes: str | None = Field(None, description="letters of the arrays' axes: n(umber), t, x, y, z, c(hannel); nxytc")
 
     @model_validator(mode="after")
     def _check(self) -> RegimeConfig:

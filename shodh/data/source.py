@@ -114,6 +114,11 @@ class RegimeSource:
         )
         self.files = dict(self.all_files)
         if not self.files["train"]:
+            if not self.path.exists():
+                raise DataError(
+                    f"regime {name!r}: no training files: {self.path} does not exist; make data with "
+                    "tools/generate_data.py or correct the path"
+                )
             folder = self.path / "data" if (self.path / "data").is_dir() else self.path
             raise DataError(
                 f"regime {name!r}: no training files; expected {folder / 'train'}/*.hdf5 (or .h5), or one file; make "

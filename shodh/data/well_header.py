@@ -10,6 +10,7 @@ import numpy as np
 
 from shodh.data import hdf5
 from shodh.data.well import BOUNDARY_CODES, TENSOR_GROUPS
+from shodh.data.well_items import Flags, require_items
 from shodh.core.errors import DataError
 from shodh.schema.fields import Boundary, Field
 
@@ -38,7 +39,7 @@ class StoredField:
 
 @dataclass(frozen=True)
 class WellHeader:
-    """Everything in a file except its field values."""
+    """Everything in a file except its field values; `notes` are the assumptions that were made."""
 
     dataset_name: str
     axes: tuple[str, ...]
@@ -51,6 +52,9 @@ class WellHeader:
     fields: dict[str, StoredField]
     tensor_fields: tuple[str, ...]
     parameters: dict[str, float | np.ndarray]
+    notes: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+    timeless: bool = False
 
 
 def read_header(file: h5py.File, path: str) -> WellHeader:
@@ -59,8 +63,9 @@ def read_header(file: h5py.File, path: str) -> WellHeader:
     Raises
     ------
     DataError
-        Naming the file and what is missing, contradictory or not supported.
+        Naming the file and all that is missing, or what is contradictory or not supported.
     """
+    require_items(file, path)
     group = _group(file, "dimensions", path)
     axes = tuple(hdf5.text(name) for name in np.atleast_1d(hdf5.attribute(group, "spatial_dims", path)))
     if not 1 <= len(axes) <= 3:
@@ -71,8 +76,9 @@ def read_header(file: h5py.File, path: str) -> WellHeader:
     coordinates = [_coordinates(group, axis, path) for axis in axes]
     grid = tuple(len(c) for c in coordinates)
     time = _time(group, path)
-    fields, tensors = _fields(file, len(axes), path)
-    num_trajectories = _num_trajectories(file, fields, path)
+    num_trajectories = _num_trajectories(file, len(axes), path)
+    flags = Flags(path, num_trajectories, time.shape[-1], grid)
+    fields, tensors = _fields(file, flags, path)
     header = WellHeader(
         dataset_name=hdf5.text(hdf5.single(file, "dataset_name", path, "")),
         axes=axes,
@@ -85,6 +91,7 @@ def read_header(file: h5py.File, path: str) -> WellHeader:
         fields=fields,
         tensor_fields=tensors,
         parameters=_parameters(file, num_trajectories, path),
+        notes=tuple(flags.notes),
     )
     _check_shapes(file, header, path)
     return header
@@ -172,24 +179,35 @@ def _marked_ends(group: h5py.Group, path: str) -> Iterator[tuple[str, int, str]]
                 yield axis, end, "part of a WALL" if code == "WALL" and not touched.all() else code
 
 
-def _fields(file: h5py.File, ndim: int, path: str) -> tuple[dict[str, StoredField], tuple[str, ...]]:
+def _listed(file: h5py.File, order: int, path: str) -> dict[str, h5py.Dataset]:
+    """The datasets of the fields of a rank, by their names."""
+    group = _group(file, TENSOR_GROUPS[order], path)
+    names = (hdf5.text(n) for n in np.atleast_1d(hdf5.attribute(group, "field_names", path)))
+    return {name: hdf5.dataset(group, name, path) for name in names}
+
+
+def _fields(file: h5py.File, flags: Flags, path: str) -> tuple[dict[str, StoredField], tuple[str, ...]]:
     fields: dict[str, StoredField] = {}
     for order in (0, 1):
-        group = _group(file, TENSOR_GROUPS[order], path)
-        for name in (hdf5.text(n) for n in np.atleast_1d(hdf5.attribute(group, "field_names", path))):
-            fields[name] = _field(hdf5.dataset(group, name, path), name, order, ndim, path)
+        for name, dataset in _listed(file, order, path).items():
+            fields[name] = _field(dataset, name, order, flags, path)
     if not fields:
         raise DataError(f"{path}: there are no scalar or vector fields (t0_fields, t1_fields)")
+    if without := [n for n, f in fields.items() if "units" not in file[f.dataset].attrs]:
+        flags.notes.append(f"units: '1' is assumed for {', '.join(without)}")
+    if hdf5.member(file, TENSOR_GROUPS[2], path) is None:
+        flags.notes.append(f"{TENSOR_GROUPS[2]}: none are assumed")
+        return fields, ()
     tensors = hdf5.attribute(_group(file, TENSOR_GROUPS[2], path), "field_names", path, ())
     return fields, tuple(hdf5.text(n) for n in np.atleast_1d(tensors))
 
 
-def _field(dataset: h5py.Dataset, name: str, order: int, ndim: int, path: str) -> StoredField:
-    static = not bool(hdf5.single(dataset, "time_varying", path))
+def _field(dataset: h5py.Dataset, name: str, order: int, flags: Flags, path: str) -> StoredField:
+    sample_varying, time_varying, varying = flags.of(dataset, name, order)
+    static, ndim = not time_varying, len(flags.grid)
     # Masks may be bool or integers; whatever is learned must be floating point.
     if dataset.dtype.kind not in ("buif" if static else "f"):
         raise DataError(f"{path}: field {name!r} has the type {dataset.dtype}; expected floating point")
-    varying = tuple(bool(v) for v in np.atleast_1d(hdf5.attribute(dataset, "dim_varying", path)))
     if len(varying) != ndim:
         raise DataError(f"{path}: attribute 'dim_varying' of {name!r} has {len(varying)} entries for {ndim} axes")
     placement = hdf5.text(hdf5.single(dataset, "placement", path, "center"))
@@ -203,16 +221,21 @@ def _field(dataset: h5py.Dataset, name: str, order: int, ndim: int, path: str) -
         solenoidal=bool(order and hdf5.single(dataset, "solenoidal", path, False)),
         static=static,
     )
-    sample_varying = bool(hdf5.single(dataset, "sample_varying", path))
     return StoredField(field, dataset.name, sample_varying, not static, varying)
 
 
-def _num_trajectories(file: h5py.File, fields: dict[str, StoredField], path: str) -> int:
+def _num_trajectories(file: h5py.File, ndim: int, path: str) -> int:
+    """As stated, or as many as a field of trajectories and frames has."""
     stored = hdf5.single(file, "n_trajectories", path, None)
     if stored is not None:
         count = int(stored)
     else:
-        count = next((file[f.dataset].shape[0] for f in fields.values() if f.sample_varying), 1)
+        found = [
+            (dataset.shape, len(dataset.shape) - ndim - order, bool(hdf5.single(dataset, "sample_varying", path, False)))
+            for order in (0, 1)
+            for dataset in _listed(file, order, path).values()
+        ]
+        count = next((shape[0] for shape, leading, varies in found if leading == 2 or (leading == 1 and varies)), 1)
     if count < 1:
         raise DataError(f"{path}: n_trajectories is {count}; expected at least 1")
     return count

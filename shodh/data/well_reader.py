@@ -54,11 +54,6 @@ class WellFile(DescribedFile):
     def format(self) -> str:
         return "well"
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Nothing: the format says it all."""
-        return ()
-
     def field(self, name: str) -> Field:
         """One field; DataError with the names there are if it is missing."""
         return self.stored(name).field

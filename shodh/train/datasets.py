@@ -21,6 +21,7 @@ from shodh.data.identity import Choose
 from shodh.data.loader import SampleDataset
 from shodh.data.mixture import temperature_shares
 from shodh.data.normalize import fit_normalizer
+from shodh.data.windows import WindowIndex, require_windows
 from shodh.schema.domain import Domain
 from shodh.schema.fields import Boundary, Field
 from shodh.schema.normalize import FieldNormalizer
@@ -218,6 +219,15 @@ def mixture_loader(
         num_workers=config.data.workers,
         pin_memory=uses_cuda(),
     )
+
+
+def require_history(config: RunConfig, regimes: Regimes) -> None:
+    """Raise DataError, before a tokenizer is trained, where no trajectory is as long as the operator's windows."""
+    for split, _ in training_splits(config):
+        for source in regimes.sources:
+            frames = source.num_frames(split)
+            index = WindowIndex(frames, config.data.history + 1, config.data.stride)
+            require_windows(index, f"regime {source.name!r}, {split}, data.history={config.data.history}", frames)
 
 
 def open_loaders(config: RunConfig, open_split: OpenSplit, topology: Topology) -> dict[Split, MixtureLoader]:

@@ -47,7 +47,7 @@ from shodh.train.callbacks import (
 from shodh.train.callbacks.checkpoints import resume as resume_from
 from shodh.train.compiling import compile_run, compiles
 from shodh.train.data_identity import kept_choice
-from shodh.train.datasets import Regimes, open_loaders, open_regimes
+from shodh.train.datasets import Regimes, open_loaders, open_regimes, require_history
 from shodh.train.engine import build_engine, load_deepspeed_config
 from shodh.train.field_task import operator_task
 from shodh.train.opening import kept_space, open_data
@@ -113,6 +113,7 @@ def train_tokenizer(config: RunConfig, resume: str | None = None, profile: int =
         if job.start is not None:
             kept, choose = _space_of_start(config, folder.path), kept_choice(folder.path)
         regimes = open_regimes(config, kept, choose=choose)
+        require_history(config, regimes)
         loaders = open_loaders(config, partial(open_frames, regimes), topology)
         with torch.device("meta"):
             check_memory(build_tokenizer(config), device)

@@ -95,7 +95,16 @@ def test_configuration_that_is_missing_or_no_yaml(tmp_path: Path, config: Path) 
 
 def test_missing_data(config: Path, tmp_path: Path) -> None:
     settings = [f"data.regimes.1.path={tmp_path / 'nowhere'}"]
-    assert_one_line(run_script(TOKENIZER, "--config", config, "--set", *settings), str(tmp_path / "nowhere"))
+    assert_one_line(
+        run_script(TOKENIZER, "--config", config, "--set", *settings), f"{tmp_path / 'nowhere'} does not exist"
+    )
+
+
+def test_history_of_the_operator_is_checked_before_the_tokenizer_is_trained(config: Path, out: Path) -> None:
+    line = assert_one_line(
+        run_script(TOKENIZER, "--config", config, "--set", "data.history=6"), "no window of 7 frames"
+    )
+    assert "data.history=6" in line and not list(out.rglob("*.safetensors"))
 
 
 def test_data_of_another_grid(config: Path, tiny_data: Path) -> None:

@@ -80,8 +80,10 @@ def test_an_interrupted_shard_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_shards_are_chunked_by_snapshot_and_uncompressed(tmp_path):
-    dpot_single(tmp_path / "a_train.hdf5")
-    convert(plan_conversion([tmp_path / "a_train.hdf5"], tmp_path / "out", fields=["velocity"]), tmp_path / "out")
+    dpot_single(tmp_path / "ns2d_pdb_train.hdf5")
+    convert(
+        plan_conversion([tmp_path / "ns2d_pdb_train.hdf5"], tmp_path / "out", fields=["velocity"]), tmp_path / "out"
+    )
     path = next((tmp_path / "out" / "data" / "train").glob("*.hdf5"))
     with h5py.File(path) as file:
         dataset = file["t1_fields/velocity"]
@@ -126,13 +128,25 @@ def test_parameters_and_own_times_survive(tmp_path):
     np.testing.assert_allclose(file.time[1] - file.time[0], 1.0, rtol=1e-6)
 
 
+def test_assumptions_are_printed_and_an_ambiguous_guess_is_refused(tmp_path):
+    dpot_single(tmp_path / "mine.hdf5")
+    refused = run(str(tmp_path / "mine.hdf5"), str(tmp_path / "out"))
+    assert refused.code == 2 and "axes: nxytc" in refused.stderr and "axes: ntxyc" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    hints = ("--axes", "nxytc", "--lengths", "1", "2")
+    done = run(str(tmp_path / "mine.hdf5"), str(tmp_path / "out"), *hints)
+    assert done.code == 0, done.stderr
+    said = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("  - ")]
+    assert said == ["channels:", "boundary:", "time_step:", "units:"]
+
+
 def test_bad_input_is_one_line(tmp_path):
     pdebench_cfd(tmp_path / "a.hdf5")
     with h5py.File(tmp_path / "a.hdf5", "r+") as file:
         file["Vx"][0, 0, 0, 0, 0] = np.inf
     for arguments, reason in (
         ((str(tmp_path / "a.hdf5"), str(tmp_path / "out")), "NaN or infinity"),
-        ((str(tmp_path / "none.hdf5"), str(tmp_path / "out")), "there are no data files"),
+        ((str(tmp_path / "none.hdf5"), str(tmp_path / "out")), "does not exist"),
         ((str(tmp_path / "a.hdf5"), str(tmp_path / "out"), "--fields", "heat"), "no field 'heat'"),
         ((str(tmp_path / "a.hdf5"), str(tmp_path / "out"), "--boundary", "wall"), "boundary"),
         ((str(tmp_path / "a.hdf5"), str(tmp_path / "out"), "--name", "../b"), "leave out slashes"),

@@ -103,6 +103,24 @@ def test_folder_names_files_that_differ_or_are_damaged(tmp_path):
     assert "no split 'valid'" in text
 
 
+@pytest.mark.parametrize("frame", [0, 4])
+def test_values_and_times_of_every_file_of_a_folder_are_checked(tmp_path, frame):
+    """The ends of every file always, all of it on demand; times of all trajectories."""
+    for name in ("a", "b"):
+        pdebench_cfd(tmp_path / f"{name}.hdf5", count=3, frames=9)
+    with h5py.File(tmp_path / "b.hdf5", "r+") as file:
+        file["density"][2, frame, 0, 0, 0] = np.nan
+        file["t-coordinate"][5:] += 0.04
+    report = inspect_folder(tmp_path)
+    assert (report.frames_read, report.frames) == (3 * 8 + 2 * 2, 54)
+    assert any("b.hdf5: times are not evenly spaced" in p for p in report.problems)
+    assert any("b.hdf5" in p and "NaN" in p for p in report.problems) == (frame == 0)
+    report = inspect_folder(tmp_path, every_frame=True)
+    assert report.frames_read == report.frames
+    assert any("b.hdf5" in p and "NaN" in p for p in report.problems)
+    assert "values of 28 of 54 frames were read" in run(str(tmp_path)).stdout
+
+
 def test_image_with_a_pore_value_is_a_mask(tmp_path):
     image = np.zeros((6, 5, 4), dtype=np.uint8)
     image[:3] = 255

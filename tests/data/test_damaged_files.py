@@ -38,10 +38,8 @@ EDITS: dict[str, tuple[Callable[[h5py.File], object], str]] = {
     "no boundaries": (lambda f: f.pop("boundary_conditions"), "boundary_conditions"),
     "no mask": (lambda f: f.pop("boundary_conditions/z_wall/mask"), "mask"),
     "no group of fields": (lambda f: f.pop("t1_fields"), "t1_fields"),
-    "no tensor group": (lambda f: f.pop("t2_fields"), "t2_fields"),
     "listed field missing": (lambda f: f.pop("t0_fields/tracer"), "tracer"),
     "no list of fields": (remove_attribute("t0_fields", "field_names"), "field_names"),
-    "no flag": (remove_attribute("t0_fields/tracer", "time_varying"), "time_varying"),
     "frames differ": (lambda f: replace(f, "dimensions/time", np.arange(4.0)), "shape"),
     "cells differ": (lambda f: replace(f, "dimensions/x", np.arange(6.0)), "shape"),
     "trajectories differ": (lambda f: f.attrs.modify("n_trajectories", 4), "shape"),
@@ -98,6 +96,41 @@ def test_inconsistent_header_is_refused_on_opening(path, edit):
         WellFile(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_all_that_is_missing_is_named_at_once(path):
+    missing = ["dimensions/time", "dimensions/y", "boundary_conditions/z_wall/mask", "t0_fields/tracer"]
+    with h5py.File(path, "r+") as file:
+        for name in (*missing, "t1_fields"):
+            del file[name]
+        del file["dimensions"].attrs["spatial_dims"], file["boundary_conditions/x_periodic"].attrs["bc_type"]
+    with pytest.raises(DataError) as error:
+        WellFile(path)
+    named = ["spatial_dims", "bc_type", "t1_fields", *(n for n in missing if n != "dimensions/y")]
+    assert [n for n in named if n not in str(error.value)] == [] and "\n" not in str(error.value)
+
+
+def test_what_follows_from_the_shapes_is_assumed(path):
+    """Without flags, units and the empty group of tensors the file is what it was, and says what was assumed."""
+    whole = WellFile(path)
+    with h5py.File(path, "r+") as file:
+        del file["t2_fields"], file.attrs["n_trajectories"]
+        for name in ("t0_fields/tracer", "t0_fields/solid", "t1_fields/velocity"):
+            for flag in ("time_varying", "sample_varying", "dim_varying", "units"):
+                del file[name].attrs[flag]
+    file = WellFile(path)
+    assert {n: (f.static, f.kind) for n, f in file.fields.items()} == {
+        n: (f.static, f.kind) for n, f in whole.fields.items()
+    }
+    assert file.header.num_trajectories == whole.num_trajectories and not whole.notes
+    said = " ".join(file.notes)
+    assert all(word in said for word in ("sample_varying", "dim_varying", "t2_fields", "units", "velocity"))
+    with h5py.File(path, "r+") as handle:  # Five trajectories, five frames: a field of either has this shape.
+        replace(handle, "dimensions/time", np.arange(3.0))
+        for name in ("t0_fields/tracer", "t1_fields/velocity"):
+            replace(handle, name, handle[name][:, :3])
+    with pytest.raises(DataError, match=r"'solid'.*sample_varying and time_varying"):
+        WellFile(path)
 
 
 def test_stretched_axis_is_refused(path):

@@ -144,6 +144,17 @@ def rock_tif(path: Path, seed: int = 0) -> Fields:
 
 
 # Name of the format, name of a file, its writer: one of everything that can be read, besides The Well.
+def own_arrays(path: Path, seed: int = 0) -> Fields:
+    """One dataset a field, and attributes of the file; components last, solids of each trajectory."""
+    velocity, heat = random(seed, 3, 5, 6, 7, 8, 3), random(seed + 1, 3, 5, 6, 7, 8)
+    solid = (random(seed + 2, 3, 6, 7, 8) > 0).astype(np.float32)
+    with h5py.File(path, "w") as file:
+        file["velocity"], file["heat"], file["solid"] = velocity, heat, solid
+        file["time"], file["viscosity"] = 0.1 * np.arange(5), np.array([1.0, 2.0, 3.0])
+        file.attrs.update(axes="ntxyz", lengths=(1.0, 2.0, 3.0))
+    return {"velocity": velocity, "heat": heat, "solid": solid}
+
+
 LAYOUTS = {
     "cfd_3d": ("pdebench", "3D_CFD_Rand_M1.0_periodic_Train.hdf5", pdebench_cfd),
     "cfd_2d": ("pdebench", "2D_CFD_Turb_periodic.hdf5", lambda p, seed=0: pdebench_cfd(p, seed, grid=(6, 7))),
@@ -160,6 +171,7 @@ LAYOUTS = {
     "fno_matlab5": ("fno", "ns_old.mat", fno_matlab5),
     "jhtdb": ("jhtdb", "isotropic1024coarse.h5", jhtdb),
     "jhtdb_old": ("jhtdb", "isotropic_old.h5", lambda p, seed=0: jhtdb(p, seed, old=True)),
+    "arrays": ("arrays", "mine.hdf5", own_arrays),
     "rock_raw": ("rock", "berea_6x5x4_uint8.raw", rock_raw),
     "rock_tif": ("rock", "cement.tif", rock_tif),
 }

@@ -10,7 +10,7 @@ from typing import get_args
 import h5py
 
 from shodh.config import FileFormat
-from shodh.data.formats import dpot, fno, jhtdb, pdebench, rock
+from shodh.data.formats import dpot, fno, jhtdb, named, pdebench, rock
 from shodh.data.formats.arrays import ArrayFile
 from shodh.data.formats.base import FileHints, TrajectoryFile
 from shodh.data.hdf5 import H5PY_ERRORS, damaged, open_hdf5
@@ -24,12 +24,13 @@ SUFFIXES = (*HDF5_SUFFIXES, ".mat")
 
 __all__ = ["FORMATS", "SUFFIXES", "FileHints", "TrajectoryFile", "detect_format", "open_file"]
 
-_LAYOUTS: dict[str, Callable[[h5py.File], bool]] = {
-    "well": lambda file: {"dimensions", "boundary_conditions"} <= set(file) or "t0_fields" in file,
-    "jhtdb": jhtdb.is_jhtdb,
-    "dpot": dpot.is_dpot,
-    "pdebench": pdebench.is_pdebench,
-    "fno": lambda file: "u" in file,
+_LAYOUTS: dict[str, Callable[[h5py.File, FileHints], bool]] = {
+    "well": lambda file, _: {"dimensions", "boundary_conditions"} <= set(file) or "t0_fields" in file,
+    "jhtdb": lambda file, _: jhtdb.is_jhtdb(file),
+    "dpot": lambda file, _: dpot.is_dpot(file) and "axes" not in file.attrs,
+    "pdebench": lambda file, _: pdebench.is_pdebench(file),
+    "fno": fno.is_fno,
+    "arrays": named.is_named,
 }
 
 
@@ -54,10 +55,13 @@ def open_file(path: str | os.PathLike[str], format: str = "auto", hints: FileHin
     """
     hints = hints or FileHints()
     if format == "auto":
-        format = detect_format(path)
+        format = detect_format(path, hints)
     if format == "well":
         if hints != FileHints():
-            raise ConfigError(f"{path}: The Well's files state boundary, lengths and times; remove these hints")
+            raise ConfigError(
+                f"{path}: The Well's files state boundary, lengths and times; remove these hints, or convert the "
+                "original files again with --boundary, --lengths or --time-step to correct them"
+            )
         return WellFile(path)
     if format == "pdebench":
         return ArrayFile(path, format, pdebench.describe, hints)
@@ -67,13 +71,16 @@ def open_file(path: str | os.PathLike[str], format: str = "auto", hints: FileHin
         return ArrayFile(path, format, fno.describe, hints, fno.load)
     if format == "jhtdb":
         return ArrayFile(path, format, jhtdb.describe, hints)
+    if format == "arrays":
+        return ArrayFile(path, format, named.describe, hints)
     if format == "rock":
         return ArrayFile(path, format, rock.describe, hints, rock.load)
     raise ConfigError(f"unknown format {format!r}; expected auto or one of {', '.join(FORMATS)}")
 
 
-def detect_format(path: str | os.PathLike[str]) -> str:
-    """Name of the format of a file, from its suffix and the names in it; DataError if it is none of them."""
+def detect_format(path: str | os.PathLike[str], hints: FileHints | None = None) -> str:
+    """Name of the format of a file, from its suffix, the names in it and the hints; DataError if it is none of them."""
+    hints = hints or FileHints()
     suffix = Path(path).suffix.lower()
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such file")
@@ -84,12 +91,13 @@ def detect_format(path: str | os.PathLike[str]) -> str:
     with open_hdf5(path) as file:
         try:
             names = sorted(file)
-            found = next((name for name, fits in _LAYOUTS.items() if fits(file)), None)
+            found = next((name for name, fits in _LAYOUTS.items() if fits(file, hints)), None)
         except H5PY_ERRORS as error:
             raise damaged(path, error) from error
     if found is None:
         raise DataError(
             f"{path}: no known layout; expected The Well's layout or one of {', '.join(FORMATS[1:])}, and the file "
-            f"holds {names[:8]}"
+            f"holds {names[:8]}; if every dataset is a field, state the axes that they share, for example axes: ntxyz, "
+            "and keep the times in a dataset 'time'"
         )
     return found

@@ -56,7 +56,11 @@ class ArrayField:
 
 @dataclass(frozen=True)
 class ArrayHeader:
-    """Everything in a file except its field values; `notes` are the assumptions that were made."""
+    """Everything in a file except its field values.
+
+    `notes` are the assumptions that were made, `doubts` those that could as well be otherwise, with their cure;
+    `with_units` the fields whose units the file states; `timeless` that it states no times.
+    """
 
     grid: tuple[int, ...]
     lengths: tuple[float, ...]
@@ -66,6 +70,9 @@ class ArrayHeader:
     fields: dict[str, ArrayField]
     parameters: Mapping[str, float | np.ndarray] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    with_units: frozenset[str] = frozenset()
+    doubts: tuple[str, ...] = ()
+    timeless: bool = False
 
     @property
     def num_frames(self) -> int:
@@ -79,6 +86,8 @@ class ArrayHeader:
                 raise ConfigError(f"{path}: {name} {list(given)} has {len(given)} entries, the grid is {self.grid}")
         said = [n for n in ("boundary", "lengths", "time_step") if getattr(hints, n) is not None]
         notes = tuple(n for n in self.notes if n.replace(":", " ").split()[0] not in said)
+        if without := [n for n in self.fields if n not in self.with_units]:
+            notes += (f"units: '1' is assumed for {', '.join(without)}",)
         time = self.time if hints.time_step is None else _with_step(self.time, hints.time_step)
         return replace(
             self,

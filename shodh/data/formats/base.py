@@ -68,6 +68,16 @@ class TrajectoryFile(Protocol):
         """What the format does not say and was assumed, in words."""
         ...
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What was assumed and could as well be otherwise, with the cure: never to be stored as a fact."""
+        ...
+
+    @property
+    def timeless(self) -> bool:
+        """Whether frames are counted because the file has no times."""
+        ...
+
     def field(self, name: str) -> Field:
         """One field; DataError with the names there are if it is missing."""
         ...
@@ -128,11 +138,35 @@ class FileHeader(Protocol):
     @property
     def parameters(self) -> Mapping[str, float | np.ndarray]: ...
 
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+    @property
+    def doubts(self) -> tuple[str, ...]: ...
+
+    @property
+    def timeless(self) -> bool: ...
+
 
 class DescribedFile:
     """The part of a `TrajectoryFile` that its header answers."""
 
     header: FileHeader
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the format does not say and was assumed."""
+        return self.header.notes
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What was assumed and could as well be otherwise, with the cure."""
+        return self.header.doubts
+
+    @property
+    def timeless(self) -> bool:
+        """Whether frames are counted because the file has no times."""
+        return self.header.timeless
 
     @property
     def fields(self) -> dict[str, Field]:

@@ -109,20 +109,23 @@ def plan_conversion(
         If the name is none for a file.
     DataError
         If a source cannot be used, differs from the first (`shodh.data.formats.agreement`), lacks a field, or nothing
-        in it changes in time.
+        in it changes in time; if the axes of an array are a guess that could as well be another.
     """
     for path in (p for found in find_files(*sources).values() for p in found):
         probe(path, format, hints)
     files = open_splits(*sources, format=format, hints=hints, shares=shares)
     every = [file for split in SPLITS for file in files[split]]
     if not every:
-        raise DataError(f"{', '.join(map(str, sources))}: there are no data files")
+        absent = [f"{p} does not exist" for p in sources if not p.exists()]
+        raise DataError(f"{', '.join(map(str, sources))}: there are no data files{': ' * bool(absent)}{', '.join(absent)}")
     first = every[0]
     kept = tuple(first.field(n) for n in fields) if fields else tuple(first.fields.values())
     if all(f.static for f in kept):
         raise DataError(f"{first.path}: nothing in it changes in time; there is nothing to write (geometry alone?)")
     for file in every:
         _check_agreement(file, first, kept)
+        if file.doubts:
+            raise DataError(file.doubts[0])
     stem = name or sources[0].resolve().stem
     if stem != Path(stem).name:
         raise ConfigError(f"name={stem!r} is part of the names of files; leave out slashes")
@@ -132,6 +135,11 @@ def plan_conversion(
             path = out / "data" / split / f"{stem}_{number:05d}.hdf5"
             shards.append(Shard(path, split, tuple(group), kept, stem))
     return shards
+
+
+def assumptions(shards: Sequence[Shard]) -> list[str]:
+    """What the sources do not say and the shards will state as facts, each once."""
+    return list(dict.fromkeys(note for shard in shards for file, _ in shard.trajectories for note in file.notes))
 
 
 def convert(shards: Sequence[Shard], out: Path, progress: Progress = lambda _: None) -> int:

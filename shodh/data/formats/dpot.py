@@ -31,6 +31,9 @@ KNOWN: tuple[tuple[str, int, int, tuple[str, ...], Boundary], ...] = (
     ("", 3, 5, ("velocity", "velocity", "velocity", "pressure", "density"), "periodic"),
 )
 
+# Parts of the names of published sets.
+PUBLISHED = re.compile(r"(?<![a-z])(ns2d|ns3d|cfdbench|cond|dr|swe|pdb|pda|fno|dpot)(?![a-z])")
+
 
 def is_dpot(file: h5py.File) -> bool:
     return set(file) == {"data"} and isinstance(file.get("data", getlink=True), h5py.HardLink)
@@ -40,7 +43,7 @@ def describe(file: h5py.File, path: Path, hints: FileHints) -> ArrayHeader:
     """Header of one file."""
     shape = tuple(int(n) for n in hdf5.dataset(file, "data", str(path)).shape)
     axes = hints.axes or guess_axes(shape, path)
-    sizes = _sizes(axes, shape, path)
+    sizes = array_sizes(axes, shape, path)
     grid = tuple(sizes[a] for a in AXES if a in sizes)
     channels = sizes.get("c", 1)
     names, kind, notes = _names(path, len(grid), channels, hints)
@@ -50,11 +53,13 @@ def describe(file: h5py.File, path: Path, hints: FileHints) -> ArrayHeader:
         "lengths: 1 is assumed; the file does not say",
         "time_step: 1 is assumed; the file does not say",
     ]
+    doubts = []
     if hints.axes is None:
         notes.append(f"axes: {axes} is assumed from the shape {shape} and the file's name")
+        doubts = _doubts(axes, shape, path)
     return ArrayHeader(
         grid, (1.0,) * len(grid), (kind,) * len(grid), sizes.get("n", 1), np.arange(float(sizes["t"])), fields, {},
-        tuple(notes),
+        tuple(notes), doubts=tuple(doubts), timeless=True,
     )  # fmt: skip
 
 
@@ -67,6 +72,27 @@ def guess_axes(shape: tuple[int, ...], path: Path) -> str:
             return "xyt"
         raise DataError(f"{path}: 'data' has the shape {shape}; state its axes, for example axes: nxytc")
     return known[len(shape), scattered]
+
+
+def _doubts(axes: str, shape: tuple[int, ...], path: Path) -> list[str]:
+    """What speaks against guessed axes: time may come first as well, where no published name says otherwise.
+
+    Raises
+    ------
+    DataError
+        With time first the grid is one of equal axes, and as guessed it is not.
+    """
+    other = ("n" if "n" in axes else "") + "t" + axes.replace("n", "").replace("t", "")
+    readings = [dict(zip(letters, shape)) for letters in (axes, other)]
+    grids = [tuple(sizes[a] for a in AXES if a in sizes) for sizes in readings]
+    equal = [len(set(grid)) == 1 for grid in grids]
+    said = [f"axes: {letters} ({sizes['t']} frames of {' x '.join(map(str, grid))})"
+            for letters, sizes, grid in zip((axes, other), readings, grids)]  # fmt: skip
+    doubt = f"{path}: the shape {shape} of 'data' does not tell its axes; state {said[0]} or {said[1]}"
+    if equal == [False, True]:
+        raise DataError(doubt)
+    published = PUBLISHED.search("/".join(path.parts[-4:]).lower()) or path.stem.startswith("data_")
+    return [] if equal == [True, False] or published else [doubt]
 
 
 def named_fields(
@@ -87,7 +113,8 @@ def named_fields(
     return fields
 
 
-def _sizes(axes: str, shape: tuple[int, ...], path: Path) -> dict[str, int]:
+def array_sizes(axes: str, shape: tuple[int, ...], path: Path) -> dict[str, int]:
+    """Sizes by letter; errors if the letters are none of axes or do not go with the shape."""
     space = "".join(a for a in axes if a in AXES)
     if len(set(axes)) != len(axes) or set(axes) - set("ntxyzc") or sorted(space) != list(AXES[: len(space)]):
         raise ConfigError(f"{path}: axes {axes!r}; expected letters of n, t, x, y, z, c, each once, for example nxytc")

@@ -28,6 +28,11 @@ def load(path: Path, hints: FileHints) -> Store:
     return hdf5.open_hdf5(path) if h5py.is_hdf5(path) else _load_matlab5(path)
 
 
+def is_fno(file: h5py.File, hints: FileHints) -> bool:
+    """Whether there is a ``u`` that is no component of a velocity, with the axes of these sets."""
+    return "u" in file and "v" not in file and sorted(hints.axes or "ntxy") == sorted("ntxy")
+
+
 def describe(store: Store, path: Path, hints: FileHints) -> ArrayHeader:
     """Header of one file."""
     reversed_axes = isinstance(store, h5py.File)
@@ -36,6 +41,11 @@ def describe(store: Store, path: Path, hints: FileHints) -> ArrayHeader:
     shape = hdf5.dataset(store, "u", str(path)).shape if isinstance(store, h5py.File) else store["u"].shape
     if len(shape) != 4:
         raise DataError(f"{path}: 'u' has the shape {shape}; expected four axes, trajectories, x, y and time")
+    if reversed_axes and hints.axes is None and path.suffix.lower() != ".mat" and not _by_matlab(store):
+        raise DataError(
+            f"{path}: 'u' has the shape {tuple(shape)}, and the file is not MATLAB's; state its axes: ntxy, or tyxn as "
+            "MATLAB stores them"
+        )
     axes = hints.axes or ("tyxn" if reversed_axes else "nxyt")
     sizes = dict(zip(axes, (int(n) for n in shape)))
     if sorted(axes) != sorted("ntxy"):
@@ -49,8 +59,14 @@ def describe(store: Store, path: Path, hints: FileHints) -> ArrayHeader:
     name = (hints.channels or ("vorticity",))[0]
     fields = {name: ArrayField(Field(name), axes, (("u",),))}
     return ArrayHeader(
-        (sizes["x"], sizes["y"]), (1.0, 1.0), ("periodic",) * 2, sizes["n"], 1.0 + np.arange(frames), fields, {}, notes
-    )
+        (sizes["x"], sizes["y"]), (1.0, 1.0), ("periodic",) * 2, sizes["n"], 1.0 + np.arange(frames), fields, {}, notes,
+        timeless=True,
+    )  # fmt: skip
+
+
+def _by_matlab(file: h5py.File) -> bool:
+    """MATLAB puts a block of text before HDF5, and its class beside every variable."""
+    return bool(file.userblock_size) or "MATLAB_class" in file["u"].attrs
 
 
 def _load_matlab5(path: Path) -> Mapping[str, np.ndarray]:

@@ -105,13 +105,18 @@ class FileReport:
 
 @dataclass
 class FolderReport:
-    """A folder: its files by split, the first one in full, and files that are refused or differ."""
+    """A folder: its files by split, the first one in full, and problems of the others with the files' names.
+
+    `frames_read` of all `frames` of all trajectories: those whose values were read.
+    """
 
     path: str
     files: dict[str, int]
     trajectories: dict[str, int]
     first: FileReport | None
     problems: list[str]
+    frames_read: int
+    frames: int
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -143,10 +148,14 @@ def inspect_file(
     """
     probe(path, format, hints)
     file = open_file(path, format, hints)
-    time = file.time if file.time.ndim == 1 else file.time[0]
-    steps = np.diff(time)
-    uniform = len(steps) > 0 and np.allclose(steps, steps[0], rtol=1e-3)
-    sampled = _sample(file, every_frame)
+    return _report(file, _sample(file, 10**9 if every_frame else FRAMES_EACH), progress)
+
+
+def _report(file: TrajectoryFile, sampled: list[tuple[int, int]], progress: Progress) -> FileReport:
+    """The report of an open file from the snapshots ``(trajectory, frame)``."""
+    path, times = file.path, np.atleast_2d(file.time)
+    time, steps = times[0], np.diff(times)
+    uniform = steps.size > 0 and np.allclose(steps, steps[:, :1], rtol=1e-3)
     report = FileReport(
         path=str(path),
         format=file.format,
@@ -159,16 +168,16 @@ def inspect_file(
         frames=file.num_frames,
         time_first=float(time[0]),
         time_last=float(time[-1]),
-        time_step=float(steps[0]) if uniform else None,
+        time_step=float(steps[0, 0]) if uniform else None,
         parameters={n: np.asarray(v).tolist() for n, v in file.parameters.items()},
         fields=[],
         assumed=list(file.notes),
-        problems=[],
+        problems=list(file.doubts),
         frames_read=len(sampled),
     )
-    if len(steps) and not (steps > 0).all():
+    if steps.size and not (steps > 0).all():
         report.problems.append("times do not increase; correct them or state time_step")
-    elif len(steps) and not uniform:
+    elif steps.size and not uniform:
         report.problems.append("times are not evenly spaced: a model that steps in frames sees different steps")
     names = list(file.fields)
     for number, name in enumerate(names):
@@ -190,19 +199,23 @@ def inspect_folder(
     every_frame: bool = False,
     progress: Progress = lambda _: None,
 ) -> FolderReport:
-    """Describe a folder of files: the first one in full, the headers of all others."""
+    """Describe a folder of files: the first one as `inspect_file`; of all others the problems that it does not have.
+
+    Values of the others are read in the first and last frame of their first and last trajectory, or in every frame.
+    """
     found = find_files(path)
     if not any(found.values()):
         raise DataError(f"{path}: there are no data files ({', '.join(SUFFIXES)}), directly or in train, valid, test")
     files: dict[str, int] = {}
     trajectories: dict[str, int] = {}
     first: TrajectoryFile | None = None
+    report: FileReport | None = None
     problems: list[str] = []
+    read = frames = 0
     everything = [(split, file) for split, group in found.items() for file in group]
     for number, (split, file_path) in enumerate(everything):
         key = split or "not split"
         files[key] = files.get(key, 0) + 1
-        progress(0.5 * (number + 1) / len(everything))
         try:
             probe(file_path, format, hints)
             file = open_file(file_path, format, hints)
@@ -210,15 +223,16 @@ def inspect_folder(
             problems.append(str(error))
             continue
         trajectories[key] = trajectories.get(key, 0) + file.num_trajectories
-        if first is None:
-            first = file
-        problems += _differences(file, first)
+        each = 10**9 if every_frame else FRAMES_EACH if first is None else 2
+        own = _report(file, _sample(file, each), lambda f, n=number: progress((n + f) / len(everything)))  # type: ignore[misc]
+        read, frames = read + own.frames_read, frames + file.num_trajectories * file.num_frames
+        if first is None or report is None:
+            first, report = file, own
+        else:
+            named = (p if str(file_path) in p else f"{file_path}: {p}" for p in own.problems if p not in report.problems)
+            problems += [*_differences(file, first), *named]
     problems += _lacking(found)
-    report = None
-    if first is not None:
-        done = lambda f: progress(0.5 + 0.5 * f)  # noqa: E731
-        report = inspect_file(first.path, format, hints, every_frame=every_frame, progress=done)
-    return FolderReport(str(path), files, trajectories, report, problems)
+    return FolderReport(str(path), files, trajectories, report, problems, read, frames)
 
 
 def _lacking(found: dict[Split | None, list[Path]]) -> list[str]:
@@ -235,9 +249,8 @@ def _differences(file: TrajectoryFile, first: TrajectoryFile) -> list[str]:
     return found
 
 
-def _sample(file: TrajectoryFile, everything: bool) -> list[tuple[int, int]]:
-    """``(trajectory, frame)`` to read."""
-    limit = 10**9 if everything else FRAMES_EACH
+def _sample(file: TrajectoryFile, limit: int) -> list[tuple[int, int]]:
+    """``(trajectory, frame)`` to read, the first and last among them."""
 
     def spread(count: int) -> list[int]:
         return sorted({round(i) for i in np.linspace(0, count - 1, min(count, limit))})

@@ -33,8 +33,8 @@ GROUP_CHANNELS = {1: ("height",), 2: ("activator", "inhibitor")}
 
 def is_pdebench(file: h5py.File) -> bool:
     names = set(file)
-    flow = bool(names & {*VELOCITY, "density"}) or {"velocity", "particles"} <= names
-    return flow or "tensor" in names or "nu" in names or any(_is_sample(n) for n in names)
+    flow = bool(names & set(VELOCITY)) or {"density", "t-coordinate"} <= names or {"velocity", "particles"} <= names
+    return flow or "tensor" in names or any(_is_sample(n) for n in names)
 
 
 def describe(file: h5py.File, path: Path, hints: FileHints) -> ArrayHeader:

@@ -32,7 +32,7 @@ from shodh.data.formats import SUFFIXES, FileHints, TrajectoryFile, open_file
 from shodh.data.formats.names import SPLITS as SPLITS
 from shodh.data.formats.names import Split as Split
 from shodh.data.formats.names import natural_key, stated_split
-from shodh.data.formats.parts import TIMELESS, leaders
+from shodh.data.formats.parts import leaders
 from shodh.data.formats.views import FileView
 from shodh.core.errors import DataError
 
@@ -233,7 +233,7 @@ def _blocks_of_files(
     parts: list[tuple[TrajectoryFile, range]] = []
     last = -np.inf
     for file in sorted(files, key=lambda f: (float(np.min(f.time)), natural_key(f.path.name))):
-        repeated = 0 if file.format in TIMELESS else int((file.time <= last).sum())
+        repeated = 0 if file.timeless else int((file.time <= last).sum())
         parts.append((file, range(repeated, file.num_frames)))
         last = max(last, float(np.max(file.time)))
     blocks = time_blocks(sum(len(frames) for _, frames in parts), shares)

@@ -68,6 +68,14 @@ class FileView:
     def notes(self) -> tuple[str, ...]:
         return self._file.notes
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        return self._file.doubts
+
+    @property
+    def timeless(self) -> bool:
+        return self._file.timeless
+
     def field(self, name: str) -> Field:
         """One field of the file."""
         return self._file.field(name)
