@@ -60,9 +60,13 @@ def _shown(value: Any) -> str:
 
 
 def _explain(error: ValidationError, root: type[Section], source: str) -> ConfigError:
-    messages = []
-    for problem in error.errors():
+    messages, problems = [], error.errors()
+    for problem in problems:
         location = problem["loc"]
+        # A list whose items failed counts as short of them: their own errors say why.
+        of_items = (other["loc"][: len(location)] == location and other is not problem for other in problems)
+        if problem["type"] == "too_short" and any(of_items):
+            continue
         where = ".".join(str(part) for part in location)
         if problem["type"] == "extra_forbidden":
             known = _section_at(root, location[:-1]).model_fields

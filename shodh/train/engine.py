@@ -21,6 +21,7 @@ from shodh.core.presets import find_preset
 from shodh.core.reading import read_json
 from shodh.core.topology import Topology
 from shodh.models.kernels import Kernels, adamw, describe_kernels
+from shodh.moe.groups import is_routed_expert
 
 log = logging.getLogger("shodh")
 
@@ -173,8 +174,9 @@ class MovementCheck:
     """Proof after the first step that every parameter moved; silently frozen experts are a known failure.
 
     Compared are the optimiser's float32 values (a small step is invisible in a bf16 weight), on every rank the part it
-    keeps. A parameter whose gradient was exactly zero everywhere (an expert that got no token) may stand still, and is
-    named in the log only; so may one whose step float32 rounds away, after heavy clipping or at a tiny learning rate.
+    keeps. A parameter whose gradient was exactly zero everywhere (of an expert that got no token, or of what reads
+    walls where there are none) may stand still, and is named in the log only; so may one whose step float32 rounds
+    away, after heavy clipping or at a tiny learning rate.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -228,8 +230,11 @@ class MovementCheck:
                 idle.append(name)
             elif not moved and (could or not reached):
                 still.append(name)
-        if idle:
-            log.info("without gradient in the first step (experts that got no token): %s", ", ".join(idle))
+        experts = [name for name in idle if is_routed_expert(name)]
+        others = [name for name in idle if name not in experts]
+        for names, why in ((experts, "these experts got no token"), (others, "what they read, or act on, is zero")):
+            if names:
+                log.info("without gradient in the first step (%s): %s", why, ", ".join(names))
         return still
 
 
