@@ -170,6 +170,14 @@ def _moments(engine: Any, parameter: torch.Tensor) -> tuple[torch.Tensor, torch.
     return None
 
 
+def _describe_idle(names: list[str]) -> list[str]:
+    """Parameters whose gradient was zero, with the reason that such parameters can have."""
+    experts = [name for name in names if is_routed_expert(name)]
+    others = [name for name in names if not is_routed_expert(name)]
+    reasons = ((experts, "experts that got no token"), (others, "what they read, or act on, is zero"))
+    return [f"{', '.join(found)} ({why})" for found, why in reasons if found]
+
+
 class MovementCheck:
     """Proof after the first step that every parameter moved; silently frozen experts are a known failure.
 
@@ -230,11 +238,8 @@ class MovementCheck:
                 idle.append(name)
             elif not moved and (could or not reached):
                 still.append(name)
-        experts = [name for name in idle if is_routed_expert(name)]
-        others = [name for name in idle if name not in experts]
-        for names, why in ((experts, "these experts got no token"), (others, "what they read, or act on, is zero")):
-            if names:
-                log.info("without gradient in the first step (%s): %s", why, ", ".join(names))
+        for line in _describe_idle(idle):
+            log.info("without gradient in the first step: %s", line)
         return still
 
 

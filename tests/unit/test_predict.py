@@ -43,7 +43,11 @@ def build(
     there = [f["name"] for f in fields if not f.get("optional")]
     tree = {
         "name": "p",
-        "data": {"grid": [16, 8, 8], "fields": fields, "regimes": [{"name": r, "path": "data", "only": there} for r in regimes]},
+        "data": {
+            "grid": [16, 8, 8],
+            "fields": fields,
+            "regimes": [{"name": r, "path": "data", "only": there} for r in regimes],
+        },
         "tokenizer": {"latent_channels": 8, "strides": [4, 2], "widths": [8, 8], "head_channels": 8},
         "operator": OPERATORS[kind],
     }
@@ -54,7 +58,9 @@ def build(
     description = ModelDescription(
         parts=("tokenizer", "operator") if kind == "latents" else ("operator",),
         dtype="fp32",
-        space=Space.of(FieldNormalizer(built, 3, dict.fromkeys(regimes, constants)), built, dict.fromkeys(regimes, domain)),
+        space=Space.of(
+            FieldNormalizer(built, 3, dict.fromkeys(regimes, constants)), built, dict.fromkeys(regimes, domain)
+        ),
         run=to_dict(config),
         parameters={},
         versions={},

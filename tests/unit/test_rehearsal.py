@@ -133,6 +133,8 @@ def test_dry_run_of_the_tokenizer_refuses_what_its_training_would(capsys: pytest
     text = capsys.readouterr().out
     assert "memory of a rank that trains the tokenizer" in text and "\nname: demo\n" in text
     with pytest.raises(TopologyError, match="global_batch=3"):
-        tokenizer.main(["--config", config, "--dry-run", "--gpus-per-node", "2", "--set", "tokenizer.train.global_batch=3"])
+        tokenizer.main(
+            ["--config", config, "--dry-run", "--gpus-per-node", "2", "--set", "tokenizer.train.global_batch=3"]
+        )
     with pytest.raises(ConfigError, match="without a tokenizer"):
         tokenizer.main(["--config", str(CONFIGS / "fno_tiny.yaml"), "--dry-run"])
