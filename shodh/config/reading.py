@@ -64,8 +64,8 @@ def _explain(error: ValidationError, root: type[Section], source: str) -> Config
     for problem in problems:
         location = problem["loc"]
         # A list whose items failed counts as short of them: their own errors say why.
-        of_items = (other["loc"][: len(location)] == location and other is not problem for other in problems)
-        if problem["type"] == "too_short" and any(of_items):
+        below = [p for p in problems if len(p["loc"]) > len(location) and p["loc"][: len(location)] == location]
+        if problem["type"] == "too_short" and below:
             continue
         where = ".".join(str(part) for part in location)
         if problem["type"] == "extra_forbidden":

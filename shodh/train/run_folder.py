@@ -51,7 +51,9 @@ class RunFolder:
         path = self.path / "config.yaml"
         if not path.exists():
             if is_checkpoint(self.path):
-                raise ConfigError(f"{self.path} is a checkpoint; give its run and --checkpoint {self.path.name}")
+                raise ConfigError(
+                    f"{self.path} is a checkpoint; give its run, with --checkpoint {self.path.name} where the command has it"
+                )
             if is_converted(self.path):
                 raise ConfigError(
                     f"{self.path} is a converted folder; give the run that it was made of, which knows its data "

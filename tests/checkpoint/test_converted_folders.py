@@ -354,7 +354,7 @@ def test_what_cannot_be_evaluated_says_what_can(runs: Callable[..., Run], tmp_pa
     convert(run.path, tmp_path / "out")
     with pytest.raises(ConfigError, match="is a converted folder; give the run .*shodh.from_pretrained"):
         open_run(tmp_path / "out", None, device)
-    with pytest.raises(ConfigError, match="is a checkpoint; give its run and --checkpoint step_00000002"):
+    with pytest.raises(ConfigError, match="is a checkpoint; give its run, with --checkpoint step_00000002"):
         open_run(run.checkpoint(2), None, device)
     with pytest.raises(CheckpointError, match=r"has no checkpoint '10' \(there are \['step_00000002'"):
         open_run(run.path, "10", device)
