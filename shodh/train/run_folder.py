@@ -52,7 +52,8 @@ class RunFolder:
         if not path.exists():
             if is_checkpoint(self.path):
                 raise ConfigError(
-                    f"{self.path} is a checkpoint; give its run, with --checkpoint {self.path.name} where the command has it"
+                    f"{self.path} is a checkpoint; give its run, with --checkpoint {self.path.name} where the command "
+                    "has it"
                 )
             if is_converted(self.path):
                 raise ConfigError(

@@ -128,7 +128,7 @@ def test_throughput_is_work_over_time() -> None:
 
 def test_dry_run_of_the_tokenizer_refuses_what_its_training_would(capsys: pytest.CaptureFixture[str]) -> None:
     config = str(CONFIGS / "demo.yaml")
-    small = ["tokenizer.widths=[8,8,8]", "operator.dim=32", "operator.depth=1", "data.grid=[16,16,16]"]
+    small = ["tokenizer.widths=[8,8]", "operator.dim=32", "operator.depth=1", "data.grid=[16,16,16]"]
     assert tokenizer.main(["--config", config, "--gpus-per-node", "2", "--dry-run", "--set", *small]) == 0
     text = capsys.readouterr().out
     assert "memory of a rank that trains the tokenizer" in text and "\nname: demo\n" in text
