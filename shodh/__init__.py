@@ -9,8 +9,8 @@ __version__ = "0.3.0"
 
 
 def from_pretrained(path_or_hub_id: Any, *, device: Any = "cpu", **download: Any) -> Any:
-    """Load a model from a converted folder or the hub: a `shodh.checkpoint.pretrained.ShodhModel`.
+    """Load a run (its newest checkpoint), a checkpoint, a converted folder or a model of the hub (``owner/name``).
 
-    torch is imported by the call, not by ``import shodh``.
+    Returns a `shodh.checkpoint.pretrained.ShodhModel`. torch is imported by the call, not by ``import shodh``.
     """
     return import_module("shodh.checkpoint.pretrained").from_pretrained(path_or_hub_id, device=device, **download)

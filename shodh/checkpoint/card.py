@@ -37,12 +37,14 @@ following = model.predict(fields, static, regime="{regime}")  # physical units i
 ```
 
 `fields` is `[batch, {history}, channels, *grid]`, oldest frame first, in the order of the fields above, a vector taking
-one channel an axis; `static` is `[batch, static channels, *grid]`. {places} DeepSpeed is not needed.
+one channel an axis; `static` is `[batch, static channels, *grid]`. {places}
+DeepSpeed is not needed.
 """
 
-_STAGGERED = """Scalars live at cell centres, component i of a
-vector on the upper face of its cell along axis i."""
-_AS_TRAINED = "Values live where the training files had them."
+_FACES = """Scalars live at cell centres, component i of a
+vector on the upper face of its cell along axis i; `placement="center"` averages those at
+cell centres onto the faces."""
+_CENTRES = "Values live at cell centres."
 
 _TAIL = """
 ## Limits
@@ -79,7 +81,7 @@ def model_card(description: Mapping[str, Any], space: Space, numbers: Mapping[st
         seed=run["seed"],
         history=run["data"]["history"],
         regime=space.names[0],
-        places=_STAGGERED if decoded else _AS_TRAINED,
+        places=_FACES if any(f.placement == "face" for f in space.fields) else _CENTRES,
     )
     if description.get("merge"):
         card += _merged(description["merge"])

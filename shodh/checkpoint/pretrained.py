@@ -5,10 +5,10 @@ Needs neither DeepSpeed nor the compiled extension. Only safetensors and JSON ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
@@ -28,26 +28,29 @@ from shodh.core.errors import CheckpointError, DataError
 from shodh.core.precision import ieee_float32
 from shodh.core.weights import DTYPES, StoredTensor, load_into, persistent_buffers, target_dtypes
 from shodh.data.checks import require_mask
+from shodh.data.source import average_to_faces
 from shodh.models.forecaster import Forecaster
 from shodh.models.operator import LatentTransformer
 from shodh.models.registry import FieldOperator
 from shodh.models.tokenizer import Tokenizer
 from shodh.schema.domain import Domain
-from shodh.schema.fields import field_slices, mask_names
+from shodh.schema.fields import AXES, Field, Placement, field_slices, mask_names
 
 
 class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignore[misc]
     """The networks of a run, from physical fields to physical fields.
 
     Fields are in the units of the training data, channels in the order of the fields of ``space``, a vector taking one
-    channel an axis. Of a model with a tokenizer scalars live at cell centres, component i of a vector on the upper face
-    of its cell along axis i; of others where the training files had them. All methods run without gradients;
+    channel an axis. Scalars live at cell centres, component i of a vector on the upper face of its cell along axis i;
+    vectors at cell centres are averaged onto the faces where ``placement="center"`` says so, or by `to_faces`, as the
+    training averaged those of its files. What comes back lives on the faces. All methods run without gradients;
     ``forecaster`` has the same steps in model units, with them.
 
     Arrays are NumPy or torch, of any floating type, strides and device; masks may be integers or booleans too. What
-    comes back is of the kind, and on the device, of the fields: float64 if they are, else float32, which is what is
-    computed in, also under autocast. Channels of fields that the regime lacks are not read, nor are masked scalars
-    where they do not exist; they come back as `shodh.schema.fields.OUTSIDE` there.
+    comes back is of the kind, and on the device, of the fields: float64 if they are, else float32 (of float16 and
+    bfloat16 too), which is what is computed in, also under autocast. Channels of fields that the regime lacks are not
+    read, nor are masked scalars where they do not exist; they come back as `shodh.schema.fields.OUTSIDE` there.
+    ``static`` may be left out where the regime has no static fields, ``regime`` where the model knows one alone.
 
     Examples
     --------
@@ -55,6 +58,8 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignor
     >>> model = shodh.from_pretrained(folder)
     >>> fields = torch.zeros(1, model.history, model.num_channels, *model.grid)
     >>> static = torch.zeros(1, model.num_static, *model.grid)
+    >>> model.predict(fields, static, regime=model.regimes[0]).shape[:1]
+    torch.Size([1])
     >>> model.rollout(fields, static, regime=model.regimes[0], steps=3).shape[:2]
     torch.Size([1, 3])
     """
@@ -110,37 +115,75 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignor
         """Where the weights are."""
         return next(self.parameters()).device
 
+    def _known(self, regime: str | None) -> str:
+        """A regime by its name, or the only one; raises `DataError` for others."""
+        name = self.regimes[0] if regime is None and len(self.regimes) == 1 else regime
+        return self.regimes[self.space.number(name)]  # type: ignore[arg-type]
+
     def _take(
         self, values: Tensor | np.ndarray, what: str, leading: tuple[str, ...], sizes: tuple[int, ...], integers: bool
     ) -> Tensor:
         """What a user gives, of the shape ``[*leading, *sizes]``, as float32 on the model's device."""
-        shape = tuple(getattr(values, "shape", ()))
-        if len(shape) != len(leading) + len(sizes) or shape[len(leading) :] != sizes or 0 in shape[: len(leading)]:
-            got = list(shape) if shape or hasattr(values, "shape") else type(values).__name__
-            raise DataError(f"{what} must be [{', '.join([*leading, *map(str, sizes)])}], got {got}")
+        shape, names = tuple(getattr(values, "shape", ())), (*leading, "channels", *AXES[: len(sizes) - 1])
+        expected = f"{what} must be [{', '.join([*leading, *map(str, sizes)])}], got"
+        if not hasattr(values, "shape"):
+            raise DataError(f"{expected} {type(values).__name__}")
+        if len(shape) != len(names):
+            raise DataError(f"{expected} {list(shape)}: {len(shape)} axes, not the {len(names)} {', '.join(names)}")
+        wanted = (*[None] * len(leading), *sizes)
+        wrong = [
+            f"{name} {got}" + ("" if want is None else f", not {want}")
+            for name, got, want in zip(names, shape, wanted, strict=True)
+            if (got == 0 if want is None else got != want)
+        ]
+        if wrong:
+            raise DataError(f"{expected} {list(shape)}: {'; '.join(wrong)}")
         return to_float32(values, what, self.device, integers=integers)
 
-    def _take_fields(self, fields: Tensor | np.ndarray, static: Tensor, regime: str, frames: int) -> Tensor:
-        """Physical fields ``[B, T, C, *grid]`` of at least ``frames`` frames; channels of absent fields are zero."""
+    def _take_all(
+        self,
+        fields: Tensor | np.ndarray,
+        static: Tensor | np.ndarray | None,
+        regime: str,
+        frames: int,
+        placement: Placement,
+    ) -> tuple[Tensor, Tensor]:
+        """Physical fields ``[B, T, C, *grid]`` of at least ``frames`` frames, and static ones as `_take_static`.
+
+        Channels of absent fields are zero; vectors at centres are moved to faces.
+        """
+        if placement not in get_args(Placement):
+            raise DataError(f"placement={placement!r}; expected one of {', '.join(get_args(Placement))}")
         given = self._take(fields, "fields", ("batch", "time"), (self.num_channels, *self.grid), False)
         if given.shape[1] < frames:
             raise DataError(f"fields must hold {frames} frames, oldest first, got {list(given.shape)}")
-        self._same_number(given, "fields", static)
+        masks = self._take_static(static, regime, len(given))
+        self._same_number(given, "fields", masks)
         given = torch.where(self._existing(regime, given, static=False), given, 0.0)
-        if not bool(self.space.to_model(given, regime, static).isfinite().all()):
+        if placement == "center":
+            self._to_faces(given, self.space.dynamic, regime)
+            self._to_faces(masks, self.space.static, regime)
+        if not bool(self.space.to_model(given, regime, masks).isfinite().all()):
             raise DataError("fields hold NaN or infinity, or numbers that float32 cannot hold")
-        return given
+        return given, masks
 
-    def _take_static(self, static: Tensor | np.ndarray, regime: str) -> Tensor:
+    def _take_static(self, static: Tensor | np.ndarray | None, regime: str, samples: int) -> Tensor:
         """Static fields ``[B, S, *grid]`` as stored; channels of absent fields are zero.
 
         Raises
         ------
         DataError
-            The regime is unknown, the shape is not the model's, values are not finite, or a mask is not 0 or 1.
+            The shape is not the model's, values are not finite, or a mask is not 0 or 1; or None is given of a regime
+            that has static fields.
         """
-        self.space.number(regime)
-        given = self._take(static, "static", ("batch",), (self.num_static, *self.grid), True)
+        absent, sizes = self.domain(regime).absent, (self.num_static, *self.grid)
+        names = [f.name for f in self.space.static if f.name not in absent]
+        if static is None:
+            if names:
+                shape = ", ".join(["batch", *map(str, sizes)])
+                raise DataError(f"static must be [{shape}], got None; regime {regime!r} has {', '.join(names)}")
+            return torch.zeros(samples, *sizes, device=self.device)
+        given = self._take(static, "static", ("batch",), sizes, True)
         given = torch.where(self._existing(regime, given, static=True), given, 0.0)
         if not bool(given.isfinite().all()):
             raise DataError("static holds NaN or infinity")
@@ -149,6 +192,28 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignor
                 for sample in given[:, channels]:
                     require_mask(sample.cpu().numpy(), name, "static")
         return given
+
+    def _to_faces(self, values: Tensor, fields: Sequence[Field], regime: str) -> None:
+        """Average the vectors of ``values [..., C, *grid]`` at centres onto the faces, in place."""
+        ndim = self.space.ndim
+        for field, channels in zip(fields, field_slices(fields, ndim).values(), strict=True):
+            if field.placement == "face":
+                part = values.narrow(-1 - ndim, channels.start, ndim)
+                moved = part.cpu().numpy()
+                average_to_faces(moved, self.domain(regime).boundary[:ndim])
+                part.copy_(torch.from_numpy(moved))
+
+    def to_faces(self, fields: Array, regime: str | None = None) -> Array:
+        """Fields ``[B, T, C, *grid]`` whose vectors live at cell centres -> with the vectors on the upper faces.
+
+        The mean of two neighbours, as the training reads such files; a wall's face gets zero. What was free of
+        divergence at the centres is so on the faces to second order alone. Errors as `rollout`.
+        """
+        known = self._known(regime)
+        with self._computing():
+            moved = self._take(fields, "fields", ("batch", "time"), (self.num_channels, *self.grid), False).clone()
+            self._to_faces(moved, self.space.dynamic, known)
+            return like(moved, fields)
 
     def _existing(self, regime: str, values: Tensor, *, static: bool) -> Tensor:
         """Which channels of ``values [..., C, *grid]`` the regime has, in a shape that broadcasts with them."""
@@ -166,18 +231,33 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignor
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), ieee_float32():
             yield
 
-    def encode(self, fields: Array, static: Tensor | np.ndarray, regime: str) -> Array:
+    def encode(
+        self,
+        fields: Array,
+        static: Tensor | np.ndarray | None = None,
+        regime: str | None = None,
+        *,
+        placement: Placement = "face",
+    ) -> Array:
         """Physical fields ``[B, T, C, *grid]``, static ones ``[B, S, *grid]`` -> states ``[B, T, ...]``: latents.
 
-        Errors as `rollout`.
+        Arguments and errors as `rollout`.
         """
+        known = self._known(regime)
         with self._computing():
-            masks = self._take_static(static, regime)
-            given = self.space.to_model(self._take_fields(fields, masks, regime, 1), regime, masks)
-            scaled = self.space.static_to_model(masks, regime)
-            return like(self.forecaster.encode(given, scaled, self.space.number(regime)).states, fields)
+            given, masks = self._take_all(fields, static, known, 1, placement)
+            scaled = self.space.static_to_model(masks, known)
+            normal = self.space.to_model(given, known, masks)
+            return like(self.forecaster.encode(normal, scaled, self.space.number(known)).states, fields)
 
-    def decode(self, latents: Array, static: Tensor | np.ndarray, regime: str, *, exact: bool = False) -> Array:
+    def decode(
+        self,
+        latents: Array,
+        static: Tensor | np.ndarray | None = None,
+        regime: str | None = None,
+        *,
+        exact: bool = False,
+    ) -> Array:
         """States ``[B, T, ...]`` -> physical fields ``[B, T, C, *grid]``.
 
         Parameters
@@ -188,16 +268,24 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignor
         sizes = (self.num_channels, *self.grid)
         if self.tokenizer is not None:
             sizes = (self.config.tokenizer.latent_channels, *self.config.latent_grid)
+        known = self._known(regime)
         with self._computing():
-            masks = self._take_static(static, regime)
             given = self._take(latents, "latents", ("batch", "time"), sizes, False)
+            masks = self._take_static(static, known, len(given))
             self._same_number(given, "latents", masks)
-            scaled = self.space.static_to_model(masks, regime)
-            normal = self.forecaster.decode(given, scaled, self.space.number(regime), exact=exact)
-            return like(self.space.to_physical(normal, regime, masks), latents)
+            scaled = self.space.static_to_model(masks, known)
+            normal = self.forecaster.decode(given, scaled, self.space.number(known), exact=exact)
+            return like(self.space.to_physical(normal, known, masks), latents)
 
     def rollout(
-        self, fields: Array, static: Tensor | np.ndarray, regime: str, steps: int, *, exact: bool = False
+        self,
+        fields: Array,
+        static: Tensor | np.ndarray | None = None,
+        regime: str | None = None,
+        steps: int = 1,
+        *,
+        exact: bool = False,
+        placement: Placement = "face",
     ) -> Array:
         """The ``steps`` frames that follow, each predicted from the last ones: ``[B, steps, C, *grid]``.
 
@@ -205,11 +293,15 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignor
         ----------
         fields : Tensor or ndarray [B, T, C, *grid]
             At least `history` frames, oldest first; the last ones are used.
-        static : Tensor or ndarray [B, S, *grid]
-        regime : str
-            Whose normalisation and domain are meant; no network sees the name, but an oracle router its number.
+        static : Tensor or ndarray [B, S, *grid], optional
+            Needed where the regime has static fields.
+        regime : str, optional
+            Whose normalisation and domain are meant; no network sees the name, but an oracle router its number. Needed
+            where the model knows several.
         exact : bool
             As `decode`.
+        placement : {"face", "center"}
+            Where the given vectors live; those at centres are averaged onto the faces (`to_faces`).
 
         Raises
         ------
@@ -222,14 +314,22 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignor
             raise CheckpointError("this folder holds a tokenizer alone; use a run of launch/pretrain.py")
         if steps < 1:
             raise DataError(f"steps={steps}; must be at least 1")
+        known = self._known(regime)
         with self._computing():
-            masks = self._take_static(static, regime)
-            given = self._take_fields(fields, masks, regime, self.history)
-            return like(self.forecaster.predict(given, masks, regime, steps, exact=exact), fields)
+            given, masks = self._take_all(fields, static, known, self.history, placement)
+            return like(self.forecaster.predict(given, masks, known, steps, exact=exact), fields)
 
-    def predict(self, fields: Array, static: Tensor | np.ndarray, regime: str, *, exact: bool = False) -> Array:
+    def predict(
+        self,
+        fields: Array,
+        static: Tensor | np.ndarray | None = None,
+        regime: str | None = None,
+        *,
+        exact: bool = False,
+        placement: Placement = "face",
+    ) -> Array:
         """The frame that follows ``fields [B, T, C, *grid]`` (oldest first): ``[B, C, *grid]``. As `rollout`."""
-        return self.rollout(fields, static, regime, steps=1, exact=exact)[:, 0]
+        return self.rollout(fields, static, regime, steps=1, exact=exact, placement=placement)[:, 0]
 
     forward = predict
 
@@ -271,7 +371,10 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignor
 
 
 def _local_folder(path_or_hub_id: str | Path, **download: Any) -> Path:
-    """A folder of weights, or a model of the hub after its download; raises `CheckpointError` for neither."""
+    """A folder of weights, or a model of the hub after its download; raises `CheckpointError` for neither.
+
+    A name that cannot be one of the hub, or that lies in a folder that there is, is not asked for on the hub.
+    """
     path = Path(path_or_hub_id)
     if path.exists():
         found = find_pretrained(path)
@@ -281,6 +384,15 @@ def _local_folder(path_or_hub_id: str | Path, **download: Any) -> Path:
                 "in training, or of other software; convert it first: tools/convert_checkpoint.py"
             )
         return found
+    name = str(path_or_hub_id)
+    if (
+        name.startswith((".", "/", "~", "runs/"))
+        or name.count("/") > 1
+        or (path.parent != Path() and path.parent.is_dir())
+    ):
+        raise CheckpointError(
+            f"no such folder: {name}; expected a run, a checkpoint, a converted folder, or owner/name"
+        )
     try:
         folder = snapshot_download(str(path_or_hub_id), allow_patterns=["*.safetensors", "*.json"], **download)
     except Exception as error:  # the hub's errors have no common base

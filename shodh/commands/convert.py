@@ -20,7 +20,7 @@ EXAMPLES = """examples:
   shodh convert runs/demo converted/demo --verify
   shodh convert runs/demo/checkpoints/step_00000400 converted/demo-bf16 --dtype bf16
   shodh convert converted/demo converted/shards --max-shard-size 500MB
-  deepspeed launch/pretrain.py --config C --set name=next --init-from converted/demo      back again
+  deepspeed launch/pretrain.py --config C --set name=next tokenizer.run=runs/demo-tokenizer --init-from converted/demo
 """
 
 

@@ -6,9 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from shodh.config import dump_config, load_config
+from shodh.config import load_config
 from shodh.core.cli import training_parser
-from shodh.core.distributed import rank
 from shodh.train.runtime import quiet_logs
 
 EXAMPLES = """examples:
@@ -16,7 +15,8 @@ EXAMPLES = """examples:
   deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/demo.yaml    two
   deepspeed --num_gpus 2 --module shodh pretrain --config demo                   two, outside the source tree
   deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/demo.yaml --resume auto
-  deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/demo.yaml --set name=next --init-from converted/demo
+  deepspeed --num_gpus 2 launch/pretrain.py --config launch/configs/demo.yaml --init-from converted/demo
+      --set name=next tokenizer.run=runs/demo-tokenizer             another name has another tokenizer, but for this
   deepspeed launch/pretrain.py --config launch/configs/h100_multinode.yaml --dry-run --nodes 16
 """
 
@@ -30,9 +30,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="start a new run from a checkpoint folder, a folder of tools/convert_checkpoint.py or a safetensors file, "
         "at any ranks, EP degree and ZeRO stage; a checkpoint gives float32 weights, of a bf16 run too",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and every setting; touch no data")
-    parser.add_argument("--nodes", type=int, help="dry run: nodes to plan for (default: what the configuration says)")
-    parser.add_argument("--gpus-per-node", type=int, help="dry run: GPUs of a node")
     return parser.parse_args(argv)
 
 
@@ -41,11 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     quiet_logs(args.verbose)
     config = load_config(args.config, args.set)
     if args.dry_run:
-        from shodh.train.plan import describe_plan, make_plan
+        from shodh.train.plan import dry_run
 
-        plan = describe_plan(make_plan(config, args.nodes, args.gpus_per_node))
-        settings = f"\nsettings, every default written out\n\n{dump_config(config)}"
-        sys.stdout.write(plan + settings if rank() == 0 else "")
+        sys.stdout.write(dry_run(config, args.nodes, args.gpus_per_node))
         return 0
     from shodh.train.jobs import pretrain
 

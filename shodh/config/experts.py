@@ -59,9 +59,10 @@ class ExpertsConfig(Section):
         traits = self.router.traits
         learns = traits.trained and (traits.noisy or self.num_experts > 1)
         if self.top_k == 1 and self.router.normalise == "after" and learns:
+            remedy = "top_k of at least 2" if traits.noisy else "router.normalise=before, or a larger top_k"
             raise ValueError(
                 "top_k=1 with router.normalise after gives every chosen expert the weight 1, and the router would get "
-                "no gradient; use router.normalise=before, or a larger top_k"
+                f"no gradient; use {remedy}"
             )
         if self.balance.load and not traits.noisy:
             raise ValueError(f"balance.load is defined by the noise of router.kind noisy_topk, not {self.router.kind}")

@@ -60,9 +60,13 @@ def _shown(value: Any) -> str:
 
 
 def _explain(error: ValidationError, root: type[Section], source: str) -> ConfigError:
-    messages = []
-    for problem in error.errors():
+    messages, problems = [], error.errors()
+    for problem in problems:
         location = problem["loc"]
+        # A list whose items failed counts as short of them: their own errors say why.
+        below = [p for p in problems if len(p["loc"]) > len(location) and p["loc"][: len(location)] == location]
+        if problem["type"] == "too_short" and below:
+            continue
         where = ".".join(str(part) for part in location)
         if problem["type"] == "extra_forbidden":
             known = _section_at(root, location[:-1]).model_fields

@@ -52,7 +52,10 @@ def _two_level_problem(config: RouterConfig) -> str:
 def _noisy_problem(config: RouterConfig) -> str:
     if (config.score, config.normalise) == ("softmax", "after"):
         return ""
-    return "kind noisy_topk is a linear gate and a softmax over the top k: use score softmax, normalise after"
+    return (
+        "kind noisy_topk is a linear gate and a softmax over the top k: use score softmax, normalise after, and "
+        "operator.experts.top_k of at least 2"
+    )
 
 
 def _hash_problem(config: RouterConfig) -> str:

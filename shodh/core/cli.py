@@ -27,6 +27,9 @@ def training_parser(description: str | None, examples: str) -> argparse.Argument
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override settings")
     parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
     parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's log too")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and every setting; touch no data")
+    parser.add_argument("--nodes", type=positive, help="dry run: nodes to plan for (default: as configured)")
+    parser.add_argument("--gpus-per-node", type=positive, help="dry run: GPUs of a node (default: as configured)")
     parser.add_argument(
         "--profile",
         type=positive,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from shodh.checkpoint.folder import checkpoints_of
 from shodh.checkpoint.weights import read_initial_weights
 from shodh.config import RunConfig
 from shodh.core.errors import CheckpointError
@@ -47,6 +48,8 @@ def open_run(run: Path, checkpoint: str | None, device: torch.device) -> Evaluat
     if tag is None:
         raise CheckpointError(f"{run} has no complete checkpoint yet")
     source = folder.checkpoints / tag
+    if not source.is_dir():
+        raise CheckpointError(f"{run} has no checkpoint {tag!r} (there are {[p.name for p in checkpoints_of(run)]})")
     regimes, trained = open_run_data(config, kept_space(config, source, run), kept_choice(run), run)
     return _opened(config, folder, tag, regimes, trained, read_initial_weights(source), source, device)
 

@@ -26,9 +26,18 @@ ROLLOUT_NOTE = "From the first frames of every trajectory; persistence is the la
 ALL_ROWS = 10**6  # the tables of an evaluation are its result: shown whole
 
 
+def has_published(metrics: dict[str, Any]) -> bool:
+    """Whether others have published figures of one of the regimes."""
+    return any(name in SHODH_MOE["decoded_mse"] for name in metrics["regimes"])
+
+
 def error_table(metrics: dict[str, Any]) -> Table:
-    """Held-out errors by regime: the model, persistence, their ratio, and what the tokenizer alone loses."""
-    header = ["regime", "error", "model", "persistence", "model / persistence", "tokenizer alone", "published"]
+    """Held-out errors by regime: the model, persistence, their ratio, and what the tokenizer alone loses.
+
+    Published figures stand beside them where there is one of a regime.
+    """
+    header = ["regime", "error", "model", "persistence", "model / persistence", "tokenizer alone"]
+    shown = ["published"] if has_published(metrics) else []
     rows = []
     for name, regime in metrics["regimes"].items():
         measures = []
@@ -38,12 +47,11 @@ def error_table(metrics: dict[str, Any]) -> Table:
         for label, key in (("L2RE", "l2re"), ("L2RE, in units,", "l2re_physical"), ("VRMSE", "vrmse")):
             measures += [(f"{label} {field}", kinds, {}) for field, kinds in regime.get(key, {}).items()]
         for label, kinds, published in measures:
-            assert isinstance(published, dict)
             model, persistence = kinds["model"], kinds["persistence"]
             ratio = model / persistence if persistence else None
-            values = (model, persistence, ratio, kinds.get("tokenizer"), published.get(name))
-            rows.append([name, label, *values])
-    return Table(header, rows)
+            values = (model, persistence, ratio, kinds.get("tokenizer"))
+            rows.append([name, label, *values, *(published.get(name) for _ in shown)])
+    return Table([*header, *shown], rows)
 
 
 def divergence_table(metrics: dict[str, Any]) -> Table:
@@ -110,13 +118,17 @@ def write_report(folder: RunFolder, evaluation: Evaluation) -> str:
     metrics = {**evaluation.metrics, "published": SHODH_MOE, "env": describe_environment()}
     first = next(iter(metrics["regimes"].values()))
     on_latents = "latent_mse" in first
-    note = f"Published: {SHODH_MOE['source']}. {SHODH_MOE['caveat']}" if on_latents else FIELD_NOTE
-    sections = [_section("errors", "Held-out errors", error_table(metrics), note)]
+    published = has_published(metrics)
+    notes = [] if on_latents else [FIELD_NOTE]
+    if published:
+        notes.append(f"Published: {SHODH_MOE['source']}. {SHODH_MOE['caveat']}")
+    sections = [_section("errors", "Held-out errors", error_table(metrics), " ".join(notes))]
     rollouts = rollout_table(metrics)
     if rollouts is not None:
         sections.append(_section("rollouts", "Rollouts", rollouts, ROLLOUT_NOTE))
     if on_latents:
-        note = f"Operator: {first['divergence']['operator']}. Published: 2.8e-10 (FP64)."
+        note = f"Operator: {first['divergence']['operator']}."
+        note += f" Published: {SHODH_MOE['divergence_fp64']:.1e} (FP64)." if published else ""
         sections.append(_section("divergence", "Divergence of the decoded velocity", divergence_table(metrics), note))
     routing = routing_table(metrics)
     if routing is not None:

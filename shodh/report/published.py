@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-SHODH_MOE = {
+from typing import Any
+
+SHODH_MOE: dict[str, Any] = {
     "source": "Shodh-MoE, arXiv 2605.15179",
     "latent_mse": {"open_channel": 2.46e-5, "porous_media": 9.76e-6},
     "decoded_mse": {"open_channel": 2.48e-6, "porous_media": 1.76e-6},

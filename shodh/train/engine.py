@@ -21,6 +21,7 @@ from shodh.core.presets import find_preset
 from shodh.core.reading import read_json
 from shodh.core.topology import Topology
 from shodh.models.kernels import Kernels, adamw, describe_kernels
+from shodh.moe.groups import is_routed_expert
 
 log = logging.getLogger("shodh")
 
@@ -169,12 +170,21 @@ def _moments(engine: Any, parameter: torch.Tensor) -> tuple[torch.Tensor, torch.
     return None
 
 
+def _describe_idle(names: list[str]) -> list[str]:
+    """Parameters whose gradient was zero, with the reason that such parameters can have."""
+    experts = [name for name in names if is_routed_expert(name)]
+    others = [name for name in names if not is_routed_expert(name)]
+    reasons = ((experts, "experts that got no token"), (others, "what they read, or act on, is zero"))
+    return [f"{', '.join(found)} ({why})" for found, why in reasons if found]
+
+
 class MovementCheck:
     """Proof after the first step that every parameter moved; silently frozen experts are a known failure.
 
     Compared are the optimiser's float32 values (a small step is invisible in a bf16 weight), on every rank the part it
-    keeps. A parameter whose gradient was exactly zero everywhere (an expert that got no token) may stand still, and is
-    named in the log only; so may one whose step float32 rounds away, after heavy clipping or at a tiny learning rate.
+    keeps. A parameter whose gradient was exactly zero everywhere (of an expert that got no token, or of what reads
+    walls where there are none) may stand still, and is named in the log only; so may one whose step float32 rounds
+    away, after heavy clipping or at a tiny learning rate.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -228,8 +238,8 @@ class MovementCheck:
                 idle.append(name)
             elif not moved and (could or not reached):
                 still.append(name)
-        if idle:
-            log.info("without gradient in the first step (experts that got no token): %s", ", ".join(idle))
+        for line in _describe_idle(idle):
+            log.info("without gradient in the first step: %s", line)
         return still
 
 

@@ -53,8 +53,8 @@ def load_tokenizer(config: RunConfig) -> TrainedTokenizer:
     folder = config.tokenizer_dir
     if not is_tokenizer(folder):
         raise CheckpointError(
-            f"no trained tokenizer in {folder}; train one first with "
-            "'deepspeed launch/train_tokenizer.py --config ...' and the same configuration"
+            f"no trained tokenizer in {folder}; train one first with 'deepspeed launch/train_tokenizer.py --config "
+            f"...' and the same configuration, or name a trained one: --set tokenizer.run={config.out}/OLD-tokenizer"
         )
     stored = open_tokenizer(folder)
     trained, space = stored.config, stored.space

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from shodh.config import RunConfig
-from shodh.core.errors import TopologyError
+from shodh.config import RunConfig, dump_config
+from shodh.core.distributed import rank
+from shodh.core.errors import ConfigError, TopologyError
 from shodh.core.topology import Topology, plan_topology
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.field_space import FieldSpace
@@ -176,7 +177,9 @@ def operator_stage(config: RunConfig, world: int) -> Stage:
 
 
 def tokenizer_stage(config: RunConfig, world: int) -> Stage:
-    """The tokenizer's training on so many ranks. Errors as `make_plan`."""
+    """The tokenizer's training on so many ranks. Errors as `make_plan`, and `ConfigError` where there is none."""
+    if not config.has_tokenizer:
+        raise ConfigError(f"operator.kind={config.operator.kind} works on the fields themselves, without a tokenizer")
     train = config.tokenizer.train
     topology = plan_topology(world, 1, 0, train.global_batch, train.micro_batch)
     zero = load_deepspeed_config(config.deepspeed, train, topology)["zero_optimization"]
@@ -234,6 +237,23 @@ def make_plan(config: RunConfig, nodes: int | None = None, gpus_per_node: int | 
         all_to_all_bytes=4.0 * away * operator.depth * rank_tokens * experts.top_k * operator.dim * width,
         gradient_bytes=2.0 * 4 * (dense + routed / topology.ep_size),
     )
+
+
+def dry_run(
+    config: RunConfig, nodes: int | None = None, gpus_per_node: int | None = None, *, of_tokenizer: bool = False
+) -> str:
+    """The plan and every setting, as text; nothing on ranks but the first. Errors as `make_plan`.
+
+    Parameters
+    ----------
+    of_tokenizer : bool
+        Refuse what the training of the tokenizer would refuse, too.
+    """
+    if of_tokenizer:
+        parallel = config.parallel
+        tokenizer_stage(config, (nodes or parallel.nodes) * (gpus_per_node or parallel.gpus_per_node))
+    plan = describe_plan(make_plan(config, nodes, gpus_per_node))
+    return f"{plan}\nsettings, every default written out\n\n{dump_config(config)}" if rank() == 0 else ""
 
 
 def _size(count: float) -> str:

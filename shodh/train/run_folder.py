@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import IO, Any
 
-from shodh.checkpoint.folder import latest_checkpoint
+from shodh.checkpoint.description import is_converted
+from shodh.checkpoint.folder import is_checkpoint, latest_checkpoint
 from shodh.checkpoint.run_files import START, started_from
 from shodh.config import RunConfig, dump_config, load_config
 from shodh.core.environment import describe_environment
@@ -49,6 +50,16 @@ class RunFolder:
         """The resolved configuration of the run; raises `ConfigError` if this is no run folder."""
         path = self.path / "config.yaml"
         if not path.exists():
+            if is_checkpoint(self.path):
+                raise ConfigError(
+                    f"{self.path} is a checkpoint; give its run, with --checkpoint {self.path.name} where the command "
+                    "has it"
+                )
+            if is_converted(self.path):
+                raise ConfigError(
+                    f"{self.path} is a converted folder; give the run that it was made of, which knows its data "
+                    "(shodh.from_pretrained loads the folder)"
+                )
             raise ConfigError(f"{self.path} is not a run folder: it has no config.yaml")
         return load_config(path)
 

@@ -341,6 +341,23 @@ def test_hub_model_is_downloaded_and_a_missing_one_is_one_line(
     monkeypatch.setattr("shodh.checkpoint.pretrained.snapshot_download", absent)
     with pytest.raises(CheckpointError, match="no such repository$"):
         shodh.from_pretrained("someone/model")
+    for name in ("runs/nope", "./nope", "a/b/c", tmp_path / "nope"):
+        with pytest.raises(CheckpointError, match=f"no such folder: {name}; expected a run"):
+            shodh.from_pretrained(name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="no such folder: out/nope"):
+        shodh.from_pretrained("out/nope")
+
+
+def test_what_cannot_be_evaluated_says_what_can(runs: Callable[..., Run], tmp_path: Path) -> None:
+    run, device = runs(1), torch.device("cpu")
+    convert(run.path, tmp_path / "out")
+    with pytest.raises(ConfigError, match="is a converted folder; give the run .*shodh.from_pretrained"):
+        open_run(tmp_path / "out", None, device)
+    with pytest.raises(ConfigError, match="is a checkpoint; give its run, with --checkpoint step_00000002"):
+        open_run(run.checkpoint(2), None, device)
+    with pytest.raises(CheckpointError, match=r"has no checkpoint '10' \(there are \['step_00000002'"):
+        open_run(run.path, "10", device)
 
 
 def test_integer_weights_are_refused(runs: Callable[..., Run], tmp_path: Path) -> None:

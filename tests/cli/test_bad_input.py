@@ -129,7 +129,7 @@ def test_field_that_the_data_do_not_have(config: Path) -> None:
 
 def test_tokenizer_that_was_never_trained(config: Path, out: Path) -> None:
     line = assert_one_line(run_script(PRETRAIN, "--config", config), "no trained tokenizer in")
-    assert "deepspeed launch/train_tokenizer.py" in line
+    assert "deepspeed launch/train_tokenizer.py" in line and f"--set tokenizer.run={out}/OLD-tokenizer" in line
     assert not (out / "tiny").exists()
 
 

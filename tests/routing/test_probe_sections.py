@@ -74,6 +74,12 @@ def test_every_section_of_a_sparse_model_makes_a_page(open_tiny: Open, tmp_path:
     assert {p.name for p in tmp_path.glob("map_*.png")} == {"map_open_channel.png", "map_porous_media.png"}
 
 
+def test_one_regime_is_told_apart_from_nothing(open_tiny: Open) -> None:
+    evaluator = open_tiny(0, regimes=slice(1), depth=1, experts={"num_experts": 2})
+    (section,) = probe_model(evaluator, limit=2, seeds=1, chosen=("fingerprint",))
+    assert section.summary == {"available": False} and not section.tables and "open_channel" in section.text
+
+
 def recordings_of(evaluator: Evaluator) -> list[Recording]:
     return [record(evaluator, regime, "test", 4) for regime in trained_regimes(evaluator)]
 

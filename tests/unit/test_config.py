@@ -80,6 +80,14 @@ TWO_LEVEL = {"kind": "two_level", "groups": 2}
         ({"operator": {"experts": {"num_experts": 3, "router": TWO_LEVEL}}}, "num_experts=3 is not divisible by"),
         ({"operator": {"experts": {"num_experts": 4, "top_k": 3, "router": TWO_LEVEL}}}, "2 experts of a group"),
         ({"operator": {"train": {"steps": 10, "lr": -1}}}, r"operator.train.lr.*given -1"),
+        (
+            {"operator": {"experts": {"router": {"kind": "noisy_topk"}}}},
+            "score softmax, normalise after.*top_k of at least 2",
+        ),
+        (
+            {"operator": {"experts": {"router": {"kind": "noisy_topk", "score": "softmax", "normalise": "after"}}}},
+            "no gradient; use top_k of at least 2$",
+        ),
         ({"operator": {"train": {}}}, "missing key 'operator.train.steps'"),
         ({"name": "../elsewhere"}, "name"),
     ],
@@ -108,6 +116,13 @@ def test_name_that_cannot_go_into_files_and_weights_is_refused(what: str, name: 
     changes: dict[str, Any] = {what: [{"name": name}]} if what == "fields" else {what: [{"name": name, "path": "x"}]}
     with pytest.raises(ConfigError, match=f"data.{what}.0.name"):
         config_from_dict(minimal(data={"regimes": [{"name": "a", "path": "x"}], **changes}))
+
+
+@pytest.mark.parametrize("wrong", [{"boundary": ["loop"] * 3}, {"nme": "a", "path": "x"}, {"name": "a/b"}])
+def test_a_list_whose_items_failed_is_not_called_too_short(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(minimal(data={"regimes": [{"name": "a", "path": "x", **wrong}]}))
+    assert "data.regimes.0" in str(caught.value) and "at least 1 item" not in str(caught.value)
 
 
 def test_split_without_training_trajectories_is_refused() -> None:

@@ -14,7 +14,7 @@ from shodh.core.errors import ConfigError
 from shodh.core.topology import Topology
 from shodh.models.operator import LatentTransformer
 from shodh.moe.groups import decay_groups
-from shodh.train.engine import check_groups, keep_float32, load_deepspeed_config
+from shodh.train.engine import _describe_idle, check_groups, keep_float32, load_deepspeed_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = TrainConfig(steps=1, clip=0.5, precision="bf16")
@@ -124,3 +124,11 @@ def test_buffers_are_put_back_to_float32() -> None:
     keep_float32(operator)
     assert {b.dtype for b in operator.buffers() if b.is_floating_point()} == {torch.float32}
     assert {p.dtype for p in operator.parameters()} == {torch.bfloat16}
+
+
+def test_parameters_without_gradient_are_named_by_what_they_are() -> None:
+    idle = ["blocks.0.feed_forward.experts.w1 of expert rank 1", "decoder.geometry.0.weight"]
+    expert, other = _describe_idle(idle)
+    assert expert == f"{idle[0]} (experts that got no token)"
+    assert idle[1] in other and "expert" not in other
+    assert _describe_idle([]) == []

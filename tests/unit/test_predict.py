@@ -16,7 +16,7 @@ from shodh.config.reading import config_from_dict
 from shodh.core.errors import DataError
 from shodh.models.init import initialise
 from shodh.schema.domain import Domain
-from shodh.schema.fields import OUTSIDE
+from shodh.schema.fields import OUTSIDE, Boundary
 from shodh.schema.normalize import FieldNormalizer
 from shodh.schema.space import Space
 
@@ -34,21 +34,33 @@ OPERATORS: dict[str, dict[str, Any]] = {
 CONSTANTS = {"velocity": (0.0, 2.0), "temperature": (300.0, 5.0), "ambient": (101325.0, 0.0)}
 
 
-def build(kind: str) -> ShodhModel:
-    regime = {"name": "box", "path": "data", "only": ["velocity", "temperature", "ambient", "solid"]}
+def build(
+    kind: str,
+    boundary: tuple[Boundary, Boundary, Boundary] = ("periodic",) * 3,
+    fields: list[dict[str, Any]] = FIELDS,
+    regimes: tuple[str, ...] = ("box",),
+) -> ShodhModel:
+    there = [f["name"] for f in fields if not f.get("optional")]
     tree = {
         "name": "p",
-        "data": {"grid": [16, 8, 8], "fields": FIELDS, "regimes": [regime]},
+        "data": {
+            "grid": [16, 8, 8],
+            "fields": fields,
+            "regimes": [{"name": r, "path": "data", "only": there} for r in regimes],
+        },
         "tokenizer": {"latent_channels": 8, "strides": [4, 2], "widths": [8, 8], "head_channels": 8},
         "operator": OPERATORS[kind],
     }
     config = config_from_dict(tree, "test")
-    fields = [f.build() for f in config.data.fields]
-    domain = Domain(("periodic",) * 3, (2.0, 1.0, 1.0), (("dye", False),))
+    built = [f.build() for f in config.data.fields]
+    domain = Domain(boundary, (2.0, 1.0, 1.0), tuple((f.name, False) for f in built if f.optional))
+    constants = {name: pair for name, pair in CONSTANTS.items() if name in there}
     description = ModelDescription(
         parts=("tokenizer", "operator") if kind == "latents" else ("operator",),
         dtype="fp32",
-        space=Space.of(FieldNormalizer(fields, 3, {"box": CONSTANTS}), fields, {"box": domain}),
+        space=Space.of(
+            FieldNormalizer(built, 3, dict.fromkeys(regimes, constants)), built, dict.fromkeys(regimes, domain)
+        ),
         run=to_dict(config),
         parameters={},
         versions={},
@@ -137,19 +149,41 @@ def test_what_does_not_exist_is_not_read_and_constants_come_back(
     assert torch.equal(model.rollout(junk, static, "box", steps=2)[:, :, :5], found[:, :, :5])
 
 
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_vectors_at_centres_are_averaged_onto_faces(kind: str, given: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """A periodic axis wraps, the last face of a walled one is closed, scalars stay, and the given array is kept."""
+    model, (fields, static) = build(kind, ("periodic", "wall", "periodic")), given
+    faces, before = fields.clone(), fields.clone()
+    for axis in range(3):
+        component = fields[:, :, axis]
+        faces[:, :, axis] = (component + component.roll(-1, 2 + axis)) / 2
+    faces[:, :, 1, :, -1] = 0
+    assert torch.equal(model.to_faces(fields), faces)
+    expected = model.predict(faces, static, "box")
+    assert torch.equal(model.predict(fields, static, "box", placement="center"), expected)
+    assert np.array_equal(model.rollout(fields.numpy(), static, "box", 1, placement="center")[:, 0], expected.numpy())
+    assert not torch.equal(model.predict(fields, static, "box"), expected)
+    assert torch.equal(model.encode(fields, static, placement="center"), model.encode(faces, static, "box"))
+    assert torch.equal(fields, before)
+    with pytest.raises(DataError, match="placement='centre'; expected one of"):
+        model.predict(fields, static, "box", placement="centre")  # type: ignore[arg-type]
+
+
 BAD = {
     "type": (lambda f, s: (f.tolist(), s), "got list"),
     "integers": (lambda f, s: (f.int(), s), "torch.int32"),
     "complex": (lambda f, s: (f.numpy().astype("c8"), s), "complex64"),
     "text": (lambda f, s: (f, np.full(s.shape, "a")), "<U1"),
-    "grid": (lambda f, s: (f[..., :4], s), r"[batch, time, 6, 16, 8, 8], got [2, 3, 6, 16, 8, 4]"),
-    "channels": (lambda f, s: (f[:, :, :4], s), "got [2, 3, 4, 16, 8, 8]"),
-    "time": (lambda f, s: (f[:, 0], s), "got [2, 6, 16, 8, 8]"),
+    "grid": (lambda f, s: (f[..., :4], s), r"[batch, time, 6, 16, 8, 8], got [2, 3, 6, 16, 8, 4]: z 4, not 8"),
+    "channels": (lambda f, s: (f[:, :, :4], s), "got [2, 3, 4, 16, 8, 8]: channels 4, not 6"),
+    "channels last": (lambda f, s: (f.movedim(2, -1), s), "channels 16, not 6; x 8, not 16; z 6, not 8"),
+    "time": (lambda f, s: (f[:, 0], s), "got [2, 6, 16, 8, 8]: 5 axes, not the 6 batch, time, channels, x, y, z"),
     "history": (lambda f, s: (f[:, :1], s), "2 frames, oldest first, got [2, 1,"),
     "batch": (lambda f, s: (f, s[:1]), "2 samples, and static 1"),
-    "empty": (lambda f, s: (f[:0], s[:0]), "got [0,"),
+    "empty": (lambda f, s: (f[:0], s[:0]), "8, 8]: batch 0"),
     "static": (lambda f, s: (f, s[:, 0]), "[batch, 1, 16, 8, 8], got [2, 16, 8, 8]"),
-    "nothing": (lambda f, s: (f, None), "got NoneType"),
+    "nothing": (lambda f, s: (f, None), "got None; regime 'box' has solid"),
+    "fields first": (lambda f, s: (f[..., :4], None), "z 4, not 8"),
     "nan": (lambda f, s: (f * torch.nan, s), "NaN or infinity"),
     "large": (lambda f, s: (f.double() * 1e300, s), "float32 cannot hold"),
     "mask": (lambda f, s: (f, s * 255), "divide it by 255"),
@@ -177,3 +211,15 @@ def test_latents_are_arrays_too(given: tuple[torch.Tensor, torch.Tensor]) -> Non
     assert isinstance(decoded, np.ndarray) and decoded.shape == fields.shape
     with pytest.raises(DataError, match="latents must be"):
         model.decode(latents[:, :, :4], static, "box")
+
+
+def test_static_and_regime_may_be_left_out_where_there_is_no_choice(given: tuple[torch.Tensor, torch.Tensor]) -> None:
+    fields = [{"name": "velocity", "kind": "vector"}]
+    velocity = given[0][:, :, :3]
+    model = build("fields", fields=fields)
+    expected = model.predict(velocity, torch.zeros(2, 0, 16, 8, 8), "box")
+    assert torch.equal(model.predict(velocity), expected)
+    several = build("fields", fields=fields, regimes=("box", "channel"))
+    assert several.predict(velocity, regime="channel").shape == expected.shape
+    with pytest.raises(DataError, match="no regime None; this model knows"):
+        several.predict(velocity)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from shodh.commands import tokenizer
 from shodh.config import RunConfig, load_config
+from shodh.core.errors import ConfigError, TopologyError
 from shodh.models.factory import build_operator, operator_space
 from shodh.models.init import initialise
 from shodh.train.plan import Stage, decide_checkpointing, describe_plan, make_plan, operator_stage
@@ -122,3 +124,17 @@ def test_throughput_is_work_over_time() -> None:
     work = rehearse_operator(load(*CASES["sparse"]), 1).flops
     assert found == {"perf/tokens_per_s": 640.0, "perf/tflops": pytest.approx(10 * work / 2 / 1e12)}
     assert product_rate(torch.float32, cpu, side=64, products=2) > 0
+
+
+def test_dry_run_of_the_tokenizer_refuses_what_its_training_would(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(CONFIGS / "demo.yaml")
+    small = ["tokenizer.widths=[8,8]", "operator.dim=32", "operator.depth=1", "data.grid=[16,16,16]"]
+    assert tokenizer.main(["--config", config, "--gpus-per-node", "2", "--dry-run", "--set", *small]) == 0
+    text = capsys.readouterr().out
+    assert "memory of a rank that trains the tokenizer" in text and "\nname: demo\n" in text
+    with pytest.raises(TopologyError, match="global_batch=3"):
+        tokenizer.main(
+            ["--config", config, "--dry-run", "--gpus-per-node", "2", "--set", "tokenizer.train.global_batch=3"]
+        )
+    with pytest.raises(ConfigError, match="without a tokenizer"):
+        tokenizer.main(["--config", str(CONFIGS / "fno_tiny.yaml"), "--dry-run"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from shodh.config import ExpertsConfig, config_from_dict
 from shodh.config.routers import ROUTERS, RouterTraits
@@ -31,6 +32,16 @@ def test_every_line_names_a_class_in_a_file_of_its_own(kind: str) -> None:
 
     assert bool(list(router.parameters())) == ROUTERS[kind].trained
     assert f"| `{kind}` |" in PAGE.read_text()
+
+
+def test_the_lines_of_the_page_run() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.S)
+    lines = yaml.safe_load(block)
+    assert set(lines) == set(ROUTERS)
+    data = {**DATA, "regimes": [{"name": name, "path": name} for name in "ab"]}
+    for kind, operator in lines.items():
+        experts = config_from_dict({"name": "x", "data": data, "operator": operator}).operator.experts
+        assert experts.router.kind == kind and make_router(experts, 8).top_k == experts.top_k
 
 
 def test_only_a_control_is_given_labels() -> None:

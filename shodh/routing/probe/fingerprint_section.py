@@ -31,7 +31,11 @@ def fingerprint_section(fit: Sequence[Recording], test: Sequence[Recording]) -> 
     known = [i for i, r in enumerate(test) if not r.regime.left_out]
     unseen = [i for i, r in enumerate(test) if r.regime.left_out]
     section = Section("probe_fingerprint", "Fingerprint of held-out trajectories", TEXT)
-    readings = {"trained regimes": _read(fit, test, known)}
+    if len(test) < 2:
+        section.text = f"Not available: there is one regime, {test[0].name}, and to tell regimes apart takes two."
+        section.summary = {"available": False}
+        return section
+    readings = {"trained regimes": _read(fit, test, known)} if len(known) > 1 else {}
     if unseen:
         readings["with left-out regimes"] = _read(fit, test, [*known, *unseen])
     names = [r.name for r in test]
