@@ -108,7 +108,7 @@ def test_study_on_more_ranks_than_cards_is_refused(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize(
     ("code", "expected"),
-    [(-11, "killed by SIGSEGV"), (-9, "killed by SIGKILL"), (2, "error: no data (exit code 2)")],
+    [(-11, "killed by SIGSEGV"), (-9, "killed by SIGKILL"), (2, "no data (exit code 2)")],
 )
 def test_a_failed_job_is_told_by_its_error_or_its_signal(tmp_path: Path, code: int, expected: str) -> None:
     log = tmp_path / "job.log"
