@@ -11,6 +11,7 @@ import numpy as np
 from shodh.data import hdf5
 from shodh.data.well import TENSOR_GROUPS
 from shodh.core.errors import DataError
+from shodh.schema.fields import AXES
 
 GROUPS = ("dimensions", "boundary_conditions", *TENSOR_GROUPS[:2])
 
@@ -31,6 +32,8 @@ def _missing(file: h5py.File, path: str) -> Iterator[str]:
     if dimensions := there.get("dimensions"):
         if "spatial_dims" not in dimensions.attrs:
             yield "attribute 'spatial_dims' of dimensions"
+            if not set(AXES) & set(dimensions):
+                yield "the coordinates of its axes in dimensions"
         axes = np.atleast_1d(hdf5.attribute(dimensions, "spatial_dims", path, ()))
         yield from _datasets(dimensions, ["time", *(hdf5.text(a) for a in axes)], path)
     for name in there.get("boundary_conditions", ()):
