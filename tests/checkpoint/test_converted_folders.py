@@ -358,6 +358,8 @@ def test_what_cannot_be_evaluated_says_what_can(runs: Callable[..., Run], tmp_pa
         open_run(run.checkpoint(2), None, device)
     with pytest.raises(CheckpointError, match=r"has no checkpoint '10' \(there are \['step_00000002'"):
         open_run(run.path, "10", device)
+    with pytest.raises(CheckpointError, match="is the run of a tokenizer; give the run of an operator"):
+        open_run(Path(run.overrides[1].partition("=")[2]), None, device)
 
 
 def test_integer_weights_are_refused(runs: Callable[..., Run], tmp_path: Path) -> None:
