@@ -117,8 +117,9 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignor
 
     def _known(self, regime: str | None) -> str:
         """A regime by its name, or the only one; raises `DataError` for others."""
-        name = self.regimes[0] if regime is None and len(self.regimes) == 1 else regime
-        return self.regimes[self.space.number(name)]  # type: ignore[arg-type]
+        if regime is None and len(self.regimes) > 1:
+            raise DataError(f"regime must be given: one of {', '.join(self.regimes)}")
+        return self.regimes[0 if regime is None else self.space.number(regime)]
 
     def _take(
         self, values: Tensor | np.ndarray, what: str, leading: tuple[str, ...], sizes: tuple[int, ...], integers: bool

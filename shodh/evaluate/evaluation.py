@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shodh.checkpoint.folder import checkpoints_of
+from shodh.checkpoint.run_files import is_tokenizer
 from shodh.checkpoint.weights import read_initial_weights
 from shodh.config import RunConfig
 from shodh.core.errors import CheckpointError
@@ -44,6 +45,8 @@ def open_run(run: Path, checkpoint: str | None, device: torch.device) -> Evaluat
     """
     folder = RunFolder(run)
     config = folder.config()
+    if is_tokenizer(run):
+        raise CheckpointError(f"{run} is the run of a tokenizer; give the run of an operator, of launch/pretrain.py")
     tag = checkpoint or folder.latest()
     if tag is None:
         raise CheckpointError(f"{run} has no complete checkpoint yet")

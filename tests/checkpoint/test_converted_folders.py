@@ -249,7 +249,7 @@ def test_loads_and_predicts_in_a_process_without_deepspeed_and_extension(
     )
     finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
-    assert "failed=0, attempted=5" in finished.stdout, finished.stdout
+    assert "failed=0, attempted=6" in finished.stdout, finished.stdout
 
 
 def test_saved_model_loads_with_the_same_outputs(runs: Callable[..., Run], tmp_path: Path) -> None:
@@ -358,6 +358,8 @@ def test_what_cannot_be_evaluated_says_what_can(runs: Callable[..., Run], tmp_pa
         open_run(run.checkpoint(2), None, device)
     with pytest.raises(CheckpointError, match=r"has no checkpoint '10' \(there are \['step_00000002'"):
         open_run(run.path, "10", device)
+    with pytest.raises(CheckpointError, match="is the run of a tokenizer; give the run of an operator"):
+        open_run(Path(run.overrides[1].partition("=")[2]), None, device)
 
 
 def test_integer_weights_are_refused(runs: Callable[..., Run], tmp_path: Path) -> None:

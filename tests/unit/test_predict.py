@@ -221,5 +221,5 @@ def test_static_and_regime_may_be_left_out_where_there_is_no_choice(given: tuple
     assert torch.equal(model.predict(velocity), expected)
     several = build("fields", fields=fields, regimes=("box", "channel"))
     assert several.predict(velocity, regime="channel").shape == expected.shape
-    with pytest.raises(DataError, match="no regime None; this model knows"):
+    with pytest.raises(DataError, match="regime must be given: one of box, channel"):
         several.predict(velocity)
