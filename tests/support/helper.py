@@ -20,6 +20,7 @@ import runpy
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -54,6 +55,7 @@ ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 T = TypeVar("T")
 
+_STARTING = threading.Lock()  # Two threads that changed the environment at once would leave it changed.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
 
@@ -71,7 +73,7 @@ def made_once(path: Path, make: Callable[[], T]) -> T:
 
 def _process(target: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
     """A started process that knows of no card; the environment is the fork server's, not that of pytest."""
-    with mock.patch.dict(os.environ, ON_CPU):
+    with _STARTING, mock.patch.dict(os.environ, ON_CPU):
         forkserver.ensure_running()
     process = _context.Process(target=target, args=arguments)
     process.start()

@@ -177,7 +177,7 @@ def test_router_refuses_what_it_does_not_use_and_asks_for_what_it_does(
         ({"router": {"temperature_schedule": {"start": 0.1}}}, "the temperature falls"),
         ({"router": {"kind": "oracle", "groups": 4}, "num_experts": 6}, "not divisible by router.groups=4"),
         ({"router": AFTER}, "use router.normalise=before, or a larger top_k"),
-        ({"router": NOISY, "num_experts": 1}, "or a larger top_k"),
+        ({"router": NOISY, "num_experts": 1}, "use top_k of at least 2"),
         ({"router": {"kind": "two_level", **AFTER}, "top_k": 2}, "gate of the groups would get no gradient"),
         ({"router": {"semantic_dim": 1}}, "greater than or equal to 2"),
         ({"balance": {"load": 0.1}}, "balance.load is defined by the noise"),
