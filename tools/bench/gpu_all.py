@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +243,8 @@ def main() -> int:
     end = time.monotonic() + 60 * args.minutes
     summary: dict[str, Any] = {"date": time.strftime("%Y-%m-%d %H:%M"), "env": describe(), "steps": {}}
     for step in steps(out, args.tiny, args.profile):
+        if args.tiny:  # Nothing to judge.
+            step = replace(step, aims=[replace(aim, at_most=None, at_least=None) for aim in step.aims])
         if args.only and not any(fnmatch.fnmatch(step.name, pattern) for pattern in args.only):
             continue
         if step.needs_card and args.tiny:
