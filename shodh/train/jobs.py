@@ -22,9 +22,9 @@ from shodh.checkpoint.weights import read_initial_weights, source_checksum
 from shodh.config import RunConfig, TrainConfig
 from shodh.core.devices import local_world_size
 from shodh.core.distributed import gather, rank, together, world_size
-from shodh.core.errors import CheckpointError, ConfigError
+from shodh.core.errors import CheckpointError
 from shodh.core.precision import ieee_float32, keep_ieee
-from shodh.core.topology import Topology, plan_topology
+from shodh.core.topology import Topology
 from shodh.core.weights import load_into
 from shodh.data import MixtureLoader, Split
 from shodh.data.identity import DataRecord
@@ -48,11 +48,11 @@ from shodh.train.callbacks.checkpoints import resume as resume_from
 from shodh.train.compiling import compile_run, compiles
 from shodh.train.data_identity import kept_choice
 from shodh.train.datasets import Regimes, open_loaders, open_regimes, require_history
-from shodh.train.engine import build_engine, load_deepspeed_config
+from shodh.train.engine import build_engine
 from shodh.train.field_task import operator_task
 from shodh.train.opening import kept_space, open_data
 from shodh.train.operator_task import OperatorTask
-from shodh.train.plan import decide_checkpointing
+from shodh.train.plan import decide_checkpointing, plan_operator, plan_tokenizer
 from shodh.train.run_folder import RunFolder
 from shodh.train.runtime import start_distributed
 from shodh.train.start import check_memory, check_same_run, claim, device_memory, find_start
@@ -82,12 +82,12 @@ class Job:
         config: RunConfig,
         train: TrainConfig,
         topology: Topology,
+        deepspeed: dict[str, Any],
         folder: RunFolder,
         resume: str | None,
         profile: int,
     ) -> Job:
-        """Resolve and compare with the run that goes on; nothing is written. Errors as `find_start`."""
-        deepspeed = load_deepspeed_config(config.deepspeed, train, topology)
+        """Compare with the run that goes on; nothing is written. Errors as `find_start`."""
         compiled = compiles(config.compile, deepspeed["zero_optimization"]["stage"])
         start = find_start(folder, resume)
         if start is not None:
@@ -101,11 +101,9 @@ def train_tokenizer(config: RunConfig, resume: str | None = None, profile: int =
 
     Returns False if a signal stopped it early.
     """
-    if not config.has_tokenizer:
-        raise ConfigError(f"operator.kind={config.operator.kind} works on the fields themselves, without a tokenizer")
+    topology, deepspeed = plan_tokenizer(config, world_size())
     train, folder = config.tokenizer.train, RunFolder(config.tokenizer_dir)
-    topology = plan_topology(world_size(), 1, 0, train.global_batch, train.micro_batch)
-    job = Job.of(config, train, topology, folder, resume, profile)
+    job = Job.of(config, train, topology, deepspeed, folder, resume, profile)
     device = start_distributed()
     claim(folder, resume, job.start)
     with together():
@@ -150,21 +148,6 @@ def _space_of_start(config: RunConfig, folder: Path) -> Space | FieldNormalizer 
     return None
 
 
-def plan_operator(config: RunConfig, world_size: int) -> tuple[Topology, dict[str, Any]]:
-    """How an operator's ranks are laid out, and the DeepSpeed configuration of its training.
-
-    Raises
-    ------
-    TopologyError, ConfigError
-        Ranks, experts, batch and ZeRO stage do not go together.
-    """
-    train, experts = config.operator.train, config.operator.experts
-    topology = plan_topology(
-        world_size, config.parallel.ep_size, experts.num_experts, train.global_batch, train.micro_batch
-    )
-    return topology, load_deepspeed_config(config.deepspeed, train, topology)
-
-
 @ieee_float32()
 def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | None = None, profile: int = 0) -> bool:
     """Train the operator, on cached latents or on fields; returns False if a signal stopped it early.
@@ -180,8 +163,8 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
         Steps to profile; 0: none.
     """
     train, folder = config.operator.train, RunFolder(config.run_dir)
-    topology, _ = plan_operator(config, world_size())
-    job = Job.of(config, train, topology, folder, resume, profile)
+    topology, deepspeed = plan_operator(config, world_size())
+    job = Job.of(config, train, topology, deepspeed, folder, resume, profile)
     if init_from is not None:
         read_initial_weights(init_from)  # Mapped, not read: what cannot be used is refused before ranks connect.
     device = start_distributed()

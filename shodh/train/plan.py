@@ -165,27 +165,43 @@ def decide_checkpointing(config: RunConfig, world: int, memory: float) -> RunCon
     return kept if operator_stage(kept, world).fits(memory) else with_checkpointing(config, True)
 
 
-def operator_stage(config: RunConfig, world: int) -> Stage:
-    """The operator's training on so many ranks. Errors as `make_plan`."""
+def plan_operator(config: RunConfig, world: int) -> tuple[Topology, dict[str, Any]]:
+    """How an operator's ranks are laid out, and the DeepSpeed configuration of its training.
+
+    Raises
+    ------
+    TopologyError, ConfigError
+        Ranks, experts, batch and ZeRO stage do not go together.
+    """
     train, experts = config.operator.train, config.operator.experts
     topology = plan_topology(world, config.parallel.ep_size, experts.num_experts, train.global_batch, train.micro_batch)
-    zero = load_deepspeed_config(config.deepspeed, train, topology)["zero_optimization"]
-    with torch.device("meta"):
-        sizes = {name: p.numel() for name, p in build_operator(config).named_parameters()}
-    routed = sum(n for name, n in sizes.items() if is_routed_expert(name))
-    return Stage(config, topology, zero, sum(sizes.values()) - routed, routed)
+    return topology, load_deepspeed_config(config.deepspeed, train, topology)
 
 
-def tokenizer_stage(config: RunConfig, world: int) -> Stage:
-    """The tokenizer's training on so many ranks. Errors as `make_plan`, and `ConfigError` where there is none."""
+def plan_tokenizer(config: RunConfig, world: int) -> tuple[Topology, dict[str, Any]]:
+    """As `plan_operator`; ConfigError where there is no tokenizer."""
     if not config.has_tokenizer:
         raise ConfigError(f"operator.kind={config.operator.kind} works on the fields themselves, without a tokenizer")
     train = config.tokenizer.train
     topology = plan_topology(world, 1, 0, train.global_batch, train.micro_batch)
-    zero = load_deepspeed_config(config.deepspeed, train, topology)["zero_optimization"]
+    return topology, load_deepspeed_config(config.deepspeed, train, topology)
+
+
+def operator_stage(config: RunConfig, world: int) -> Stage:
+    """The operator's training on so many ranks. Errors as `make_plan`."""
+    topology, deepspeed = plan_operator(config, world)
+    with torch.device("meta"):
+        sizes = {name: p.numel() for name, p in build_operator(config).named_parameters()}
+    routed = sum(n for name, n in sizes.items() if is_routed_expert(name))
+    return Stage(config, topology, deepspeed["zero_optimization"], sum(sizes.values()) - routed, routed)
+
+
+def tokenizer_stage(config: RunConfig, world: int) -> Stage:
+    """The tokenizer's training on so many ranks. Errors as `make_plan`, and `ConfigError` where there is none."""
+    topology, deepspeed = plan_tokenizer(config, world)
     with torch.device("meta"):
         size = sum(p.numel() for p in build_tokenizer(config).parameters())
-    return Stage(config, topology, zero, size, 0, of_tokenizer=True)
+    return Stage(config, topology, deepspeed["zero_optimization"], size, 0, of_tokenizer=True)
 
 
 def make_plan(config: RunConfig, nodes: int | None = None, gpus_per_node: int | None = None) -> Plan:

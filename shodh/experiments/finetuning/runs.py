@@ -22,7 +22,7 @@ from shodh.experiments.harness.results import RESULT
 from shodh.experiments.harness.run import Run
 from shodh.train.data_identity import new_choice
 from shodh.train.datasets import open_sources
-from shodh.train.jobs import plan_operator
+from shodh.train.plan import plan_operator
 
 ZERO_SHOT, SCRATCH = "zero_shot", "scratch"
 
