@@ -17,8 +17,6 @@ The halves cost nothing: there are as many parameters as without them, and all o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,27 +25,10 @@ from torch.nn import functional as F
 from shodh.config import ExpertsConfig
 from shodh.core.seeding import Key, generator
 from shodh.moe.gates import Gate
-from shodh.moe.mixture import expert_reference, mix_experts
+from shodh.moe.mixture import ACTIVATIONS, expert_reference, mix_experts
 from shodh.moe.routers import make_router
 from shodh.moe.routers.base import to_tokens
 from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
-
-
-def bilinear(gate: Tensor, up: Tensor) -> Tensor:
-    """Gated without a non-linearity: the expert is a quadratic form, so expert similarity is exact (2605.15183)."""
-    return gate * up
-
-
-def gelu(first: Tensor, second: Tensor) -> Tensor:
-    """Without a gate: GELU of a hidden layer that comes in two halves."""
-    return F.gelu(torch.cat((first, second), -1))
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"swiglu": swiglu, "bilinear": bilinear, "gelu": gelu}
 
 
 def inner_rows(hidden: int, activation: str) -> int:

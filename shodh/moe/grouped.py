@@ -6,6 +6,8 @@ taken expert by expert.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -80,6 +82,11 @@ def grouped_gradient(gradient: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
         # There the kernel leaves the gradient of an expert without rows as it finds the memory (pytorch #172439).
         out.masked_fill_((ends.diff(prepend=ends.new_zeros(1)) == 0).view(-1, 1, 1), 0.0)
     return out
+
+
+def product_flops(left: Sequence[int], right: Sequence[int]) -> int:
+    """Work of ``torch._grouped_mm`` by the shapes of its factors: of either kind above."""
+    return 2 * left[0] * left[1] * right[-1]
 
 
 def _segments(rows: Tensor, ends: Tensor) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ a step, which costs the more the more experts there are. Two read the gathered r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -128,14 +129,29 @@ def _bias_gradient(found: Gradients, ends: Tensor) -> Tensor:
     return torch.cat([grouped_gradient(half, ones, ends)[..., :1] for half in (found.first, found.second)], 1)
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def bilinear(gate: Tensor, up: Tensor) -> Tensor:
+    """Gated without a non-linearity: the expert is a quadratic form, so expert similarity is exact (2605.15183)."""
+    return gate * up
+
+
+def gelu(first: Tensor, second: Tensor) -> Tensor:
+    """Without a gate: GELU of a hidden layer that comes in two halves."""
+    return F.gelu(torch.cat((first, second), -1))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"swiglu": swiglu, "bilinear": bilinear, "gelu": gelu}
+
+
 def expert_reference(rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, activation: str) -> Tensor:
     """One expert on rows ``[N, D]``, in plain torch: ``w1, w3 [H, D]``, ``w2 [D, H]`` or ``[O, 1]``."""
     first, second = F.linear(rows, w1), F.linear(rows, w3)
     if activation == "linear":
         return F.gelu(torch.cat((first, second), -1) + w2[:, 0])
-    if activation == "gelu":
-        return F.linear(F.gelu(torch.cat((first, second), -1)), w2)
-    return F.linear((F.silu(first) if activation == "swiglu" else first) * second, w2)
+    return F.linear(ACTIVATIONS[activation](first, second), w2)
 
 
 def mix_experts_reference(

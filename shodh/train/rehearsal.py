@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from shodh.config import RunConfig
 from shodh.models.factory import build_operator, build_tokenizer, operator_space
 from shodh.models.init import initialise
+from shodh.moe.grouped import product_flops
 from shodh.moe.groups import freeze_others
 from shodh.schema.domain import Domain
 from shodh.schema.space import RegimeSpace, Space
@@ -40,7 +41,7 @@ ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 #: Work of an operation by its arguments and ``out_val``.
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    aten._grouped_mm: lambda left, right, *_, **__: 2 * left.shape[0] * left.shape[1] * right.shape[-1],
+    aten._grouped_mm: lambda left, right, *_, **__: product_flops(left.shape, right.shape),
     ATTENTION: lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient.shape, q.shape, k.shape, v.shape)

@@ -38,8 +38,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def is_named(file: h5py.File, hints: FileHints) -> bool:
     """Whether axes are stated, and a dataset has as many."""
-    axes = hints.axes or hdf5.text(hdf5.single(file, "axes", file.filename, ""))
+    axes = stated_axes(file, hints)
     return bool(axes) and any(len(s) >= len(axes.replace("c", "")) for s in shapes_of(file).values())
+
+
+def stated_axes(file: h5py.File, hints: FileHints) -> str:
+    """Letters of the axes, from the configuration or from the file; empty if neither states them."""
+    return hints.axes or hdf5.text(hdf5.single(file, "axes", file.filename, ""))
 
 
 def shapes_of(file: h5py.File) -> Shapes:
@@ -52,7 +57,7 @@ def shapes_of(file: h5py.File) -> Shapes:
 def describe(file: h5py.File, path: Path, hints: FileHints) -> ArrayHeader:
     """Header of one file."""
     where = str(path)
-    axes = hints.axes or hdf5.text(hdf5.single(file, "axes", where, ""))
+    axes = stated_axes(file, hints)
     for name in file:
         hdf5.member(file, name, where)  # Links are refused.
     every = shapes_of(file)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shodh.config import RunConfig
 from shodh.models.factory import build_operator, operator_space
+from shodh.moe.grouped import product_flops
 from shodh.moe.routers import Router
 
 _COUNTED: dict[str, int] = {}
@@ -23,12 +24,8 @@ BACKWARD = 2  # a backward pass costs twice the forward's products: gradients of
 
 def flop_counter() -> FlopCounterMode:
     """torch's counter, with the grouped GEMM that it does not know."""
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops})
-
-
-def _grouped_flops(rows: tuple[int, int], weight: tuple[int, int, int], *_: Any, **__: Any) -> int:
-    """Of ``[N, D] x [E, D, O] -> [N, O]``."""
-    return 2 * rows[0] * rows[1] * weight[-1]
+    grouped = {torch.ops.aten._grouped_mm: lambda left, right, *_, **__: product_flops(left, right)}
+    return FlopCounterMode(display=False, custom_mapping=grouped)
 
 
 def forward_flops(config: RunConfig) -> int:
