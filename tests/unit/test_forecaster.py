@@ -8,6 +8,7 @@ import pytest
 import torch
 from published import published
 from torch import Tensor
+from vocabulary import FIELDS, REGIMES
 
 from shodh.config import RunConfig
 from shodh.config.reading import config_from_dict
@@ -18,13 +19,6 @@ from shodh.models.init import initialise
 from shodh.schema.domain import Domain, add_walls, static_features
 from shodh.schema.space import RegimeSpace, Space
 
-FIELDS = [
-    {"name": "velocity", "kind": "vector", "solenoidal": True},
-    {"name": "heat", "masked_by": "solid"},
-    {"name": "dye", "optional": True},
-    {"name": "solid", "static": True},
-]
-REGIMES = {"clear": ["velocity", "heat", "solid"], "dyed": ["velocity", "heat", "dye", "solid"]}
 OPERATORS: dict[str, dict[str, Any]] = {
     "latents": {"dim": 32, "depth": 1, "heads": 2, "experts": {"num_experts": 2, "hidden": 32}},
     "fields": {"kind": "unet", "dim": 8, "depth": 1},

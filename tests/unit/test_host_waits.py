@@ -8,6 +8,7 @@ import pytest
 import torch
 from published import published
 from torch import nn
+from vocabulary import FIELDS, REGIMES
 
 from shodh.config import RunConfig
 from shodh.config.reading import config_from_dict
@@ -21,13 +22,6 @@ from shodh.train.trainer import Batch, Task, to_device
 
 META = torch.device("meta")
 BATCH = 3
-FIELDS = [
-    {"name": "velocity", "kind": "vector", "solenoidal": True},
-    {"name": "heat", "masked_by": "solid"},
-    {"name": "dye", "optional": True},
-    {"name": "solid", "static": True},
-]
-REGIMES = {"clear": ["velocity", "heat", "solid"], "dyed": ["velocity", "heat", "dye", "solid"]}
 EVERY = {"switch": 0.1, "cv2": 0.1, "importance": 0.1, "orthogonality": 0.1}
 SIZES = {"dim": 32, "depth": 2, "heads": 2}
 AFTER = {"score": "softmax", "normalise": "after"}
