@@ -12,7 +12,7 @@ RANKS  := $$(python -m shodh.core.devices --ranks 2)
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo gpu test test-fast lint types docs notebooks install clean
+.PHONY: demo gpu test test-all test-fast lint types docs notebooks install clean
 
 install: $(STAMP)
 
@@ -38,6 +38,10 @@ gpu: $(STAMP)
 
 test: $(STAMP)
 	$(PYTEST)
+
+# With every stage of ZeRO and every layout of ranks, not one of each: what CI runs.
+test-all: $(STAMP)
+	$(PYTEST) -m "exhaustive or not exhaustive"
 
 # A minute: no ranks, no commands, no solvers.
 test-fast: $(STAMP)

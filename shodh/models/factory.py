@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from shodh.config import RunConfig
 from shodh.models.field_space import FieldSpace
 from shodh.models.kernels import Kernels
@@ -30,6 +32,23 @@ def build_operator(
     return LatentTransformer(
         config.operator, given.channels, given.static, (x, y, z), given.history, expert_layer, kernels
     )
+
+
+_SHAPES: dict[str, LatentTransformer | FieldOperator] = {}
+
+
+def operator_shapes(config: RunConfig) -> LatentTransformer | FieldOperator:
+    """The operator of a run on the meta device, which has shapes and no values; not to be changed.
+
+    The last ones are kept: a plan, its memory and its work look at the same model.
+    """
+    key = config.model_dump_json(include={"data", "tokenizer", "operator"}, exclude={"operator": {"train"}})
+    if key not in _SHAPES:
+        while len(_SHAPES) >= 4:
+            del _SHAPES[next(iter(_SHAPES))]
+        with torch.device("meta"):
+            _SHAPES[key] = build_operator(config)
+    return _SHAPES[key]
 
 
 def operator_space(config: RunConfig) -> FieldSpace:

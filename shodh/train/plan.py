@@ -19,7 +19,7 @@ from shodh.config import RunConfig, dump_config
 from shodh.core.distributed import rank
 from shodh.core.errors import ConfigError, TopologyError
 from shodh.core.topology import Topology, plan_topology
-from shodh.models.factory import build_operator, build_tokenizer
+from shodh.models.factory import build_tokenizer, operator_shapes
 from shodh.models.field_space import FieldSpace
 from shodh.moe.groups import decay_groups, is_routed_expert
 from shodh.train.engine import load_deepspeed_config
@@ -190,8 +190,7 @@ def plan_tokenizer(config: RunConfig, world: int) -> tuple[Topology, dict[str, A
 def operator_stage(config: RunConfig, world: int) -> Stage:
     """The operator's training on so many ranks. Errors as `make_plan`."""
     topology, deepspeed = plan_operator(config, world)
-    with torch.device("meta"):
-        sizes = {name: p.numel() for name, p in build_operator(config).named_parameters()}
+    sizes = {name: p.numel() for name, p in operator_shapes(config).named_parameters()}
     routed = sum(n for name, n in sizes.items() if is_routed_expert(name))
     return Stage(config, topology, deepspeed["zero_optimization"], sum(sizes.values()) - routed, routed)
 
@@ -223,8 +222,7 @@ def make_plan(config: RunConfig, nodes: int | None = None, gpus_per_node: int | 
     if config.has_tokenizer:
         with suppress(TopologyError):  # It may be trained on fewer ranks.
             tokenizer = tokenizer_stage(config, world)
-    with torch.device("meta"):
-        model = build_operator(config)
+    model = operator_shapes(config)
     active = dense + (routed * experts.top_k // experts.num_experts if experts.num_experts else 0)
     names = {id(p): name for name, p in model.named_parameters()}
     groups: list[tuple[str, int, int]] = []

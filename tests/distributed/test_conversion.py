@@ -9,7 +9,7 @@ import pytest
 import rank_jobs
 import torch
 from helper import run_ranks
-from laboratory import Laboratory, Run, assert_same_output
+from laboratory import MORE_STAGES, Laboratory, Run, assert_same_output
 from safetensors.torch import load_file
 
 import shodh
@@ -24,7 +24,8 @@ from shodh.train.run_folder import RunFolder
 
 pytestmark = pytest.mark.distributed
 
-LAYOUTS = [(stage, ep_size) for stage in (1, 2, 3) for ep_size in (1, 2)]
+LAYOUTS = [(1, 1), (2, 2), (3, 2)]
+LAYOUTS += [pytest.param(*layout, marks=pytest.mark.exhaustive) for layout in ((1, 2), (2, 1), (3, 1))]
 
 
 def converted(laboratory: Laboratory, run: Run, folder: Path) -> Path:
@@ -105,7 +106,7 @@ def test_a_run_and_its_conversion_name_the_checkpoint_they_started_from(laborato
     assert read_pretrained(anchor)[0].source.init_from is None
 
 
-@pytest.mark.parametrize("stage", (1, 3))
+@pytest.mark.parametrize("stage", (pytest.param(1, marks=pytest.mark.exhaustive), 3))
 def test_bf16_run_goes_on_from_the_masters(laboratory: Laboratory, stage: int, tmp_path: Path) -> None:
     """Not from what they were rounded to."""
     run = laboratory.run(2, 2, stage, "operator.train.precision=bf16")
@@ -117,7 +118,7 @@ def test_bf16_run_goes_on_from_the_masters(laboratory: Laboratory, stage: int, t
     assert not torch.equal(masters, masters.bfloat16().float())
 
 
-@pytest.mark.parametrize("stage", (1, 2, 3))
+@pytest.mark.parametrize("stage", (*MORE_STAGES, 3))
 def test_experts_that_several_ranks_share(laboratory: Laboratory, stage: int, tmp_path: Path) -> None:
     """Four ranks, EP 2: each expert is partitioned over the two ranks that hold it, which are not neighbours."""
     run = laboratory.run(4, 2, stage)

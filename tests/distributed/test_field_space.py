@@ -134,7 +134,7 @@ def test_expert_parallel_ranks_train_what_one_rank_trains(fields: Fields) -> Non
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("stage", (1, 3))
+@pytest.mark.parametrize("stage", (pytest.param(1, marks=pytest.mark.exhaustive), 3))
 def test_resumed_run_is_bitwise_the_uninterrupted_one(fields: Fields, stage: int) -> None:
     whole = fields.run(2, 2, stage)
     again = Run(whole.path.with_name(f"again{stage}"), [f"name=again{stage}", *whole.overrides[1:]], [])

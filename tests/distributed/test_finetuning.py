@@ -139,11 +139,11 @@ def initial_weights(run: Run, start: Run) -> dict[str, torch.Tensor]:
     ("way", "stage"),
     [
         ("all", 1),
-        ("experts", 1),
+        pytest.param("experts", 1, marks=pytest.mark.exhaustive),
         ("experts", 3),
         ("experts_router", 1),
-        ("new_expert", 1),
-        ("new_expert", 2),
+        pytest.param("new_expert", 1, marks=pytest.mark.exhaustive),
+        pytest.param("new_expert", 2, marks=pytest.mark.exhaustive),
         ("new_expert", 3),
     ],
 )
@@ -175,7 +175,14 @@ def test_expert_parallel_ranks_tune_what_one_rank_tunes(tuning: Tuning, way: str
     assert all(abs(loss - first) > 1e-4 * first for loss in later)
 
 
-@pytest.mark.parametrize(("way", "stage"), [("experts", 1), ("new_expert", 1), ("new_expert", 3)])
+@pytest.mark.parametrize(
+    ("way", "stage"),
+    [
+        pytest.param("experts", 1, marks=pytest.mark.exhaustive),
+        pytest.param("new_expert", 1, marks=pytest.mark.exhaustive),
+        ("new_expert", 3),
+    ],
+)
 def test_resumed_tuning_is_bitwise_the_uninterrupted_one(tuning: Tuning, way: str, stage: int) -> None:
     whole = tuning.tuned(way, stage=stage)
     name = f"again-{way}-{stage}"

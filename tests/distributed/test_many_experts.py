@@ -63,7 +63,7 @@ def test_noise_does_not_depend_on_ranks(laboratory: Laboratory) -> None:
     assert_same_training(one, two, "moe/importance", "moe/load", "moe/orthogonality")
 
 
-@pytest.mark.parametrize("stage", (1, 3))
+@pytest.mark.parametrize("stage", (pytest.param(1, marks=pytest.mark.exhaustive), 3))
 def test_resumed_run_is_bitwise_the_uninterrupted_one(laboratory: Laboratory, stage: int) -> None:
     """With noise drawn by key, and the temperature restored."""
     run = laboratory.run(2, 2, stage, *settings(*NOISY))
@@ -92,7 +92,7 @@ def universal_folder(folder: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("stage", (1, 3))
+@pytest.mark.parametrize("stage", (pytest.param(1, marks=pytest.mark.exhaustive), 3))
 def test_universal_checkpoint_keeps_both_halves_and_the_bias(
     laboratory: Laboratory, stage: int, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 import rank_jobs
 import torch
 from helper import run_ranks
-from laboratory import Laboratory
+from laboratory import MORE_STAGES, Laboratory
 
 from shodh.core.precision import OPERATIONS
 from shodh.core.weights import load_weights
@@ -38,7 +38,7 @@ def test_bf16_run_follows_the_float32_run_and_keeps_its_selection_bias(laborator
             assert weights[name].dtype == torch.float32 and torch.equal(weights[name], bias)
 
 
-@pytest.mark.parametrize("stage", (1, 2, 3))
+@pytest.mark.parametrize("stage", (*MORE_STAGES, 3))
 def test_resumed_bf16_run_is_bitwise_the_uninterrupted_one(laboratory: Laboratory, stage: int) -> None:
     whole = laboratory.run(2, 2, stage, "operator.train.precision=bf16")
     lost = laboratory.copy(whole, f"bf16-{stage}", until=5)

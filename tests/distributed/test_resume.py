@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import rank_jobs
 from helper import RankError, run_ranks, run_script
-from laboratory import Laboratory, Run
+from laboratory import MORE_STAGES, Laboratory, Run
 
 from shodh.checkpoint.folder import verify_checkpoint
 from shodh.moe.trace import read_trace
@@ -30,7 +30,7 @@ def assert_bitwise_equal(resumed: Path, whole: Run) -> None:
     assert (again.checkpoint(10) / name).read_bytes() == (whole.checkpoint(10) / name).read_bytes()
 
 
-@pytest.mark.parametrize("stage", (1, 2, 3))
+@pytest.mark.parametrize("stage", (*MORE_STAGES, 3))
 def test_resumed_run_is_bitwise_the_uninterrupted_one(laboratory: Laboratory, stage: int) -> None:
     whole = laboratory.run(2, 2, stage)
     lost = laboratory.copy(whole, f"lost{stage}", until=5)

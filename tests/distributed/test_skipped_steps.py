@@ -8,7 +8,7 @@ import math
 import pytest
 import rank_jobs
 from helper import RankError, run_ranks
-from laboratory import Laboratory, Run
+from laboratory import MORE_STAGES, Laboratory, Run
 
 from shodh.checkpoint.folder import read_manifest
 from shodh.core.weights import load_weights
@@ -22,11 +22,11 @@ EXPERT = "feed_forward.experts.w2"
     ("stage", "precision", "where", "value"),
     [
         (1, "fp32", "attention.qkv.weight", math.nan),
-        (1, "bf16", EXPERT, math.inf),
-        (2, "fp32", EXPERT, -math.inf),
+        pytest.param(1, "bf16", EXPERT, math.inf, marks=pytest.mark.exhaustive),
+        pytest.param(2, "fp32", EXPERT, -math.inf, marks=pytest.mark.exhaustive),
         (3, "bf16", EXPERT, math.nan),
         (2, "bf16", "loss", math.inf),
-        (3, "fp32", "target", math.nan),
+        pytest.param(3, "fp32", "target", math.nan, marks=pytest.mark.exhaustive),
     ],
 )
 def test_nothing_moves_in_a_step_that_one_rank_cannot_take(
@@ -103,7 +103,7 @@ def test_no_checkpoint_of_weights_that_are_not_finite(laboratory: Laboratory) ->
     assert (run / "latest").read_text() == "step_00000005\n"
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", (*MORE_STAGES, 3))
 def test_no_number_comes_from_memory_that_nobody_wrote(laboratory: Laboratory, stage: int) -> None:
     overrides = laboratory.overrides(f"dirty-{stage}", 2, stage)
     run_ranks(2, rank_jobs.pretrain_in_dirty_memory, laboratory.config, overrides)

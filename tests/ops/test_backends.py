@@ -116,7 +116,7 @@ class Head(torch.nn.Module):
 
 
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("implementation", [None, "reference"])
+@pytest.mark.parametrize("implementation", [None, pytest.param("reference", marks=pytest.mark.exhaustive)])
 def test_compiles_without_graph_break_and_exports(exact: bool, implementation: str | None) -> None:
     head = Head(exact, implementation)
     torch._dynamo.reset()

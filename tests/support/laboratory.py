@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import rank_jobs
 import torch
 from helper import ROOT, made_once, run_ranks
@@ -19,6 +20,9 @@ from shodh.config import RunConfig, load_config
 from shodh.models.operator import OperatorOutput
 from shodh.moe.trace import read_trace
 from shodh.train.metrics import read_metrics
+
+# Stages of ZeRO beside the third, which shares most: in every test that has them all, left to `make test-all`.
+MORE_STAGES = tuple(pytest.param(stage, marks=pytest.mark.exhaustive) for stage in (1, 2))
 
 
 def assert_same_output(found: OperatorOutput, expected: Mapping[str, Any], config: RunConfig) -> None:

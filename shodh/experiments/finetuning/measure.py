@@ -14,7 +14,7 @@ from shodh.evaluate.evaluation import evaluate, open_given, open_run
 from shodh.evaluate.report import write_report
 from shodh.experiments.harness.run import Run
 from shodh.experiments.transfer.measure import seconds_per_step
-from shodh.models.factory import build_operator
+from shodh.models.factory import operator_shapes
 from shodh.moe.groups import is_trained
 from shodh.train.run_folder import RunFolder
 
@@ -42,8 +42,7 @@ def measure(run: Run, device: torch.device) -> dict[str, Any]:
 
 def count_trained(config: RunConfig, *, trains: bool) -> dict[str, int]:
     """Parameters of the operator: all, and those that learn."""
-    with torch.device("meta"):
-        named = [(name, p.numel()) for name, p in build_operator(config).named_parameters() if p.requires_grad]
+    named = [(name, p.numel()) for name, p in operator_shapes(config).named_parameters() if p.requires_grad]
     tuned = config.finetune
     learning = sum(count for name, count in named if tuned is None or is_trained(name, tuned))
     return {"total": sum(count for _, count in named), "trained": learning if trains else 0}

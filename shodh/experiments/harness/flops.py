@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from shodh.config import RunConfig
-from shodh.models.factory import build_operator, operator_space
+from shodh.models.factory import operator_shapes, operator_space
 from shodh.moe.grouped import product_flops
 from shodh.moe.routers import Router
 
@@ -43,8 +43,7 @@ def _counted(config: RunConfig) -> int:
         unseen["experts"] = {"router", "balance"}
     key = config.model_dump_json(include={"data", "tokenizer", "operator"}, exclude={"operator": unseen})
     if key not in _COUNTED:
-        with torch.device("meta"):
-            model = build_operator(config)
+        model = operator_shapes(config)
         inputs = sample_inputs(config, "meta")
         with flop_counter() as counter, torch.no_grad():
             model(*inputs)
@@ -66,8 +65,7 @@ def sample_inputs(config: RunConfig, device: torch.device | str) -> tuple[torch.
 
 def _router_flops(config: RunConfig) -> int:
     """Two a weight and decision, for a token or a sample."""
-    with torch.device("meta"):
-        model = build_operator(config)
+    model = operator_shapes(config)
     routers = [m for m in model.modules() if isinstance(m, Router)]
     gates = sum(t.numel() for r in routers for t in (*r.parameters(), *_frozen(r)) if t.ndim == 2)
     decisions = 1 if config.operator.experts.router.granularity == "sample" else math.prod(model.token_grid)
