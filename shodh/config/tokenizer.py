@@ -12,15 +12,16 @@ from shodh.config.training import TrainConfig
 
 
 class TokenizerLoss(Section):
-    """Weights of the reconstruction loss terms, each relative to the target's own size."""
+    """Weights of the reconstruction loss terms, each squared and relative to the target's own size."""
 
-    relative_l2: Weight = 1.0
+    vrmse: Weight = Field(1.0, description="relative to the variance of each component in space")
+    relative_l2: Weight = Field(0.0, description="relative to the mean square of all components, a mean flow included")
     gradient: Weight = 0.2
     spectral: Weight = 0.0
 
     @model_validator(mode="after")
     def _some(self) -> TokenizerLoss:
-        if not any((self.relative_l2, self.gradient, self.spectral)):
+        if not any((self.vrmse, self.relative_l2, self.gradient, self.spectral)):
             raise ValueError("all weights are 0; nothing would be learned")
         return self
 

@@ -57,7 +57,30 @@ def fit_normalizer(sources: Sequence[RegimeSource]) -> FieldNormalizer:
     dynamic = normalizer_from_statistics(
         fields, ndim, statistics, {s.name: [f.name for f in s.present] for s in sources}
     ).constants
-    return FieldNormalizer(fields, ndim, {s.name: {**dynamic[s.name], **_static_constants(s)} for s in sources})
+    constants = {s.name: {**dynamic[s.name], **_static_constants(s)} for s in sources}
+    units = {s.name: component_units(fields, ndim, statistics[s.name]["std"], dynamic[s.name]) for s in sources}
+    return FieldNormalizer(fields, ndim, constants, units)
+
+
+def component_units(
+    fields: Sequence[Field], ndim: int, std: Mapping[str, Any], constants: Mapping[str, tuple[float, float]]
+) -> dict[str, tuple[float, ...]]:
+    """Standard deviation of each component of each field in normalised units.
+
+    What errors are relative to where each component counts alike: those of a channel flow differ by a factor of six, and
+    all are small beside its mean. A component has at least a thirtieth of what its vector has in the mean, so that one
+    of nothing but rounding does not count. Constant fields have none.
+    """
+    units = {}
+    for field in fields:
+        if field.name not in constants or constants[field.name][1] == 0:
+            continue
+        values = np.asarray(std[field.name], dtype=float).reshape(-1) / constants[field.name][1]
+        values = np.pad(values, (0, field.num_components(ndim) - len(values)))  # Two dimensions, read with a third.
+        least = math.sqrt(np.square(values).mean()) / 30
+        if least > 0:
+            units[field.name] = tuple(float(v) for v in np.maximum(values, least))
+    return units
 
 
 def power_of_two(value: float) -> float:

@@ -74,7 +74,8 @@ class Forecaster:
         if self.tokenizer is None:
             return Encoded(*self.space.pad(fields, static, self.labels(regime, fields)))
         geometry = add_walls(static, self.space.domains[regime])
-        latents = [self.tokenizer.encode(frame, geometry) for frame in fields.unbind(1)]
+        unit = self.tokenizer.units(self.space.domains, [regime], fields.device)
+        latents = [self.tokenizer.encode(frame, geometry, unit) for frame in fields.unbind(1)]
         return Encoded(torch.stack(latents, 1), static_features(geometry))
 
     def step(self, states: Tensor, features: Tensor, labels: Tensor) -> OperatorOutput:
@@ -106,7 +107,8 @@ class Forecaster:
         """What the decoder network makes of states ``[B, ...]`` of one regime; without a tokenizer, the state."""
         if self.tokenizer is None:
             return state
-        return self.tokenizer.emit(state, add_walls(static, self.space.domains[regime]))
+        unit = self.tokenizer.units(self.space.domains, [regime], state.device)
+        return self.tokenizer.emit(state, add_walls(static, self.space.domains[regime]), unit)
 
     def assemble(self, emitted: Tensor, regime: int, *, exact: bool = False) -> Tensor:
         """Fields ``[B, C, *grid]`` of what was emitted. Arguments and errors as `decode`."""

@@ -27,7 +27,7 @@ from shodh.models.basis import PATCH, PatchBasis, SchemaBasis
 from shodh.models.circular import CircularConv3d, circular_pad
 from shodh.models.rows import Groups
 from shodh.ops import decode_velocity, helmholtz_potential
-from shodh.schema.domain import NUM_WALL_CHANNELS, Domain, extend_into_solids
+from shodh.schema.domain import NUM_WALL_CHANNELS, Domain, channel_units, extend_into_solids
 from shodh.schema.fields import Field, field_slices
 
 __all__ = ["PATCH", "PatchBasis", "Potential", "Tokenizer", "relative_spacing"]
@@ -150,6 +150,7 @@ class Tokenizer(nn.Module):
         heads: dict[str, list[int]] = {}
         #: Number of the head of each known combination of presence flags.
         self._head_of: dict[tuple[bool, ...], int] = {}
+        self._units: dict[tuple[tuple[Domain, ...], torch.device], Tensor] = {}
         for schema in schemas:
             names = [f.name for f in self.fields if f.name in schema]
             channels = [c for name in names for c in range(slices[name].start, slices[name].stop)]
@@ -200,13 +201,22 @@ class Tokenizer(nn.Module):
                 exists[:, slices[name]] *= presence[:, number].view(-1, 1, 1, 1, 1)
         return exists
 
-    def encode(self, fields: Tensor, geometry: Tensor, head: Sequence[int] | None = None) -> Tensor:
+    def units(self, domains: Sequence[Domain], labels: Sequence[int], device: torch.device) -> Tensor:
+        """What the basis and the networks see the channels of samples in these domains in: ``[B, C, 1, 1, 1]``."""
+        key = (tuple(domains), device)
+        if key not in self._units:
+            self._units[key] = channel_units(self.fields, domains).to(device)
+        return self._units[key][send(labels, device)].view(len(labels), -1, 1, 1, 1)
+
+    def encode(
+        self, fields: Tensor, geometry: Tensor, unit: Tensor | float = 1.0, head: Sequence[int] | None = None
+    ) -> Tensor:
         """Normalised fields ``[B, C, X, Y, Z]`` and geometry ``[B, G, X, Y, Z]`` -> latents ``[B, L, x, y, z]``.
 
-        ``head`` is that of `head`, where it is known.
+        ``unit`` is of `units`, ``head`` that of `head`, where it is known.
         """
         dtype = self.encoder.out.weight.dtype
-        fields, head = self.fill(fields, geometry), self.head(geometry) if head is None else head
+        fields, head = self.fill(fields, geometry) / unit, self.head(geometry) if head is None else head
         latent = self.basis.encode(fields, head) + self.encoder(torch.cat((fields, geometry), 1).to(dtype)).float()
         mean, std = self._latent_statistics(head)
         return (latent - mean) / std
@@ -225,14 +235,16 @@ class Tokenizer(nn.Module):
             fields[:, channel, None] = extend_into_solids(fields[:, channel, None], geometry[:, mask, None])
         return fields
 
-    def emit(self, latent: Tensor, geometry: Tensor, head: Sequence[int] | None = None) -> Tensor:
+    def emit(
+        self, latent: Tensor, geometry: Tensor, unit: Tensor | float = 1.0, head: Sequence[int] | None = None
+    ) -> Tensor:
         """What the decoder network emits, ``[B, C, X, Y, Z]``: scalars, and of every solenoidal vector a face field
-        whose divergence-free part is meant; zero where a field does not exist."""
+        whose divergence-free part is meant; zero where a field does not exist. Arguments as `encode`."""
         head = self.head(geometry) if head is None else head
         mean, std = self._latent_statistics(head)
         latent = latent * std + mean
         correction: Tensor = self.decoder(latent.to(self.encoder.out.weight.dtype), geometry)
-        emitted = self.basis.decode(latent, head) + correction
+        emitted = (self.basis.decode(latent, head) + correction) * unit
         return emitted * self.exists(geometry) if self.masked or self.optional else emitted
 
     def potentials(self, emitted: Tensor, domain: Domain) -> dict[str, Potential]:
@@ -291,7 +303,8 @@ class Tokenizer(nn.Module):
             Round the potential to a lattice, so that the stored float32 divergence is bitwise zero.
         """
         labels: list[int] = index.tolist()
-        emitted = self.emit(latent, geometry, self._heads(domains, labels))
+        unit = self.units(domains, labels, latent.device)
+        emitted = self.emit(latent, geometry, unit, self._heads(domains, labels))
         groups = Groups(labels, emitted.device)
         return groups.join([self.assemble(rows, domains[i], exact=exact) for i, rows in groups.split(emitted)])
 
@@ -303,7 +316,9 @@ class Tokenizer(nn.Module):
         self, fields: Tensor, geometry: Tensor, domains: Sequence[Domain], index: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Reconstruction and latents, for training."""
-        latent = self.encode(fields, geometry, self._heads(domains, index.tolist()))
+        labels: list[int] = index.tolist()
+        unit = self.units(domains, labels, fields.device)
+        latent = self.encode(fields, geometry, unit, self._heads(domains, labels))
         return self.decode(latent, geometry, domains, index), latent
 
 

@@ -31,6 +31,9 @@ class Domain:
         Fields of two dimensions, as equal layers along z; vectors have no third component.
     time_step : float, optional
         From frame to frame of the files, in their units; None where it varies.
+    units : tuple of (str, tuple of float)
+        Of each field that changes, the standard deviation of its components in model units over the training data: what
+        an error of a component is relative to, and what a tokenizer sees it in. One where nothing is said.
     """
 
     boundary: tuple[Boundary, Boundary, Boundary]
@@ -39,6 +42,7 @@ class Domain:
     floors: tuple[tuple[str, float], ...] = ()
     flat: bool = False
     time_step: float | None = None
+    units: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
     @property
     def absent(self) -> tuple[str, ...]:
@@ -51,6 +55,7 @@ class Domain:
         return x, y, z
 
     def to_dict(self) -> dict[str, Any]:
+        units = {"units": {name: list(values) for name, values in self.units}} if self.units else {}
         return {
             "boundary": list(self.boundary),
             "lengths": list(self.lengths),
@@ -58,13 +63,15 @@ class Domain:
             "floors": dict(self.floors),
             "flat": self.flat,
             "time_step": self.time_step,
+            **units,
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Domain:
         presence, floors = (tuple(values.get(key, {}).items()) for key in ("presence", "floors"))
         flat, time_step = bool(values.get("flat", False)), values.get("time_step")
-        return cls(tuple(values["boundary"]), tuple(values["lengths"]), presence, floors, flat, time_step)
+        units = tuple((name, tuple(map(float, given))) for name, given in values.get("units", {}).items())
+        return cls(tuple(values["boundary"]), tuple(values["lengths"]), presence, floors, flat, time_step, units)
 
 
 def existing_channels(fields: Sequence[Field], domain: Domain, ndim: int = 3) -> dict[str, slice]:
@@ -78,6 +85,17 @@ def existing_channels(fields: Sequence[Field], domain: Domain, ndim: int = 3) ->
     if domain.flat and ndim == 3:
         slices = {n: slice(s.start, s.stop - (kinds[n] == "vector")) for n, s in slices.items()}
     return slices
+
+
+def channel_units(fields: Sequence[Field], domains: Sequence[Domain]) -> Tensor:
+    """`Domain.units` of the channels of three-dimensional fields in each domain, ``[R, C]``."""
+    slices = field_slices(fields)
+    units = torch.ones(len(domains), sum(f.num_components(3) for f in fields))
+    for row, domain in zip(units, domains, strict=True):
+        for name, values in domain.units:
+            if name in slices:
+                row[slices[name]] = torch.tensor(values)
+    return units
 
 
 def add_walls(static: Tensor, domain: Domain) -> Tensor:

@@ -41,11 +41,18 @@ class FieldNormalizer:
         Space dimensions.
     constants : mapping
         ``{regime: {field: (mean, scale)}}``; the order of the regimes is that of their numbers.
+    units : mapping, optional
+        ``{regime: {field: standard deviation of each component, normalised}}``, for `Domain.units`.
     """
 
     def __init__(
-        self, fields: Sequence[Field], ndim: int, constants: Mapping[str, Mapping[str, tuple[float, float]]]
+        self,
+        fields: Sequence[Field],
+        ndim: int,
+        constants: Mapping[str, Mapping[str, tuple[float, float]]],
+        units: Mapping[str, Mapping[str, tuple[float, ...]]] | None = None,
     ) -> None:
+        self.units = {regime: dict((units or {}).get(regime, {})) for regime in constants}
         self.fields = tuple(f for f in fields if not f.static)
         self.static = tuple(f for f in fields if f.static)
         self.ndim = ndim

@@ -202,7 +202,8 @@ class Space:
     @cached_property
     def normalizer(self) -> FieldNormalizer:
         """The same constants, as what applies them."""
-        return FieldNormalizer(self.fields, self.ndim, {r.name: self.constants(n) for n, r in enumerate(self.regimes)})
+        constants = {r.name: self.constants(n) for n, r in enumerate(self.regimes)}
+        return FieldNormalizer(self.fields, self.ndim, constants, {r.name: dict(r.domain.units) for r in self.regimes})
 
     def to_model(self, values: Tensor, regime: int | str | Tensor, static: Tensor | None = None) -> Tensor:
         """Physical -> model units; arguments as `FieldNormalizer.normalize`, static fields as they are stored."""

@@ -167,7 +167,8 @@ def domain_of(source: RegimeSource, normalizer: FieldNormalizer) -> Domain:
         if f.positive and f.name in scaled
     ]
     presence = tuple((f.name, f.name in present) for f in optional)
-    return Domain((bx, by, bz), (x, y, z), presence, tuple(floors), flat, source.time_step)
+    units = tuple(normalizer.units[source.name].items())
+    return Domain((bx, by, bz), (x, y, z), presence, tuple(floors), flat, source.time_step, units)
 
 
 def _box(source: RegimeSource) -> tuple[tuple[Boundary, ...], tuple[float, ...]]:

@@ -93,14 +93,15 @@ def load_tokenizer(config: RunConfig) -> TrainedTokenizer:
 
 def normalizer_for(config: RunConfig, trained: TrainedTokenizer, choose: Choose | None = None) -> FieldNormalizer:
     """The tokenizer's constants, with the regimes of this run in their order; of unseen regimes, their own."""
-    known = trained.space.normalizer.constants
+    theirs = trained.space.normalizer
+    known, units = theirs.constants, theirs.units
     unseen = tuple(r for r in config.data.regimes if r.name not in known)
     if unseen:
         data = config.data.model_copy(update={"regimes": unseen})
         own = open_regimes(config.model_copy(update={"data": data}), choose=choose)
-        known = {**known, **own.normalizer.constants}
+        known, units = {**known, **own.normalizer.constants}, {**units, **own.normalizer.units}
     constants = {r.name: known[r.name] for r in config.data.regimes}
-    return FieldNormalizer([f.build() for f in config.data.fields], 3, constants)
+    return FieldNormalizer([f.build() for f in config.data.fields], 3, constants, units)
 
 
 @ieee_float32()

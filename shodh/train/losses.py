@@ -78,22 +78,32 @@ def _relative_square(error: Tensor, target: Tensor, floor: float) -> Tensor:
     return error.square().flatten(1).mean(1) / (target.square().flatten(1).mean(1) + floor)
 
 
-KINDS = ("relative_l2", "gradient", "spectral")
+def _relative_variance(error: Tensor, target: Tensor, floor: float) -> Tensor:
+    """Mean square of an error over the variance of its target by channel, ``[B, C, ...] -> [B]``: their mean."""
+    deviation = target - target.flatten(2).mean(2).view(*target.shape[:2], *(1,) * (target.ndim - 2))
+    return (error.square().flatten(2).mean(2) / (deviation.square().flatten(2).mean(2) + floor)).mean(1)
+
+
+KINDS = ("vrmse", "relative_l2", "gradient", "spectral")
 
 
 def reconstruction_terms(
     prediction: Tensor, target: Tensor, fields: Sequence[Field], kinds: Collection[str] = KINDS
 ) -> dict[str, Tensor]:
-    """Squared relative errors by field, ``[B]`` each: ``relative_l2/<f>``, ``gradient/<f>``, ``spectral/<f>``.
+    """Squared relative errors by field, ``[B]`` each: ``vrmse/<f>``, ``relative_l2/<f>``, and so on of `KINDS`.
 
-    Each term is relative to the same measure of the target (normalised fields, floor 1e-2), so that no regime and no
-    field outweighs another. ``gradient`` is of one-sided differences, ``spectral`` of log magnitudes of the discrete
-    Fourier transform.
+    Each term is relative to the same measure of the target (floor 1e-2), so that no regime and no field outweighs
+    another: ``vrmse`` to the variance in space, component by component, as The Well has it, so that neither a mean flow
+    nor a strong component hides the error of a weak one. ``gradient`` is of one-sided differences, ``spectral`` of log
+    magnitudes of the discrete Fourier transform. Fields are given in units of their components
+    (`shodh.schema.domain.channel_units`).
     """
     floor = 1e-2
     terms = {}
     for name, channels in field_slices(fields).items():
         u, v = prediction[:, channels], target[:, channels]
+        if "vrmse" in kinds:
+            terms[f"vrmse/{name}"] = _relative_variance(u - v, v, floor)
         if "relative_l2" in kinds:
             terms[f"relative_l2/{name}"] = _relative_square(u - v, v, floor)
         if "gradient" in kinds:

@@ -60,7 +60,7 @@ def inherited_normalizer(config: RunConfig, init_from: Path) -> FieldNormalizer:
     if ours != theirs:
         raise CheckpointError(f"{init_from} was trained on the fields {theirs}, and this run has {ours}")
     constants = {name: space.constants(space.number(name)) for name in names}
-    return FieldNormalizer([f.build() for f in config.data.fields], space.ndim, constants)
+    return FieldNormalizer([f.build() for f in config.data.fields], space.ndim, constants, space.normalizer.units)
 
 
 def _space_of_weights(config: RunConfig, weights: Path) -> Space | None:

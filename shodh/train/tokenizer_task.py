@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shodh.config import RunConfig
 from shodh.data import Split, WindowDataset
-from shodh.schema.domain import Domain, describe_domain
+from shodh.schema.domain import Domain, channel_units, describe_domain
 from shodh.train.datasets import Regimes
 from shodh.train.losses import reconstruction_loss, reconstruction_terms, weigh_fields, weighted_kinds
 from shodh.train.metrics import Metrics
@@ -48,6 +48,7 @@ class TokenizerTask:
         self.regimes = regimes
         self.loss_config = config.tokenizer.loss
         self._geometry = Geometry(regimes.domains)
+        self._unit = channel_units(regimes.dynamic, regimes.domains)
 
     def start_step(self) -> None:
         """Nothing is carried from one micro-batch to the next."""
@@ -56,7 +57,14 @@ class TokenizerTask:
         fields, index = batch["fields"][:, 0], batch["sample"][:, 0]
         geometry = self._geometry(batch["static"], index)
         prediction, latent = model(fields, geometry, self.regimes.domains, index)
-        return reconstruction_terms(prediction, fields, self.regimes.dynamic, kinds), latent
+        unit = self._units(batch["regime"]).view(*fields.shape[:2], 1, 1, 1)
+        return reconstruction_terms(prediction / unit, fields / unit, self.regimes.dynamic, kinds), latent
+
+    def _units(self, regime: Tensor) -> Tensor:
+        """What the error of a component is relative to, ``[B, C]``."""
+        if self._unit.device != regime.device:  # Once.
+            self._unit = self._unit.to(regime.device)
+        return self._unit[regime]
 
     def loss(self, model: Any, batch: Batch, step: int) -> Outcome:
         terms, latent = self._terms(model, batch, weighted_kinds(self.loss_config))
@@ -68,10 +76,10 @@ class TokenizerTask:
 
     def measured(self, model: Any, batch: Batch) -> Measured:
         """Held-out errors by field, of the samples that have it."""
-        terms, _ = self._terms(model, batch, ["relative_l2"])
+        terms, _ = self._terms(model, batch, ["vrmse"])
         presence, regime = self.regimes.presence(batch["regime"]) > 0, batch["regime"]
         errors = {}
         for number, field in enumerate(self.regimes.dynamic):
-            there, values = presence[:, number], terms[f"relative_l2/{field.name}"]
-            errors[f"relative_square/{field.name}"] = (values[there], regime[there])
+            there, values = presence[:, number], terms[f"vrmse/{field.name}"]
+            errors[f"vrmse_square/{field.name}"] = (values[there], regime[there])
         return Measured(errors)

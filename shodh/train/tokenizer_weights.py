@@ -50,7 +50,8 @@ def fit_basis(model: Tokenizer, regimes: Regimes, frames: int = 64, patches: int
         for index, (number, item) in enumerate(training_frames(regimes, frames)):
             geometry = add_walls(item["static"][None], regimes.domains[number])
             (head,) = model.head(geometry)
-            fields = model.fill(item["fields"], geometry)[:, model.basis.channels[head]]
+            unit = model.units(regimes.domains, [number], geometry.device)
+            fields = (model.fill(item["fields"], geometry) / unit)[:, model.basis.channels[head]]
             rows = PatchBasis.patches(fields).flatten(2)[0].T
             # Each frame begins elsewhere: the step divides the grid, and would meet the same places in all of them.
             chosen.setdefault(head, []).append(rows[index % step :: step])
@@ -75,7 +76,7 @@ def _with_latent_statistics(
     parts: dict[int, list[Tensor]] = {}
     for number, item in training_frames(regimes, 128):
         geometry = add_walls(item["static"][None].to(device), regimes.domains[number])
-        latent = model.encode(item["fields"].to(device), geometry)
+        latent = model.encode(item["fields"].to(device), geometry, model.units(regimes.domains, [number], device))
         parts.setdefault(model.head(geometry)[0], []).append(latent[0].flatten(1).cpu())
     values = [torch.cat(parts[head], 1).double() for head in range(len(parts))]
     mean, std = (torch.stack(rows).float() for rows in ([v.mean(1) for v in values], [v.std(1) for v in values]))

@@ -284,11 +284,13 @@ def test_rollout_of_physical_fields_is_what_the_evaluation_computes(
         static = (torch.rand(1, model.num_static, *model.grid, generator=draw) < 0.3).float()
         normal = evaluator.regimes.normalizer.normalize(fields, regime, static)
         domain = evaluator.regimes.domains[number]
-        geometry = add_walls(static, domain)
+        geometry, tokenizer = add_walls(static, domain), evaluator.tokenizer
+        unit = tokenizer.units([domain], [0], fields.device)
+        assert 0.03 < float(unit[0, :3].max() / unit[0, :3].min()) ** -1 < 1, "components of different size"
         with torch.no_grad():
-            latents = torch.stack([evaluator.tokenizer.encode(normal[:, t], geometry) for t in range(model.history)], 1)
+            latents = torch.stack([tokenizer.encode(normal[:, t], geometry, unit) for t in range(model.history)], 1)
             following = evaluator.operator(latents, static_features(geometry)).latent
-            decoded = evaluator.tokenizer.assemble(evaluator.tokenizer.emit(following, geometry), domain)
+            decoded = tokenizer.assemble(tokenizer.emit(following, geometry, unit), domain)
         expected = evaluator.regimes.normalizer.denormalize(decoded, regime, static)
         # Two ways to the same numbers: a library may order the sums of one of them differently.
         torch.testing.assert_close(model.predict(fields, static, regime), expected, rtol=1e-5, atol=1e-5)

@@ -20,7 +20,7 @@ from shodh.data import (
     write_stats,
     write_trajectories,
 )
-from shodh.data.normalize import fit_normalizer, normalizer_from_statistics, power_of_two
+from shodh.data.normalize import component_units, fit_normalizer, normalizer_from_statistics, power_of_two
 from shodh.core.errors import DataError
 from shodh.schema.fields import Field
 
@@ -208,3 +208,14 @@ def test_normalising_in_place_gives_the_same_bits_for_any_strides():
     for tensor in (values.clone(), strided):
         normalizer.normalize_(tensor, "box")
         assert torch.equal(tensor, expected)
+
+
+def test_units_are_the_deviations_of_components_in_normalised_fields() -> None:
+    fields = [Field("velocity", "vector"), Field("tracer"), Field("heat")]
+    std = {"velocity": [4.0, 1.0, 1e-9], "tracer": 3.0, "heat": 0.0}
+    constants = {"velocity": (0.0, 16.0), "tracer": (7.0, 3.0), "heat": (1.0, 0.0)}
+    least = (17 / 3) ** 0.5 / 16 / 30  # Of nothing but rounding; of two dimensions that are read with a third.
+    expected = {"velocity": pytest.approx((0.25, 0.0625, least)), "tracer": (1.0,)}
+    assert component_units(fields, 3, std, constants) == expected
+    assert component_units(fields, 3, {**std, "velocity": [4.0, 1.0]}, constants) == expected
+    assert component_units(fields[:1], 3, {"velocity": [0.0, 0.0, 0.0]}, constants) == {}

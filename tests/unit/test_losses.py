@@ -74,13 +74,13 @@ def test_gradient_term_sees_what_the_spectrum_of_an_offset_does_not() -> None:
 
 def test_loss_is_the_weighted_mean_over_fields() -> None:
     terms = reconstruction_terms(*pair(), DYNAMIC)
-    weights = TokenizerLoss(relative_l2=2.0, gradient=0.5, spectral=0.25)
+    weights = TokenizerLoss(vrmse=3.0, relative_l2=2.0, gradient=0.5, spectral=0.25)
     expected = sum(
         w * 0.5 * (terms[f"{kind}/tracer"].mean() + terms[f"{kind}/velocity"].mean())
-        for kind, w in (("relative_l2", 2.0), ("gradient", 0.5), ("spectral", 0.25))
+        for kind, w in (("vrmse", 3.0), ("relative_l2", 2.0), ("gradient", 0.5), ("spectral", 0.25))
     )
     torch.testing.assert_close(reconstruction_loss(terms, weights), expected)
-    only = reconstruction_loss(terms, TokenizerLoss(relative_l2=1.0, gradient=0.0, spectral=0.0))
+    only = reconstruction_loss(terms, TokenizerLoss(vrmse=0.0, relative_l2=1.0, gradient=0.0))
     torch.testing.assert_close(only, 0.5 * (terms["relative_l2/tracer"].mean() + terms["relative_l2/velocity"].mean()))
 
 
@@ -104,3 +104,21 @@ def test_relative_error_by_channel_is_that_of_each_channel_and_bounded_at_rest()
             assert float(found[b, c]) == pytest.approx(float(error[b, c].norm() / target[b, c].norm()), rel=1e-4)
     at_rest = relative_l2_by_channel(error, torch.zeros_like(target), floor=0.01)
     torch.testing.assert_close(at_rest, error.square().mean((2, 3)).sqrt() / 0.01, rtol=1e-4, atol=0)
+
+
+def test_vrmse_term_is_the_square_of_the_measure_and_blind_to_a_mean_flow() -> None:
+    """A mean flow of ten, as of a channel, would make the relative L2 error of what moves in it a hundredth."""
+    prediction, target = pair()
+    still = reconstruction_terms(prediction, target, DYNAMIC, ["vrmse"])["vrmse/tracer"]
+    expected = vrmse(prediction[:, :1], target[:, :1]).square()
+    torch.testing.assert_close(still, expected, rtol=0.03, atol=0)  # The floor.
+    flow = torch.zeros(1, 4, 1, 1, 1)
+    flow[:, 1] = 10.0
+    terms, moved = (reconstruction_terms(prediction + f, target + f, DYNAMIC) for f in (0 * flow, flow))
+    torch.testing.assert_close(moved["vrmse/velocity"], terms["vrmse/velocity"], rtol=1e-4, atol=0)
+    assert (moved["relative_l2/velocity"] < 0.1 * terms["relative_l2/velocity"]).all()
+    weak = torch.tensor([1.0, 1.0, 0.1, 0.03]).view(1, 4, 1, 1, 1)
+    wrong = torch.cat((target[:, :3], prediction[:, 3:]), 1)  # One component alone is wrong, and it is the weakest.
+    unit = reconstruction_terms(wrong, target, DYNAMIC, ["vrmse"])["vrmse/velocity"]
+    scaled = reconstruction_terms(wrong * weak / weak, target * weak / weak, DYNAMIC, ["vrmse"])["vrmse/velocity"]
+    torch.testing.assert_close(scaled, unit, rtol=1e-4, atol=0)

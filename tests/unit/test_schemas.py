@@ -209,7 +209,7 @@ def test_loss_weighs_samples_alike_and_ignores_absent_fields() -> None:
     assert not prediction.grad[0, 3:6].any() and not prediction.grad[1, :6].any()
     assert prediction.grad[0, :3].any() and prediction.grad[1, 6].any()
     terms = reconstruction_terms(prediction, target, DYNAMIC)
-    kinds = {"relative_l2": weights.relative_l2, "gradient": weights.gradient, "spectral": weights.spectral}
+    kinds = {"vrmse": weights.vrmse, "gradient": weights.gradient, "spectral": weights.spectral}
     expected = sum(
         w * 0.5 * (0.5 * (terms[f"{k}/velocity"][0] + terms[f"{k}/dye"][0]) + terms[f"{k}/dye"][1])
         for k, w in kinds.items()
@@ -228,7 +228,7 @@ def test_open_ends_are_marked_with_the_other_sign() -> None:
 
 
 def test_domain_with_all_it_says_survives_json() -> None:
-    full = domain(SCHEMAS[0], floors=(("dye", -0.5),), flat=True)
+    full = domain(SCHEMAS[0], floors=(("dye", -0.5),), flat=True, units=(("velocity", (0.5, 0.25, 0.1)),))
     assert Domain.from_dict(full.to_dict()) == full and full.absent == ("magnetic_field",)
 
 
@@ -327,3 +327,21 @@ def test_mean_changes_are_what_persistence_loses_and_have_a_floor() -> None:
     assert float(found[2]) == pytest.approx(0.01 * float(found[0]))
     with pytest.raises(DataError, match="frozen: nothing changes"):
         mean_changes([fast, windows(0.0)], ["fast", "frozen"])
+
+
+def test_tokenizer_sees_components_in_their_units(model: Tokenizer) -> None:
+    """Fields of another size with the units of that size have the same latents, and come back in their own size."""
+    units = (("velocity", (0.5, 0.25, 4.0)), ("dye", (2.0,)))
+    plain, sized = domain(SCHEMAS[0]), domain(SCHEMAS[0], units=units)
+    fields, geometry = batch([0])
+    unit = model.units([plain, sized], [1], fields.device)
+    assert unit.flatten().tolist() == [0.5, 0.25, 4.0, 1.0, 1.0, 1.0, 2.0]
+    latent = model.encode(fields, geometry)
+    torch.testing.assert_close(model.encode(fields * unit, geometry, unit), latent, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.emit(latent, geometry, unit), model.emit(latent, geometry) * unit)
+    both = torch.cat((fields, fields * unit)), torch.cat((geometry, geometry))
+    decoded, latents = model(*both, [plain, sized], torch.tensor([0, 1]))
+    torch.testing.assert_close(latents[0], latents[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(decoded[1, 6], 2.0 * decoded[0, 6], rtol=1e-3, atol=1e-4)
+    found = divergence(decoded[:, :3], spacing=relative_spacing(plain, GRID), boundary=plain.boundary)
+    assert float(found.detach().abs().max()) < 1e-4 * float(decoded.detach().abs().max())
