@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from shodh.config.base import Layers, Many, Section, Weight, Width
+from shodh.config.base import Layers, Many, PositiveInt, Section, Weight, Width
 from shodh.config.experts import ExpertsConfig
 from shodh.config.training import TrainConfig
 
@@ -42,6 +42,15 @@ class OperatorConfig(Section):
         "mse",
         description="error of a sample as it is, over the mean change of its regime in one step, or its norm over that "
         "of the target, by channel (of fields alone)",
+    )
+    metric: Literal["variance", "whitened", "decoded"] = Field(
+        "variance",
+        description="what an error of latents is measured by: each channel weighted by its variance before whitening, "
+        "close to the error of the decoded fields; whitened: all channels alike; decoded: the fields themselves, in "
+        "every decoded_every-th step, and variance in the others; fields have no other metric than their own",
+    )
+    decoded_every: PositiveInt = Field(
+        4, description="metric decoded: steps from one whose loss goes through the decoder to the next; 1: all do"
     )
     input_noise: Weight = Field(
         0.0, description="standard deviation added to the normalised history; of fields: times each channel's rms"
@@ -88,6 +97,10 @@ class OperatorConfig(Section):
             raise ValueError(f"field.mlp={self.field.mlp} must be a multiple of 16")
         if self.random_shifts:
             raise ValueError("random_shifts are of latents: a force fixed in space would not move with the fields")
+        if self.metric != "variance":
+            raise ValueError(
+                f"metric {self.metric} is of latents; kind {self.kind} has that of its fields: leave it out"
+            )
         if self.loss == "over_persistence":
             raise ValueError("loss over_persistence is of latents; fields have mse or relative_l2")
         if self.kind == "fno" and self.modes is None:

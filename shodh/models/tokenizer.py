@@ -291,11 +291,11 @@ class Tokenizer(nn.Module):
             Round the potential to a lattice, so that the stored float32 divergence is bitwise zero.
         """
         labels: list[int] = index.tolist()
-        emitted = self.emit(latent, geometry, self._heads(domains, labels))
+        emitted = self.emit(latent, geometry, self.heads(domains, labels))
         groups = Groups(labels, emitted.device)
         return groups.join([self.assemble(rows, domains[i], exact=exact) for i, rows in groups.split(emitted)])
 
-    def _heads(self, domains: Sequence[Domain], labels: Sequence[int]) -> list[int]:
+    def heads(self, domains: Sequence[Domain], labels: Sequence[int]) -> list[int]:
         """`head` of samples that live in these domains."""
         return [self._head(tuple(there for _, there in domains[i].presence)) for i in labels]
 
@@ -303,7 +303,7 @@ class Tokenizer(nn.Module):
         self, fields: Tensor, geometry: Tensor, domains: Sequence[Domain], index: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Reconstruction and latents, for training."""
-        latent = self.encode(fields, geometry, self._heads(domains, index.tolist()))
+        latent = self.encode(fields, geometry, self.heads(domains, index.tolist()))
         return self.decode(latent, geometry, domains, index), latent
 
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from shodh.config import RunConfig
 from shodh.data import Split, WindowDataset
 from shodh.data.loader import SampleDataset
+from shodh.models.tokenizer import Tokenizer
 from shodh.train.datasets import Regimes
+from shodh.train.latent_metric import ReadStatic
 from shodh.train.losses import mean_over, relative_l2_by_channel
 from shodh.train.operator_task import OperatorTask
 from shodh.train.trainer import Batch
@@ -57,6 +59,14 @@ class FieldTask(OperatorTask):
         return history.square().mean(axes, keepdim=True).sqrt()
 
 
-def operator_task(config: RunConfig, regimes: Regimes, training: Sequence[SampleDataset]) -> OperatorTask:
-    """What an operator learns, on fields or on latents."""
-    return (OperatorTask if config.has_tokenizer else FieldTask)(config, regimes, training)
+def operator_task(
+    config: RunConfig,
+    regimes: Regimes,
+    training: Sequence[SampleDataset],
+    tokenizer: Tokenizer | None = None,
+    read_static: ReadStatic | None = None,
+) -> OperatorTask:
+    """What an operator learns, on fields or on latents; arguments as `OperatorTask`."""
+    if not config.has_tokenizer:
+        return FieldTask(config, regimes, training)
+    return OperatorTask(config, regimes, training, tokenizer, read_static)

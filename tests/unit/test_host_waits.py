@@ -100,7 +100,10 @@ def take_step(task: Task, model: nn.Module, batch: Batch, device: torch.device) 
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_of_an_operator_reads_nothing_from_its_device(case: str) -> None:
     config = configuration(CASES[case])
-    task = operator_task(config, regimes_of(config), [])
+    tokenizer = build_tokenizer(config).to_empty(device=META) if config.has_tokenizer else None
+    task = operator_task(
+        config, regimes_of(config), [], tokenizer, lambda samples: torch.zeros(len(samples), 1, 16, 16, 16)
+    )
     batch = batch_of(fields=(3, 5, 16, 16, 16), static=(1, 16, 16, 16))
     if config.has_tokenizer:
         batch = batch_of(latents=(3, 8, 2, 2, 2), static=(num_static_features(1, 1), 2, 2, 2))

@@ -39,10 +39,10 @@ class Probe:
 
     def __init__(self, config: RunConfig, device: torch.device, normalised_by: RunFolder | None = None) -> None:
         self.config, self.device = config, device
-        self.regimes, _, self._open = open_data(config, normalised_by, device)
+        self.regimes, trained, self._open = open_data(config, normalised_by, device)
         train, experts = config.operator.train, config.operator.experts
         training, topology = self._open("train"), plan_topology(1, 1, experts.num_experts, train.global_batch)
-        self.task = operator_task(config, self.regimes, training)
+        self.task = operator_task(config, self.regimes, training, None if trained is None else trained.model)
         self._loader = mixture_loader(training, config, topology, config.seed)
 
     @property
