@@ -7,7 +7,7 @@ evaluation and every tool read the same text. Paths are relative to the working 
 from shodh.config.base import FileFormat, Section
 from shodh.config.data import DataConfig, FieldConfig, RegimeConfig
 from shodh.config.experts import BalanceConfig, ExpertsConfig
-from shodh.config.operator import FieldSpaceConfig, OperatorConfig
+from shodh.config.operator import FieldSpaceConfig, OperatorConfig, UnrollConfig
 from shodh.config.reading import apply_overrides, config_from_dict, dump_config, load_config, to_dict
 from shodh.config.routers import RouterConfig, TemperatureSchedule
 from shodh.config.run import EvaluationConfig, FamilyConfig, FinetuneConfig, ParallelConfig, RunConfig
@@ -34,6 +34,7 @@ __all__ = [
     "TokenizerConfig",
     "TokenizerLoss",
     "TrainConfig",
+    "UnrollConfig",
     "apply_overrides",
     "config_from_dict",
     "dump_config",

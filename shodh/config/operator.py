@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,18 @@ class FieldSpaceConfig(Section):
         description="dpot, moe_pot: outputs of the published classification head, which no loss uses; 0: none",
     )
     residual: bool = Field(False, description="predict the change since the last frame; published models do not")
+
+
+class UnrollConfig(Section):
+    """Training steps through the model's own forecasts: windows hold ``steps`` frames to be predicted, not one."""
+
+    steps: Annotated[int, Field(gt=0, le=64)] = Field(
+        1, description="forecasts in a row, each from the last ones; the loss is the mean of their errors"
+    )
+    gradient: Literal["full", "pushforward"] = Field(
+        "full",
+        description="through all forecasts, or of each by itself, its input taken as given (Brandstetter et al. 2022)",
+    )
 
 
 class OperatorConfig(Section):
@@ -52,6 +64,7 @@ class OperatorConfig(Section):
     decoded_every: PositiveInt = Field(
         4, description="metric decoded: steps from one whose loss goes through the decoder to the next; 1: all do"
     )
+    unroll: UnrollConfig = UnrollConfig()
     input_noise: Weight = Field(
         0.0, description="standard deviation added to the normalised history; of fields: times each channel's rms"
     )

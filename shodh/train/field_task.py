@@ -11,7 +11,7 @@ from shodh.config import RunConfig
 from shodh.data import Split, WindowDataset
 from shodh.data.loader import SampleDataset
 from shodh.models.tokenizer import Tokenizer
-from shodh.train.datasets import Regimes
+from shodh.train.datasets import Regimes, name_short, training_horizon
 from shodh.train.latent_metric import ReadStatic
 from shodh.train.losses import mean_over, relative_l2_by_channel
 from shodh.train.operator_task import OperatorTask
@@ -20,6 +20,8 @@ from shodh.train.trainer import Batch
 
 def open_windows(config: RunConfig, regimes: Regimes, split: Split, horizon: int = 1) -> list[WindowDataset]:
     """Windows of ``history`` frames and the ``horizon`` next ones, a dataset a regime."""
+    if 1 < horizon == training_horizon(config, split):  # Windows of one step name those that are too short.
+        name_short(config, regimes, split, horizon)
     return [
         WindowDataset(
             source,

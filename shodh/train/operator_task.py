@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from shodh.models.forecaster import Forecaster
 from shodh.models.operator import OperatorOutput
 from shodh.models.tokenizer import PATCH, Tokenizer
 from shodh.moe.balance import GlobalBalance
+from shodh.moe.routing import join_decisions
 from shodh.moe.step import router_arguments
 from shodh.train.datasets import Regimes
 from shodh.train.latent_metric import DecodedError, ReadStatic, channel_weights, static_reader, weighted_square
@@ -64,8 +66,8 @@ class OperatorTask:
         self.measure = "mse"
         self._weights: Tensor | None = None  # of the channels in each regime
         self._decoded: DecodedError | None = None
-        if self.space == "latent" and self.operator.metric != "whitened":
-            assert tokenizer is not None, "its statistics are the weights"
+        assert (tokenizer is None) == (self.space == "field")
+        if tokenizer is not None and self.operator.metric != "whitened":
             self.measure, self._weights = "nmse", channel_weights(tokenizer, regimes.domains)
         if tokenizer is not None and self.operator.metric == "decoded":
             self._decoded = DecodedError(regimes.space, tokenizer, read_static or static_reader(regimes, "train"))
@@ -171,29 +173,56 @@ class OperatorTask:
 
     def loss(self, model: Any, batch: Batch, step: int) -> Outcome:
         regime = batch["regime"]
-        latents, static, shifts = self._shift(batch, step)
-        history, target = latents[:, : self.history], latents[:, self.history]
-        told = router_arguments(self.operator.experts, regime, sample_names(batch), self.config.seed, step)
-        output = model(self._noise(history, batch, step), static, **told)
+        frames, static, shifts = self._shift(batch, step)
+        history, targets = frames[:, : self.history], frames[:, self.history :]
+        outputs = self._unrolled(model, self._noise(history, batch, step), static, batch, step)
         # Logged steps are multiples: there the error of decoded fields is reported, too.
         decoded = self._decoded is not None and (step + 1) % self.operator.decoded_every == 0
-        error = self._error_of(batch, static, shifts, decoded)(output.latent, target)
-        reported = error.detach() if not decoded else self._errors(output.latent.detach(), target, regime, static)
-        persistence = self._errors(history[:, -1], target, regime, static)
-        metrics: Metrics = {
-            f"train/{self.space}_{self.measure}": (reported.mean(), "mean"),
-            "train/over_persistence": (reported.mean() / persistence.mean(), "mean"),
-        }
-        if decoded:
-            metrics["train/decoded_mse"] = (error.detach().mean(), "mean")
+        measure = self._error_of(batch, static, shifts, decoded)
+        errors = [measure(o.latent, target) for o, target in zip(outputs, targets.unbind(1), strict=True)]
+        error = torch.stack(errors).mean(0)
+        metrics = self._reported(errors, outputs[0].latent, frames, regime, static, decoded)
         loss = (error / self._changes[decoded].to(error.device)[regime] if self._changes else error).mean()
-        if output.routing:
-            config, terms = self.operator.experts.balance, self.balance(output.routing)
+        routing = outputs[0].routing
+        if routing:
+            joined = [join_decisions(layer) for layer in zip(*(o.routing for o in outputs), strict=True)]
+            config, terms = self.operator.experts.balance, self.balance(joined)
             balance = terms.weighted(config)
             loss = loss + balance
             metrics["train/balance_loss"] = (balance.detach(), "mean")
             metrics |= {f"moe/{name}": (value.detach(), "mean") for name, value in terms.reported(config).items()}
-        return Outcome(loss, error.detach(), metrics, output.routing)
+        return Outcome(loss, error.detach(), metrics, routing)
+
+    def _unrolled(self, model: Any, history: Tensor, static: Tensor, batch: Batch, step: int) -> list[OperatorOutput]:
+        """The forecasts that the loss is made of, one after the other; each draws router noise of its own."""
+        regime, names, unroll = batch["regime"], sample_names(batch), self.operator.unroll
+
+        def told(number: int) -> dict[str, Any]:
+            key = (self.config.seed, step, number) if number else (self.config.seed, step)
+            return router_arguments(self.operator.experts, regime, names, *key)
+
+        forecaster = Forecaster.of(self.config, self.regimes.space, model, self.tokenizer)
+        detach = unroll.gradient == "pushforward"
+        return list(islice(forecaster.unroll(history, static, regime, told=told, detach=detach), unroll.steps))
+
+    @torch.no_grad()
+    def _reported(
+        self, errors: Sequence[Tensor], first: Tensor, frames: Tensor, regime: Tensor, static: Tensor, decoded: bool
+    ) -> Metrics:
+        """Errors of one step, in the cheap metric whatever the loss is made of; beside them what else the loss has."""
+        target = frames[:, self.history]
+        one = self._errors(first, target, regime, static).mean() if decoded else errors[0].mean()
+        persistence = self._errors(frames[:, self.history - 1], target, regime, static).mean()
+        metrics: Metrics = {
+            f"train/{self.space}_{self.measure}": (one, "mean"),
+            "train/over_persistence": (one / persistence, "mean"),
+        }
+        if decoded:
+            metrics["train/decoded_mse"] = (errors[0].mean(), "mean")
+        if len(errors) > 1:
+            last = "decoded_mse" if decoded else f"{self.space}_{self.measure}"
+            metrics[f"train/{last}_step_{len(errors)}"] = (errors[-1].mean(), "mean")
+        return metrics
 
 
 def roll_samples(values: Tensor, shifts: Tensor) -> Tensor:

@@ -53,8 +53,11 @@ def _counted(config: RunConfig) -> int:
 
 
 def step_flops(config: RunConfig) -> int:
-    """Work of one optimiser step over all ranks: forward and backward of the global batch."""
-    return (1 + BACKWARD) * config.operator.train.global_batch * forward_flops(config)
+    """Work of one optimiser step over all ranks: forward and backward of the global batch, in every unrolled step.
+
+    Not that of a decoder that the loss passes through (`OperatorConfig.metric`): `shodh.train.rehearsal` counts it.
+    """
+    return (1 + BACKWARD) * config.operator.unroll.steps * config.operator.train.global_batch * forward_flops(config)
 
 
 def sample_inputs(config: RunConfig, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
