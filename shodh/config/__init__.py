@@ -8,7 +8,14 @@ from shodh.config.base import FileFormat, Section
 from shodh.config.data import DataConfig, FieldConfig, RegimeConfig
 from shodh.config.experts import BalanceConfig, ExpertsConfig
 from shodh.config.operator import FieldSpaceConfig, OperatorConfig, UnrollConfig
-from shodh.config.reading import apply_overrides, config_from_dict, dump_config, load_config, to_dict
+from shodh.config.reading import (
+    apply_overrides,
+    config_from_dict,
+    dump_config,
+    load_config,
+    load_kept_config,
+    to_dict,
+)
 from shodh.config.routers import RouterConfig, TemperatureSchedule
 from shodh.config.run import EvaluationConfig, FamilyConfig, FinetuneConfig, ParallelConfig, RunConfig
 from shodh.config.tokenizer import TokenizerConfig, TokenizerLoss
@@ -39,5 +46,6 @@ __all__ = [
     "config_from_dict",
     "dump_config",
     "load_config",
+    "load_kept_config",
     "to_dict",
 ]

@@ -177,13 +177,8 @@ def rehearse_operator(config: RunConfig, micro_batch: int, device: str = "meta")
         flops = plain.flops + (decoded.flops - plain.flops) // operator.decoded_every
         return Rehearsal(max(plain.saved, decoded.saved), max(plain.peak, decoded.peak), flops)
     space = operator_space(config)
-    states = {
-        "latents" if config.has_tokenizer else "fields": (
-            space.history + operator.unroll.steps,
-            space.channels,
-            *space.grid,
-        )
-    }
+    frames = space.history + operator.unroll.steps
+    states = {"latents" if config.has_tokenizer else "fields": (frames, space.channels, *space.grid)}
     relative = config.operator.loss == "over_persistence"  # To the data, which are not here.
     judged = config.operator.model_copy(update={"loss": "mse"}) if relative else config.operator
     task = operator_task(

@@ -47,7 +47,7 @@ class Probe:
 
     @property
     def measure(self) -> str:
-        """Name of the error, as in ``metrics.jsonl``: latent_mse, field_l2re or field_mse."""
+        """Name of the error, as in ``metrics.jsonl``: latent_nmse (or latent_mse), field_l2re or field_mse."""
         return f"{self.task.space}_{self.task.measure}"
 
     def batch(self, data: SampleDataset, rows: Sequence[int]) -> Batch:
