@@ -68,6 +68,14 @@ class OperatorConfig(Section):
     input_noise: Weight = Field(
         0.0, description="standard deviation added to the normalised history; of fields: times each channel's rms"
     )
+    noise_relative_to: Literal["state", "error"] = Field(
+        "state",
+        description="what input_noise multiplies: the state as above, or the rms of the model's own error in one step, "
+        "by sample and channel, for which it runs once more, without a gradient",
+    )
+    patch_jitter: bool = Field(
+        False, description="dpot, moe_pot: shift training samples against the grid of patches along periodic axes"
+    )
     random_shifts: bool = Field(True, description="shift training samples by whole latent cells along periodic axes")
     activation_checkpointing: bool | Literal["auto"] = Field(
         False, description="compute blocks again in the backward pass; auto: where the step would not fit otherwise"
@@ -80,6 +88,13 @@ class OperatorConfig(Section):
             self._check_field_space()
         elif self.loss == "relative_l2":
             raise ValueError("loss relative_l2 is of fields; a latent transformer has mse or over_persistence")
+        if self.noise_relative_to == "error" and not self.input_noise:
+            raise ValueError("noise_relative_to error needs input_noise, a multiple of that error: for example 1")
+        if self.patch_jitter and (self.kind not in ("dpot", "moe_pot") or self.patch == 1):
+            raise ValueError(
+                "patch_jitter is of dpot and moe_pot with a patch of several cells"
+                + ("; latents have random_shifts" if self.kind == "latent_transformer" else "")
+            )
         if self.kind not in ("fno", "unet") and self.dim % self.heads:
             raise ValueError(f"dim={self.dim} is not divisible by heads={self.heads}")
         rotary = self.position == "rotary" and self.kind == "latent_transformer" and self.mixer == "attention"

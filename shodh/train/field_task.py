@@ -48,12 +48,22 @@ class FieldTask(OperatorTask):
         return self.regimes.space.pad(batch["fields"], batch["static"], batch["regime"])
 
     def _errors(self, prediction: Tensor, target: Tensor, regime: Tensor, static: Tensor) -> Tensor:
-        exists, cells = self.regimes.space.exists(regime), self.regimes.space.cells(static, regime)
+        exists = self.regimes.space.exists(regime)
         if self.measure == "l2re":
-            by_channel = relative_l2_by_channel(prediction, target, exists=cells)
+            cells = self.regimes.space.cells(static, regime)
+            by_channel = torch.where(exists, relative_l2_by_channel(prediction, target, exists=cells), 0.0)
         else:
-            by_channel = mean_over((prediction - target).square(), cells, 2)
-        return torch.where(exists, by_channel, 0.0).sum(1) / exists.sum(1)
+            by_channel = self._channel_means((prediction - target).square(), regime, static)
+        return by_channel.sum(1) / exists.sum(1)
+
+    def _channel_means(self, values: Tensor, regime: Tensor, static: Tensor) -> Tensor:
+        """Mean over the cells that exist, zero in channels that do not: ``[B, C, *grid] -> [B, C]``."""
+        means = mean_over(values, self.regimes.space.cells(static, regime), 2)
+        return torch.where(self.regimes.space.exists(regime), means, 0.0)
+
+    def _reach(self, sizes: Sequence[int]) -> Sequence[int] | None:
+        """Less than a patch: the model meets every place of a patch, and a force fixed in space stays about there."""
+        return [self.operator.patch] * len(sizes) if self.operator.patch_jitter else None
 
     def _noise_scale(self, history: Tensor) -> Tensor:
         """Root mean square of each channel of each sample, as DPOT and MoE-POT scale their noise."""

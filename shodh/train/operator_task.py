@@ -128,30 +128,54 @@ class OperatorTask:
         """What the standard deviation of the input noise is relative to."""
         return 1.0
 
-    def _noise(self, history: Tensor, batch: Batch, step: int) -> Tensor:
-        """Input noise drawn by (seed, step, sample): the same on any number of ranks, and in a resumed run."""
-        std = self.operator.input_noise
+    @torch.no_grad()
+    def _error_scale(self, model: Any, frames: Tensor, static: Tensor, regime: Tensor) -> Tensor:
+        """Root mean square of the model's own error in one step by sample and channel, ``[B, 1, C, ...]``.
+
+        Taken anew in every step, not kept as a running mean: a resumed run has nothing to remember.
+        """
+        forecaster = Forecaster.of(self.config, self.regimes.space, model, self.tokenizer)
+        error = forecaster.step(frames[:, : self.history], static, regime).latent - frames[:, self.history]
+        square = self._channel_means(error.square(), regime, static)
+        return square.sqrt().view(len(error), 1, -1, *(1,) * (error.ndim - 2)).to(frames.dtype)
+
+    def _channel_means(self, values: Tensor, regime: Tensor, static: Tensor) -> Tensor:
+        """Mean over space, ``[B, C, ...] -> [B, C]``."""
+        return values.flatten(2).mean(2)
+
+    def _noise(self, model: Any, frames: Tensor, static: Tensor, batch: Batch, step: int) -> Tensor:
+        """The history with noise drawn by (seed, step, sample): the same on any ranks, and in a resumed run."""
+        std, history = self.operator.input_noise, frames[:, : self.history]
         if std == 0:
             return history
+        if self.operator.noise_relative_to == "error":
+            scale: Tensor | float = self._error_scale(model, frames, static, batch["regime"])
+        else:
+            scale = self._noise_scale(history)
         seeds = [stable_seed(self.config.seed, "noise", step, *name) for name in sample_names(batch)]
         drawn = normal(send(seeds, history.device), history.shape[1:])
-        return history + std * self._noise_scale(history) * drawn.to(history.dtype)
+        return history + std * scale * drawn.to(history.dtype)
 
-    def _shift(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Latents and static features, each sample rolled along the periodic axes of its domain, and by how much.
+    def _reach(self, sizes: Sequence[int]) -> Sequence[int] | None:
+        """Shifts along each axis are drawn from so many; None: nothing is shifted.
 
         The tokenizer commutes with shifts by whole latent cells, so a shifted sample is as true as the stored one.
         """
-        latents, static = self._windows(batch)
-        if not self.operator.random_shifts:
-            return latents, static, None
+        return sizes if self.operator.random_shifts else None
+
+    def _shift(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Frames and static inputs, each sample rolled along the periodic axes of its domain, and by how much."""
+        frames, static = self._windows(batch)
+        reach = self._reach(frames.shape[3:])
+        if reach is None:
+            return frames, static, None
         shifts: list[int] = []
         for key in sample_names(batch):
-            draw = torch.rand(3, generator=generator(self.config.seed, "shift", step, *key)).tolist()
-            boundary, sizes = self.regimes.domains[key[0]].boundary, latents.shape[-3:]
-            shifts += [int(u * n) if b == "periodic" else 0 for u, n, b in zip(draw, sizes, boundary, strict=True)]
-        by_sample = send(shifts, latents.device).view(-1, 3)
-        return roll_samples(latents, by_sample), roll_samples(static, by_sample), by_sample
+            draw = torch.rand(len(reach), generator=generator(self.config.seed, "shift", step, *key)).tolist()
+            boundary = self.regimes.domains[key[0]].boundary[: len(reach)]
+            shifts += [int(u * n) if b == "periodic" else 0 for u, n, b in zip(draw, reach, boundary, strict=True)]
+        by_sample = send(shifts, frames.device).view(-1, len(reach))
+        return roll_samples(frames, by_sample), roll_samples(static, by_sample), by_sample
 
     def predict(self, model: Any, batch: Batch) -> tuple[OperatorOutput, Tensor, Tensor]:
         """Output without noise or shifts, and the errors ``[B]`` of it and of persistence."""
@@ -174,12 +198,12 @@ class OperatorTask:
     def loss(self, model: Any, batch: Batch, step: int) -> Outcome:
         regime = batch["regime"]
         frames, static, shifts = self._shift(batch, step)
-        history, targets = frames[:, : self.history], frames[:, self.history :]
-        outputs = self._unrolled(model, self._noise(history, batch, step), static, batch, step)
+        targets = frames[:, self.history :].unbind(1)
+        outputs = self._unrolled(model, self._noise(model, frames, static, batch, step), static, batch, step)
         # Logged steps are multiples: there the error of decoded fields is reported, too.
         decoded = self._decoded is not None and (step + 1) % self.operator.decoded_every == 0
         measure = self._error_of(batch, static, shifts, decoded)
-        errors = [measure(o.latent, target) for o, target in zip(outputs, targets.unbind(1), strict=True)]
+        errors = [measure(o.latent, target) for o, target in zip(outputs, targets, strict=True)]
         error = torch.stack(errors).mean(0)
         metrics = self._reported(errors, outputs[0].latent, frames, regime, static, decoded)
         loss = (error / self._changes[decoded].to(error.device)[regime] if self._changes else error).mean()
@@ -226,11 +250,13 @@ class OperatorTask:
 
 
 def roll_samples(values: Tensor, shifts: Tensor) -> Tensor:
-    """Each sample of ``values [B, ..., x, y, z]`` rolled by its ``shifts [B, 3]``, in one copy for all of them."""
-    sizes = values.shape[-3:]
-    x, y, z = ((torch.arange(n, device=values.device) - shifts[:, a, None]) % n for a, n in enumerate(sizes))
-    place = (x[:, :, None, None] * sizes[1] + y[:, None, :, None]) * sizes[2] + z[:, None, None, :]
-    flat = values.flatten(-3)
+    """Each sample of ``values [B, ..., *grid]`` rolled by its ``shifts [B, axes]``, in one copy for all of them."""
+    axes = shifts.shape[1]
+    place = shifts.new_zeros(len(values), *(1,) * axes)
+    for axis, size in enumerate(values.shape[-axes:]):
+        index = (torch.arange(size, device=values.device) - shifts[:, axis, None]) % size
+        place = place * size + index.view(-1, *(size if a == axis else 1 for a in range(axes)))
+    flat = values.flatten(-axes)
     where = place.view(len(values), *(1,) * (flat.ndim - 2), -1).expand(flat.shape)
     return flat.gather(-1, where).view(values.shape)
 

@@ -112,3 +112,21 @@ def test_decisions_of_forecasts_are_balanced_together() -> None:
     assert torch.equal(both.probs, layer.probs.repeat(2, 1)) and join_decisions([layer]) is layer
     for ours, theirs in zip(GlobalBalance()([both]), GlobalBalance()([layer]), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["latents", "fields"])
+def test_noise_relative_to_the_error_has_its_size_and_comes_again(kind: str) -> None:
+    """By sample and channel; the same in another call, which is what a resumed run makes; none where nothing exists."""
+    task, forecaster, batch = configured(kind)
+    task.operator = task.operator.model_copy(update={"input_noise": 2.0, "noise_relative_to": "error"})
+    frames, static = task._windows(batch)
+    noisy = task._noise(forecaster.operator, frames, static, batch, 7)
+    assert not noisy.requires_grad
+    assert torch.equal(noisy, task._noise(forecaster.operator, frames, static, batch, 7))
+    assert not torch.equal(noisy, task._noise(forecaster.operator, frames, static, batch, 8))
+    ahead = forecaster.step(frames[:, :3], static, batch["regime"]).latent.detach()
+    error = task._channel_means((ahead - frames[:, 3]).square(), batch["regime"], static).sqrt()
+    found = (noisy - frames[:, :3]).square().flatten(3).mean((1, 3)).sqrt()
+    torch.testing.assert_close(found, 2.0 * error, rtol=0.5 if kind == "latents" else 0.2, atol=0)
+    if kind == "fields":
+        assert error[0, 4] == found[0, 4] == 0 < error[1, 4]  # The dye of a regime that has none.
