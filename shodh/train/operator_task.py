@@ -198,7 +198,7 @@ class OperatorTask:
     def loss(self, model: Any, batch: Batch, step: int) -> Outcome:
         regime = batch["regime"]
         frames, static, shifts = self._shift(batch, step)
-        targets = frames[:, self.history :].unbind(1)
+        targets = frames[:, self.history : self.history + self.operator.unroll.steps].unbind(1)
         outputs = self._unrolled(model, self._noise(model, frames, static, batch, step), static, batch, step)
         # Logged steps are multiples: there the error of decoded fields is reported, too.
         decoded = self._decoded is not None and (step + 1) % self.operator.decoded_every == 0

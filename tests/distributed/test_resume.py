@@ -40,7 +40,8 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(laboratory: Laboratory, st
 
 def test_unrolled_and_decoded_run_goes_on_bit_for_bit_and_as_on_one_rank(laboratory: Laboratory) -> None:
     """Two forecasts a sample, and every other loss through the decoder, at ZeRO 3, whose weights are gathered twice."""
-    changes = ["operator.metric=decoded", "operator.decoded_every=2", "operator.unroll.steps=2"]
+    settings = ("metric=decoded", "decoded_every=2", "loss=over_persistence", "unroll.steps=2")
+    changes = [f"operator.{setting}" for setting in settings]
     whole = laboratory.run(2, 2, 3, *changes)
     lost = laboratory.copy(whole, "unrolled", until=5)
     run_ranks(2, rank_jobs.pretrain, laboratory.config, lost.overrides, "auto")

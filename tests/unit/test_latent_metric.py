@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
+from test_unroll import configured
 from torch import Tensor, nn
 from vocabulary import FIELDS, REGIMES
 
@@ -17,6 +20,7 @@ from shodh.models.tokenizer import PATCH, Tokenizer
 from shodh.schema.domain import Domain, add_walls
 from shodh.schema.fields import Field
 from shodh.schema.space import RegimeSpace, Space
+from shodh.train.field_task import operator_task
 from shodh.train.latent_metric import DecodedError, channel_weights, weighted_square
 
 PERIODIC = Domain(("periodic",) * 3, (1.0, 1.0, 1.0))
@@ -139,6 +143,42 @@ def test_decoded_error_is_that_of_the_fields_and_cells_that_exist() -> None:
         torch.testing.assert_close(errors[b], torch.stack(by_channel).mean())
     errors.sum().backward()
     assert prediction.grad is not None and prediction.grad.flatten(1).norm(dim=1).min() > 0
+
+
+@pytest.mark.parametrize("metric", ["whitened", "variance", "decoded"])
+def test_a_relative_loss_is_relative_in_the_metric_of_the_error(metric: str) -> None:
+    plain, forecaster, batch = configured("latents")
+    assert forecaster.tokenizer is not None
+    forecaster.tokenizer.latent_std.copy_(torch.rand(2, 8, generator=torch.Generator().manual_seed(0)) + 0.1)
+    grid = plain.config.cells
+
+    def static(samples: Sequence[tuple[int, ...]]) -> Tensor:
+        return torch.stack([torch.full((1, *grid), float(key[0])) for key in samples])
+
+    operator = plain.operator.model_copy(update={"loss": "over_persistence", "metric": metric, "decoded_every": 2})
+    config = plain.config.model_copy(update={"operator": operator})
+    names = ("latents", "static", "regime", "trajectory", "frame")
+    windows = [[{name: batch[name][b] for name in names}] for b in range(2)]
+    task = operator_task(config, plain.regimes, windows, forecaster.tokenizer, static)  # type: ignore[arg-type]
+    frames, regime, index = batch["latents"], batch["regime"], batch["sample"][:, 0]
+    decoded = DecodedError(forecaster.space, forecaster.tokenizer, static)
+    fields = decoded.static([(0,), (1,)], torch.device("cpu"))
+    weights = None if metric == "whitened" else channel_weights(forecaster.tokenizer, forecaster.space.domains)
+    with torch.no_grad():
+        ahead = forecaster.step(frames[:, :3], batch["static"], regime).latent
+        for step in range(2):
+            through = metric == "decoded" and step == 1
+            pairs = (ahead, frames[:, 3]), (frames[:, -2], frames[:, -1])
+            error, change = (
+                decoded(u, v, fields, regime, index) if through else weighted_square(u, v, weights) for u, v in pairs
+            )
+            outcome = task.loss(forecaster.operator, batch, step)
+            torch.testing.assert_close(outcome.loss, (error / change.clamp(min=0.01 * change.max())).mean())
+            torch.testing.assert_close(outcome.errors, error)
+            reported = weighted_square(ahead, frames[:, 3], weights).mean()
+            name = "train/latent_mse" if metric == "whitened" else "train/latent_nmse"
+            torch.testing.assert_close(outcome.metrics[name][0], reported)
+            assert ("train/decoded_mse" in outcome.metrics) == through
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import default_collate
 
 import shodh
 from shodh.config import RunConfig, load_config
@@ -39,6 +40,7 @@ from shodh.models.forecaster import Forecaster
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.field_task import open_windows
 from shodh.train.latent_metric import channel_weights, weighted_square
+from shodh.train.latents import load_tokenizer, open_latents, prepare_latents
 from shodh.train.losses import mean_over
 from shodh.train.metrics import read_metrics
 
@@ -77,24 +79,23 @@ def fields_error(forecaster: Forecaster, fields: Tensor, truth: Tensor, static: 
 
 
 @torch.no_grad()
-def decoded_errors(run: Path, regimes: Regimes, split: str) -> dict[str, dict[str, float]]:
-    """Mean square errors of one step over all windows of a split: of the model, persistence and the tokenizer alone."""
-    model = shodh.from_pretrained(run)
-    forecaster, config = model.forecaster, model.config
-    found = {}
-    for number, data in enumerate(open_windows(config, regimes, split)):  # type: ignore[arg-type]
-        sums = torch.zeros(3, dtype=torch.float64)
-        for row in range(len(data)):
-            item = data[row]
-            fields, static = item["fields"][None], item["static"][None]
-            states, features = forecaster.encode(fields, static, number)
-            labels, past = forecaster.labels(number, fields), config.data.history
-            ahead = forecaster.step(states[:, :past], features, labels).latent
-            decoded = forecaster.decode(torch.stack((ahead, states[:, past]), 1), static, number)
-            for place, guess in enumerate((decoded[:, 0], fields[:, past - 1], decoded[:, 1])):
-                sums[place] += float(fields_error(forecaster, guess, fields[:, past], static, number))
+def decoded_errors(config: RunConfig, regimes: Regimes, size: int = 8) -> dict[str, dict[str, float]]:
+    """Mean square errors of one step over all test windows, of the model and of persistence, by regime."""
+    forecaster, past, found = shodh.from_pretrained(config.run_dir).forecaster, config.data.history, {}
+    cache = prepare_latents(config, regimes, load_tokenizer(config), torch.device("cpu"))
+    pairs = zip(open_windows(config, regimes, "test"), open_latents(config, regimes, cache, "test"), strict=True)
+    for number, (data, latents) in enumerate(pairs):
+        sums = torch.zeros(2, dtype=torch.float64)
+        for start in range(0, len(data), size):
+            rows = range(start, min(start + size, len(data)))
+            given, stored = (default_collate([source[row] for row in rows]) for source in (data, latents))
+            fields, static, labels = given["fields"], given["static"], forecaster.labels(number, given["fields"])
+            ahead = forecaster.step(stored["latents"][:, :past], stored["static"], labels).latent
+            decoded = forecaster.decode(ahead[:, None], static, number)[:, 0]
+            for place, guess in enumerate((decoded, fields[:, past - 1])):
+                sums[place] += fields_error(forecaster, guess, fields[:, past], static, number).double().sum()
         means = (sums / len(data)).tolist()
-        found[regimes.names[number]] = dict(zip(("model", "persistence", "tokenizer"), means, strict=True))
+        found[regimes.names[number]] = dict(zip(("model", "persistence"), means, strict=True))
     return found
 
 
@@ -161,11 +162,15 @@ def compare(ratios: Mapping[str, Mapping[int, Mapping[str, float]]], first: str)
     return table
 
 
-def measure(config: RunConfig, run: Path, regimes: Regimes) -> dict[str, Any]:
+def measure(config: RunConfig, regimes: Regimes) -> dict[str, Any]:
     """Decoded errors of a finished run, and the seconds of its steps."""
-    found: dict[str, Any] = {split: decoded_errors(run, regimes, split) for split in ("valid", "test")}
-    steps = [line["perf/step_ms"] for line in read_metrics(run / "metrics.jsonl") if "perf/step_ms" in line]
-    return found | {"step_ms": statistics.median(steps), "steps": config.operator.train.steps}
+    lines = read_metrics(config.run_dir / "metrics.jsonl")
+    steps = [line["perf/step_ms"] for line in lines if "perf/step_ms" in line]
+    return {
+        "test": decoded_errors(config, regimes),
+        "step_ms": statistics.median(steps),
+        "steps": config.operator.train.steps,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -185,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         common = [f"out={work / 'runs'}", f"deepspeed={ROOT / 'ds_configs' / 'cpu.json'}", "parallel.ep_size=1"]
         common += [*(TINY + tiny_data(work) if args.tiny else []), *args.set]
         seeds = range(min(args.seeds, 2) if args.tiny else args.seeds)
-        record: dict[str, Any] = read_json(args.out, "results", ValueError) if args.out.exists() else {}
+        record: dict[str, Any] = read_json(args.out, "results") if args.out.exists() else {}
         record = {**record, "env": describe_environment(), "settings": common}
         record.setdefault("runs", {})
         if load_config(args.config, common).tokenizer.run is None:
@@ -202,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if key not in record["runs"]:
                     call("launch/pretrain.py", "--config", args.config, "--resume", "auto", "--set", *settings)
                     regimes = open_regimes(config, shodh.from_pretrained(config.run_dir).space)
-                    record["runs"][key] = measure(config, config.run_dir, regimes)
+                    record["runs"][key] = measure(config, regimes)
                     if "agreement" not in record:
                         record["agreement"] = agreement(config.run_dir, regimes, 3 if args.tiny else 10)
                     regimes.close()
