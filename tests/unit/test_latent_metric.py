@@ -22,6 +22,7 @@ from shodh.schema.fields import Field
 from shodh.schema.space import RegimeSpace, Space
 from shodh.train.field_task import operator_task
 from shodh.train.latent_metric import DecodedError, channel_weights, weighted_square
+from shodh.train.operator_task import roll_samples
 
 PERIODIC = Domain(("periodic",) * 3, (1.0, 1.0, 1.0))
 
@@ -179,6 +180,24 @@ def test_a_relative_loss_is_relative_in_the_metric_of_the_error(metric: str) -> 
             name = "train/latent_mse" if metric == "whitened" else "train/latent_nmse"
             torch.testing.assert_close(outcome.metrics[name][0], reported)
             assert ("train/decoded_mse" in outcome.metrics) == through
+
+
+def test_static_fields_move_with_shifted_latents() -> None:
+    """A mean over cells does not depend on the place: neither does the decoded error, if the solid moves as well."""
+    plain, forecaster, batch = configured("latents")
+    assert forecaster.tokenizer is not None
+    draw = torch.Generator().manual_seed(0)
+    solid = (torch.rand(2, 1, *plain.config.cells, generator=draw) < 0.4).float()
+    config = plain.config.model_copy(update={"operator": plain.operator.model_copy(update={"metric": "decoded"})})
+    task = operator_task(config, plain.regimes, [], forecaster.tokenizer, lambda samples: solid)
+    frames, static = batch["latents"], batch["static"]
+    shifts = torch.tensor([[1, 0, 2], [0, 0, 1]])
+    moved = roll_samples(frames, shifts)
+    with torch.no_grad():
+        there = task._error_of(batch, static, None, True)(frames[:, 0], frames[:, 1])
+        rolled, unrolled = (task._error_of(batch, static, by, True)(moved[:, 0], moved[:, 1]) for by in (shifts, None))
+    torch.testing.assert_close(rolled, there, rtol=1e-4, atol=1e-6)
+    assert float((unrolled / there - 1).abs().min()) > 1e-3
 
 
 @pytest.mark.parametrize(
