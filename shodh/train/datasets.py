@@ -233,7 +233,7 @@ def mixture_loader(
 
 
 def require_history(config: RunConfig, regimes: Regimes) -> None:
-    """Raise DataError, before a tokenizer is trained, where no trajectory is as long as the operator's windows."""
+    """Raise DataError, before a tokenizer is trained or encodes, where no trajectory is as long as a window."""
     for split, _ in training_splits(config):
         for source in regimes.sources:
             frames = source.num_frames(split)

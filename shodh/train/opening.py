@@ -21,7 +21,7 @@ from shodh.data.loader import SampleDataset
 from shodh.schema.normalize import FieldNormalizer
 from shodh.schema.space import SPACE_FILE, Space
 from shodh.train.data_identity import kept_choice, new_choice
-from shodh.train.datasets import OpenSplit, Regimes, open_regimes, training_horizon
+from shodh.train.datasets import OpenSplit, Regimes, open_regimes, require_history, training_horizon
 from shodh.train.field_task import open_windows
 from shodh.train.latents import TrainedTokenizer, load_tokenizer, normalizer_for, open_latents, prepare_latents
 from shodh.train.run_folder import RunFolder
@@ -128,6 +128,7 @@ def open_data(
             if config.family is not None and init_from is not None and not config.has_tokenizer:
                 space = inherited_normalizer(config, init_from)
         regimes, trained = open_run_data(config, space, choose, run)
+        require_history(config, regimes)
     if trained is None:
         windows: Callable[..., Sequence[SampleDataset]] = partial(open_windows, config, regimes)
     else:
