@@ -148,17 +148,21 @@ def agreement(run: Path, regimes: Regimes, samples: int, probes: int = 4) -> dic
     }
 
 
-def compare(ratios: Mapping[str, Mapping[int, Mapping[str, float]]], first: str) -> dict[str, Any]:
-    """Mean over seeds of each arm by regime, and its difference from the first in pairs of equal seeds."""
+def compare(runs: Mapping[str, Any], arms: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """Mean over the finished seeds of each arm by regime, and its difference from the first in pairs of equal seeds."""
     table: dict[str, Any] = {}
-    for arm, seeds in ratios.items():
-        for regime in next(iter(seeds.values())):
-            values = {seed: seeds[seed][regime] for seed in sorted(seeds)}
+    first: dict[str, dict[int, float]] = {}
+    for arm in (name.partition(":")[0] for name in arms):
+        found: dict[str, dict[int, float]] = {}
+        for seed in (s for s in seeds if f"{arm}-{s}" in runs):
+            for regime, errors in runs[f"{arm}-{seed}"]["test"].items():
+                found.setdefault(regime, {})[seed] = errors["model"] / errors["persistence"]
+        for regime, values in found.items():
             entry: dict[str, Any] = {"mean": statistics.fmean(values.values()), "by_seed": list(values.values())}
-            if arm != first:
-                pairs = [values[seed] - ratios[first][seed][regime] for seed in values if seed in ratios[first]]
+            if pairs := [value - first[regime][s] for s, value in values.items() if s in first.get(regime, {})]:
                 entry["difference"] = {"mean": statistics.fmean(pairs), "by_seed": pairs}
             table.setdefault(arm, {})[regime] = entry
+        first = first or found
     return table
 
 
@@ -195,7 +199,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         record.setdefault("runs", {})
         if load_config(args.config, common).tokenizer.run is None:
             call("launch/train_tokenizer.py", "--config", args.config, "--resume", "auto", "--set", *common)
-        ratios: dict[str, dict[int, dict[str, float]]] = {}
         for seed in seeds:
             for arm in args.arms:
                 name, _, changes = arm.partition(":")
@@ -211,10 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     if "agreement" not in record:
                         record["agreement"] = agreement(config.run_dir, regimes, 3 if args.tiny else 10)
                     regimes.close()
-                own = record["runs"][key]["test"]
-                ratios.setdefault(name, {})[seed] = {r: v["model"] / v["persistence"] for r, v in own.items()}
-                first = args.arms[0].partition(":")[0]
-                record["decoded_mse_over_persistence"] = compare(ratios, first)
+                record["decoded_mse_over_persistence"] = compare(record["runs"], args.arms, seeds)
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 write_json(args.out, record, indent=1)
 
