@@ -7,8 +7,15 @@ evaluation and every tool read the same text. Paths are relative to the working 
 from shodh.config.base import FileFormat, Section
 from shodh.config.data import DataConfig, FieldConfig, RegimeConfig
 from shodh.config.experts import BalanceConfig, ExpertsConfig
-from shodh.config.operator import FieldSpaceConfig, OperatorConfig
-from shodh.config.reading import apply_overrides, config_from_dict, dump_config, load_config, to_dict
+from shodh.config.operator import FieldSpaceConfig, OperatorConfig, UnrollConfig
+from shodh.config.reading import (
+    apply_overrides,
+    config_from_dict,
+    dump_config,
+    load_config,
+    load_kept_config,
+    to_dict,
+)
 from shodh.config.routers import RouterConfig, TemperatureSchedule
 from shodh.config.run import EvaluationConfig, FamilyConfig, FinetuneConfig, ParallelConfig, RunConfig
 from shodh.config.tokenizer import TokenizerConfig, TokenizerLoss
@@ -34,9 +41,11 @@ __all__ = [
     "TokenizerConfig",
     "TokenizerLoss",
     "TrainConfig",
+    "UnrollConfig",
     "apply_overrides",
     "config_from_dict",
     "dump_config",
     "load_config",
+    "load_kept_config",
     "to_dict",
 ]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from shodh.config.base import Layers, Many, Section, Weight, Width
+from shodh.config.base import Layers, Many, PositiveInt, Section, Weight, Width
 from shodh.config.experts import ExpertsConfig
 from shodh.config.training import TrainConfig
 
@@ -23,6 +23,18 @@ class FieldSpaceConfig(Section):
         description="dpot, moe_pot: outputs of the published classification head, which no loss uses; 0: none",
     )
     residual: bool = Field(False, description="predict the change since the last frame; published models do not")
+
+
+class UnrollConfig(Section):
+    """Training steps through the model's own forecasts: windows hold ``steps`` frames to be predicted, not one."""
+
+    steps: Annotated[int, Field(gt=0, le=64)] = Field(
+        1, description="forecasts in a row, each from the last ones; the loss is the mean of their errors"
+    )
+    gradient: Literal["full", "pushforward"] = Field(
+        "full",
+        description="through all forecasts, or of each by itself, its input taken as given (Brandstetter et al. 2022)",
+    )
 
 
 class OperatorConfig(Section):
@@ -43,8 +55,26 @@ class OperatorConfig(Section):
         description="error of a sample as it is, over the mean change of its regime in one step, or its norm over that "
         "of the target, by channel (of fields alone)",
     )
+    metric: Literal["variance", "whitened", "decoded"] = Field(
+        "variance",
+        description="what an error of latents is measured by: each channel weighted by its variance before whitening, "
+        "close to the error of the decoded fields; whitened: all channels alike; decoded: the fields themselves, in "
+        "every decoded_every-th step, and variance in the others; fields have no other metric than their own",
+    )
+    decoded_every: PositiveInt = Field(
+        4, description="metric decoded: steps from one whose loss goes through the decoder to the next; 1: all do"
+    )
+    unroll: UnrollConfig = UnrollConfig()
     input_noise: Weight = Field(
         0.0, description="standard deviation added to the normalised history; of fields: times each channel's rms"
+    )
+    noise_relative_to: Literal["state", "error"] = Field(
+        "state",
+        description="what input_noise multiplies: the state as above, or the rms of the model's own error in one step, "
+        "by sample and channel, for which it runs once more, without a gradient",
+    )
+    patch_jitter: bool = Field(
+        False, description="dpot, moe_pot: shift training samples against the grid of patches along periodic axes"
     )
     random_shifts: bool = Field(True, description="shift training samples by whole latent cells along periodic axes")
     activation_checkpointing: bool | Literal["auto"] = Field(
@@ -58,6 +88,13 @@ class OperatorConfig(Section):
             self._check_field_space()
         elif self.loss == "relative_l2":
             raise ValueError("loss relative_l2 is of fields; a latent transformer has mse or over_persistence")
+        if self.noise_relative_to == "error" and not self.input_noise:
+            raise ValueError("noise_relative_to error needs input_noise, a multiple of that error: for example 1")
+        if self.patch_jitter and (self.kind not in ("dpot", "moe_pot") or self.patch == 1):
+            raise ValueError(
+                "patch_jitter is of dpot and moe_pot with a patch of several cells"
+                + ("; latents have random_shifts" if self.kind == "latent_transformer" else "")
+            )
         if self.kind not in ("fno", "unet") and self.dim % self.heads:
             raise ValueError(f"dim={self.dim} is not divisible by heads={self.heads}")
         rotary = self.position == "rotary" and self.kind == "latent_transformer" and self.mixer == "attention"
@@ -88,6 +125,10 @@ class OperatorConfig(Section):
             raise ValueError(f"field.mlp={self.field.mlp} must be a multiple of 16")
         if self.random_shifts:
             raise ValueError("random_shifts are of latents: a force fixed in space would not move with the fields")
+        if self.metric != "variance":
+            raise ValueError(
+                f"metric {self.metric} is of latents; kind {self.kind} has that of its fields: leave it out"
+            )
         if self.loss == "over_persistence":
             raise ValueError("loss over_persistence is of latents; fields have mse or relative_l2")
         if self.kind == "fno" and self.modes is None:

@@ -19,6 +19,8 @@ from shodh.core.errors import ConfigError
 from shodh.core.reading import MAX_DEPTH, parse_yaml, read_settings
 
 MAX_MESSAGES = 10  # of one configuration
+#: Settings of a latent transformer as they were before there was a key for them, where that is not the default.
+FORMER = {"metric": "whitened"}
 
 
 def _suggest(key: str, known: Iterable[str]) -> str:
@@ -150,6 +152,21 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     tree = read_settings(path)
     if isinstance(tree, dict):
         tree = apply_overrides(tree, overrides)
+    return config_from_dict(tree, str(path))
+
+
+def load_kept_config(path: Path) -> RunConfig:
+    """The configuration that a run wrote, with every default: what it lacks was as `FORMER` in its version.
+
+    Raises
+    ------
+    ConfigError
+        As `load_config`.
+    """
+    tree = read_settings(path)
+    operator = tree.get("operator") if isinstance(tree, dict) else None
+    if isinstance(operator, dict) and operator.get("kind") == "latent_transformer":
+        tree["operator"] = {**FORMER, **operator}
     return config_from_dict(tree, str(path))
 
 

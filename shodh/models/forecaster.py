@@ -6,10 +6,10 @@ where its regime lacks a channel or a mask takes cells away. *Features* are the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import NamedTuple, Self
+from itertools import count, islice
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -78,23 +78,43 @@ class Forecaster:
         latents = [self.tokenizer.encode(frame, geometry, unit) for frame in fields.unbind(1)]
         return Encoded(torch.stack(latents, 1), static_features(geometry))
 
-    def step(self, states: Tensor, features: Tensor, labels: Tensor) -> OperatorOutput:
+    def step(
+        self, states: Tensor, features: Tensor, labels: Tensor, told: Mapping[str, Any] | None = None
+    ) -> OperatorOutput:
         """The state that follows ``states [B, history, ...]``, and how it was routed; differentiable.
 
         Samples may be of different regimes, ``labels [B]``. In channels and cells that do not exist the answer means
-        nothing.
+        nothing. ``told`` are `router_arguments`, by default those of an evaluation.
         """
         if self.operator is None:
             raise CheckpointError("there is a tokenizer alone; use a run of launch/pretrain.py")
-        return self.operator(states, features, **router_arguments(self.experts, labels))
+        return self.operator(states, features, **(router_arguments(self.experts, labels) if told is None else told))
 
-    def unroll(self, states: Tensor, features: Tensor, labels: Tensor) -> Iterator[OperatorOutput]:
-        """`step` again and again, each on the last ``history`` states; without end, and differentiable."""
+    def unroll(
+        self,
+        states: Tensor,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        told: Callable[[int], Mapping[str, Any]] | None = None,
+        detach: bool = False,
+    ) -> Iterator[OperatorOutput]:
+        """`step` again and again, each on the last ``history`` states; without end, and differentiable.
+
+        Parameters
+        ----------
+        told : callable
+            What the routers are told at each step, by its number from 0.
+        detach : bool
+            Take each state as given by the step that follows it: no gradient goes back through it.
+        """
         window = states[:, -self.history :]
-        while True:
-            output = self.step(window, features, labels)
+        for number in count():
+            output = self.step(window, features, labels, None if told is None else told(number))
             yield output
             following = output.latent.unsqueeze(1)
+            if detach:
+                following = following.detach()
             if self.tokenizer is None:
                 following = self.space.pad(following, features, labels)[0]
             window = torch.cat((window[:, 1:], following), 1)

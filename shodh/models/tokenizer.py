@@ -304,11 +304,11 @@ class Tokenizer(nn.Module):
         """
         labels: list[int] = index.tolist()
         unit = self.units(domains, labels, latent.device)
-        emitted = self.emit(latent, geometry, unit, self._heads(domains, labels))
+        emitted = self.emit(latent, geometry, unit, self.heads(domains, labels))
         groups = Groups(labels, emitted.device)
         return groups.join([self.assemble(rows, domains[i], exact=exact) for i, rows in groups.split(emitted)])
 
-    def _heads(self, domains: Sequence[Domain], labels: Sequence[int]) -> list[int]:
+    def heads(self, domains: Sequence[Domain], labels: Sequence[int]) -> list[int]:
         """`head` of samples that live in these domains."""
         return [self._head(tuple(there for _, there in domains[i].presence)) for i in labels]
 
@@ -318,7 +318,7 @@ class Tokenizer(nn.Module):
         """Reconstruction and latents, for training."""
         labels: list[int] = index.tolist()
         unit = self.units(domains, labels, fields.device)
-        latent = self.encode(fields, geometry, unit, self._heads(domains, labels))
+        latent = self.encode(fields, geometry, unit, self.heads(domains, labels))
         return self.decode(latent, geometry, domains, index), latent
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shodh.core.noise import fold
+
+#: What a `Routing` says of the router, or of all tokens together.
+WHOLE = ("counts", "similarity")
 
 
 class Routing(NamedTuple):
@@ -51,6 +55,16 @@ class Routing(NamedTuple):
     @property
     def num_groups(self) -> int:
         return self.group_probs.shape[-1]
+
+
+def join_decisions(steps: Sequence[Routing]) -> Routing:
+    """The decisions of one router in several forward passes as one, on all their tokens."""
+    if len(steps) == 1:
+        return steps[0]
+    fields = zip(Routing._fields, zip(*steps, strict=True), strict=True)
+    joined = {name: torch.cat(values) for name, values in fields if values[0] is not None and name not in WHOLE}
+    counts = torch.stack([step.counts for step in steps]).sum(0, dtype=steps[0].counts.dtype)
+    return Routing(**joined, counts=counts, similarity=steps[0].similarity)
 
 
 class RouterInputs(NamedTuple):

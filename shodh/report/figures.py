@@ -100,11 +100,18 @@ def expert_shares(routing: Mapping[str, Any]) -> Figure:
     return figure
 
 
+#: What operators are trained on, as metrics name it, and its name beside an axis.
+MEASURES = {
+    "latent_nmse": "latent error / variance",
+    "latent_mse": "latent MSE",
+    "field_l2re": "L2RE",
+    "field_mse": "MSE",
+}
+
+
 def training_curve(lines: Sequence[Mapping[str, float]]) -> Figure | None:
     """Error of training and validation by step, and U; None if the run has no metrics."""
-    measure = next(
-        (m for m in ("latent_mse", "field_l2re", "field_mse") if any(f"train/{m}" in x for x in lines)), None
-    )
+    measure = next((m for m in MEASURES if any(f"train/{m}" in x for x in lines)), None)
     if measure is None:
         return None
     train = [(line["step"], line[f"train/{measure}"]) for line in lines if f"train/{measure}" in line]
@@ -116,7 +123,7 @@ def training_curve(lines: Sequence[Mapping[str, float]]) -> Figure | None:
         points = [(line["step"], line[key]) for line in lines if key in line]
         panel.plot(*zip(*points, strict=True), f"{marker}--", label=f"held out, {key.rsplit('/', 1)[-1]}")
     panel.set_xlabel("step")
-    panel.set_ylabel({"latent_mse": "latent MSE", "field_l2re": "L2RE", "field_mse": "MSE"}[measure])
+    panel.set_ylabel(MEASURES[measure])
     panel.set_yscale("log")
     information = [(line["step"], line["moe/regime_information"]) for line in lines if "moe/regime_information" in line]
     if information:

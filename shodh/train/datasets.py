@@ -204,6 +204,17 @@ def training_splits(config: RunConfig) -> tuple[tuple[Split, int], ...]:
     return ("train", config.seed), ("valid", 0)
 
 
+def training_horizon(config: RunConfig, split: Split) -> int:
+    """Frames of an operator's windows that are to be predicted; the errors of a validation are of one step."""
+    return config.operator.unroll.steps if split == "train" else 1
+
+
+def name_short(config: RunConfig, regimes: Regimes, split: Split, horizon: int) -> None:
+    """Name in the log the trajectories that are too short for a window."""
+    for source in regimes.sources:
+        source.name_short(split, (config.data.history + horizon - 1) * config.data.stride + 1, "a window")
+
+
 def mixture_loader(
     datasets: Sequence[SampleDataset], config: RunConfig, topology: Topology, seed: int
 ) -> MixtureLoader:
@@ -223,12 +234,15 @@ def mixture_loader(
 
 
 def require_history(config: RunConfig, regimes: Regimes) -> None:
-    """Raise DataError, before a tokenizer is trained, where no trajectory is as long as the operator's windows."""
+    """Raise DataError, before a tokenizer is trained or encodes, where no trajectory is as long as a window."""
     for split, _ in training_splits(config):
         for source in regimes.sources:
             frames = source.num_frames(split)
-            index = WindowIndex(frames, config.data.history + 1, config.data.stride)
-            require_windows(index, f"regime {source.name!r}, {split}, data.history={config.data.history}", frames)
+            horizon = training_horizon(config, split)
+            index = WindowIndex(frames, config.data.history + horizon, config.data.stride)
+            asked = f"data.history={config.data.history}"
+            asked += f", operator.unroll.steps={horizon}" if horizon > 1 else ""
+            require_windows(index, f"regime {source.name!r}, {split}, {asked}", frames)
 
 
 def open_loaders(config: RunConfig, open_split: OpenSplit, topology: Topology) -> dict[Split, MixtureLoader]:

@@ -10,7 +10,9 @@ from torch import Tensor
 from shodh.config import RunConfig
 from shodh.data import Split, WindowDataset
 from shodh.data.loader import SampleDataset
-from shodh.train.datasets import Regimes
+from shodh.models.tokenizer import Tokenizer
+from shodh.train.datasets import Regimes, name_short, training_horizon
+from shodh.train.latent_metric import ReadStatic
 from shodh.train.losses import mean_over, relative_l2_by_channel
 from shodh.train.operator_task import OperatorTask
 from shodh.train.trainer import Batch
@@ -18,6 +20,8 @@ from shodh.train.trainer import Batch
 
 def open_windows(config: RunConfig, regimes: Regimes, split: Split, horizon: int = 1) -> list[WindowDataset]:
     """Windows of ``history`` frames and the ``horizon`` next ones, a dataset a regime."""
+    if 1 < horizon == training_horizon(config, split):  # Windows of one step name those that are too short.
+        name_short(config, regimes, split, horizon)
     return [
         WindowDataset(
             source,
@@ -44,12 +48,22 @@ class FieldTask(OperatorTask):
         return self.regimes.space.pad(batch["fields"], batch["static"], batch["regime"])
 
     def _errors(self, prediction: Tensor, target: Tensor, regime: Tensor, static: Tensor) -> Tensor:
-        exists, cells = self.regimes.space.exists(regime), self.regimes.space.cells(static, regime)
+        exists = self.regimes.space.exists(regime)
         if self.measure == "l2re":
-            by_channel = relative_l2_by_channel(prediction, target, exists=cells)
+            cells = self.regimes.space.cells(static, regime)
+            by_channel = torch.where(exists, relative_l2_by_channel(prediction, target, exists=cells), 0.0)
         else:
-            by_channel = mean_over((prediction - target).square(), cells, 2)
-        return torch.where(exists, by_channel, 0.0).sum(1) / exists.sum(1)
+            by_channel = self._channel_means((prediction - target).square(), regime, static)
+        return by_channel.sum(1) / exists.sum(1)
+
+    def _channel_means(self, values: Tensor, regime: Tensor, static: Tensor) -> Tensor:
+        """Mean over the cells that exist, zero in channels that do not: ``[B, C, *grid] -> [B, C]``."""
+        means = mean_over(values, self.regimes.space.cells(static, regime), 2)
+        return torch.where(self.regimes.space.exists(regime), means, 0.0)
+
+    def _reach(self, sizes: Sequence[int]) -> Sequence[int] | None:
+        """Less than a patch: the model meets every place of a patch, and a force fixed in space stays about there."""
+        return [self.operator.patch] * len(sizes) if self.operator.patch_jitter else None
 
     def _noise_scale(self, history: Tensor) -> Tensor:
         """Root mean square of each channel of each sample, as DPOT and MoE-POT scale their noise."""
@@ -57,6 +71,14 @@ class FieldTask(OperatorTask):
         return history.square().mean(axes, keepdim=True).sqrt()
 
 
-def operator_task(config: RunConfig, regimes: Regimes, training: Sequence[SampleDataset]) -> OperatorTask:
-    """What an operator learns, on fields or on latents."""
-    return (OperatorTask if config.has_tokenizer else FieldTask)(config, regimes, training)
+def operator_task(
+    config: RunConfig,
+    regimes: Regimes,
+    training: Sequence[SampleDataset],
+    tokenizer: Tokenizer | None = None,
+    read_static: ReadStatic | None = None,
+) -> OperatorTask:
+    """What an operator learns, on fields or on latents; arguments as `OperatorTask`."""
+    if not config.has_tokenizer:
+        return FieldTask(config, regimes, training)
+    return OperatorTask(config, regimes, training, tokenizer, read_static)

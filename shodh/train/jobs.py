@@ -171,7 +171,7 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
     claim(folder, resume, job.start)
     regimes, trained, open_split = open_data(config, None if job.start is None else folder, device, init_from)
     with together():
-        task = operator_task(config, regimes, open_split("train"))
+        task = operator_task(config, regimes, open_split("train"), None if trained is None else trained.model)
         loaders = open_loaders(config, open_split, topology)
         with torch.device("meta"):
             check_memory(_bare_operator(config, topology.ep_size), device)

@@ -27,7 +27,7 @@ from shodh.models.forecaster import Forecaster
 from shodh.models.tokenizer import Tokenizer
 from shodh.schema.normalize import FieldNormalizer
 from shodh.schema.space import SPACE_FILE, Space
-from shodh.train.datasets import Regimes, open_regimes
+from shodh.train.datasets import Regimes, name_short, open_regimes, training_horizon
 
 log = logging.getLogger("shodh")
 
@@ -149,9 +149,8 @@ def open_latents(
     config: RunConfig, regimes: Regimes, cache: Path, split: Split, horizon: int = 1
 ) -> list[LatentWindowDataset]:
     """Windows of ``history`` latents and the ``horizon`` next ones, a dataset a regime."""
-    if horizon == 1:  # Of longer ones the rollouts tell.
-        for source in regimes.sources:
-            source.name_short(split, config.data.history * config.data.stride + 1, "a window")
+    if horizon == training_horizon(config, split):  # Of longer ones the rollouts tell.
+        name_short(config, regimes, split, horizon)
     return [
         LatentWindowDataset(
             split_folder(cache.parent, cache.name, source.name, split),

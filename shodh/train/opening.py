@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from shodh.core.distributed import together
 from shodh.core.errors import CheckpointError
 from shodh.core.files import checksum
 from shodh.data.identity import Choose
+from shodh.data.loader import SampleDataset
 from shodh.schema.normalize import FieldNormalizer
 from shodh.schema.space import SPACE_FILE, Space
 from shodh.train.data_identity import kept_choice, new_choice
-from shodh.train.datasets import OpenSplit, Regimes, open_regimes
+from shodh.train.datasets import OpenSplit, Regimes, open_regimes, require_history, training_horizon
 from shodh.train.field_task import open_windows
 from shodh.train.latents import TrainedTokenizer, load_tokenizer, normalizer_for, open_latents, prepare_latents
 from shodh.train.run_folder import RunFolder
@@ -126,6 +128,9 @@ def open_data(
             if config.family is not None and init_from is not None and not config.has_tokenizer:
                 space = inherited_normalizer(config, init_from)
         regimes, trained = open_run_data(config, space, choose, run)
+        require_history(config, regimes)
     if trained is None:
-        return regimes, None, partial(open_windows, config, regimes)
-    return regimes, trained, partial(open_latents, config, regimes, prepare_latents(config, regimes, trained, device))
+        windows: Callable[..., Sequence[SampleDataset]] = partial(open_windows, config, regimes)
+    else:
+        windows = partial(open_latents, config, regimes, prepare_latents(config, regimes, trained, device))
+    return regimes, trained, lambda split: windows(split, horizon=training_horizon(config, split))

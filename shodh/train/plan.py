@@ -234,7 +234,7 @@ def make_plan(config: RunConfig, nodes: int | None = None, gpus_per_node: int | 
         groups += [(name, len(ps), sum(p.numel() for p in ps)) for name, ps in split.items() if ps]
     tokens = math.prod(model.token_grid)
     width = 2 if train.precision == "bf16" else 4
-    rank_tokens = tokens * topology.micro_batch * topology.accumulation
+    rank_tokens = tokens * topology.micro_batch * topology.accumulation * operator.unroll.steps
     away = (topology.ep_size - 1) / topology.ep_size
     return Plan(
         config=config,

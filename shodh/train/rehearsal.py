@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from shodh.config import RunConfig
 from shodh.models.factory import build_operator, build_tokenizer, operator_space
 from shodh.models.init import initialise
+from shodh.models.tokenizer import Tokenizer
 from shodh.moe.grouped import product_flops
 from shodh.moe.groups import freeze_others
 from shodh.schema.domain import Domain
@@ -159,28 +160,54 @@ def _imagined_regimes(config: RunConfig) -> Regimes:
 
 
 def rehearse_operator(config: RunConfig, micro_batch: int, device: str = "meta") -> Rehearsal:
-    """A micro-batch of an operator's training; what a block adds is found from models of two and three blocks."""
+    """A micro-batch of an operator's training; what a block adds is found from models of two and three blocks.
+
+    Where the decoder is passed in some steps alone, work is the mean of all, and memory that of the largest.
+    """
     operator = config.operator
     if operator.depth > 3 and operator.kind != "unet" and device == "meta":  # Levels of a U-Net differ.
         depths = (operator.model_copy(update={"depth": depth}) for depth in (2, 3))
         two, three = (rehearse_operator(config.model_copy(update={"operator": o}), micro_batch) for o in depths)
         pairs = zip(astuple(two), astuple(three), strict=True)
         return Rehearsal(*(b + (operator.depth - 3) * (b - a) for a, b in pairs))
+    if operator.metric == "decoded" and operator.decoded_every > 1:
+        settings = ({"metric": "variance"}, {"decoded_every": 1})
+        changed = (config.model_copy(update={"operator": operator.model_copy(update=s)}) for s in settings)
+        plain, decoded = (rehearse_operator(c, micro_batch, device) for c in changed)
+        flops = plain.flops + (decoded.flops - plain.flops) // operator.decoded_every
+        return Rehearsal(max(plain.saved, decoded.saved), max(plain.peak, decoded.peak), flops)
     space = operator_space(config)
-    states = {"latents" if config.has_tokenizer else "fields": (space.history + 1, space.channels, *space.grid)}
+    frames = space.history + operator.unroll.steps
+    states = {"latents" if config.has_tokenizer else "fields": (frames, space.channels, *space.grid)}
     relative = config.operator.loss == "over_persistence"  # To the data, which are not here.
-    plain = config.operator.model_copy(update={"loss": "mse"}) if relative else config.operator
-    task = operator_task(config.model_copy(update={"operator": plain}), _imagined_regimes(config), [])
+    judged = config.operator.model_copy(update={"loss": "mse"}) if relative else config.operator
+    task = operator_task(
+        config.model_copy(update={"operator": judged}),
+        _imagined_regimes(config),
+        [],
+        _imagined_tokenizer(config, device) if config.has_tokenizer else None,
+        lambda samples: torch.zeros(len(samples), _static_channels(config), *config.cells, device=device),
+    )
     shapes = {**states, "static": (space.static, *space.grid)}
     return _rehearse(build_operator, task, config, config.operator.train.precision, micro_batch, shapes, device)
 
 
+def _imagined_tokenizer(config: RunConfig, device: str) -> Tokenizer:
+    """The frozen tokenizer of an operator's run, with weights of no meaning."""
+    with torch.device(device):
+        tokenizer = build_tokenizer(config)
+    initialise(tokenizer, config.seed)
+    return tokenizer.requires_grad_(False)
+
+
+def _static_channels(config: RunConfig) -> int:
+    return sum(f.build().num_components(3) for f in config.data.fields if f.static)
+
+
 def rehearse_tokenizer(config: RunConfig, micro_batch: int, device: str = "meta") -> Rehearsal:
     """A micro-batch of a tokenizer's training."""
-    channels, static = (
-        sum(f.build().num_components(3) for f in config.data.fields if f.static == s) for s in (False, True)
-    )
-    shapes = {"fields": (1, channels, *config.cells), "static": (static, *config.cells)}
+    channels = sum(f.build().num_components(3) for f in config.data.fields if not f.static)
+    shapes = {"fields": (1, channels, *config.cells), "static": (_static_channels(config), *config.cells)}
     task = TokenizerTask(config, _imagined_regimes(config))
     return _rehearse(build_tokenizer, task, config, config.tokenizer.train.precision, micro_batch, shapes, device)
 

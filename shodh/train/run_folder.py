@@ -8,7 +8,7 @@ from typing import IO, Any
 from shodh.checkpoint.description import is_converted
 from shodh.checkpoint.folder import is_checkpoint, latest_checkpoint
 from shodh.checkpoint.run_files import START, started_from
-from shodh.config import RunConfig, dump_config, load_config
+from shodh.config import RunConfig, dump_config, load_kept_config
 from shodh.core.environment import describe_environment
 from shodh.core.errors import ConfigError
 from shodh.core.files import lock_file, write_atomically
@@ -61,7 +61,7 @@ class RunFolder:
                     "(shodh.from_pretrained loads the folder)"
                 )
             raise ConfigError(f"{self.path} is not a run folder: it has no config.yaml")
-        return load_config(path)
+        return load_kept_config(path)
 
     def latest(self) -> str | None:
         """Tag of the newest complete checkpoint (`shodh.checkpoint.folder.latest_checkpoint`), or None."""

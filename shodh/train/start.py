@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -80,10 +81,19 @@ def check_same_run(config: RunConfig, folder: RunFolder) -> None:
                 del regime["path"]
     changed = [key for key in ("seed", "data", "tokenizer", "operator", "finetune") if old[key] != new[key]]
     if changed:
+        places = [where for key in changed for where in _differences(old[key], new[key], key)]
+        shown = ", ".join(places[:5]) + (f" and {len(places) - 5} more" if len(places) > 5 else "")
         raise ConfigError(
-            f"{folder.path} was started with other settings of {' and '.join(changed)}; resume with its own "
+            f"{folder.path} was started with other settings of {' and '.join(changed)} ({shown}); resume with its own "
             "config.yaml, or start a new run with --set name=..."
         )
+
+
+def _differences(old: Any, new: Any, where: str) -> list[str]:
+    """Each place where two trees of settings differ, with what the old one has there."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        return [place for key in old for place in _differences(old[key], new[key], f"{where}.{key}")]
+    return [] if old == new else [f"{where} was {old if isinstance(old, str | int | float) else 'another'}"]
 
 
 def device_memory(device: torch.device) -> int:

@@ -65,11 +65,11 @@ class Throughput:
 
     @cached_property
     def _tokens(self) -> int:
-        """Of a sample; a tokenizer and convolutions have none."""
+        """Of a sample, in every unrolled step; a tokenizer and convolutions have none."""
         operator = self._config.operator
         if self._of_tokenizer or operator.kind in ("fno", "unet"):
             return 0
-        return math.prod(n // operator.patch for n in operator_space(self._config).grid)
+        return operator.unroll.steps * math.prod(n // operator.patch for n in operator_space(self._config).grid)
 
     def of(self, samples_per_s: float) -> dict[str, float]:
         """``perf/tflops`` a rank, ``perf/mfu`` on cards, ``perf/tokens_per_s``, of samples a second of all ranks."""

@@ -107,6 +107,15 @@ def test_history_of_the_operator_is_checked_before_the_tokenizer_is_trained(conf
     assert "data.history=6" in line and not list(out.rglob("*.safetensors"))
 
 
+def test_unrolled_steps_that_no_trajectory_holds_are_refused_before_anything_is_encoded(
+    config: Path, tokenizer_folder: Callable[..., Path]
+) -> None:
+    folder = tokenizer_folder("seed=3")
+    settings = [f"tokenizer.run={folder}", "operator.unroll.steps=5"]
+    line = assert_one_line(run_script(PRETRAIN, "--config", config, "--set", *settings), "no window of 7 frames")
+    assert "operator.unroll.steps=5" in line and not (folder / "latents").exists()
+
+
 def test_data_of_another_grid(config: Path, tiny_data: Path) -> None:
     line = assert_one_line(run_script(TOKENIZER, "--config", config, "--set", "data.grid=[32, 16, 16]"))
     assert "[16, 16, 16]" in line and "[32, 16, 16]" in line and "--set data.grid=" in line and str(tiny_data) in line

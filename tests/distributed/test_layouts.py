@@ -75,7 +75,7 @@ def assert_moved(moved: list[dict[str, Any]], sources: list[Run], folder: Path) 
     found = []
     for number, (answer, source) in enumerate(zip(moved, sources, strict=True)):
         assert_same_state(folder / str(number), source.checkpoint(5))
-        names = ("train/latent_mse", "train/grad_norm", "train/loss")
+        names = ("train/latent_nmse", "train/grad_norm", "train/loss")
         found.append({name: deviation(answer["lines"], source.lines(), name) for name in names})
     assert all(value < ROUNDING for row in found for value in row.values()), found
     return found
@@ -103,7 +103,7 @@ def test_a_checkpoint_that_loses_a_part_would_be_noticed(laboratory: Laboratory,
         with pytest.raises(AssertionError, match=("updates", "exp_avg", "selection_bias")[number]):
             assert_same_state(moves.folder / str(number), source.checkpoint(5))
         if lost[number] != "selection_bias":
-            assert deviation(answer["lines"], source.lines(), "train/latent_mse") > 10 * ROUNDING
+            assert deviation(answer["lines"], source.lines(), "train/latent_nmse") > 10 * ROUNDING
 
 
 def test_accumulation_follows_from_the_global_batch(laboratory: Laboratory, moves: Moves) -> None:
@@ -116,7 +116,7 @@ def test_precision_may_change_and_no_master_is_rounded(laboratory: Laboratory, m
     exact, rounded = laboratory.run(2, 2, 3), laboratory.run(2, 2, 1, BF16)
     for number, answer in enumerate(moves((2, 1, 1), [rounded, exact], BF16)):
         assert_same_state(moves.folder / str(number), (rounded, exact)[number].checkpoint(5))
-        assert deviation(answer["lines"], exact.lines(), "train/latent_mse") < 0.05
+        assert deviation(answer["lines"], exact.lines(), "train/latent_nmse") < 0.05
 
 
 def test_configured_decay_betas_and_rate_take_effect(laboratory: Laboratory, moves: Moves) -> None:
@@ -125,7 +125,7 @@ def test_configured_decay_betas_and_rate_take_effect(laboratory: Laboratory, mov
     (answer,) = moves((2, 2, 1), [source], *(f"operator.train.{setting}" for setting in more))
     assert answer["settings"] == {(0.5, (0.5, 0.6)), (0.0, (0.5, 0.6))}
     assert deviation(answer["lines"], source.lines(), "train/lr") > 0.5
-    assert deviation(answer["lines"], source.lines(), "train/latent_mse") > 10 * ROUNDING
+    assert deviation(answer["lines"], source.lines(), "train/latent_nmse") > 10 * ROUNDING
 
 
 @pytest.mark.exhaustive

@@ -113,7 +113,7 @@ def test_velocity_of_every_regime_is_divergence_free_in_its_own_dimensions(run: 
 
 def test_experts_and_validation_see_all_regimes(run: dict[str, Any]) -> None:
     last = read_metrics(run["folder"] / "metrics.jsonl")[-1]
-    assert {f"valid/latent_mse/{name}" for name in STORED} <= set(last)
+    assert {f"valid/latent_nmse/{name}" for name in STORED} <= set(last)
     tokenizer = read_metrics(run["evaluator"].config.tokenizer_dir / "metrics.jsonl")[-1]
     measured = {key.removeprefix("valid/vrmse_square/") for key in tokenizer if "vrmse_square" in key}
     assert measured == {"velocity/stream", "velocity/sheet", "dye/stream", "dye/sheet", "heat/rock"}

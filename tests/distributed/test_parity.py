@@ -19,7 +19,7 @@ TERMS = ("train/balance_loss", "moe/switch", "moe/information", "moe/z_loss", "t
 
 def assert_same_training(one: Run, other: Run) -> None:
     assert len(one.training("train/loss")) == 10
-    for name in ("train/loss", "train/latent_mse"):
+    for name in ("train/loss", "train/latent_nmse"):
         assert other.training(name) == pytest.approx(one.training(name), rel=0, abs=1e-5), name
     for name in TERMS:
         assert other.training(name) == pytest.approx(one.training(name), rel=1e-5, abs=1e-7), name
@@ -45,7 +45,7 @@ def test_losses_do_not_depend_on_the_zero_stage(laboratory: Laboratory, stage: i
 def test_validation_does_not_depend_on_ranks(laboratory: Laboratory) -> None:
     one, two = laboratory.run(1, 1, 1), laboratory.run(2, 2, 1)
     for regime in ("open_channel", "porous_media"):
-        for name in ("latent_mse", "persistence_mse"):
+        for name in ("latent_nmse", "persistence_nmse"):
             values = one.training(f"valid/{name}/{regime}")
             assert len(values) == 2
             assert two.training(f"valid/{name}/{regime}") == pytest.approx(values, abs=1e-5)
@@ -69,7 +69,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch_but_for_the_balance(lab
     off = [f"operator.experts.balance.{term}=0" for term in ("switch", "information")]
     whole = laboratory.run(2, 2, 1, *off)
     accumulated = laboratory.run(2, 2, 1, *off, "operator.train.micro_batch=1")
-    for name in ("train/latent_mse", "train/grad_norm"):
+    for name in ("train/latent_nmse", "train/grad_norm"):
         assert accumulated.training(name) == pytest.approx(whole.training(name), rel=1e-5), name
 
 

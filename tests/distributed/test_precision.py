@@ -22,7 +22,7 @@ pytestmark = pytest.mark.distributed
 @pytest.mark.parametrize("stage", (1, 3))
 def test_bf16_run_follows_the_float32_run_and_keeps_its_selection_bias(laboratory: Laboratory, stage: int) -> None:
     run = laboratory.run(2, 2, stage, "operator.train.precision=bf16")
-    errors, exact = (r.training("train/latent_mse") for r in (run, laboratory.run(2, 2, stage)))
+    errors, exact = (r.training("train/latent_nmse") for r in (run, laboratory.run(2, 2, stage)))
     assert errors == pytest.approx(exact, rel=0.05) and errors != exact
     weights = load_weights(run.checkpoint(10) / "model.safetensors")
     for rank in run.ranks:

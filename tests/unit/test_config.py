@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
+from published import published
 
-from shodh.config import apply_overrides, config_from_dict, dump_config, load_config
+from shodh.config import apply_overrides, config_from_dict, dump_config, load_config, load_kept_config, to_dict
 from shodh.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,3 +179,16 @@ def test_resolved_copy_holds_every_default() -> None:
     assert written["operator"]["experts"]["router"]["temperature"] == config.operator.experts.router.temperature
     assert written["tokenizer"]["train"]["betas"] == [0.9, 0.95]
     assert config_from_dict(written) == config
+
+
+@pytest.mark.parametrize(("kind", "metric"), [("latent_transformer", "whitened"), ("unet", "variance")])
+def test_a_run_of_before_the_metric_was_named_keeps_the_one_it_had(tmp_path: Path, kind: str, metric: str) -> None:
+    operator = published({"kind": kind, "dim": 8, "depth": 1}) if kind == "unet" else {"kind": kind}
+    tree = to_dict(config_from_dict(minimal(operator=operator)))
+    path = tmp_path / "config.yaml"
+    for written, expected in (("decoded" if kind != "unet" else "variance", None), (None, metric)):
+        tree["operator"]["metric"] = written
+        if written is None:
+            del tree["operator"]["metric"]
+        path.write_text(yaml.safe_dump(tree))
+        assert load_kept_config(path).operator.metric == (expected or written)

@@ -44,6 +44,10 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointed": {**latent(), "activation_checkpointing": True},
     "dense": latent(num_experts=0, balance={}),
     "fourier": {**latent(), "mixer": "fourier", "modes": 1},
+    "whitened": {**latent(), "metric": "whitened"},
+    "decoded": {**latent(), "metric": "decoded", "decoded_every": 1},
+    "unrolled": {**latent(), "unroll": {"steps": 2}, "noise_relative_to": "error"},
+    "pushforward": fields("dpot", modes=2, unroll={"steps": 2, "gradient": "pushforward"}, patch_jitter=True),
     "moe_pot": fields("moe_pot", experts={"num_experts": 4, "top_k": 2, "form": "linear", "hidden": 32}),
     "dpot": fields("dpot", modes=2),
     "fno": fields("fno", modes=2),
@@ -100,10 +104,14 @@ def take_step(task: Task, model: nn.Module, batch: Batch, device: torch.device) 
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_of_an_operator_reads_nothing_from_its_device(case: str) -> None:
     config = configuration(CASES[case])
-    task = operator_task(config, regimes_of(config), [])
-    batch = batch_of(fields=(3, 5, 16, 16, 16), static=(1, 16, 16, 16))
+    tokenizer = build_tokenizer(config).to_empty(device=META) if config.has_tokenizer else None
+    task = operator_task(
+        config, regimes_of(config), [], tokenizer, lambda samples: torch.zeros(len(samples), 1, 16, 16, 16)
+    )
+    frames = 2 + config.operator.unroll.steps
+    batch = batch_of(fields=(frames, 5, 16, 16, 16), static=(1, 16, 16, 16))
     if config.has_tokenizer:
-        batch = batch_of(latents=(3, 8, 2, 2, 2), static=(num_static_features(1, 1), 2, 2, 2))
+        batch = batch_of(latents=(frames, 8, 2, 2, 2), static=(num_static_features(1, 1), 2, 2, 2))
     assert take_step(task, build_operator(config).train(), batch, META).is_meta
 
 

@@ -26,6 +26,8 @@ CASES = {
     "bf16": ("demo", ["operator.train.precision=bf16"]),
     "checkpointed": ("demo", ["operator.activation_checkpointing=true"]),
     "deep": ("demo", ["operator.depth=5", "operator.dim=64"]),
+    "decoded": ("demo", ["operator.metric=decoded", "operator.decoded_every=2", "data.grid=[16, 16, 16]"]),
+    "unrolled": ("demo", ["operator.unroll.steps=3", "operator.depth=1"]),
     "moe_pot": ("moe_pot_tiny", []),
     "fno": ("fno_tiny", []),
 }
@@ -75,6 +77,20 @@ def test_recomputation_is_work_that_is_counted() -> None:
     plain, again = (rehearse_operator(load(*CASES[name]), 2) for name in ("sparse", "checkpointed"))
     assert 1.2 * plain.flops < again.flops < 1.34 * plain.flops
     assert again.saved < 0.2 * plain.saved and again.peak < 0.6 * plain.peak
+
+
+def test_unrolled_forecasts_the_noise_and_the_decoder_are_work_that_is_counted() -> None:
+    """Linear in the forecasts; a pass for the noise is a third of one; of the decoder, the mean over all steps."""
+    of = {n: rehearse_operator(load("demo", [f"operator.unroll.steps={n}"]), 2) for n in (1, 3)}
+    # Later forecasts also have a gradient of what they are given.
+    assert 3 < of[3].flops / of[1].flops < 3.1 and of[3].saved > 2.5 * of[1].saved
+    noisy = load("demo", ["operator.input_noise=1.0", "operator.noise_relative_to=error"])
+    assert rehearse_operator(noisy, 2).flops == pytest.approx(4 / 3 * of[1].flops, rel=0.02)
+    decoded = [load("demo", ["operator.metric=decoded", f"operator.decoded_every={n}"]) for n in (1, 4)]
+    every, fourth = (rehearse_operator(config, 2) for config in decoded)
+    assert 4 * (fourth.flops - of[1].flops) == pytest.approx(every.flops - of[1].flops, rel=1e-6)
+    assert fourth.peak == pytest.approx(every.peak, rel=1e-3)
+    assert every.flops > 1.5 * of[1].flops
 
 
 def test_work_is_that_of_torchs_counter() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_unroll import configured
 
 from shodh.config import OperatorConfig, TokenizerConfig
 from shodh.models.init import initialise
@@ -89,3 +90,27 @@ def test_samples_are_rolled_as_one_by_one(lead: tuple[int, ...]) -> None:
     shifts = torch.tensor([[0, 0, 0], [1, 4, 3], [2, 0, 1], [0, 3, 0]])
     alone = [row.roll(tuple(by), (-3, -2, -1)) for row, by in zip(values, shifts.tolist(), strict=True)]
     assert torch.equal(roll_samples(values, shifts), torch.stack(alone))
+
+
+def test_samples_of_two_dimensions_are_rolled_as_one_by_one() -> None:
+    values, shifts = torch.randn(3, 2, 5, 4), torch.tensor([[0, 3], [4, 0], [2, 1]])
+    alone = [row.roll(tuple(by), (-2, -1)) for row, by in zip(values, shifts.tolist(), strict=True)]
+    assert torch.equal(roll_samples(values, shifts), torch.stack(alone))
+
+
+def test_jitter_is_less_than_a_patch_along_periodic_axes_and_moves_frames_and_masks_alike() -> None:
+    task, _, batch = configured("fields")
+    experts = task.operator.model_copy(update={"patch_jitter": True, "patch": 4})
+    task.operator = experts
+    seen = set()
+    for step in range(40):
+        frames, static, shifts = task._shift(batch, step)
+        assert shifts is not None and int(shifts.max()) < 4 and shifts[:, 1].tolist() == [0, 0]  # A wall.
+        plain, given = task._windows(batch)
+        for b, by in enumerate(shifts.tolist()):
+            assert torch.equal(frames[b], plain[b].roll(tuple(by), (-3, -2, -1)))
+            assert torch.equal(static[b], given[b].roll(tuple(by), (-3, -2, -1)))
+        again = task._shift(batch, step)[2]
+        assert again is not None and torch.equal(again, shifts)
+        seen |= {tuple(row) for row in shifts.tolist()}
+    assert seen == {(x, 0, z) for x in range(4) for z in range(4)}

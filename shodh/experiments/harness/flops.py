@@ -52,8 +52,14 @@ def _counted(config: RunConfig) -> int:
 
 
 def step_flops(config: RunConfig) -> int:
-    """Work of one optimiser step over all ranks: forward and backward of the global batch."""
-    return (1 + BACKWARD) * config.operator.train.global_batch * forward_flops(config)
+    """Work of one optimiser step over all ranks: forward and backward of the global batch, in every unrolled step.
+
+    With the pass that measures the error where noise is relative to it. Not that of a decoder that the loss passes
+    through (`OperatorConfig.metric`): `shodh.train.rehearsal` counts it.
+    """
+    operator = config.operator
+    passes = (1 + BACKWARD) * operator.unroll.steps + (operator.noise_relative_to == "error")
+    return passes * operator.train.global_batch * forward_flops(config)
 
 
 def sample_inputs(config: RunConfig, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:

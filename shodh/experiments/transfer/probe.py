@@ -39,15 +39,15 @@ class Probe:
 
     def __init__(self, config: RunConfig, device: torch.device, normalised_by: RunFolder | None = None) -> None:
         self.config, self.device = config, device
-        self.regimes, _, self._open = open_data(config, normalised_by, device)
+        self.regimes, trained, self._open = open_data(config, normalised_by, device)
         train, experts = config.operator.train, config.operator.experts
         training, topology = self._open("train"), plan_topology(1, 1, experts.num_experts, train.global_batch)
-        self.task = operator_task(config, self.regimes, training)
+        self.task = operator_task(config, self.regimes, training, None if trained is None else trained.model)
         self._loader = mixture_loader(training, config, topology, config.seed)
 
     @property
     def measure(self) -> str:
-        """Name of the error, as in ``metrics.jsonl``: latent_mse, field_l2re or field_mse."""
+        """Name of the error, as in ``metrics.jsonl``: latent_nmse (or latent_mse), field_l2re or field_mse."""
         return f"{self.task.space}_{self.task.measure}"
 
     def batch(self, data: SampleDataset, rows: Sequence[int]) -> Batch:
