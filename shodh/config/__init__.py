@@ -12,10 +12,11 @@ from shodh.config.reading import apply_overrides, config_from_dict, dump_config,
 from shodh.config.routers import RouterConfig, TemperatureSchedule
 from shodh.config.run import EvaluationConfig, FamilyConfig, FinetuneConfig, ParallelConfig, RunConfig
 from shodh.config.tokenizer import TokenizerConfig, TokenizerLoss
-from shodh.config.training import TrainConfig
+from shodh.config.training import BestConfig, TrainConfig
 
 __all__ = [
     "BalanceConfig",
+    "BestConfig",
     "DataConfig",
     "EvaluationConfig",
     "ExpertsConfig",

@@ -45,6 +45,10 @@ class WindowIndex:
         trajectory = int(np.searchsorted(self._ends, index, side="right"))
         return trajectory, index - int(self._starts[trajectory])
 
+    def number(self, trajectory: int, frame: int) -> int:
+        """The window of a trajectory and first frame: the inverse of indexing."""
+        return int(self._starts[trajectory]) + frame
+
 
 class WindowDataset(Dataset[dict[str, Any]]):
     """Normalised windows of one split of one regime (map-style, so that a sampler decides the order).

@@ -11,6 +11,7 @@ from shodh.config import RunConfig
 from shodh.data import Split, WindowDataset
 from shodh.data.loader import SampleDataset
 from shodh.train.datasets import Regimes
+from shodh.train.decoded import frame_errors
 from shodh.train.losses import mean_over, relative_l2_by_channel
 from shodh.train.operator_task import OperatorTask
 from shodh.train.trainer import Batch
@@ -50,6 +51,11 @@ class FieldTask(OperatorTask):
         else:
             by_channel = mean_over((prediction - target).square(), cells, 2)
         return torch.where(exists, by_channel, 0.0).sum(1) / exists.sum(1)
+
+    def _decoded(self, latent: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        last, truth = batch["fields"][:, self.history - 1 : self.history + 1].unbind(1)
+        space, static = self.regimes.space, batch["static"]
+        return tuple(frame_errors(space, batch, frame, truth, static) for frame in (latent, last))
 
     def _noise_scale(self, history: Tensor) -> Tensor:
         """Root mean square of each channel of each sample, as DPOT and MoE-POT scale their noise."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shodh.checkpoint.average import WeightAverage
 from shodh.checkpoint.optimizer_state import set_masters
 from shodh.checkpoint.run_files import describe_operator_run, is_tokenizer, open_tokenizer
 from shodh.checkpoint.weights import read_initial_weights, source_checksum
@@ -34,20 +35,24 @@ from shodh.moe.groups import added_weights, freeze_others
 from shodh.schema.normalize import FieldNormalizer
 from shodh.schema.space import Space
 from shodh.train.callbacks import (
+    Averaging,
     Checkpoints,
     Experts,
     FirstStep,
     Profile,
     RoutingTrace,
+    Selection,
     SkippedSteps,
     StepMetrics,
     StopSignal,
     Validation,
 )
 from shodh.train.callbacks.checkpoints import resume as resume_from
+from shodh.train.callbacks.selection import check_measure
 from shodh.train.compiling import compile_run, compiles
 from shodh.train.data_identity import kept_choice
 from shodh.train.datasets import Regimes, open_loaders, open_regimes, require_history
+from shodh.train.decoded import decodes, with_fields
 from shodh.train.engine import build_engine
 from shodh.train.field_task import operator_task
 from shodh.train.opening import kept_space, open_data
@@ -113,13 +118,14 @@ def train_tokenizer(config: RunConfig, resume: str | None = None, profile: int =
         regimes = open_regimes(config, kept, choose=choose)
         require_history(config, regimes)
         loaders = open_loaders(config, partial(open_frames, regimes), topology)
+        task, record = TokenizerTask(config, regimes), partial(regimes.space.save, folder.path)
+        check_measure(train.best, task.measures, regimes.names)
         with torch.device("meta"):
             check_memory(build_tokenizer(config), device)
         model = build_tokenizer(config)
     initialise(model, config.seed)
     with together():
         fit_basis(model, regimes)
-    task, record = TokenizerTask(config, regimes), partial(regimes.space.save, folder.path)
     if not _run(config, job, model.to(device), task, regimes, loaders, record):
         return False
     with together():
@@ -172,6 +178,9 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
     regimes, trained, open_split = open_data(config, None if job.start is None else folder, device, init_from)
     with together():
         task = operator_task(config, regimes, open_split("train"))
+        check_measure(train.best, task.measures, regimes.names)
+        if trained is not None and decodes(train):
+            task.tokenizer, open_split = trained.model, with_fields(config, regimes, open_split)
         loaders = open_loaders(config, open_split, topology)
         with torch.device("meta"):
             check_memory(_bare_operator(config, topology.ep_size), device)
@@ -251,8 +260,10 @@ def _run(
     with closing(loaders["train"]), closing(loaders["valid"]), closing(regimes):
         callbacks = _callbacks(config, job, task, regimes, loaders["valid"], engine.device)
         trainer = Trainer(engine, task, loaders["train"].iterate, train, topology, config.seed, callbacks)
+        if train.ema:
+            trainer.average = WeightAverage(engine, train.ema)
         if job.start is not None:
-            resume_from(trainer, job.start)
+            resume_from(trainer, job.start, folder.checkpoints)
         with together():
             if rank() == 0:
                 folder.create(config, job.deepspeed)
@@ -286,6 +297,8 @@ def _callbacks(
         experts = Experts(config.operator.experts, names, train.log_every, metrics)
         routing = [experts, RoutingTrace(config, names, job.topology, folder.routing)]
     faults = [FirstStep(), SkippedSteps(names, checkpoints)]
-    validation = Validation(task.measured, held_out.iterate, names, metrics)
+    validation: list[Callback] = [Averaging(), Validation(task.measured, held_out.iterate, names, metrics)]
+    if train.best is not None:
+        validation.append(Selection(train.best))
     profile = [Profile(folder.path, job.profile)] if job.profile else []
-    return [*routing, metrics, *faults, validation, StopSignal(), checkpoints, *profile]
+    return [*routing, metrics, *faults, *validation, StopSignal(), checkpoints, *profile]

@@ -16,9 +16,11 @@ from shodh.core.seeding import generator, stable_seed
 from shodh.data.loader import SampleDataset
 from shodh.models.forecaster import Forecaster
 from shodh.models.operator import OperatorOutput
+from shodh.models.tokenizer import Tokenizer
 from shodh.moe.balance import GlobalBalance
 from shodh.moe.step import router_arguments
 from shodh.train.datasets import Regimes
+from shodh.train.decoded import DECODED, FIELDS, PERSISTENCE, STATIC_FIELDS, decode_batch, frame_errors
 from shodh.train.metrics import Metrics
 from shodh.train.trainer import Batch, Measured, Outcome, sample_names
 
@@ -46,6 +48,7 @@ class OperatorTask:
         relative = config.operator.loss == "over_persistence"
         self._change = mean_changes(training, self._labels()) if relative else None
         self.balance = GlobalBalance()
+        self.tokenizer: Tokenizer | None = None  # of a run on latents whose validation decodes
 
     def _labels(self) -> list[str]:
         """Each regime with its fields, for messages."""
@@ -98,11 +101,26 @@ class OperatorTask:
         error, persistence = errors
         return output, error, persistence
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of `measured`; those of decoded fields are left out where nothing decodes."""
+        return f"{self.space}_{self.measure}", f"persistence_{self.measure}", DECODED, PERSISTENCE
+
     def measured(self, model: Any, batch: Batch) -> Measured:
         """Held-out errors of the model and of persistence."""
         output, error, persistence = self.predict(model, batch)
-        pairs = {f"{self.space}_{self.measure}": error, f"persistence_{self.measure}": persistence}
-        return Measured({name: (values, batch["regime"]) for name, values in pairs.items()}, output.routing)
+        values = zip(self.measures, (error, persistence, *self._decoded(output.latent, batch)), strict=False)
+        return Measured({name: (errors, batch["regime"]) for name, errors in values}, output.routing)
+
+    def _decoded(self, latent: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        """VRMSE ``[B]`` of the decoded fields, and that of persistence, the last known frame."""
+        if self.tokenizer is None:
+            return ()
+        space, static = self.regimes.space, batch[STATIC_FIELDS]
+        last, truth = batch[FIELDS].unbind(1)
+        decoder = Forecaster.of(self.config, space, None, self.tokenizer)
+        prediction = decode_batch(self.config, decoder, batch, latent)
+        return tuple(frame_errors(space, batch, frame, truth, static) for frame in (prediction, last))
 
     def start_step(self) -> None:
         self.balance.start_step()

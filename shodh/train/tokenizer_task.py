@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from shodh.config import RunConfig
 from shodh.data import Split, WindowDataset
 from shodh.schema.domain import Domain, describe_domain
 from shodh.train.datasets import Regimes
+from shodh.train.decoded import DECODED, frame_errors
 from shodh.train.losses import reconstruction_loss, reconstruction_terms, weigh_fields, weighted_kinds
 from shodh.train.metrics import Metrics
 from shodh.train.trainer import Batch, Measured, Outcome
@@ -52,14 +53,20 @@ class TokenizerTask:
     def start_step(self) -> None:
         """Nothing is carried from one micro-batch to the next."""
 
-    def _terms(self, model: Any, batch: Batch, kinds: Collection[str]) -> tuple[dict[str, Tensor], Tensor]:
+    def _reconstruct(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The fields ``[B, C, *grid]`` of a batch, what comes back of them, and their latents."""
         fields, index = batch["fields"][:, 0], batch["sample"][:, 0]
         geometry = self._geometry(batch["static"], index)
-        prediction, latent = model(fields, geometry, self.regimes.domains, index)
-        return reconstruction_terms(prediction, fields, self.regimes.dynamic, kinds), latent
+        return (fields, *model(fields, geometry, self.regimes.domains, index))
+
+    @property
+    def measures(self) -> list[str]:
+        """Names of `measured`."""
+        return [*(f"relative_square/{field.name}" for field in self.regimes.dynamic), DECODED]
 
     def loss(self, model: Any, batch: Batch, step: int) -> Outcome:
-        terms, latent = self._terms(model, batch, weighted_kinds(self.loss_config))
+        fields, prediction, latent = self._reconstruct(model, batch)
+        terms = reconstruction_terms(prediction, fields, self.regimes.dynamic, weighted_kinds(self.loss_config))
         terms = weigh_fields(terms, self.regimes.presence(batch["regime"]), self.regimes.dynamic)
         metrics: Metrics = {f"train/{k}": (v.detach().mean(), "mean") for k, v in terms.items()}
         metrics["latent/std"] = (latent.detach().float().std(), "mean")
@@ -67,11 +74,13 @@ class TokenizerTask:
         return Outcome(reconstruction_loss(terms, self.loss_config), errors, metrics)
 
     def measured(self, model: Any, batch: Batch) -> Measured:
-        """Held-out errors by field, of the samples that have it."""
-        terms, _ = self._terms(model, batch, ["relative_l2"])
+        """Held-out errors by field, of the samples that have it; and the VRMSE of a sample's fields."""
+        fields, prediction, _ = self._reconstruct(model, batch)
+        terms = reconstruction_terms(prediction, fields, self.regimes.dynamic, ["relative_l2"])
         presence, regime = self.regimes.presence(batch["regime"]) > 0, batch["regime"]
         errors = {}
         for number, field in enumerate(self.regimes.dynamic):
             there, values = presence[:, number], terms[f"relative_l2/{field.name}"]
             errors[f"relative_square/{field.name}"] = (values[there], regime[there])
+        errors[DECODED] = (frame_errors(self.regimes.space, batch, prediction, fields, batch["static"]), regime)
         return Measured(errors)
