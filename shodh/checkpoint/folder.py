@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -254,11 +254,11 @@ def verify_checkpoint(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> dict
     return manifest
 
 
-def verify_model(folder: Path) -> None:
-    """Compare all files but the optimiser's with the manifest. Errors as `verify_checkpoint`."""
+def verify_model(folder: Path, unread: Collection[str] = ()) -> None:
+    """Compare all files but the optimiser's, and ``unread`` ones, with the manifest. Errors as `verify_checkpoint`."""
     manifest = read_manifest(folder)
     for name in sorted(manifest["files"]):
-        if not name.startswith(f"{OPTIMIZER}/"):
+        if not name.startswith(f"{OPTIMIZER}/") and name not in unread:
             verify_file(folder, name, manifest)
 
 

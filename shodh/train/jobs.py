@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from shodh.checkpoint.average import WeightAverage
+from shodh.checkpoint.description import Kind
 from shodh.checkpoint.optimizer_state import set_masters
 from shodh.checkpoint.run_files import describe_operator_run, is_tokenizer, open_tokenizer
 from shodh.checkpoint.weights import read_initial_weights, source_checksum
@@ -155,7 +156,13 @@ def _space_of_start(config: RunConfig, folder: Path) -> Space | FieldNormalizer 
 
 
 @ieee_float32()
-def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | None = None, profile: int = 0) -> bool:
+def pretrain(
+    config: RunConfig,
+    resume: str | None = None,
+    init_from: Path | None = None,
+    profile: int = 0,
+    kind: Kind | None = None,
+) -> bool:
     """Train the operator, on cached latents or on fields; returns False if a signal stopped it early.
 
     Parameters
@@ -167,12 +174,14 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
         of ranks, EP degree and ZeRO stage.
     profile : int
         Steps to profile; 0: none.
+    kind : {"ema", "raw"}, optional
+        Weights of ``init_from``: `shodh.checkpoint.description.read_pretrained`.
     """
     train, folder = config.operator.train, RunFolder(config.run_dir)
     topology, deepspeed = plan_operator(config, world_size())
     job = Job.of(config, train, topology, deepspeed, folder, resume, profile)
     if init_from is not None:
-        read_initial_weights(init_from)  # Mapped, not read: what cannot be used is refused before ranks connect.
+        read_initial_weights(init_from, kind)  # Mapped, not read: what cannot be used is refused before ranks connect.
     device = start_distributed()
     claim(folder, resume, job.start)
     regimes, trained, open_split = open_data(config, None if job.start is None else folder, device, init_from)
@@ -185,11 +194,11 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
         with torch.device("meta"):
             check_memory(_bare_operator(config, topology.ep_size), device)
         decided = _decided(config, device)
-        model, weights = _build_operator(decided, topology.ep_size, init_from)
+        model, weights = _build_operator(decided, topology.ep_size, init_from, kind)
 
     def record() -> None:
         if job.start is None:
-            folder.record_start(None if init_from is None else source_checksum(init_from))
+            folder.record_start(None if init_from is None else source_checksum(init_from, kind))
         tokenizer = None if trained is None else trained.weights
         describe_operator_run(folder.path, config, regimes.space, tokenizer, folder.started_from())
 
@@ -214,7 +223,7 @@ def _bare_operator(config: RunConfig, ep_size: int) -> nn.Module:
 
 
 def _build_operator(
-    config: RunConfig, ep_size: int, init_from: Path | None
+    config: RunConfig, ep_size: int, init_from: Path | None, kind: Kind | None
 ) -> tuple[nn.Module, dict[str, Tensor] | None]:
     """The operator with this rank's experts, freshly drawn or from given weights, and this rank's part of these.
 
@@ -226,7 +235,7 @@ def _build_operator(
     initialise(model, config.seed)
     weights = None
     if init_from is not None:
-        weights = local_state(model, {**added_weights(model), **read_initial_weights(init_from)})
+        weights = local_state(model, {**added_weights(model), **read_initial_weights(init_from, kind)})
         load_into(model, weights, init_from)
     if config.finetune is not None:
         freeze_others(model, config.finetune)

@@ -12,7 +12,7 @@ from shodh.core.precision import ieee_float32
 from shodh.data.identity import DataRecord
 from shodh.evaluate.evaluation import evaluate, open_given, open_run
 from shodh.evaluate.report import write_report
-from shodh.experiments.harness.run import Run
+from shodh.experiments.harness.run import Run, judged_checkpoint
 from shodh.experiments.transfer.measure import seconds_per_step
 from shodh.models.factory import build_operator
 from shodh.moe.groups import is_trained
@@ -25,18 +25,23 @@ def measure(run: Run, device: torch.device) -> dict[str, Any]:
     config = run.config
     folder = RunFolder(config.run_dir)
     if run.trains:
-        evaluator = open_run(folder.path, None, device)
+        evaluator = open_run(folder.path, judged_checkpoint(folder.path), device)
     else:
         folder.path.mkdir(parents=True, exist_ok=True)
-        evaluator = open_given(config, run.weights[0], device)
+        evaluator = open_given(config, run.weights[0], device, run.kind)
         write_atomically(folder.path / "config.yaml", dump_config(config))
         DataRecord.of(evaluator.regimes.sources, folder.path).save()
     evaluation = evaluate(evaluator, config.evaluation.split)
     write_report(folder, evaluation)
+    newest = folder.latest() if run.trains else None
+    last = None
+    if newest not in (None, evaluator.checkpoint):
+        last = evaluate(open_run(folder.path, None, device), config.evaluation.split).metrics
     return {
         "parameters": count_trained(config, trains=run.trains),
         "seconds_per_step": seconds_per_step(folder, config.operator.train.steps) if run.trains else None,
         "evaluation": evaluation.metrics,
+        "last": last,
     }
 
 
