@@ -125,7 +125,7 @@ def find_checkpoint(run: Path, name: str | None) -> Path:
                 f"{[p.name for p in checkpoints_of(run)]}"
             )
         return best or path
-    if Path(name).name != name or not path.is_dir():
+    if not name or name[0] == "." or Path(name).name != name or not path.is_dir():
         raise CheckpointError(f"{run} has no checkpoint {name!r} (there are {[p.name for p in checkpoints_of(run)]})")
     return path
 
