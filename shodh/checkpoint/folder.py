@@ -90,7 +90,10 @@ def best_checkpoint(run: Path) -> Path | None:
 def best_of(manifest: dict[str, Any]) -> str | None:
     """Name of the checkpoint that was the best one when this one was saved."""
     best = manifest["state"].get("best")
-    return None if best is None else tag_of(int(best["step"]))
+    try:
+        return None if best is None else tag_of(int(best["step"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"a {MANIFEST} is damaged: it calls the step {best!r} the best") from error
 
 
 def tag_of(step: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from shodh.checkpoint.average import WeightAverage
 from shodh.checkpoint.folder import (
+    MANIFEST,
     OPTIMIZER,
     describe_file,
     partial_folder,
@@ -159,9 +160,17 @@ def load_checkpoint(engine: Any, checkpoint: Path, average: WeightAverage | None
         if average is not None and AVERAGED in manifest["files"]:
             averages = open_file(checkpoint / AVERAGED)
             check_weights_fit(engine, averages, checkpoint)
-            average.load(averages, int(manifest["state"]["ema"]["updates"]))
+            average.load(averages, _updates(manifest, checkpoint))
         elif average is not None:
             average.restart()
         engine.global_steps = int(manifest["state"]["step"])
         engine.global_samples = engine.global_steps * engine.train_batch_size()
     return manifest
+
+
+def _updates(manifest: dict[str, Any], checkpoint: Path) -> int:
+    """Steps that are in the average of a checkpoint."""
+    try:
+        return int(manifest["state"]["ema"]["updates"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint / MANIFEST} is damaged: it does not count what is averaged") from error

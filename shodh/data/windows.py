@@ -46,8 +46,11 @@ class WindowIndex:
         return trajectory, index - int(self._starts[trajectory])
 
     def number(self, trajectory: int, frame: int) -> int:
-        """The window of a trajectory and first frame: the inverse of indexing."""
-        return int(self._starts[trajectory]) + frame
+        """The window that begins at a frame of a trajectory; undoes ``[]``."""
+        index = int(self._starts[trajectory]) + frame
+        if not 0 <= frame or index >= self._ends[trajectory]:
+            raise IndexError(f"no window at frame {frame} of trajectory {trajectory}")
+        return index
 
 
 class WindowDataset(Dataset[dict[str, Any]]):

@@ -14,31 +14,41 @@ from shodh.data.loader import SampleDataset
 from shodh.models.forecaster import Forecaster
 from shodh.schema.space import Space
 from shodh.train.datasets import OpenSplit, Regimes
-from shodh.train.losses import vrmse
+from shodh.train.losses import mean_over
 from shodh.train.trainer import Batch
 
 DECODED, PERSISTENCE = "decoded_vrmse", "persistence_vrmse"
 #: Of a batch of `DecodedWindows`: the last known frame and the next one, and the static fields.
 FIELDS, STATIC_FIELDS = "fields", "static_fields"
+_EPS = 1e-7  # of The Well's VRMSE
 
 
 def field_vrmse(space: Space, number: int, prediction: Tensor, truth: Tensor, static: Tensor) -> Tensor:
     """VRMSE (The Well) of samples of one regime, the mean over its fields: ``[B, C, *grid] -> [B]``.
 
-    Over the cells where a field exists; ``static [B, S, *grid]`` holds the masks. A field that is constant in the
-    training data is decoded as that, and left out.
+    Over the cells where a field exists; ``static [B, S, *grid]`` holds the masks. Left out is what does not vary in
+    space, by which the definition divides: NaN where that is all of a sample. Infinite of what is not finite.
     """
-    masks, constants = space.masks(number), space.constants(number)
-    errors = [
-        vrmse(
-            prediction[:, channels],
-            truth[:, channels],
-            exists=static[:, masks[name], None] == 0 if name in masks else None,
-        )
-        for name, channels in space.channels(number).items()
-        if constants[name][1] != 0
-    ]
-    return torch.stack(errors).mean(0) if errors else prediction.new_zeros(len(prediction))
+    masks, errors = space.masks(number), []
+    for name, channels in space.channels(number).items():
+        exists = static[:, masks[name], None] == 0 if name in masks else None
+        errors.append(_vrmse(prediction[:, channels], truth[:, channels], exists))
+    return torch.stack(errors).nanmean(0)
+
+
+def _vrmse(prediction: Tensor, truth: Tensor, exists: Tensor | None) -> Tensor:
+    """Mean over the components of a field that vary; those with a millionth of its variance do not."""
+    error = mean_over((prediction - truth).square(), exists, 2).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    mean = mean_over(truth, exists, 2)
+    variance = mean_over((truth - mean.view(*mean.shape, *(1,) * (truth.ndim - 2))).square(), exists, 2)
+    least = (1e-6 * variance.sum(1, keepdim=True)).clamp(min=_EPS)
+    return torch.where(variance < least, torch.nan, (error / (variance + _EPS)).sqrt()).nanmean(1)
+
+
+def defined(errors: Tensor, regime: Tensor) -> tuple[Tensor, Tensor]:
+    """The errors, and labels, of samples that a measure can judge."""
+    there = ~errors.isnan()
+    return errors[there], regime[there]
 
 
 def by_regime(batch: Batch) -> list[tuple[int, Tensor]]:
@@ -73,10 +83,10 @@ class DecodedWindows:
     Items are those of ``latents`` with ``fields [2, C, *grid]`` and ``static_fields [S, *grid]``, in model units.
     """
 
-    def __init__(self, latents: LatentWindowDataset, fields: WindowDataset) -> None:
+    def __init__(self, latents: LatentWindowDataset, fields: WindowDataset, history: int) -> None:
         self._latents, self._fields = latents, fields
         self.sample_shape = latents.sample_shape
-        self._last = (latents.length - 2) * latents.stride  # frames from the first of a window to the last known one
+        self._last = (history - 1) * latents.stride  # frames from the first of a window to the last known one
 
     def __len__(self) -> int:
         return len(self._latents)
@@ -104,6 +114,7 @@ def with_fields(config: RunConfig, regimes: Regimes, open_split: OpenSplit) -> O
             WindowDataset(source, split, history=1, horizon=1, stride=stride, normalizer=normalizer)
             for source in regimes.sources
         ]
-        return [DecodedWindows(*pair) for pair in zip(latents, fields, strict=True)]  # type: ignore[arg-type]
+        pairs = zip(latents, fields, strict=True)
+        return [DecodedWindows(*pair, config.data.history) for pair in pairs]  # type: ignore[arg-type]
 
     return opened

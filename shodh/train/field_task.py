@@ -52,7 +52,7 @@ class FieldTask(OperatorTask):
             by_channel = mean_over((prediction - target).square(), cells, 2)
         return torch.where(exists, by_channel, 0.0).sum(1) / exists.sum(1)
 
-    def _decoded(self, latent: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    def _field_errors(self, latent: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         last, truth = batch["fields"][:, self.history - 1 : self.history + 1].unbind(1)
         space, static = self.regimes.space, batch["static"]
         return tuple(frame_errors(space, batch, frame, truth, static) for frame in (latent, last))

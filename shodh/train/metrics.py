@@ -77,7 +77,8 @@ class RegimeMeans:
             rows = zip(self._names, table.tolist(), strict=True)
             found = {regime: total / count for regime, (total, count) in rows if count}
             metrics |= {f"{prefix}/{name}/{regime}": (value, "max") for regime, value in found.items()}
-            metrics[f"{prefix}/{name}"] = (sum(found.values()) / len(found), "max")
+            if found:
+                metrics[f"{prefix}/{name}"] = (sum(found.values()) / len(found), "max")
         return metrics
 
 

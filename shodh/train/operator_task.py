@@ -20,7 +20,7 @@ from shodh.models.tokenizer import Tokenizer
 from shodh.moe.balance import GlobalBalance
 from shodh.moe.step import router_arguments
 from shodh.train.datasets import Regimes
-from shodh.train.decoded import DECODED, FIELDS, PERSISTENCE, STATIC_FIELDS, decode_batch, frame_errors
+from shodh.train.decoded import DECODED, FIELDS, PERSISTENCE, STATIC_FIELDS, decode_batch, defined, frame_errors
 from shodh.train.metrics import Metrics
 from shodh.train.trainer import Batch, Measured, Outcome, sample_names
 
@@ -109,12 +109,14 @@ class OperatorTask:
     def measured(self, model: Any, batch: Batch) -> Measured:
         """Held-out errors of the model and of persistence."""
         output, error, persistence = self.predict(model, batch)
-        values = zip(self.measures, (error, persistence, *self._decoded(output.latent, batch)), strict=False)
-        return Measured({name: (errors, batch["regime"]) for name, errors in values}, output.routing)
+        regime = batch["regime"]
+        decoded = (defined(errors, regime) for errors in self._field_errors(output.latent, batch))
+        values = zip(self.measures, ((error, regime), (persistence, regime), *decoded), strict=False)
+        return Measured(dict(values), output.routing)
 
-    def _decoded(self, latent: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """VRMSE ``[B]`` of the decoded fields, and that of persistence, the last known frame."""
-        if self.tokenizer is None:
+    def _field_errors(self, latent: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        """VRMSE ``[B]`` of the decoded fields, and that of persistence, the last known frame; of `DecodedWindows`."""
+        if STATIC_FIELDS not in batch:
             return ()
         space, static = self.regimes.space, batch[STATIC_FIELDS]
         last, truth = batch[FIELDS].unbind(1)

@@ -12,7 +12,7 @@ from shodh.config import RunConfig
 from shodh.data import Split, WindowDataset
 from shodh.schema.domain import Domain, describe_domain
 from shodh.train.datasets import Regimes
-from shodh.train.decoded import DECODED, frame_errors
+from shodh.train.decoded import DECODED, defined, frame_errors
 from shodh.train.losses import reconstruction_loss, reconstruction_terms, weigh_fields, weighted_kinds
 from shodh.train.metrics import Metrics
 from shodh.train.trainer import Batch, Measured, Outcome
@@ -82,5 +82,6 @@ class TokenizerTask:
         for number, field in enumerate(self.regimes.dynamic):
             there, values = presence[:, number], terms[f"relative_l2/{field.name}"]
             errors[f"relative_square/{field.name}"] = (values[there], regime[there])
-        errors[DECODED] = (frame_errors(self.regimes.space, batch, prediction, fields, batch["static"]), regime)
+        decoded = frame_errors(self.regimes.space, batch, prediction, fields, batch["static"])
+        errors[DECODED] = defined(decoded, regime)
         return Measured(errors)

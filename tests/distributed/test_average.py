@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import rank_jobs
 import torch
-from helper import run_ranks
+from helper import run_ranks, run_script
 from laboratory import Laboratory, Run
 from safetensors.torch import load_file
 from test_layouts import ROUNDING
@@ -16,8 +16,11 @@ import shodh
 from shodh.checkpoint.folder import read_manifest
 from shodh.checkpoint.pretrained import ShodhModel
 from shodh.core.errors import CheckpointError
+from shodh.core.topology import plan_topology
 from shodh.core.weights import AVERAGED, WEIGHTS
 from shodh.experiments.transfer.probe import Probe
+from shodh.train.datasets import mixture_loader
+from shodh.train.decoded import with_fields
 from shodh.train.trainer import to_device
 
 pytestmark = pytest.mark.distributed
@@ -114,13 +117,8 @@ def test_the_weights_that_are_read_are_the_average_and_validation_was_of_these(
     with pytest.raises(CheckpointError, match="no average of the weights, and ema ones were asked for"):
         ShodhModel.from_pretrained(laboratory.run(2, 2, 1).path, weights="ema")
 
-    from shodh.train.datasets import mixture_loader
-    from shodh.train.decoded import with_fields
-
     probe = Probe(config, torch.device("cpu"))
     probe.task.tokenizer = models["ema"].tokenizer
-    from shodh.core.topology import plan_topology
-
     windows = with_fields(config, probe.regimes, probe._open)("valid")
     loader = mixture_loader(windows, config, plan_topology(1, 1, 4, 8), 0)
     with torch.no_grad():
@@ -133,3 +131,27 @@ def test_the_weights_that_are_read_are_the_average_and_validation_was_of_these(
         assert line[f"valid/{name}"] == pytest.approx(sum(means) / 2, rel=1e-4)
         assert [line[f"valid/{name}/{r}"] for r in probe.regimes.names] == pytest.approx(means, rel=1e-4)
     probe.close()
+
+
+def test_a_step_that_was_not_taken_is_not_averaged(laboratory: Laboratory) -> None:
+    overrides = laboratory.overrides("averaged-skipping", 1, 1, f"operator.train.ema={DECAY}", "operator.train.steps=6")
+    arguments = (laboratory.config, overrides, [1, 2], "loss", float("nan"))
+    run_ranks(1, rank_jobs.pretrain_with_bad_steps, *arguments)
+    state = read_manifest(laboratory.load(overrides).run_dir / "checkpoints" / "step_00000006")["state"]
+    assert state["skipped"] == 2 and state["ema"]["updates"] == 4
+
+
+def test_frozen_weights_are_in_the_average_as_they_are(laboratory: Laboratory, averaged: Run) -> None:
+    """From either weights of another run."""
+    tuned = ("finetune.train=experts", "operator.train.steps=2", f"operator.train.ema={DECAY}")
+    for kind, name in (("ema", AVERAGED), ("raw", WEIGHTS)):
+        overrides = laboratory.overrides(f"averaged-frozen-{kind}", 1, 1, *tuned)
+        options = ("--init-from", str(averaged.path), "--weights", kind)
+        finished = run_script("launch/pretrain.py", "--config", laboratory.config, "--set", *overrides, *options)
+        assert finished.code == 0, finished.stderr
+        last = laboratory.load(overrides).run_dir / "checkpoints" / "step_00000002"
+        given, average, stepped = weights_of(averaged, 10, name), load_file(last / AVERAGED), load_file(last / WEIGHTS)
+        still = {n for n in given if torch.equal(given[n], average[n])}
+        assert {n for n in given if torch.equal(given[n], stepped[n])} == still
+        moved = {n for n in given.keys() - still if not n.endswith("selection_bias")}
+        assert moved == {n for n in given if ".experts." in n}

@@ -17,8 +17,9 @@ from shodh.core.distributed import SharedError
 from shodh.core.errors import ConfigError
 from shodh.train.callbacks.checkpoints import _resume_selection
 from shodh.train.callbacks.selection import Selection, check_measure
-from shodh.train.decoded import field_vrmse, frame_errors
+from shodh.train.decoded import defined, field_vrmse, frame_errors
 from shodh.train.losses import vrmse
+from shodh.train.plan import make_plan
 
 MEASURE = "valid/decoded_vrmse"
 
@@ -109,27 +110,42 @@ def test_a_group_that_is_null_can_be_set(tiny_tree: dict[str, Any]) -> None:
     assert load_config("demo").operator.train.ema == 0
 
 
-def test_vrmse_of_a_sample_is_the_mean_over_the_fields_of_its_regime() -> None:
-    """Masked cells, absent fields and constant ones do not count, whatever stands there."""
-    draw = torch.Generator().manual_seed(0)
+def fields(number: int = 0) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A space of two regimes, the first with a masked scalar and a vector, the second with the scalar; and samples."""
+    draw = torch.Generator().manual_seed(number)
     prediction, truth = (torch.randn(3, 3, 4, 4, generator=draw) for _ in range(2))
     static = (torch.rand(3, 1, 4, 4, generator=draw) < 0.3).float()
     channels = [{"a": slice(0, 1), "b": slice(1, 3)}, {"a": slice(0, 1)}]
-    space: Any = SimpleNamespace(
-        masks=lambda n: {"a": 0} if n == 0 else {},
-        constants=lambda n: {"a": (0.0, 1.0), "b": (2.0, 0.0 if n == 2 else 1.0)},
-        channels=lambda n: channels[n % 2],
-    )
+    space: Any = SimpleNamespace(masks=lambda n: {"a": 0} if n == 0 else {}, channels=lambda n: channels[n])
+    return space, prediction, truth, static
+
+
+def test_vrmse_of_a_sample_is_the_mean_over_the_fields_of_its_regime() -> None:
+    """Masked cells and absent fields do not count, whatever stands there."""
+    space, prediction, truth, static = fields()
     batch = {"sample": torch.tensor([[1, 0, 0], [0, 0, 0], [0, 1, 0]]), "regime": torch.tensor([1, 0, 0])}
     found = frame_errors(space, batch, prediction, truth, static)
-    exists = static[1:, 0, None] == 0
-    masked = vrmse(prediction[1:, :1], truth[1:, :1], exists=exists)
+    masked = vrmse(prediction[1:, :1], truth[1:, :1], exists=static[1:, 0, None] == 0)
     expected = torch.stack((masked, vrmse(prediction[1:, 1:], truth[1:, 1:]))).mean(0)
     torch.testing.assert_close(found[1:], expected)
     torch.testing.assert_close(found[:1], vrmse(prediction[:1, :1], truth[:1, :1]))
-    constant = field_vrmse(space, 2, prediction, truth, static)
-    torch.testing.assert_close(constant, vrmse(prediction[:, :1], truth[:, :1]))
-    spoiled = torch.where(static[:, :1] == 1, torch.nan, prediction)
-    torch.testing.assert_close(
-        field_vrmse(space, 0, torch.cat((spoiled[:, :1], prediction[:, 1:]), 1), truth, static)[1:], expected
-    )
+    hidden = torch.cat((torch.where(static == 1, torch.nan, prediction[:, :1]), prediction[:, 1:]), 1)
+    torch.testing.assert_close(frame_errors(space, batch, hidden, truth, static)[1:], expected)
+
+
+def test_what_does_not_vary_is_left_out_and_what_is_not_finite_is_infinite() -> None:
+    space, prediction, truth, static = fields(1)
+    still = truth.clone()
+    still[0, 2], still[1, 1:], still[2] = 5.0, 0.0, 1.0  # a component, a field, all
+    found = field_vrmse(space, 0, prediction, still, static)
+    scalar = vrmse(prediction[:, :1], still[:, :1], exists=static[:, 0, None] == 0)
+    torch.testing.assert_close(found[0], (scalar[0] + vrmse(prediction[:1, 1:2], still[:1, 1:2])[0]) / 2)
+    torch.testing.assert_close(found[1], scalar[1])
+    assert found[2].isnan() and defined(found, torch.tensor([0, 0, 0]))[0].shape == (2,)
+    prediction[0, 1, 0, 0] = torch.nan
+    assert field_vrmse(space, 0, prediction, truth, static)[0] == torch.inf
+
+
+def test_the_plan_counts_the_average() -> None:
+    sizes = [make_plan(load_config("demo", [f"operator.train.ema={ema}"])).memory.optimizer for ema in (0, 0.99)]
+    assert sizes[1] == pytest.approx(sizes[0] * 16 / 12)

@@ -164,7 +164,10 @@ def _resume_selection(trainer: Trainer, state: dict[str, Any], checkpoints: Path
         return
     trainer.stale = int(state.get("stale", 0))
     if stored is not None:
-        best = Best(**stored)
+        try:
+            best = Best(**stored)
+        except TypeError as error:
+            raise ShodhError(f"a {MANIFEST} in {checkpoints} is damaged: the best is {stored!r}") from error
         at_hand = (checkpoints / tag_of(best.step) / MANIFEST).is_file()
         if best.measure == config.measure and at_hand:
             trainer.best = best
