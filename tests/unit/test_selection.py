@@ -147,5 +147,5 @@ def test_what_does_not_vary_is_left_out_and_what_is_not_finite_is_infinite() -> 
 
 
 def test_the_plan_counts_the_average() -> None:
-    sizes = [make_plan(load_config("demo", [f"operator.train.ema={ema}"])).memory.optimizer for ema in (0, 0.99)]
+    sizes = [make_plan(load_config("demo", [f"operator.train.ema={ema}"])).stage.memory.optimizer for ema in (0, 0.99)]
     assert sizes[1] == pytest.approx(sizes[0] * 16 / 12)

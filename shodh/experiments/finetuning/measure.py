@@ -33,13 +33,15 @@ def measure(run: Run, device: torch.device) -> dict[str, Any]:
         DataRecord.of(evaluator.regimes.sources, folder.path).save()
     evaluation = evaluate(evaluator, config.evaluation.split)
     write_report(folder, evaluation)
-    newest = folder.latest() if run.trains else None
     last = None
-    if newest not in (None, evaluator.checkpoint):
-        last = evaluate(open_run(folder.path, None, device), config.evaluation.split).metrics
+    if run.trains and judged_checkpoint(folder.path) is not None:
+        same = evaluator.checkpoint == folder.latest()
+        newest = evaluation if same else evaluate(open_run(folder.path, None, device), config.evaluation.split)
+        last = newest.metrics["regimes"]
+    train = config.operator.train
     return {
         "parameters": count_trained(config, trains=run.trains),
-        "seconds_per_step": seconds_per_step(folder, config.operator.train.steps) if run.trains else None,
+        "seconds_per_step": seconds_per_step(folder, train.valid_every or train.steps) if run.trains else None,
         "evaluation": evaluation.metrics,
         "last": last,
     }

@@ -40,14 +40,15 @@ def measure(run: Run, device: torch.device) -> dict[str, Any]:
     """
     config = run.config
     folder = RunFolder(config.run_dir)
-    evaluator = open_run(folder.path, judged_checkpoint(folder.path), device)
+    judged = judged_checkpoint(folder.path)
+    evaluator = open_run(folder.path, judged, device)
     evaluation = evaluate(evaluator, config.evaluation.split)
     write_report(folder, evaluation)
     probe = Probe(config, device, folder)
     try:
         history = _over_training(probe, folder, run.settings["gradient_samples"])
-        held_out = last = probe.errors(evaluator.operator, config.evaluation.split)
-        if evaluator.checkpoint != folder.latest():
+        held_out, last = probe.errors(evaluator.operator, config.evaluation.split), None
+        if judged is not None:
             last = probe.errors(open_run(folder.path, None, device).operator, config.evaluation.split)
         measured = probe.measure
     finally:

@@ -52,7 +52,8 @@ def error_table(results: Results) -> Table:
     """Error by mix, model and regime: on the test split, of rollouts, and on the validation split at equal cost."""
     if results.frame.empty:
         return Table([], [])
-    found = _over_test(results.frame, "error").join(_by_reading(results.frame, [LAST, ROLLOUT, *READINGS]))
+    readings = [LAST] * bool((results.frame["reading"] == LAST).any()) + [ROLLOUT, *READINGS]
+    found = _over_test(results.frame, "error").join(_by_reading(results.frame, readings))
     return to_table(found.reset_index(), {**NAMES, LAST: "last weights"})
 
 
