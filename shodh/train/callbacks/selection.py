@@ -41,7 +41,8 @@ class Selection(Callback):
         value, best = gather(values.get(measure))[0], trainer.best
         if value is None:
             raise SharedError(
-                f"the validation has no {measure}: none of its samples is of that regime; raise train.valid_batches"
+                f"the validation has no {measure}: none of its samples is of that regime, or varies in space; raise "
+                "train.valid_batches, or choose another train.best.measure"
             )
         if math.isfinite(value) and (best is None or value < best.value):
             persistence = values.get(_of_persistence(measure))
