@@ -25,6 +25,7 @@ A Shodh model: {what}, written in {dtype}.
 | parameters, total | {total:,} |
 | parameters, active a token | {active:,} |
 | training step | {step} |
+| weights | {weights} |
 | seed | {seed} |
 
 ## Load it
@@ -78,6 +79,7 @@ def model_card(description: Mapping[str, Any], space: Space, numbers: Mapping[st
         total=parameters["total"],
         active=parameters["active"],
         step=description["source"]["step"] if description["source"]["step"] is not None else "unknown",
+        weights="exponential moving average over the training" if description["source"].get("ema") else "of that step",
         seed=run["seed"],
         history=run["data"]["history"],
         regime=space.names[0],

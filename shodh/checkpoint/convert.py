@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from shodh.checkpoint.description import Dtypes, is_converted, read_pretrained, write_pretrained, written_dtypes
+from shodh.checkpoint.description import Dtypes, Kind, is_converted, read_pretrained, write_pretrained, written_dtypes
 from shodh.checkpoint.sources import Model, open_source
 from shodh.core.errors import CheckpointError, ConfigError
 from shodh.core.files import PARTIAL_SUFFIX, sync_to_disk
@@ -32,6 +32,7 @@ class Conversion:
     parameters: dict[str, int]
     bytes: int
     masters: bool
+    ema: bool
     verified: bool
 
     def to_dict(self) -> dict[str, object]:
@@ -56,6 +57,7 @@ def convert(
     tokenizer: Path | None = None,
     tag: str | None = None,
     config_path: Path | None = None,
+    weights: Kind | None = None,
     verify: bool = False,
     overwrite: bool = False,
 ) -> Conversion:
@@ -67,7 +69,7 @@ def convert(
         The source cannot be used, ``out`` exists, or what was written is not what was read.
     """
     check_target(out, overwrite)
-    model = open_source(source, dtype, tokenizer=tokenizer, tag=tag, config_path=config_path)
+    model = open_source(source, dtype, tokenizer=tokenizer, tag=tag, config_path=config_path, weights=weights)
     description = model.description
     dtypes = written_dtypes(description.config, description.parts, model.tensors, DTYPES[dtype])
     size = sum(t.numel * dtypes[name].itemsize for name, t in model.tensors.items())
@@ -81,8 +83,9 @@ def convert(
                 _verify(partial, model, dtypes, progress)
     names = [file.name for file in files]
     parameters = description.parameters
-    masters = description.source.masters
-    return Conversion(str(out), names, dtype, len(dtypes), parameters, size, masters, verify)
+    source_of = description.source
+    kinds = source_of.masters, source_of.ema
+    return Conversion(str(out), names, dtype, len(dtypes), parameters, size, *kinds, verify)
 
 
 def check_target(out: Path, overwrite: bool) -> None:

@@ -6,6 +6,7 @@ travel together (prefixes ``tokenizer.`` and ``operator.``), with a model card.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from shodh.checkpoint.card import model_card
 from shodh.checkpoint.folder import (
     MANIFEST,
     checksum,
+    find_checkpoint,
     is_checkpoint,
     latest_checkpoint,
     read_manifest,
@@ -29,8 +31,10 @@ from shodh.core.errors import CheckpointError, ConfigError, DataError
 from shodh.core.reading import parse_json, read_object
 from shodh.core.strict_json import dumps, write_json
 from shodh.core.weights import (
+    AVERAGED,
     INDEX,
     MAX_SHARD_SIZE,
+    WEIGHTS,
     LazyWeights,
     Progress,
     Weights,
@@ -55,6 +59,8 @@ METADATA_KEY = "shodh"
 
 Dtypes = dict[str, torch.dtype]
 Part = Literal["tokenizer", "operator"]
+#: Which weights of a checkpoint are meant: their average over the training, or those of its last step.
+Kind = Literal["ema", "raw"]
 
 
 class Source(Section):
@@ -65,6 +71,7 @@ class Source(Section):
     step: int | None = None
     masters: bool = Field(False, description="float32 master weights of a run in lower precision")
     init_from: str | None = Field(None, description="sha256 of the source whose weights the run started from")
+    ema: bool = Field(False, description="the exponential moving average of the weights over the training")
 
 
 class ModelDescription(Section):
@@ -163,15 +170,30 @@ def is_converted(path: Path) -> bool:
     return is_pretrained(path) and not (path / "config.yaml").exists() and not is_checkpoint(path)
 
 
-def find_pretrained(path: Path) -> Path:
-    """The folder of weights that a path means: of a run, its newest checkpoint; anything else is itself."""
+def find_pretrained(path: Path, checkpoint: str | None = None) -> Path:
+    """The folder of weights that a path means: of a run, its newest checkpoint; anything else is itself.
+
+    ``checkpoint`` names one of a run: `find_checkpoint`. Errors as there.
+    """
+    if checkpoint is not None:
+        if not path.is_dir() or (path / MANIFEST).is_file():
+            raise CheckpointError(f"{path} is no run folder, and has no checkpoint {checkpoint!r}")
+        return find_checkpoint(path, checkpoint)
     if path.is_dir() and not (path / MANIFEST).is_file() and (newest := latest_checkpoint(path)) is not None:
         return newest
     return path
 
 
-def read_description(path: Path) -> ModelDescription:
+def read_description(path: Path, kind: Kind | None = None) -> ModelDescription:
     """Description of a folder, or of a lone file that was written by this project. Errors as `read_pretrained`."""
+    description = _read_description(path, kind)
+    if kind is not None and description.source.ema != (kind == "ema"):
+        held = "the average of the weights alone" if description.source.ema else "no average of the weights"
+        raise CheckpointError(f"{path} holds {held}, and {kind} ones were asked for; leave out the choice of weights")
+    return description
+
+
+def _read_description(path: Path, kind: Kind | None) -> ModelDescription:
     if path.is_file():
         text = read_metadata(path).get(METADATA_KEY)
         if text is None:
@@ -185,22 +207,40 @@ def read_description(path: Path) -> ModelDescription:
     description = parse_description(content, path / CONFIG, space)
     if is_checkpoint(path):
         manifest = read_manifest(path)
-        source = {"name": path.name, "sha256": checksum(path / MANIFEST), "step": manifest["state"].get("step")}
-        return description.model_copy(update={"source": description.source.model_copy(update=source)})
+        digest, ema = checkpoint_checksum(path, manifest, kind)
+        source = {"name": path.name, "sha256": digest, "step": manifest["state"].get("step"), "ema": ema}
+        update: dict[str, Any] = {"source": description.source.model_copy(update=source)}
+        if ema and description.weights is not None:
+            files = {part: AVERAGED if name == WEIGHTS else name for part, name in description.weights.items()}
+            update["weights"] = files
+        return description.model_copy(update=update)
     return description
 
 
-def read_pretrained(path: Path) -> tuple[ModelDescription, Weights]:
+def checkpoint_checksum(path: Path, manifest: Mapping[str, Any], kind: Kind | None) -> tuple[str, bool]:
+    """What names the chosen weights of a checkpoint, and whether they are averages."""
+    digest, averaged = checksum(path / MANIFEST), AVERAGED in manifest["files"]
+    if averaged and kind == "raw":  # Other weights than those that the folder is known by.
+        digest = hashlib.sha256(f"{digest} raw".encode()).hexdigest()
+    return digest, averaged and kind != "raw"
+
+
+def read_pretrained(path: Path, kind: Kind | None = None) -> tuple[ModelDescription, Weights]:
     """Description and stored tensors of a folder, or of a lone file that was written by this project.
 
     Files are compared with the manifest of their folder; converted folders of version 0.2.0 have none.
 
+    Parameters
+    ----------
+    kind : {"ema", "raw"}, optional
+        Weights of a checkpoint whose run averaged them: the average, which is the default, or those of the last step.
+
     Raises
     ------
     CheckpointError
-        Names the file that is missing or damaged, or the tensor that does not fit.
+        Names the file that is missing or damaged, or the tensor that does not fit; or such weights are not there.
     """
-    description = read_description(path)
+    description = read_description(path, kind)
     if description.weights is None:
         tensors: Weights = open_weights(path)
     else:
@@ -208,13 +248,13 @@ def read_pretrained(path: Path) -> tuple[ModelDescription, Weights]:
         tensors = {f"{part}.{name}": t for part, found in parts.items() for name, t in found.items()}
     check_weights(description, tensors, path)
     if (path / MANIFEST).is_file():  # Last: what is wrong in itself can be named better.
-        verify_model(path)
+        verify_model(path, {WEIGHTS, AVERAGED} - set((description.weights or {}).values()))
     return description, tensors
 
 
-def read_part(path: Path, part: Part) -> Weights:
+def read_part(path: Path, part: Part, kind: Kind | None = None) -> Weights:
     """The tensors of one part of a pretrained folder, verified, by their plain names. Errors as `read_pretrained`."""
-    _, tensors = read_pretrained(path)
+    _, tensors = read_pretrained(path, kind)
     prefix = f"{part}."
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 

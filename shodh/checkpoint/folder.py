@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ log = logging.getLogger("shodh")
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+BEST = "best"  # what a user calls the checkpoint that `best_checkpoint` finds
 OPTIMIZER = "optimizer"
 _TAG = re.compile(r"step_(\d{8,})")
 _OLD_SUFFIX = ".old"
@@ -68,6 +69,70 @@ def _warn_once(line: str) -> None:
     log.warning(line)
 
 
+def best_checkpoint(run: Path) -> Path | None:
+    """The checkpoint that a run's newest one calls the best so far; None where the run keeps none.
+
+    Raises
+    ------
+    CheckpointError
+        It is gone.
+    """
+    newest = latest_checkpoint(run)
+    tag = None if newest is None else best_of(read_manifest(newest))
+    if tag is None:
+        return None
+    best = run / "checkpoints" / tag
+    if not (best / MANIFEST).is_file():
+        raise CheckpointError(f"the best checkpoint of {run}, {tag}, is gone; name another one")
+    return best
+
+
+def best_of(manifest: dict[str, Any]) -> str | None:
+    """Name of the checkpoint that was the best one when this one was saved."""
+    best = manifest["state"].get("best")
+    try:
+        return None if best is None else tag_of(int(best["step"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"a {MANIFEST} is damaged: it calls the step {best!r} the best") from error
+
+
+def tag_of(step: int) -> str:
+    """Name of the checkpoint of a step."""
+    return f"step_{step:08d}"
+
+
+def find_checkpoint(run: Path, name: str | None) -> Path:
+    """The checkpoint of a run that a user means: None the newest, ``best`` (`best_checkpoint`), or a folder's name.
+
+    Raises
+    ------
+    CheckpointError
+        There is none; or a folder of the user is called ``best``, and the run has a best checkpoint, too.
+    """
+    if name is None:
+        newest = latest_checkpoint(run)
+        if newest is None:
+            raise CheckpointError(f"{run} has no complete checkpoint yet")
+        return newest
+    path = run / "checkpoints" / name
+    if name == BEST:
+        best = best_checkpoint(run)
+        if best is not None and path.is_dir():
+            raise CheckpointError(
+                f"{BEST!r} is {best.name}, and a folder {path} of yours, too; name the one by its step, or the other "
+                "by a new name"
+            )
+        if best is None and not path.is_dir():
+            raise CheckpointError(
+                f"{run} has no best checkpoint: train with train.best in its configuration, or name one of "
+                f"{[p.name for p in checkpoints_of(run)]}"
+            )
+        return best or path
+    if not name or name[0] == "." or Path(name).name != name or not path.is_dir():
+        raise CheckpointError(f"{run} has no checkpoint {name!r} (there are {[p.name for p in checkpoints_of(run)]})")
+    return path
+
+
 def _is_whole(checkpoint: Path) -> bool:
     """Whether every listed file is there in its size; checksums are not computed."""
     try:
@@ -107,9 +172,14 @@ def publish(partial: Path, run: Path, tag: str, manifest: dict[str, Any]) -> Pat
 
 
 def prune(run: Path, newest: str, keep: int) -> None:
-    """Drop the project's checkpoints with the lowest steps until ``keep`` are left; ``newest`` is among these."""
+    """Drop the project's checkpoints with the lowest steps until ``keep`` are left; ``newest`` is among these.
+
+    The one that ``newest`` calls the best stays whatever its step.
+    """
     found = checkpoints_of(run)
-    for path in [p for p in found if p.name != newest][: max(0, len(found) - keep)]:
+    best = best_of(read_manifest(run / "checkpoints" / newest))
+    old = [p for p in found if p.name != newest][: max(0, len(found) - keep)]
+    for path in [p for p in old if p.name != best]:
         # First the name, then the files: a process that is killed leaves no half of a checkpoint under its name.
         hidden = partial_folder(run, path.name)
         _remove(hidden)
@@ -187,11 +257,11 @@ def verify_checkpoint(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> dict
     return manifest
 
 
-def verify_model(folder: Path) -> None:
-    """Compare all files but the optimiser's with the manifest. Errors as `verify_checkpoint`."""
+def verify_model(folder: Path, unread: Collection[str] = ()) -> None:
+    """Compare all files but the optimiser's, and ``unread`` ones, with the manifest. Errors as `verify_checkpoint`."""
     manifest = read_manifest(folder)
     for name in sorted(manifest["files"]):
-        if not name.startswith(f"{OPTIMIZER}/"):
+        if not name.startswith(f"{OPTIMIZER}/") and name not in unread:
             verify_file(folder, name, manifest)
 
 

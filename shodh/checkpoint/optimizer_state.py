@@ -76,6 +76,13 @@ class Fragments:
         return torch.cat(found) if found else torch.empty(0)
 
 
+def check_weights_fit(engine: Any, weights: Mapping[str, StoredTensor], source: Path) -> None:
+    """Compare names and shapes with those of the engine's whole model; raises `CheckpointError`."""
+    expected = {place.name: place.shape for place in places(engine.module)}
+    expected |= {name: tuple(buffer.shape) for name, buffer in persistent_buffers(engine.module)}
+    check_fit(expected, {name: stored.shape for name, stored in weights.items()}, source)
+
+
 @torch.no_grad()
 def load_training_state(engine: Any, weights: Mapping[str, StoredTensor], fragments: Fragments, source: Path) -> None:
     """Weights, moments and buffers of a fresh engine; its configured rates, decay and betas stay.
@@ -87,8 +94,7 @@ def load_training_state(engine: Any, weights: Mapping[str, StoredTensor], fragme
     """
     where = places(engine.module)
     buffers = dict(persistent_buffers(engine.module))
-    expected = {p.name: p.shape for p in where} | {name: tuple(b.shape) for name, b in buffers.items()}
-    check_fit(expected, {name: stored.shape for name, stored in weights.items()}, source)
+    check_weights_fit(engine, weights, source)
     optimizer = engine.optimizer.optimizer
     for flat in flat_tensors(engine):
         flat.zero_()  # Padding too.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from shodh.checkpoint.arrays import Array, like, to_float32
 from shodh.checkpoint.description import (
     CONFIG,
+    Kind,
     ModelDescription,
     build_parts,
     find_pretrained,
@@ -336,7 +337,13 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignor
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, path_or_hub_id: str | Path, *, device: torch.device | str = "cpu", **download: Any
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        checkpoint: str | None = None,
+        weights: Kind | None = None,
+        **download: Any,
     ) -> Self:
         """Load a run (its newest checkpoint), a checkpoint, a converted folder, or a model of the hub (``owner/name``).
 
@@ -344,6 +351,10 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignor
 
         Parameters
         ----------
+        checkpoint : str, optional
+            Of a run: ``"best"``, or the name of a checkpoint.
+        weights : {"ema", "raw"}, optional
+            Of a checkpoint whose run averaged them: the average, which is the default, or those of its last step.
         download
             For the hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and the like.
 
@@ -352,8 +363,10 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignor
         CheckpointError
             Names the file that is missing or damaged, or the tensor that does not fit or is not finite.
         """
-        path = _local_folder(path_or_hub_id, **download)
-        description, tensors = read_pretrained(path)
+        if weights not in (None, *get_args(Kind)):
+            raise CheckpointError(f"weights={weights!r}; expected one of {', '.join(get_args(Kind))}, or None")
+        path = _local_folder(path_or_hub_id, checkpoint, **download)
+        description, tensors = read_pretrained(path, weights)
         model = cls(description)
         load_into(model, {name: stored.read() for name, stored in tensors.items()}, path)
         return model.eval().requires_grad_(False).to(device)
@@ -371,14 +384,14 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignor
         write_pretrained(save_directory, description, tensors, target_dtypes(tensors, None))
 
 
-def _local_folder(path_or_hub_id: str | Path, **download: Any) -> Path:
+def _local_folder(path_or_hub_id: str | Path, checkpoint: str | None = None, **download: Any) -> Path:
     """A folder of weights, or a model of the hub after its download; raises `CheckpointError` for neither.
 
     A name that cannot be one of the hub, or that lies in a folder that there is, is not asked for on the hub.
     """
     path = Path(path_or_hub_id)
     if path.exists():
-        found = find_pretrained(path)
+        found = find_pretrained(path, checkpoint)
         if found.is_dir() and not (found / CONFIG).is_file():
             raise CheckpointError(
                 f"{found} does not describe its model (no {CONFIG}): a checkpoint of an older version, of a tokenizer "
@@ -386,6 +399,8 @@ def _local_folder(path_or_hub_id: str | Path, **download: Any) -> Path:
             )
         return found
     name = str(path_or_hub_id)
+    if checkpoint is not None:
+        raise CheckpointError(f"{name} is no run folder, and has no checkpoint {checkpoint!r}")
     if (
         name.startswith((".", "/", "~", "runs/"))
         or name.count("/") > 1
@@ -402,6 +417,13 @@ def _local_folder(path_or_hub_id: str | Path, **download: Any) -> Path:
     return Path(folder)
 
 
-def from_pretrained(path_or_hub_id: str | Path, *, device: torch.device | str = "cpu", **download: Any) -> ShodhModel:
+def from_pretrained(
+    path_or_hub_id: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    checkpoint: str | None = None,
+    weights: Kind | None = None,
+    **download: Any,
+) -> ShodhModel:
     """Load a model; see `ShodhModel.from_pretrained`."""
-    return ShodhModel.from_pretrained(path_or_hub_id, device=device, **download)
+    return ShodhModel.from_pretrained(path_or_hub_id, device=device, checkpoint=checkpoint, weights=weights, **download)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shodh.checkpoint.description import (
     CONFIG,
+    Kind,
     ModelDescription,
     Part,
     Source,
@@ -49,18 +50,30 @@ class StoredTokenizer:
     config: RunConfig
     space: Space
     weights: Weights
+    step: int | None
+    ema: bool = False
 
     @property
     def file(self) -> Path:
         return self.path / TOKENIZER_WEIGHTS
 
 
-def write_tokenizer(folder: Path, config: RunConfig, space: Space, state: Mapping[str, Tensor]) -> Path:
-    """Make the run folder of a tokenizer one that `shodh.from_pretrained` loads; returns the file of weights."""
+def write_tokenizer(
+    folder: Path,
+    config: RunConfig,
+    space: Space,
+    state: Mapping[str, Tensor],
+    step: int | None = None,
+    ema: bool = False,
+) -> Path:
+    """Make the run folder of a tokenizer one that `shodh.from_pretrained` loads; returns the file of weights.
+
+    ``step`` of the training, by default the last one, and whether the weights are averages.
+    """
     final = folder / TOKENIZER_WEIGHTS
     with atomic_path(final) as partial:
         save_file({name: tensor.float().contiguous() for name, tensor in state.items()}, str(partial))
-    source = Source(name=folder.name, sha256="", step=config.tokenizer.train.steps)
+    source = Source(name=folder.name, sha256="", step=config.tokenizer.train.steps if step is None else step, ema=ema)
     description = describe_run(config, space, ("tokenizer",), source, {"tokenizer": final.name})
     write_manifest(folder, [final, *describe_folder(folder, description)])
     (folder / FORMER_TOKENIZER).unlink(missing_ok=True)
@@ -75,8 +88,8 @@ def is_tokenizer(folder: Path) -> bool:
     return (folder / FORMER_TOKENIZER).is_file()
 
 
-def open_tokenizer(folder: Path) -> StoredTokenizer:
-    """The tokenizer of a run folder, of this version or of 0.2.0.
+def open_tokenizer(folder: Path, kind: Kind | None = None) -> StoredTokenizer:
+    """The tokenizer of a run folder, of this version or of 0.2.0; ``kind`` as `read_pretrained`.
 
     Raises
     ------
@@ -86,9 +99,10 @@ def open_tokenizer(folder: Path) -> StoredTokenizer:
     if not is_tokenizer(folder):
         raise CheckpointError(f"no trained tokenizer in {folder}")
     if (folder / MANIFEST).is_file():
-        description, tensors = read_pretrained(folder)
+        description, tensors = read_pretrained(folder, kind)
         plain = {name.removeprefix("tokenizer."): tensor for name, tensor in tensors.items()}
-        return StoredTokenizer(folder, description.config, description.space, plain)
+        source = description.source
+        return StoredTokenizer(folder, description.config, description.space, plain, source.step, source.ema)
     path = folder / FORMER_TOKENIZER
     content = read_object(path)
     if content.get("weights") != TOKENIZER_WEIGHTS:
@@ -97,7 +111,8 @@ def open_tokenizer(folder: Path) -> StoredTokenizer:
     fields = [f.build() for f in config.data.fields]
     tensors = open_file(folder / TOKENIZER_WEIGHTS)
     check_kinds(tensors, folder / TOKENIZER_WEIGHTS)
-    return StoredTokenizer(folder, config, Space.from_former(content, fields, None, str(path)), tensors)
+    space = Space.from_former(content, fields, None, str(path))
+    return StoredTokenizer(folder, config, space, tensors, config.tokenizer.train.steps)
 
 
 def describe_operator_run(

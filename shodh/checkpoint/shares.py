@@ -8,7 +8,7 @@ a `Share` says both by the parameter's name and the place in it, so that nothing
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +147,29 @@ def flat_tensors(engine: Any) -> list[Tensor]:
     if engine.zero_optimization_stage() == 3:
         return list(zero.fp32_partitioned_groups_flat)
     return [group["params"][0] for group in zero.param_groups]
+
+
+@torch.no_grad()
+def write_model(engine: Any, numbers: Callable[[Share], Tensor]) -> None:
+    """Give the model of all ranks other numbers, float32 by share, as a step of the optimiser does. Collective."""
+    zero, sharded = engine.optimizer, engine.zero_optimization_stage() == 3
+    if sharded:
+        zero.checkpoint_event_prologue()  # Only shares are kept ...
+    for share in shares(engine):
+        if share.flat is not None:
+            share.model.copy_(numbers(share))
+    if sharded:
+        zero.checkpoint_event_epilogue()  # ... and small parameters are gathered again.
+        return
+    from deepspeed.runtime.utils import all_gather_dp_groups
+
+    all_gather_dp_groups(
+        groups_flat=zero.bit16_groups_flat,
+        partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+        dp_process_group=zero.real_dp_process_group,
+        start_alignment_factor=zero.nccl_start_alignment_factor,
+        allgather_bucket_size=zero.allgather_bucket_size,
+    )
 
 
 def check_masters(engine: Any) -> None:

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shodh.checkpoint.average import WeightAverage
 from shodh.checkpoint.optimizer_state import MOMENTS
 from shodh.checkpoint.shares import flat_tensors, places, shares
 from shodh.core.distributed import rank
 from shodh.core.files import sync_to_disk
 from shodh.core.strict_json import dumps
-from shodh.core.weights import Layout, StoredTensor, persistent_buffers, plan_file, write_file
+from shodh.core.weights import AVERAGED, Layout, StoredTensor, persistent_buffers, plan_file, write_file
+
+Range = tuple[str, int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,13 @@ class Snapshot:
     Attributes
     ----------
     layout : Layout
-        Of ``model.safetensors``; the same on every rank.
+        Of a file of weights; the same on every rank.
     buffers : dict, optional
         The persistent ones by name; rank 0 writes them, and the header.
     weights : list
         (name, start, float32 numbers) of the ranges of flat parameters that this rank keeps.
+    averages : list, optional
+        The same of the weights' average, where the run keeps one.
     moments : dict
         Both moments by ``<moment>/<name>``, flat; ``starts`` says where those of a name begin.
     updates : list of int
@@ -38,13 +43,14 @@ class Snapshot:
 
     layout: Layout
     buffers: dict[str, Tensor] | None
-    weights: list[tuple[str, int, Tensor]]
+    weights: list[Range]
+    averages: list[Range] | None
     moments: dict[str, Tensor]
     starts: dict[str, int]
     updates: list[int]
 
     @classmethod
-    def take(cls, engine: Any) -> Snapshot:
+    def take(cls, engine: Any, average: WeightAverage | None = None) -> Snapshot:
         """Copy what this rank keeps to host memory: whole flat tensors at once, whatever lies in them."""
         optimizer = engine.optimizer.optimizer
         hosted: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
@@ -54,6 +60,9 @@ class Snapshot:
             moments = {key: _to_host(state[key]) if key in state else torch.zeros(flat.shape) for key in MOMENTS}
             hosted[id(flat)] = (_to_host(flat), moments)
         weights, moments_of, starts = [], {}, {}
+        averages = None
+        if average is not None:
+            averages = [(share.name, share.start, _to_host(average.of(share))) for share in shares(engine)]
         for share in shares(engine):
             if share.flat is None:
                 weights.append((share.name, share.start, _to_host(share.model)))
@@ -64,25 +73,33 @@ class Snapshot:
             moments_of.update({f"{key}/{share.name}": moment[share.own] for key, moment in moments.items()})
         buffers = {name: _to_host(b) for name, b in persistent_buffers(engine.module)} if rank() == 0 else None
         updates = sorted({_updates(optimizer, flat) for flat in flat_tensors(engine)})
-        return cls(_layout(engine), buffers, weights, moments_of, starts, updates)
+        return cls(_layout(engine), buffers, weights, averages, moments_of, starts, updates)
 
     def write(self, weights: Path, fragments: Path) -> None:
-        """Write into ``weights``, which all ranks write to, and ``fragments``, this rank's own; both reach the disk."""
+        """Write into ``weights``, which all ranks write to, and ``fragments``, this rank's own; both reach the disk.
+
+        An average of the weights has a file as ``weights``, beside it, with the same buffers.
+        """
+        self._write_ranges(weights, self.weights)
+        if self.averages is not None:
+            self._write_ranges(weights.with_name(AVERAGED), self.averages)
+        stored = {name: StoredTensor.of(moment, fragments) for name, moment in self.moments.items()}
+        metadata = {"starts": dumps(self.starts), "updates": dumps(self.updates)}
+        write_file(fragments, stored, dict.fromkeys(stored, torch.float32), metadata)
+
+    def _write_ranges(self, path: Path, ranges: list[Range]) -> None:
         # Whoever comes first makes the file; nobody cuts it off.
-        with os.fdopen(os.open(weights, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
             if self.buffers is not None:
                 file.truncate(self.layout.size)
                 file.write(self.layout.header)
             for name, buffer in (self.buffers or {}).items():
                 file.seek(self.layout.offsets[name])
                 file.write(_bytes(buffer))
-            for name, start, numbers in self.weights:
+            for name, start, numbers in ranges:
                 file.seek(self.layout.offsets[name] + 4 * start)
                 file.write(_bytes(numbers.float()))
-        sync_to_disk(weights)
-        stored = {name: StoredTensor.of(moment, fragments) for name, moment in self.moments.items()}
-        metadata = {"starts": dumps(self.starts), "updates": dumps(self.updates)}
-        write_file(fragments, stored, dict.fromkeys(stored, torch.float32), metadata)
+        sync_to_disk(path)
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -13,19 +13,23 @@ import torch
 
 from shodh.checkpoint.description import (
     METADATA_KEY,
+    Kind,
     ModelDescription,
     Part,
     Source,
     check_weights,
+    checkpoint_checksum,
     describe_run,
     is_converted,
     is_pretrained,
     read_pretrained,
 )
 from shodh.checkpoint.folder import (
+    BEST,
     LATEST,
     MANIFEST,
     checksum,
+    find_checkpoint,
     is_checkpoint,
     latest_checkpoint,
     read_manifest,
@@ -73,6 +77,7 @@ def open_source(
     tokenizer: Path | None = None,
     tag: str | None = None,
     config_path: Path | None = None,
+    weights: Kind | None = None,
 ) -> Model:
     """Find out what ``path`` is, and map its weights.
 
@@ -83,9 +88,11 @@ def open_source(
     tokenizer : Path, optional
         Run folder of the tokenizer; by default the one that the run's configuration names.
     tag : str, optional
-        Checkpoint of a run folder; by default the newest.
+        Checkpoint of a run folder, or ``best``; by default the newest.
     config_path : Path, optional
         ``config.yaml`` of the run, where it does not lie at or above ``path``.
+    weights : {"ema", "raw"}, optional
+        As `read_pretrained`.
 
     Raises
     ------
@@ -95,17 +102,17 @@ def open_source(
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; expected {KINDS}")
     if path.suffix == ".safetensors" and path.is_file() and METADATA_KEY in read_metadata(path):
-        return _described(path, dtype)
+        return _described(path, dtype, weights)
     if is_tokenizer(path):
-        return _tokenizer_alone(path, dtype)
+        return _tokenizer_alone(path, dtype, weights)
     if not (path / MANIFEST).is_file() or tag is not None:
         path = path if is_converted(path) and tag is None else _checkpoint_of(path, tag)
     if is_pretrained(path) and tokenizer is None and config_path is None:
-        return _described(path, dtype)
+        return _described(path, dtype, weights)
     config, run = _run_config(path, config_path)
     if run is not None and is_tokenizer(run):
         raise CheckpointError(f"{path} is a checkpoint of a tokenizer; convert its run folder {run}")
-    operator = _open_operator(path, dtype)
+    operator = _open_operator(path, dtype, weights)
     tensors: Weights = {f"operator.{name}": t for name, t in operator.tensors.items()}
     parts: tuple[Part, ...] = ("operator",)
     started = None if run is None else started_from(run)
@@ -123,17 +130,17 @@ def open_source(
         raise CheckpointError(f"the tokenizer of {path} was not trained on the regimes {unknown}; use --tokenizer")
     description = describe_run(config, space.only(names), parts, source).model_copy(update={"dtype": dtype})
     check_weights(description, tensors, path)
-    return Model(description, tensors, _numbers(run, path.name))
+    return Model(description, tensors, _numbers(run, path.name, source.ema))
 
 
-def _described(path: Path, dtype: str) -> Model:
+def _described(path: Path, dtype: str, weights: Kind | None) -> Model:
     """A folder or file that says what it is: a checkpoint of this version, or a converted one."""
-    description, tensors = read_pretrained(path)
+    description, tensors = read_pretrained(path, weights)
     source, numbers = description.source, None
     if path.is_dir() and is_checkpoint(path):
         masters = dtype == "fp32" and read_manifest(path).get("precision", "fp32") != "fp32"
         source = source.model_copy(update={"masters": masters})
-        numbers = _numbers(run_of(path), path.name)
+        numbers = _numbers(run_of(path), path.name, source.ema)
     changes = {"dtype": dtype, "weights": None, "source": source}
     return Model(description.model_copy(update=changes), tensors, numbers)
 
@@ -144,6 +151,8 @@ def _checkpoint_of(path: Path, tag: str | None) -> Path:
         if tag is not None:
             raise CheckpointError(f"--tag chooses a checkpoint of a run folder, and {path} is one already")
         return path
+    if tag == BEST:
+        return find_checkpoint(path, tag)
     newest, latest = latest_checkpoint(path), path / LATEST
     if tag is None and newest is not None:
         return newest
@@ -169,13 +178,16 @@ def _run_config(path: Path, given: Path | None) -> tuple[RunConfig, Path | None]
     raise CheckpointError(f"no config.yaml at or above {path}; name the one of its run with --config")
 
 
-def _open_operator(path: Path, dtype: str) -> _Operator:
+def _open_operator(path: Path, dtype: str, weights: Kind | None) -> _Operator:
+    ours = path.is_dir() and (path / MANIFEST).is_file() and "format" in read_manifest(path)
+    if weights == "ema" and not ours:
+        raise CheckpointError(f"{path} does not say that it holds an average of the weights; leave out the choice")
     if path.is_file():
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path} is not {KINDS}")
         return _Operator(open_file(path), Source(name=path.name, sha256=checksum(path)))
-    if (path / MANIFEST).is_file() and "format" in read_manifest(path):
-        return _open_checkpoint(path, dtype)
+    if ours:
+        return _open_checkpoint(path, dtype, weights)
     if is_deepspeed_folder(path):
         return _open_deepspeed(path)
     return _Operator(open_weights(path), Source(name=path.name, sha256=_digest(path)))
@@ -190,11 +202,12 @@ def _open_deepspeed(path: Path) -> _Operator:
     return _Operator(state.tensors, Source(name=path.name, sha256=_digest(path), step=state.step, masters=masters))
 
 
-def _open_checkpoint(path: Path, dtype: str) -> _Operator:
+def _open_checkpoint(path: Path, dtype: str, weights: Kind | None) -> _Operator:
     """Our own checkpoint, its weights compared with its manifest: float32, whatever the run computed in."""
-    tensors, manifest = open_verified(path), read_manifest(path)
+    tensors, manifest = open_verified(path, weights), read_manifest(path)
     step, masters = manifest["state"].get("step"), dtype == "fp32" and manifest.get("precision", "fp32") != "fp32"
-    return _Operator(tensors, Source(name=path.name, sha256=checksum(path / MANIFEST), step=step, masters=masters))
+    digest, ema = checkpoint_checksum(path, manifest, weights)
+    return _Operator(tensors, Source(name=path.name, sha256=digest, step=step, masters=masters, ema=ema))
 
 
 def _in_lower_precision(tensors: Mapping[str, StoredTensor]) -> bool:
@@ -237,19 +250,20 @@ def _space_of_fields(path: Path, config: RunConfig, run: Path | None, tokenizer:
     return _space(config, run)
 
 
-def _tokenizer_alone(folder: Path, dtype: str) -> Model:
-    stored = open_tokenizer(folder)
+def _tokenizer_alone(folder: Path, dtype: str, weights: Kind | None) -> Model:
+    stored = open_tokenizer(folder, weights)
     tensors = {f"tokenizer.{name}": t for name, t in stored.weights.items()}
-    source = Source(name=folder.name, sha256=checksum(stored.file), step=stored.config.tokenizer.train.steps)
+    source = Source(name=folder.name, sha256=checksum(stored.file), step=stored.step, ema=stored.ema)
     described = describe_run(stored.config, stored.space, ("tokenizer",), source)
     check_weights(described, tensors, folder)
     return Model(described.model_copy(update={"dtype": dtype}), tensors)
 
 
-def _numbers(run: Path | None, tag: str) -> dict[str, Any] | None:
-    """What an evaluation of this very checkpoint measured."""
+def _numbers(run: Path | None, tag: str, ema: bool) -> dict[str, Any] | None:
+    """What an evaluation of these very weights measured."""
     path = None if run is None else run / "report" / "metrics.json"
     if path is None or not path.is_file():
         return None
     numbers = read_object(path)
-    return numbers if numbers.get("checkpoint") == tag else None
+    same = numbers.get("checkpoint") == tag and numbers.get("weights", "raw") == ("ema" if ema else "raw")
+    return numbers if same else None

@@ -8,22 +8,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shodh.checkpoint.average import WeightAverage
 from shodh.checkpoint.folder import (
+    MANIFEST,
     OPTIMIZER,
     describe_file,
     partial_folder,
     prune,
     publish,
     read_manifest,
+    tag_of,
 )
-from shodh.checkpoint.optimizer_state import Fragments, load_training_state
+from shodh.checkpoint.optimizer_state import Fragments, check_weights_fit, load_training_state
 from shodh.checkpoint.run_files import link_description
 from shodh.checkpoint.shares import check_cover, check_masters
 from shodh.checkpoint.snapshot import Snapshot
 from shodh.core.distributed import SharedError, gather, rank, together
 from shodh.core.errors import CheckpointError
 from shodh.core.files import sync_to_disk
-from shodh.core.weights import WEIGHTS, open_file
+from shodh.core.weights import AVERAGED, WEIGHTS, open_file
 
 FORMAT = 2
 
@@ -55,7 +58,7 @@ class CheckpointWriter:
         self._described: list[str] = []  # files that make the folder a whole model, beside the weights
         self._record: dict[str, Any] | None = None  # None: it is being published already
 
-    def save(self, engine: Any, record: dict[str, Any]) -> None:
+    def save(self, engine: Any, record: dict[str, Any], average: WeightAverage | None = None) -> None:
         """Check and copy this rank's share, once the save before is done; the rest is the thread's.
 
         Parameters
@@ -79,7 +82,7 @@ class CheckpointWriter:
                 shutil.rmtree(folder, ignore_errors=True)
                 (folder / OPTIMIZER).mkdir(parents=True)
                 self._described = link_description(self._run, folder)
-            snapshot = Snapshot.take(engine)
+            snapshot = Snapshot.take(engine, average)
         self._record = record
         self._work = self._thread.submit(_write, snapshot, folder)
 
@@ -113,7 +116,8 @@ class CheckpointWriter:
 
     def _publish(self, record: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
         folder, tag = partial_folder(self._run, _tag(record)), _tag(record)
-        files |= {name: describe_file(folder / name) for name in (WEIGHTS, *self._described)}
+        averaged = [AVERAGED] if (folder / AVERAGED).exists() else []
+        files |= {name: describe_file(folder / name) for name in (WEIGHTS, *averaged, *self._described)}
         sync_to_disk(folder / OPTIMIZER)
         publish(folder, self._run, tag, {"format": FORMAT, "tag": tag, "files": files, **record})
         prune(self._run, tag, self._keep)
@@ -121,7 +125,7 @@ class CheckpointWriter:
 
 
 def _tag(record: dict[str, Any]) -> str:
-    return f"step_{record['state']['step']:08d}"
+    return tag_of(record["state"]["step"])
 
 
 def _write(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
@@ -131,10 +135,11 @@ def _write(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
     return {own: describe_file(folder / own)}
 
 
-def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:
+def load_checkpoint(engine: Any, checkpoint: Path, average: WeightAverage | None = None) -> dict[str, Any]:
     """Restore weights, optimiser and buffers of a fresh engine, whatever layout wrote them; returns the manifest.
 
-    Collective. The files were compared with the manifest before (`shodh.checkpoint.folder.verify_checkpoint`).
+    An ``average`` that the checkpoint does not hold starts at the weights that were loaded. Collective. The files were
+    compared with the manifest before (`shodh.checkpoint.folder.verify_checkpoint`).
 
     Raises
     ------
@@ -152,6 +157,20 @@ def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:
         check_masters(engine)
         fragments = Fragments(checkpoint / name for name in names)
         load_training_state(engine, open_file(checkpoint / WEIGHTS), fragments, checkpoint)
+        if average is not None and AVERAGED in manifest["files"]:
+            averages = open_file(checkpoint / AVERAGED)
+            check_weights_fit(engine, averages, checkpoint)
+            average.load(averages, _updates(manifest, checkpoint))
+        elif average is not None:
+            average.restart()
         engine.global_steps = int(manifest["state"]["step"])
         engine.global_samples = engine.global_steps * engine.train_batch_size()
     return manifest
+
+
+def _updates(manifest: dict[str, Any], checkpoint: Path) -> int:
+    """Steps that are in the average of a checkpoint."""
+    try:
+        return int(manifest["state"]["ema"]["updates"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint / MANIFEST} is damaged: it does not count what is averaged") from error

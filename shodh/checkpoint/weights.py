@@ -8,6 +8,7 @@ from torch import Tensor
 
 from shodh.checkpoint.description import (
     METADATA_KEY,
+    Kind,
     find_pretrained,
     is_pretrained,
     read_description,
@@ -16,6 +17,7 @@ from shodh.checkpoint.description import (
 from shodh.checkpoint.folder import MANIFEST, checksum, read_manifest, verify_file
 from shodh.core.errors import CheckpointError
 from shodh.core.weights import (
+    AVERAGED,
     INDEX,
     WEIGHTS,
     StoredTensor,
@@ -25,25 +27,31 @@ from shodh.core.weights import (
 )
 
 
-def open_verified(checkpoint: Path) -> dict[str, StoredTensor]:
-    """The weights of a checkpoint folder, mapped, after a comparison with its manifest.
+def open_verified(checkpoint: Path, kind: Kind | None = None) -> dict[str, StoredTensor]:
+    """The weights of a checkpoint folder, mapped, after a comparison with its manifest; ``kind`` as `read_pretrained`.
 
     Raises
     ------
     CheckpointError
         Names the file that is missing or damaged.
     """
-    verify_file(checkpoint, WEIGHTS, read_manifest(checkpoint))
-    return open_file(checkpoint / WEIGHTS)
+    manifest = read_manifest(checkpoint)
+    if kind == "ema" and AVERAGED not in manifest["files"]:
+        raise CheckpointError(f"{checkpoint} holds no average of the weights; leave out the choice of weights")
+    name = AVERAGED if AVERAGED in manifest["files"] and kind != "raw" else WEIGHTS
+    verify_file(checkpoint, name, manifest)
+    return open_file(checkpoint / name)
 
 
-def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+def read_weights(checkpoint: Path, kind: Kind | None = None) -> dict[str, Tensor]:
     """`open_verified` as tensors, still mapped."""
-    return {name: stored.read() for name, stored in open_verified(checkpoint).items()}
+    return {name: stored.read() for name, stored in open_verified(checkpoint, kind).items()}
 
 
-def read_initial_weights(path: Path) -> dict[str, Tensor]:
+def read_initial_weights(path: Path, kind: Kind | None = None) -> dict[str, Tensor]:
     """Weights of an operator for a new run: from a run, a checkpoint, a converted folder, or a safetensors file.
+
+    ``kind`` is as in `read_pretrained`.
 
     Raises
     ------
@@ -52,12 +60,14 @@ def read_initial_weights(path: Path) -> dict[str, Tensor]:
     """
     path = find_pretrained(path)
     if is_pretrained(path) or (path.is_file() and METADATA_KEY in read_metadata(path)):
-        chosen = {name: stored.read() for name, stored in read_part(path, "operator").items()}
+        chosen = {name: stored.read() for name, stored in read_part(path, "operator", kind).items()}
         if not chosen:
             raise CheckpointError(f"{path} holds a tokenizer alone; expected the weights of an operator")
         return chosen
     if path.is_dir() and (path / MANIFEST).exists():
-        weights = read_weights(path)
+        weights = read_weights(path, kind)
+    elif kind == "ema":
+        raise CheckpointError(f"{path} does not say that it holds an average of the weights; leave out the choice")
     elif path.is_dir() and next(path.glob("*_model_states.pt"), None) is not None:
         raise CheckpointError(f"{path} is DeepSpeed's own; convert it first: tools/convert_checkpoint.py {path} OUT")
     elif path.is_dir() and not (path / WEIGHTS).exists() and not (path / INDEX).exists():
@@ -73,7 +83,16 @@ def read_initial_weights(path: Path) -> dict[str, Tensor]:
     return chosen
 
 
-def source_checksum(path: Path) -> str:
+def kind_of(path: Path, kind: Kind | None = None) -> Kind:
+    """Which weights `read_initial_weights` gives."""
+    path = find_pretrained(path)
+    if is_pretrained(path) or (path.is_file() and METADATA_KEY in read_metadata(path)):
+        return "ema" if read_description(path, kind).source.ema else "raw"
+    averaged = (path / MANIFEST).is_file() and AVERAGED in read_manifest(path)["files"]
+    return "ema" if averaged and kind != "raw" else "raw"
+
+
+def source_checksum(path: Path, kind: Kind | None = None) -> str:
     """What names the weights at ``path``, also after a conversion: SHA-256 of the manifest of their checkpoint.
 
     Of a converted folder it is the one of the checkpoint that it was made of; of weights without either, the one of
@@ -81,7 +100,7 @@ def source_checksum(path: Path) -> str:
     """
     path = find_pretrained(path)
     if is_pretrained(path) or (path.is_file() and METADATA_KEY in read_metadata(path)):
-        return read_description(path).source.sha256
+        return read_description(path, kind).source.sha256
     if path.is_dir():
         path = next(file for name in (MANIFEST, WEIGHTS, INDEX) if (file := path / name).exists())
     return checksum(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from shodh.core.cli import field_maps, named_paths
+from shodh.core.cli import add_weights, field_maps, named_paths
 from shodh.core.devices import pick_device
 from shodh.core.errors import ConfigError
 from shodh.evaluate.evaluation import open_run
@@ -44,7 +44,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", help="split to analyse (default: held-out samples where traced, else training)")
     parser.add_argument("--no-probe", action="store_true", help="read traces alone, no checkpoint")
     probe = parser.add_argument_group("probe of a checkpoint")
-    probe.add_argument("--checkpoint", metavar="TAG", help="tag of the checkpoint (default: the newest)")
+    probe.add_argument("--checkpoint", metavar="TAG", help="a checkpoint by its tag, or best (default: the newest)")
+    add_weights(probe)
     probe.add_argument("--other-run", type=Path, metavar="RUN2", help="another run, whose experts are matched")
     probe.add_argument(
         "--probe-data", nargs="+", action="extend", default=[], metavar="NAME=PATH", help="regimes left out of training"
@@ -58,8 +59,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     probe.add_argument("--windows", type=int, default=24, help="windows of a regime that are probed (default: 24)")
     probe.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
-    if args.no_probe and (args.checkpoint or args.other_run or args.probe_data):
-        raise ConfigError("--no-probe contradicts --checkpoint, --other-run and --probe-data; give one or the other")
+    if args.no_probe and (args.checkpoint or args.weights or args.other_run or args.probe_data):
+        raise ConfigError(
+            "--no-probe contradicts --checkpoint, --weights, --other-run and --probe-data; give one or the other"
+        )
     if args.probe_data and "fingerprint" not in args.sections:
         raise ConfigError("--probe-data is read by the section fingerprint; add it to --sections")
     if args.out.exists() and not args.out.is_dir():
@@ -71,14 +74,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def probe(args: argparse.Namespace) -> list[Section]:
     """Sections of the probe, if there is a checkpoint or one was asked for."""
-    asked = args.checkpoint or args.other_run or args.probe_data
+    asked = args.checkpoint or args.weights or args.other_run or args.probe_data
     if args.no_probe or not (asked or RunFolder(args.run).latest()):
         return []
     device = torch.device(pick_device(args.device))
     unseen = named_paths("--probe-data", args.probe_data)
     return probe_model(
-        open_run(args.run, args.checkpoint, device),
-        open_run(args.other_run, None, device) if args.other_run else None,
+        open_run(args.run, args.checkpoint, device, args.weights),
+        open_run(args.other_run, None, device, args.weights) if args.other_run else None,
         left_out=unseen,
         maps=field_maps(args.map, unseen),
         limit=args.windows,

@@ -14,11 +14,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from shodh.core.cli import add_weights
 from shodh.core.strict_json import write_json
 
 EXAMPLES = """examples:
   shodh convert runs/demo converted/demo --verify
   shodh convert runs/demo/checkpoints/step_00000400 converted/demo-bf16 --dtype bf16
+  shodh convert runs/demo converted/best --tag best
   shodh convert converted/demo converted/shards --max-shard-size 500MB
   deepspeed launch/pretrain.py --config C --set name=next tokenizer.run=runs/demo-tokenizer --init-from converted/demo
 """
@@ -35,7 +37,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: %(default)s)")
     parser.add_argument("--tokenizer", type=Path, metavar="RUN", help="the tokenizer's run (default: as configured)")
     parser.add_argument("--config", type=Path, help="the run's config.yaml, if it is not at or above SRC")
-    parser.add_argument("--tag", help="checkpoint of a run folder (default: the newest)")
+    parser.add_argument("--tag", help="checkpoint of a run folder, or best (default: the newest)")
+    add_weights(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if this command wrote it")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload OUT to the hub as owner/name")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was done as JSON")
@@ -54,12 +57,14 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer=args.tokenizer,
         tag=args.tag,
         config_path=args.config,
+        weights=args.weights,
         verify=args.verify,
         overwrite=args.overwrite,
     )
     if args.json is not None:
         write_json(args.json, done.to_dict())
-    masters = ", from the float32 master weights" if done.masters else ""
+    masters = ", averaged over the training" if done.ema else ""
+    masters += ", from the float32 master weights" if done.masters else ""
     checked = ", verified bit by bit" if done.verified else ""
     sys.stdout.write(
         f"{done.out}: {done.tensors} tensors, {done.bytes / 1e6:,.1f} MB in {done.dtype}{masters}{checked}\n"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from shodh.checkpoint.folder import BEST, latest_checkpoint, read_manifest, tag_of
+from shodh.core.cli import add_weights
 from shodh.core.devices import pick_device
 from shodh.evaluate.evaluation import evaluate, open_run
 from shodh.evaluate.report import write_report
@@ -15,7 +17,8 @@ from shodh.train.runtime import quiet_logs
 
 EXAMPLES = """examples:
   shodh evaluate --run runs/demo
-  shodh evaluate --run runs/demo --checkpoint step_00000200 --split valid
+  shodh evaluate --run runs/demo --checkpoint best
+  shodh evaluate --run runs/demo --checkpoint step_00000200 --split valid --weights raw
 """
 
 
@@ -24,7 +27,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", required=True, type=Path, help="run folder; the report is written to RUN/report")
-    parser.add_argument("--checkpoint", help="tag of a checkpoint (default: the newest)")
+    parser.add_argument("--checkpoint", metavar="TAG", help="a checkpoint by its tag, or best (default: the newest)")
+    add_weights(parser)
     parser.add_argument("--split", choices=("valid", "test"), help="default: what the run's configuration says")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser.parse_args(argv)
@@ -33,8 +37,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     quiet_logs()
-    evaluator = open_run(args.run, args.checkpoint, torch.device(pick_device(args.device)))
+    evaluator = open_run(args.run, args.checkpoint, torch.device(pick_device(args.device)), args.weights)
     evaluation = evaluate(evaluator, args.split or evaluator.config.evaluation.split)
     sys.stdout.write(write_report(evaluator.folder, evaluation))
+    newest = latest_checkpoint(args.run)
+    best = None if newest is None else read_manifest(newest)["state"].get("best")
+    if best is not None:
+        value = f"{best['measure']} {best['value']:.4g}"
+        sys.stdout.write(f"\nbest checkpoint: {tag_of(best['step'])}, {value} (--checkpoint {BEST})\n")
     sys.stdout.write(f"\nreport: {evaluator.folder.report / 'index.html'}\n")
     return 0

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from shodh.core.cli import add_weights
+
 EPILOG = """examples:
   shodh export data/demo/open_channel/data/test/open_channel_00000.hdf5 --out vtk
   shodh export 3D_CFD_periodic_Train.hdf5 --trajectory 3 --fields velocity --format netcdf --out nc
@@ -31,6 +33,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--format", choices=("vtk", "netcdf"), default="vtk")
     parser.add_argument("--fields", nargs="+", metavar="NAME", help="(default: all)")
     parser.add_argument("--trajectory", type=int, default=0, help="of a data file (default: 0)")
+    parser.add_argument("--checkpoint", metavar="TAG", help="of a run, or best (default: the newest)")
+    add_weights(parser, "of a run: ")
     parser.add_argument("--frames", type=int, nargs=2, metavar=("FIRST", "STOP"), help="of a data file (default: all)")
     return parser.parse_args(argv)
 
@@ -65,7 +69,7 @@ def from_run(args: argparse.Namespace) -> Iterator[Part]:
     from shodh.core.errors import ConfigError
     from shodh.evaluate.evaluation import evaluate, open_run
 
-    evaluator = open_run(args.source, None, torch.device(pick_device("auto")))
+    evaluator = open_run(args.source, args.checkpoint, torch.device(pick_device("auto")), args.weights)
     regimes = evaluator.regimes
     unknown = set(args.fields or ()) - {f.name for f in regimes.dynamic}
     if unknown:

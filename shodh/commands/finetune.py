@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+from shodh.core.cli import add_weights
 from shodh.core.errors import ConfigError
 from shodh.experiments.finetuning.base import open_base
 from shodh.experiments.finetuning.report import write_tuning_report
@@ -29,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     many: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
     add("--run", help="trained run, or folder of tools/convert_checkpoint.py")
-    add("--checkpoint", metavar="TAG", help="of the run (default: the newest)")
+    add("--checkpoint", metavar="TAG", help="of the run, or best (default: the newest)")
+    add_weights(parser, "of the run: ")
     add("--regime", metavar="NAME=PATH", help="unseen regimes, by our field names", **many)
     add("--map", metavar="NAME.OURS=THEIRS", help="other names in their files", **many)
     add("--trajectories", nargs="+", type=int, metavar="N", help="training trajectories (1 4 16)")
@@ -41,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     args, settings = parse_study(parser, argv)
     if args.config is None and not (args.run and args.regime):
         raise ConfigError("give --run and --regime, or a file with --config")
-    given = {name: getattr(args, name) for name in ("run", "checkpoint", "trajectories", "train", "router", "steps")}
+    names = ("run", "checkpoint", "weights", "trajectories", "train", "router", "steps")
+    given = {name: getattr(args, name) for name in names}
     rates = None if args.lr is None else dict.fromkeys(get_args(Method), args.lr)
     tuning = load_tuning(named=args.regime, maps=args.map, **settings, **given, num_added=args.new_experts, lr=rates)
     return conduct(

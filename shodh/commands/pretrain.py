@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from shodh.config import load_config
-from shodh.core.cli import training_parser
+from shodh.core.cli import add_weights, training_parser
+from shodh.core.errors import ConfigError
 from shodh.train.runtime import quiet_logs
 
 EXAMPLES = """examples:
@@ -30,7 +31,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="start a new run from a checkpoint folder, a folder of tools/convert_checkpoint.py or a safetensors file, "
         "at any ranks, EP degree and ZeRO stage; a checkpoint gives float32 weights, of a bf16 run too",
     )
-    return parser.parse_args(argv)
+    add_weights(parser, "with --init-from: ")
+    args = parser.parse_args(argv)
+    if args.weights and args.init_from is None:
+        raise ConfigError("--weights says which weights of --init-from are meant; give both, or neither")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,4 +49,4 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from shodh.train.jobs import pretrain
 
-    return 0 if pretrain(config, args.resume, args.init_from, args.profile) else 3
+    return 0 if pretrain(config, args.resume, args.init_from, args.profile, args.weights) else 3

@@ -19,10 +19,11 @@ from shodh.config.reading import (
 from shodh.config.routers import RouterConfig, TemperatureSchedule
 from shodh.config.run import EvaluationConfig, FamilyConfig, FinetuneConfig, ParallelConfig, RunConfig
 from shodh.config.tokenizer import TokenizerConfig, TokenizerLoss
-from shodh.config.training import TrainConfig
+from shodh.config.training import BestConfig, TrainConfig
 
 __all__ = [
     "BalanceConfig",
+    "BestConfig",
     "DataConfig",
     "EvaluationConfig",
     "ExpertsConfig",

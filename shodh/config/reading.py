@@ -104,7 +104,12 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str,
             raise ConfigError(f"--set {path[:80]!r} ...: there is no such place in the configuration")
         try:
             for part in parents:
-                node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+                if isinstance(node, list):
+                    node = node[int(part)]
+                    continue
+                if node.get(part) is None:  # A group that is null, as in the config.yaml of a run, is as one left out.
+                    node[part] = {}
+                node = node[part]
             if isinstance(node, list):
                 node[int(last)] = value
             else:

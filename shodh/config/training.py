@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 
 from shodh.config.base import Batch, Count, Fraction, PositiveInt, Section, Weight
+
+
+class BestConfig(Section):
+    """Which checkpoint is the best one, and when a run ends because there is no better one."""
+
+    measure: str = Field(
+        "valid/decoded_vrmse",
+        description="a measure of the validation, lower is better: valid/<name>, the mean over regimes, or "
+        "valid/<name>/<regime>",
+    )
+    patience: Count = Field(0, description="validations in a row without a better one at which the run ends; 0: none")
 
 
 class TrainConfig(Section):
@@ -28,8 +39,18 @@ class TrainConfig(Section):
         10, description="steps in a row, skipped because loss or gradients were not finite, at which the run stops"
     )
     precision: Literal["fp32", "bf16"] = "fp32"
+    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="decay of the exponential moving average of the weights, for example 0.999; 0: none is kept"
+    )
     log_every: PositiveInt = 10
     valid_every: Count = Field(0, description="steps between validations; 0: only at the end")
     valid_batches: PositiveInt = 4
     checkpoint_every: Count = Field(0, description="steps between checkpoints; 0: only at the end")
-    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints that are kept")
+    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints that are kept, and the best one")
+    best: BestConfig | None = Field(None, description="keep the best checkpoint by a validation; null: newest alone")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.best is not None and self.best.patience and not self.valid_every:
+            raise ValueError("best.patience counts validations, and valid_every=0 has one alone, at the end")
+        return self

@@ -41,6 +41,16 @@ def training_parser(description: str | None, examples: str) -> argparse.Argument
     return parser
 
 
+def add_weights(parser: argparse._ActionsContainer, of: str = "") -> None:
+    """Which weights of a checkpoint are meant; ``of`` says of which, where a command reads several."""
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "raw"),
+        help=f"{of}their average over the training, or those of the checkpoint's step (default: the average, where the "
+        "run kept one)",
+    )
+
+
 def positive(text: str) -> int:
     """A whole number above zero, for argparse."""
     if not text.isdecimal() or int(text) == 0:

@@ -23,6 +23,7 @@ from shodh.core.reading import read_object
 from shodh.core.strict_json import dumps
 
 WEIGHTS = "model.safetensors"
+AVERAGED = "ema.safetensors"  # beside `WEIGHTS` in a checkpoint: their average over the training
 INDEX = "model.safetensors.index.json"
 CHUNK = 2**24  # values cast and written at once
 MAX_SHARD_SIZE = 5 * 10**9

@@ -7,7 +7,6 @@ set beside that of persistence (the last known frame) on the same windows, and b
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from shodh.checkpoint.folder import checkpoints_of
+from shodh.checkpoint.description import Kind
+from shodh.checkpoint.folder import find_checkpoint
 from shodh.checkpoint.run_files import is_tokenizer
-from shodh.checkpoint.weights import read_initial_weights
+from shodh.checkpoint.weights import kind_of, read_initial_weights
 from shodh.config import RunConfig
 from shodh.core.errors import CheckpointError
 from shodh.core.precision import float32_products, ieee_float32
@@ -35,8 +35,13 @@ from shodh.train.run_folder import RunFolder
 __all__ = ["Evaluation", "Evaluator", "Example", "Means", "RegimeEvaluation", "evaluate", "open_run"]
 
 
-def open_run(run: Path, checkpoint: str | None, device: torch.device) -> Evaluator:
-    """Open a run folder with its newest, or a named, checkpoint.
+def open_run(run: Path, checkpoint: str | None, device: torch.device, kind: Kind | None = None) -> Evaluator:
+    """Open a run folder with its newest, its best, or a named checkpoint (`find_checkpoint`).
+
+    Parameters
+    ----------
+    kind : {"ema", "raw"}, optional
+        Weights of the checkpoint: `shodh.checkpoint.description.read_pretrained`.
 
     Raises
     ------
@@ -47,24 +52,19 @@ def open_run(run: Path, checkpoint: str | None, device: torch.device) -> Evaluat
     config = folder.config()
     if is_tokenizer(run):
         raise CheckpointError(f"{run} is the run of a tokenizer; give the run of an operator, of launch/pretrain.py")
-    tag = checkpoint or folder.latest()
-    if tag is None:
-        raise CheckpointError(f"{run} has no complete checkpoint yet")
-    source = folder.checkpoints / tag
-    if not source.is_dir():
-        raise CheckpointError(f"{run} has no checkpoint {tag!r} (there are {[p.name for p in checkpoints_of(run)]})")
+    source = find_checkpoint(run, checkpoint)
     regimes, trained = open_run_data(config, kept_space(config, source, run), kept_choice(run), run)
-    return _opened(config, folder, tag, regimes, trained, read_initial_weights(source), source, device)
+    return _opened(config, folder, source.name, regimes, trained, source, device, kind)
 
 
-def open_given(config: RunConfig, weights: Path, device: torch.device) -> Evaluator:
+def open_given(config: RunConfig, weights: Path, device: torch.device, kind: Kind | None = None) -> Evaluator:
     """Weights of an operator (`read_initial_weights`) on the regimes of a configuration, which they need not know.
 
     Fields are normalised by the regimes' own training statistics.
     """
     folder = RunFolder(config.run_dir)
     regimes, trained = open_run_data(config, None, new_choice(config, weights))
-    return _opened(config, folder, weights.name, regimes, trained, read_initial_weights(weights), weights, device)
+    return _opened(config, folder, weights.name, regimes, trained, weights, device, kind)
 
 
 def _opened(
@@ -73,15 +73,16 @@ def _opened(
     checkpoint: str,
     regimes: Regimes,
     trained: TrainedTokenizer | None,
-    state: Mapping[str, Tensor],
     source: Path,
     device: torch.device,
+    kind: Kind | None,
 ) -> Evaluator:
     operator = build_operator(config)
-    load_into(operator, state, source)
+    load_into(operator, read_initial_weights(source, kind), source)
     if trained is not None:
         trained.model.to(device)
-    return Evaluator(config, folder, checkpoint, regimes, trained, operator.to(device).eval(), device)
+    weights = kind_of(source, kind)
+    return Evaluator(config, folder, checkpoint, regimes, trained, operator.to(device).eval(), device, weights)
 
 
 @torch.no_grad()
@@ -113,6 +114,7 @@ def evaluate(evaluator: Evaluator, split: Split) -> Evaluation:
     result.metrics = {
         "run": str(evaluator.folder.path),
         "checkpoint": evaluator.checkpoint,
+        "weights": evaluator.weights,
         "split": split,
         "windows": windows,
         "float32_products": float32_products(),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from shodh.checkpoint.description import Kind
 from shodh.config import RunConfig
 from shodh.data import LatentWindowDataset, Split, WindowDataset
 from shodh.evaluate.divergence import DivergenceMeter
@@ -65,7 +66,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Everything an evaluation of one run needs, opened and checked; ``trained`` is None for operators on fields."""
+    """Everything an evaluation of one run needs, opened and checked; ``trained`` is None for operators on fields.
+
+    ``weights`` says whether they are the average over the training (``ema``) or as its optimiser left them (``raw``).
+    """
 
     config: RunConfig
     folder: RunFolder
@@ -74,6 +78,7 @@ class Evaluator:
     trained: TrainedTokenizer | None
     operator: LatentTransformer | FieldOperator
     device: torch.device
+    weights: Kind = "raw"
 
     @property
     def tokenizer(self) -> Tokenizer | None:

@@ -133,7 +133,8 @@ def write_report(folder: RunFolder, evaluation: Evaluation) -> str:
     routing = routing_table(metrics)
     if routing is not None:
         sections.append(_section("routing", "Routing", routing, ROUTING_NOTE))
-    title = f"{folder.path.name}: checkpoint {metrics['checkpoint']}, {metrics['split']} split"
+    averaged = ", average of the weights" if metrics.get("weights") == "ema" else ""
+    title = f"{folder.path.name}: checkpoint {metrics['checkpoint']}{averaged}, {metrics['split']} split"
     pictures = Section(
         "figures", "Figures", "Held-out samples, in normalised fields.", figures=draw(folder, evaluation)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -243,9 +243,9 @@ class MovementCheck:
         return still
 
 
-def find_nonfinite(engine: Any) -> list[str]:
-    """Names of weights, buffers and optimiser states of this rank that hold a value that is not finite."""
-    tensors: list[tuple[str, torch.Tensor]] = list(engine.module.named_buffers())
+def find_nonfinite(engine: Any, more: Iterable[tuple[str, torch.Tensor]] = ()) -> list[str]:
+    """Names of weights, buffers, optimiser states and ``more`` of this rank that hold a value that is not finite."""
+    tensors: list[tuple[str, torch.Tensor]] = [*engine.module.named_buffers(), *more]
     for name, parameter in engine.module.named_parameters():
         tensors.append((_unique_name(name, parameter), getattr(parameter, "ds_tensor", parameter)))
     for master, state in engine.optimizer.optimizer.state.items():

@@ -12,6 +12,7 @@ from shodh.data import Split, WindowDataset
 from shodh.data.loader import SampleDataset
 from shodh.models.tokenizer import Tokenizer
 from shodh.train.datasets import Regimes, name_short, training_horizon
+from shodh.train.decoded import frame_errors
 from shodh.train.latent_metric import ReadStatic
 from shodh.train.losses import mean_over, relative_l2_by_channel
 from shodh.train.operator_task import OperatorTask
@@ -64,6 +65,11 @@ class FieldTask(OperatorTask):
     def _reach(self, sizes: Sequence[int]) -> Sequence[int] | None:
         """Less than a patch: the model meets every place of a patch, and a force fixed in space stays about there."""
         return [self.operator.patch] * len(sizes) if self.operator.patch_jitter else None
+
+    def _field_errors(self, latent: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        last, truth = batch["fields"][:, self.history - 1 : self.history + 1].unbind(1)
+        space, static = self.regimes.space, batch["static"]
+        return tuple(frame_errors(space, batch, frame, truth, static) for frame in (latent, last))
 
     def _noise_scale(self, history: Tensor) -> Tensor:
         """Root mean square of each channel of each sample, as DPOT and MoE-POT scale their noise."""

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shodh.checkpoint.average import WeightAverage
+from shodh.checkpoint.description import Kind
 from shodh.checkpoint.optimizer_state import set_masters
 from shodh.checkpoint.run_files import describe_operator_run, is_tokenizer, open_tokenizer
 from shodh.checkpoint.weights import read_initial_weights, source_checksum
@@ -34,20 +36,24 @@ from shodh.moe.groups import added_weights, freeze_others
 from shodh.schema.normalize import FieldNormalizer
 from shodh.schema.space import Space
 from shodh.train.callbacks import (
+    Averaging,
     Checkpoints,
     Experts,
     FirstStep,
     Profile,
     RoutingTrace,
+    Selection,
     SkippedSteps,
     StepMetrics,
     StopSignal,
     Validation,
 )
 from shodh.train.callbacks.checkpoints import resume as resume_from
+from shodh.train.callbacks.selection import check_measure
 from shodh.train.compiling import compile_run, compiles
 from shodh.train.data_identity import kept_choice
 from shodh.train.datasets import Regimes, open_loaders, open_regimes, require_history
+from shodh.train.decoded import decodes, with_fields
 from shodh.train.engine import build_engine
 from shodh.train.field_task import operator_task
 from shodh.train.opening import kept_space, open_data
@@ -113,13 +119,14 @@ def train_tokenizer(config: RunConfig, resume: str | None = None, profile: int =
         regimes = open_regimes(config, kept, choose=choose)
         require_history(config, regimes)
         loaders = open_loaders(config, partial(open_frames, regimes), topology)
+        task, record = TokenizerTask(config, regimes), partial(regimes.space.save, folder.path)
+        check_measure(train.best, task.measures, regimes.names)
         with torch.device("meta"):
             check_memory(build_tokenizer(config), device)
         model = build_tokenizer(config)
     initialise(model, config.seed)
     with together():
         fit_basis(model, regimes)
-    task, record = TokenizerTask(config, regimes), partial(regimes.space.save, folder.path)
     if not _run(config, job, model.to(device), task, regimes, loaders, record):
         return False
     with together():
@@ -149,7 +156,13 @@ def _space_of_start(config: RunConfig, folder: Path) -> Space | FieldNormalizer 
 
 
 @ieee_float32()
-def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | None = None, profile: int = 0) -> bool:
+def pretrain(
+    config: RunConfig,
+    resume: str | None = None,
+    init_from: Path | None = None,
+    profile: int = 0,
+    kind: Kind | None = None,
+) -> bool:
     """Train the operator, on cached latents or on fields; returns False if a signal stopped it early.
 
     Parameters
@@ -161,26 +174,31 @@ def pretrain(config: RunConfig, resume: str | None = None, init_from: Path | Non
         of ranks, EP degree and ZeRO stage.
     profile : int
         Steps to profile; 0: none.
+    kind : {"ema", "raw"}, optional
+        Weights of ``init_from``: `shodh.checkpoint.description.read_pretrained`.
     """
     train, folder = config.operator.train, RunFolder(config.run_dir)
     topology, deepspeed = plan_operator(config, world_size())
     job = Job.of(config, train, topology, deepspeed, folder, resume, profile)
     if init_from is not None:
-        read_initial_weights(init_from)  # Mapped, not read: what cannot be used is refused before ranks connect.
+        read_initial_weights(init_from, kind)  # Mapped, not read: what cannot be used is refused before ranks connect.
     device = start_distributed()
     claim(folder, resume, job.start)
     regimes, trained, open_split = open_data(config, None if job.start is None else folder, device, init_from)
     with together():
         task = operator_task(config, regimes, open_split("train"), None if trained is None else trained.model)
+        check_measure(train.best, task.measures, regimes.names)
+        if trained is not None and decodes(train):
+            open_split = with_fields(config, regimes, open_split)
         loaders = open_loaders(config, open_split, topology)
         with torch.device("meta"):
             check_memory(_bare_operator(config, topology.ep_size), device)
         decided = _decided(config, device)
-        model, weights = _build_operator(decided, topology.ep_size, init_from)
+        model, weights = _build_operator(decided, topology.ep_size, init_from, kind)
 
     def record() -> None:
         if job.start is None:
-            folder.record_start(None if init_from is None else source_checksum(init_from))
+            folder.record_start(None if init_from is None else source_checksum(init_from, kind))
         tokenizer = None if trained is None else trained.weights
         describe_operator_run(folder.path, config, regimes.space, tokenizer, folder.started_from())
 
@@ -205,7 +223,7 @@ def _bare_operator(config: RunConfig, ep_size: int) -> nn.Module:
 
 
 def _build_operator(
-    config: RunConfig, ep_size: int, init_from: Path | None
+    config: RunConfig, ep_size: int, init_from: Path | None, kind: Kind | None
 ) -> tuple[nn.Module, dict[str, Tensor] | None]:
     """The operator with this rank's experts, freshly drawn or from given weights, and this rank's part of these.
 
@@ -217,7 +235,7 @@ def _build_operator(
     initialise(model, config.seed)
     weights = None
     if init_from is not None:
-        weights = local_state(model, {**added_weights(model), **read_initial_weights(init_from)})
+        weights = local_state(model, {**added_weights(model), **read_initial_weights(init_from, kind)})
         load_into(model, weights, init_from)
     if config.finetune is not None:
         freeze_others(model, config.finetune)
@@ -251,8 +269,10 @@ def _run(
     with closing(loaders["train"]), closing(loaders["valid"]), closing(regimes):
         callbacks = _callbacks(config, job, task, regimes, loaders["valid"], engine.device)
         trainer = Trainer(engine, task, loaders["train"].iterate, train, topology, config.seed, callbacks)
+        if train.ema:
+            trainer.average = WeightAverage(engine, train.ema)
         if job.start is not None:
-            resume_from(trainer, job.start)
+            resume_from(trainer, job.start, folder.checkpoints)
         with together():
             if rank() == 0:
                 folder.create(config, job.deepspeed)
@@ -286,6 +306,8 @@ def _callbacks(
         experts = Experts(config.operator.experts, names, train.log_every, metrics)
         routing = [experts, RoutingTrace(config, names, job.topology, folder.routing)]
     faults = [FirstStep(), SkippedSteps(names, checkpoints)]
-    validation = Validation(task.measured, held_out.iterate, names, metrics)
+    validation: list[Callback] = [Averaging(), Validation(task.measured, held_out.iterate, names, metrics)]
+    if train.best is not None:
+        validation.append(Selection(train.best))
     profile = [Profile(folder.path, job.profile)] if job.profile else []
-    return [*routing, metrics, *faults, validation, StopSignal(), checkpoints, *profile]
+    return [*routing, metrics, *faults, *validation, StopSignal(), checkpoints, *profile]

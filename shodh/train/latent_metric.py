@@ -41,7 +41,7 @@ def weighted_square(prediction: Tensor, target: Tensor, weights: Tensor | None) 
 
 
 class DecodedError:
-    """Mean square of the difference of what two latents decode to, a sample each, in model units.
+    """Mean square of the difference of what two latents decode to, a sample each, in units of their components.
 
     Over the cells where a field exists, then over the channels that the regime has, as `FieldTask` measures fields.
     The tokenizer is frozen; the prediction has a gradient, the target none.
@@ -67,7 +67,8 @@ class DecodedError:
         with torch.no_grad():
             truth = self._tokenizer.decode(target, geometry, domains, index)
         exists, cells = self._space.exists(regime), self._space.cells(static, regime)
-        by_channel = mean_over((fields - truth).square(), cells, 2)
+        unit = self._tokenizer.units(domains, index.tolist(), fields.device)
+        by_channel = mean_over(((fields - truth) / unit).square(), cells, 2)
         return torch.where(exists, by_channel, 0.0).sum(1) / exists.sum(1)
 
 

@@ -66,14 +66,19 @@ class RegimeMeans:
         table.index_add_(0, regime, rows)
 
     def reduce(self, prefix: str) -> Metrics:
-        """``{prefix/<name>/<regime>: mean}`` of regimes that had samples; collective, every rank the same names."""
+        """``{prefix/<name>/<regime>: mean}`` of regimes that had samples, and ``{prefix/<name>: their mean}``.
+
+        Collective; every rank has the same names.
+        """
         metrics: Metrics = {}
         for name, table in self._sums.items():
             if dist.is_initialized() and dist.get_world_size() > 1:
                 dist.all_reduce(table)
-            for regime, (total, count) in zip(self._names, table.tolist(), strict=True):
-                if count:
-                    metrics[f"{prefix}/{name}/{regime}"] = (total / count, "max")
+            rows = zip(self._names, table.tolist(), strict=True)
+            found = {regime: total / count for regime, (total, count) in rows if count}
+            metrics |= {f"{prefix}/{name}/{regime}": (value, "max") for regime, value in found.items()}
+            if found:
+                metrics[f"{prefix}/{name}"] = (sum(found.values()) / len(found), "max")
         return metrics
 
 

@@ -24,6 +24,7 @@ from shodh.moe.balance import GlobalBalance
 from shodh.moe.routing import join_decisions
 from shodh.moe.step import router_arguments
 from shodh.train.datasets import Regimes
+from shodh.train.decoded import DECODED, FIELDS, PERSISTENCE, STATIC_FIELDS, decode_batch, defined, frame_errors
 from shodh.train.latent_metric import DecodedError, ReadStatic, channel_weights, static_reader, weighted_square
 from shodh.train.metrics import Metrics
 from shodh.train.trainer import Batch, Measured, Outcome, sample_names, to_device
@@ -186,11 +187,28 @@ class OperatorTask:
         error, persistence = errors
         return output, error, persistence
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of `measured`; those of decoded fields are left out where nothing decodes."""
+        return f"{self.space}_{self.measure}", f"persistence_{self.measure}", DECODED, PERSISTENCE
+
     def measured(self, model: Any, batch: Batch) -> Measured:
         """Held-out errors of the model and of persistence."""
         output, error, persistence = self.predict(model, batch)
-        pairs = {f"{self.space}_{self.measure}": error, f"persistence_{self.measure}": persistence}
-        return Measured({name: (values, batch["regime"]) for name, values in pairs.items()}, output.routing)
+        regime = batch["regime"]
+        decoded = (defined(errors, regime) for errors in self._field_errors(output.latent, batch))
+        values = zip(self.measures, ((error, regime), (persistence, regime), *decoded), strict=False)
+        return Measured(dict(values), output.routing)
+
+    def _field_errors(self, latent: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        """VRMSE ``[B]`` of the decoded fields, and that of persistence, the last known frame; of `DecodedWindows`."""
+        if STATIC_FIELDS not in batch:
+            return ()
+        space, static = self.regimes.space, batch[STATIC_FIELDS]
+        last, truth = batch[FIELDS].unbind(1)
+        decoder = Forecaster.of(self.config, space, None, self.tokenizer)
+        prediction = decode_batch(self.config, decoder, batch, latent)
+        return tuple(frame_errors(space, batch, frame, truth, static) for frame in (prediction, last))
 
     def start_step(self) -> None:
         self.balance.start_step()

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from shodh.config import RunConfig, dump_config
+from shodh.config import RunConfig, TrainConfig, dump_config
 from shodh.core.distributed import rank
 from shodh.core.errors import ConfigError, TopologyError
 from shodh.core.topology import Topology, plan_topology
@@ -66,15 +66,16 @@ class Plan:
 
 
 def _memory(
-    zero: Mapping[str, Any], topology: Topology, dense: int, experts: int, precision: str, activations: int
+    zero: Mapping[str, Any], topology: Topology, dense: int, experts: int, train: TrainConfig, activations: int
 ) -> Memory:
     """Of a rank; ZeRO shards dense weights over all ranks, and experts over the ranks that hold the same ones."""
-    width, stage = 2 if precision == "bf16" else 4, zero.get("stage", 0)
+    width, stage = 2 if train.precision == "bf16" else 4, zero.get("stage", 0)
+    kept = 16 if train.ema else 12  # master weights, two moments and perhaps an average, float32
     weights = gradients = optimizer = 0.0
     for count, ranks in ((dense, topology.world_size), (experts / topology.ep_size, topology.expert_replicas)):
         weights += count * width / (ranks if stage >= 3 else 1)
         gradients += count * 4 / (ranks if stage >= 2 else 1)  # summed in float32
-        optimizer += count * 12 / ranks  # master weights and two moments, float32
+        optimizer += count * kept / ranks
     # Gradients on their way to other ranks: DeepSpeed's defaults where the file says nothing.
     buckets = 2 if stage < 3 and zero.get("overlap_comm", False) else 1
     of_bucket = 4 if stage == 1 else width
@@ -94,8 +95,8 @@ class Stage:
     of_tokenizer: bool = False
 
     @property
-    def precision(self) -> str:
-        return (self.config.tokenizer if self.of_tokenizer else self.config.operator).train.precision
+    def train(self) -> TrainConfig:
+        return (self.config.tokenizer if self.of_tokenizer else self.config.operator).train
 
     @cached_property
     def rehearsal(self) -> Rehearsal:
@@ -110,7 +111,7 @@ class Stage:
     @property
     def memory(self) -> Memory:
         sizes = self.dense_parameters, self.expert_parameters
-        return _memory(self.zero, self.topology, *sizes, self.precision, self.rehearsal.peak)
+        return _memory(self.zero, self.topology, *sizes, self.train, self.rehearsal.peak)
 
     @property
     def flops_per_step(self) -> float:

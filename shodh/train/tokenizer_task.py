@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from shodh.config import RunConfig
 from shodh.data import Split, WindowDataset
 from shodh.schema.domain import Domain, channel_units, describe_domain
 from shodh.train.datasets import Regimes
+from shodh.train.decoded import DECODED, defined, frame_errors
 from shodh.train.losses import reconstruction_loss, reconstruction_terms, weigh_fields, weighted_kinds
 from shodh.train.metrics import Metrics
 from shodh.train.trainer import Batch, Measured, Outcome
@@ -53,21 +54,29 @@ class TokenizerTask:
     def start_step(self) -> None:
         """Nothing is carried from one micro-batch to the next."""
 
-    def _terms(self, model: Any, batch: Batch, kinds: Collection[str]) -> tuple[dict[str, Tensor], Tensor]:
+    def _reconstruct(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The fields ``[B, C, *grid]`` of a batch, what comes back of them, and their latents."""
         fields, index = batch["fields"][:, 0], batch["sample"][:, 0]
         geometry = self._geometry(batch["static"], index)
-        prediction, latent = model(fields, geometry, self.regimes.domains, index)
-        unit = self._units(batch["regime"]).view(*fields.shape[:2], 1, 1, 1)
-        return reconstruction_terms(prediction / unit, fields / unit, self.regimes.dynamic, kinds), latent
+        return (fields, *model(fields, geometry, self.regimes.domains, index))
 
-    def _units(self, regime: Tensor) -> Tensor:
-        """What the error of a component is relative to, ``[B, C]``."""
-        if self._unit.device != regime.device:  # Once.
-            self._unit = self._unit.to(regime.device)
-        return self._unit[regime]
+    @property
+    def measures(self) -> list[str]:
+        """Names of `measured`."""
+        return [*(f"vrmse_square/{field.name}" for field in self.regimes.dynamic), DECODED]
+
+    def _terms(
+        self, prediction: Tensor, fields: Tensor, batch: Batch, kinds: Collection[str]
+    ) -> dict[str, Tensor]:
+        """`reconstruction_terms`, each component in its unit."""
+        if self._unit.device != fields.device:  # Once.
+            self._unit = self._unit.to(fields.device)
+        unit = self._unit[batch["regime"]].view(*fields.shape[:2], 1, 1, 1)
+        return reconstruction_terms(prediction / unit, fields / unit, self.regimes.dynamic, kinds)
 
     def loss(self, model: Any, batch: Batch, step: int) -> Outcome:
-        terms, latent = self._terms(model, batch, weighted_kinds(self.loss_config))
+        fields, prediction, latent = self._reconstruct(model, batch)
+        terms = self._terms(prediction, fields, batch, weighted_kinds(self.loss_config))
         terms = weigh_fields(terms, self.regimes.presence(batch["regime"]), self.regimes.dynamic)
         metrics: Metrics = {f"train/{k}": (v.detach().mean(), "mean") for k, v in terms.items()}
         metrics["latent/std"] = (latent.detach().float().std(), "mean")
@@ -75,11 +84,14 @@ class TokenizerTask:
         return Outcome(reconstruction_loss(terms, self.loss_config), errors, metrics)
 
     def measured(self, model: Any, batch: Batch) -> Measured:
-        """Held-out errors by field, of the samples that have it."""
-        terms, _ = self._terms(model, batch, ["vrmse"])
+        """Held-out errors by field, of the samples that have it; and the VRMSE of a sample's fields."""
+        fields, prediction, _ = self._reconstruct(model, batch)
+        terms = self._terms(prediction, fields, batch, ["vrmse"])
         presence, regime = self.regimes.presence(batch["regime"]) > 0, batch["regime"]
         errors = {}
         for number, field in enumerate(self.regimes.dynamic):
             there, values = presence[:, number], terms[f"vrmse/{field.name}"]
             errors[f"vrmse_square/{field.name}"] = (values[there], regime[there])
+        decoded = frame_errors(self.regimes.space, batch, prediction, fields, batch["static"])
+        errors[DECODED] = defined(decoded, regime)
         return Measured(errors)

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shodh.checkpoint.folder import best_checkpoint, find_checkpoint, read_manifest
 from shodh.checkpoint.run_files import write_tokenizer
 from shodh.checkpoint.weights import read_weights
 from shodh.config import RunConfig
 from shodh.core.distributed import rank
-from shodh.core.errors import CheckpointError
-from shodh.core.weights import load_into
+from shodh.core.weights import AVERAGED, load_into
 from shodh.data import WindowDataset
 from shodh.models.basis import PATCH, PatchBasis
 from shodh.models.factory import build_tokenizer
@@ -84,9 +84,12 @@ def _with_latent_statistics(
 
 
 def publish_tokenizer(config: RunConfig, regimes: Regimes, folder: RunFolder, device: torch.device) -> None:
-    """Make a run folder a pretrained tokenizer, from its newest checkpoint."""
-    tag = folder.latest()
-    if tag is None:
-        raise CheckpointError(f"{folder.path} has no complete checkpoint to publish a tokenizer from")
-    state = _with_latent_statistics(config, regimes, folder.checkpoints / tag, device)
-    log.info("tokenizer written to %s", write_tokenizer(folder.path, config, regimes.space, state))
+    """Make a run folder a pretrained tokenizer: from its best checkpoint, if it has one, or else from the newest.
+
+    The average of the weights is taken where the run keeps one.
+    """
+    checkpoint = best_checkpoint(folder.path) or find_checkpoint(folder.path, None)
+    state, manifest = _with_latent_statistics(config, regimes, checkpoint, device), read_manifest(checkpoint)
+    step, ema = int(manifest["state"]["step"]), AVERAGED in manifest["files"]
+    written = write_tokenizer(folder.path, config, regimes.space, state, step, ema)
+    log.info("tokenizer of %s written to %s", checkpoint.name, written)

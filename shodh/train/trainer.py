@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from shodh.checkpoint.average import WeightAverage
 from shodh.config import TrainConfig
 from shodh.core.topology import Topology
 from shodh.moe.routing import Routing
@@ -57,6 +58,16 @@ class Outcome:
     routing: Sequence[Routing] = ()
 
 
+@dataclass(frozen=True)
+class Best:
+    """The validation with the lowest value of a measure, and what it said of persistence, if it did."""
+
+    step: int
+    measure: str
+    value: float
+    persistence: float | None = None
+
+
 class Measured(NamedTuple):
     """Held-out errors of a batch by name, each as values ``[N]`` and the labels ``[N]`` of their regimes."""
 
@@ -66,6 +77,10 @@ class Measured(NamedTuple):
 
 class Task(Protocol):
     """What is learned."""
+
+    @property
+    def measures(self) -> Sequence[str]:
+        """Names of the errors of `measured`."""
 
     def start_step(self) -> None:
         """Called before the first micro-batch of a step."""
@@ -126,8 +141,18 @@ class Trainer:
         What is to be reported of the last step.
     waited : float
         Seconds spent waiting for data.
+    average : WeightAverage, optional
+        Of the weights, where the run keeps one.
+    validated : dict, optional
+        Means of the validation after the last step, the same on all ranks; None if there was none.
+    best : Best, optional
+        The best validation so far; ``improved``: it is the one after the last step.
+    stale : int
+        Validations since the best one.
+    ended : str, optional
+        Set, on all ranks, by a callback that ends the run before its last step: why. The run is then finished.
     stopping : bool
-        Set, on all ranks, by a callback that ends the run early.
+        Set, on all ranks, by a callback that interrupts the run.
     meeting : bool
         Whether all ranks meet after this step, because a callback asked them something: the time for more questions.
     """
@@ -147,11 +172,16 @@ class Trainer:
         self.step = self.skipped = self.skipped_in_row = 0
         self.applied, self.stopping, self.meeting = True, False, True
         self.rate = self.waited = 0.0
+        self.average: WeightAverage | None = None
+        self.validated: Mapping[str, float] | None = None
+        self.best: Best | None = None
+        self.stale, self.improved = 0, False
+        self.ended: str | None = None
         self.metrics: Metrics = {}
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.train.steps
+        return self.step >= self.train.steps or self.ended is not None
 
     def due(self, every: int) -> bool:
         """Whether something that is done every so many steps (0: never), and after the last one, is to be done now."""
@@ -163,7 +193,7 @@ class Trainer:
             getattr(callback, event)(self, *arguments)
 
     def fit(self) -> bool:
-        """Train to the last step; False if the run was stopped early."""
+        """Train to the last step; False if the run was interrupted."""
         batches = self.batches(self.step, self.train.steps)
         try:
             self.call("start")
@@ -184,7 +214,7 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.rate
         self.task.start_step()
-        self.metrics = {}
+        self.metrics, self.validated, self.improved = {}, None, False
         for _ in range(self.topology.accumulation):
             batch = self._next(batches)
             outcome = self.task.loss(self.engine, batch, self.step)

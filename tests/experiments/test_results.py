@@ -24,6 +24,16 @@ from shodh.experiments.transfer.verdict import (
 from shodh.report.figures import MAX_PANELS, lines
 
 
+def test_the_last_weights_stand_beside_the_best_where_runs_keep_these() -> None:
+    plain = [result("sparse", 0, {"a": 0.7}), result("dense_active", 0, {"a": 0.8})]
+    assert "last weights" not in tables.error_table(Results(plain)).header
+    for run, error in zip(plain, (0.9, 0.8), strict=True):
+        run.values["last"] = {"a": {"model": 3 * error, "persistence": 3.0}}
+    table = tables.error_table(Results(plain))
+    rows = [dict(zip(table.header, row, strict=True)) for row in table.rows]
+    assert [(row["error"], row["last weights"]) for row in rows] == [pytest.approx(e) for e in ((0.7, 0.9), (0.8, 0.8))]
+
+
 def test_errors_are_over_persistence_and_never_squares() -> None:
     for measure in ("latent_mse", "field_l2re"):
         assert result("sparse", 0, {"a": 0.7}, measure=measure).error("a", "test") == pytest.approx(0.7)

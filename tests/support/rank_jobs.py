@@ -251,8 +251,8 @@ def save_with_deepspeed(config_path: Path, overrides: list[str], folder: Path) -
 
     resume = jobs.resume_from
 
-    def resume_and_save(trainer: Trainer, checkpoint: Path) -> None:
-        resume(trainer, checkpoint)
+    def resume_and_save(trainer: Trainer, checkpoint: Path, *more: Any) -> None:
+        resume(trainer, checkpoint, *more)
         trainer.engine.save_checkpoint(str(folder), tag=f"global_step{trainer.step}")
 
     jobs.resume_from = resume_and_save

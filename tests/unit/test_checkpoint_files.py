@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 
 from shodh.checkpoint.folder import (
     MANIFEST,
+    best_checkpoint,
     checkpoints_of,
     checksum,
+    find_checkpoint,
     latest_checkpoint,
     partial_folder,
     prune,
@@ -304,3 +306,48 @@ def test_small_files_are_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatc
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+
+
+def call_best(run: Path, newest: int, best: int | None) -> None:
+    manifest = run / "checkpoints" / f"step_{newest:08d}" / MANIFEST
+    content = json.loads(manifest.read_text())
+    content["state"]["best"] = None if best is None else {"step": best, "measure": "valid/x", "value": 1.0}
+    manifest.write_text(json.dumps(content))
+
+
+def test_the_best_checkpoint_is_the_one_that_the_newest_calls_so_and_stays(run: Path) -> None:
+    (run / "checkpoints" / "best").rename(run / "checkpoints" / "mine")
+    call_best(run, 10, 15)  # What older ones call the best does not count.
+    call_best(run, 20, 5)
+    before = names(run)
+    prune(run, "step_00000020", keep=1)
+    assert before - names(run) == {"step_00000010", "step_00000015"}
+    assert find_checkpoint(run, "best") == best_checkpoint(run) == run / "checkpoints" / "step_00000005"
+    assert find_checkpoint(run, None).name == "step_00000020" and find_checkpoint(run, "mine").name == "mine"
+    call_best(run, 20, 10)
+    for ask in (best_checkpoint, lambda run: find_checkpoint(run, "best")):
+        with pytest.raises(CheckpointError, match="the best checkpoint of .*, step_00000010, is gone"):
+            ask(run)
+
+
+def test_a_folder_that_a_person_called_best_is_read_and_never_taken_for_the_projects(run: Path) -> None:
+    assert best_checkpoint(run) is None and find_checkpoint(run, "best") == run / "checkpoints" / "best"
+    call_best(run, 20, 15)
+    with pytest.raises(CheckpointError, match="'best' is step_00000015, and a folder .*/checkpoints/best of yours"):
+        find_checkpoint(run, "best")
+    prune(run, "step_00000020", keep=1)
+    assert {"best", "step_00000010_best", "step_00000015"} <= names(run)
+    assert json.loads((run / "checkpoints" / "best" / MANIFEST).read_text())["state"] == {"n": 0}
+
+
+@pytest.mark.parametrize("name", ["step_00000007", "../checkpoints", "..", "notes.txt", ""])
+def test_a_checkpoint_that_is_not_there_is_said(run: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        find_checkpoint(run, name)
+
+
+def test_best_of_a_run_that_keeps_none_is_said(run: Path) -> None:
+    call_best(run, 20, None)
+    (run / "checkpoints" / "best").rename(run / "checkpoints" / "mine")
+    with pytest.raises(CheckpointError, match="has no best checkpoint"):
+        find_checkpoint(run, "best")

@@ -39,7 +39,10 @@ def test_means_by_regime_weigh_samples_not_batches() -> None:
     means.add("error", torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0]))
     means.add("error", torch.tensor([8.0]), torch.tensor([0]))
     values = {name: value for name, (value, _) in means.reduce("valid").items()}
-    assert values == {"valid/error/a": pytest.approx(4.0), "valid/error/b": pytest.approx(2.0)}
+    assert values == {"valid/error/a": 4.0, "valid/error/b": 2.0, "valid/error": 3.0}
+    means = RegimeMeans(["a"])
+    means.add("of no sample", torch.empty(0), torch.empty(0, dtype=torch.long))
+    assert means.reduce("valid") == {}
 
 
 def write(folder: Path, steps: range, resume_step: int = 0) -> None:

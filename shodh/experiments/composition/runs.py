@@ -17,7 +17,7 @@ from shodh.experiments.composition.evaluate import evaluate_seed, measured_setti
 from shodh.experiments.composition.settings import MEMBERS, CCMConfig, Member
 from shodh.experiments.harness.costs import describe_costs
 from shodh.experiments.harness.results import RESULT
-from shodh.experiments.harness.run import Run
+from shodh.experiments.harness.run import Run, judged_checkpoint
 from shodh.experiments.harness.runner import on_first_rank
 from shodh.experiments.harness.workers import Workers
 from shodh.report.page import Table, text_table
@@ -55,7 +55,7 @@ def convert_member(run: Run, device: torch.device) -> dict[str, Any]:
     """Convert a trained member, unless it is; merging and evaluation read the converted folder."""
     out = run.result.parent
     if not is_pretrained(out):
-        convert(run.config.run_dir, out, verify=True)
+        convert(run.config.run_dir, out, tag=judged_checkpoint(run.config.run_dir), verify=True)
     return {"converted": str(out)}
 
 

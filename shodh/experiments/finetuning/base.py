@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shodh.checkpoint.description import is_converted, read_pretrained
-from shodh.checkpoint.folder import read_manifest
+from shodh.checkpoint.folder import find_checkpoint, read_manifest
 from shodh.checkpoint.run_files import is_tokenizer, write_tokenizer
 from shodh.config import RegimeConfig, RunConfig, dump_config
 from shodh.core.cli import field_maps, named_paths
@@ -28,7 +28,7 @@ class Base:
 
 
 def open_base(path: Path, checkpoint: str | None = None) -> Base:
-    """Open a run folder at a checkpoint, by default the newest, or a converted folder.
+    """Open a run folder at a checkpoint (`find_checkpoint`), or a converted folder.
 
     Raises
     ------
@@ -48,11 +48,9 @@ def open_base(path: Path, checkpoint: str | None = None) -> Base:
     config = folder.config()
     if is_tokenizer(path):
         raise CheckpointError(f"{path} is the run of a tokenizer; expected the one of an operator")
-    tag = checkpoint or folder.latest()
-    if tag is None:
-        raise CheckpointError(f"{path} has no complete checkpoint yet")
-    read_manifest(folder.checkpoints / tag)
-    return Base(path, config, folder.checkpoints / tag)
+    weights = find_checkpoint(path, checkpoint)
+    read_manifest(weights)
+    return Base(path, config, weights)
 
 
 def find_tokenizer(base: Base, out: Path) -> Path | None:

@@ -12,7 +12,7 @@ from shodh.core.precision import ieee_float32
 from shodh.data.identity import DataRecord
 from shodh.evaluate.evaluation import evaluate, open_given, open_run
 from shodh.evaluate.report import write_report
-from shodh.experiments.harness.run import Run
+from shodh.experiments.harness.run import Run, judged_checkpoint
 from shodh.experiments.transfer.measure import seconds_per_step
 from shodh.models.factory import operator_shapes
 from shodh.moe.groups import is_trained
@@ -25,18 +25,25 @@ def measure(run: Run, device: torch.device) -> dict[str, Any]:
     config = run.config
     folder = RunFolder(config.run_dir)
     if run.trains:
-        evaluator = open_run(folder.path, None, device)
+        evaluator = open_run(folder.path, judged_checkpoint(folder.path), device)
     else:
         folder.path.mkdir(parents=True, exist_ok=True)
-        evaluator = open_given(config, run.weights[0], device)
+        evaluator = open_given(config, run.weights[0], device, run.kind)
         write_atomically(folder.path / "config.yaml", dump_config(config))
         DataRecord.of(evaluator.regimes.sources, folder.path).save()
     evaluation = evaluate(evaluator, config.evaluation.split)
     write_report(folder, evaluation)
+    last = None
+    if run.trains and judged_checkpoint(folder.path) is not None:
+        same = evaluator.checkpoint == folder.latest()
+        newest = evaluation if same else evaluate(open_run(folder.path, None, device), config.evaluation.split)
+        last = newest.metrics["regimes"]
+    train = config.operator.train
     return {
         "parameters": count_trained(config, trains=run.trains),
-        "seconds_per_step": seconds_per_step(folder, config.operator.train.steps) if run.trains else None,
+        "seconds_per_step": seconds_per_step(folder, train.valid_every or train.steps) if run.trains else None,
         "evaluation": evaluation.metrics,
+        "last": last,
     }
 
 

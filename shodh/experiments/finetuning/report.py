@@ -28,6 +28,7 @@ MEASURES = {
     "L2RE rollout": ("rollout_l2re",),
     "VRMSE rollout": ("rollout",),
 }
+LAST = ", last weights"  # of runs that are judged by their best checkpoint
 COMPARED = ("VRMSE", "VRMSE rollout")
 PLACE = ["regime", "field", "count", "method"]
 
@@ -65,16 +66,18 @@ class Outcomes:
     def _rows(self) -> Iterator[dict[str, Any]]:
         for values in self.values:
             run = values["run"]
-            metrics = values["evaluation"]["regimes"][run["regime"]]
             labels = {key: run[key] for key in ("regime", "count", SEED)}
-            for measure, keys in MEASURES.items():
+            found = [("", values["evaluation"]["regimes"])]
+            found += [(LAST, values["last"])] if values.get("last") else []
+            for (which, regimes), (measure, keys) in product(found, MEASURES.items()):
+                metrics = regimes[run["regime"]]
                 fields: dict[str, Any] = next((metrics[key] for key in keys if key in metrics), {})
                 for (field, kinds), kind in product(fields.items(), ("model", PERSISTENCE)):
                     error = kinds[kind]
                     if isinstance(error, list):  # by autoregressive step
                         error = None if None in error else fmean(error)
                     method = run["method"] if kind == "model" else PERSISTENCE
-                    yield {**labels, "field": field, "method": method, "measure": measure, ERROR: error}
+                    yield {**labels, "field": field, "method": method, "measure": measure + which, ERROR: error}
 
     @cached_property
     def means(self) -> pd.DataFrame:
@@ -119,7 +122,7 @@ def error_table(outcomes: Outcomes) -> Table:
     table = wide.loc[rows].reset_index()[PLACE].droplevel(1, axis=1)
     table["seeds"] = wide.loc[rows, "seeds"].max(axis=1).astype(int).tolist()
     table["M trained"] = [trained.get(method, 0.0) for method in table["method"]]
-    for measure in MEASURES:
+    for measure in [*MEASURES, *(measure + LAST for measure in MEASURES)]:
         for column in ("mean", "lowest", "highest"):
             if (column, measure) in wide:
                 name = measure if column == "mean" else f"{measure}, {column}"

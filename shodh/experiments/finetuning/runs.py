@@ -64,6 +64,7 @@ def expand_tuning(tuning: TuningConfig, base: Base, world_size: int = 1) -> list
                         "shodh.experiments.finetuning.measure:measure",
                         labels,
                         weights=() if method == SCRATCH else (base.weights,),
+                        kind=None if method == SCRATCH else tuning.weights,
                         trains=method != ZERO_SHOT,
                     )
                 )
@@ -113,7 +114,15 @@ def _configure(
 ) -> RunConfig:
     """The run's configuration with one regime, its own steps, and what the method trains."""
     base = config_from_dict(tree, str(tuning.run))
-    train = {"steps": tuning.steps, "warmup": tuning.steps // 10, "valid_every": 0, "checkpoint_every": 0}
+    train: dict[str, Any] = {
+        "steps": tuning.steps,
+        "warmup": tuning.steps // 10,
+        "valid_every": 0,
+        "checkpoint_every": 0,
+    }
+    if (best := base.operator.train.best) is not None:  # By the same measure, over the one regime; with all steps.
+        measure = "/".join(best.measure.split("/")[:2])
+        train |= {"valid_every": max(1, tuning.steps // 10), "best": {"measure": measure, "patience": 0}}
     changes: dict[str, Any] = {
         "name": name,
         "seed": seed,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
+from shodh.checkpoint.description import Kind
 from shodh.config import RegimeConfig, to_dict
 from shodh.config.base import Few, PositiveInt
 from shodh.core.reading import read_settings
@@ -24,7 +25,8 @@ class TuningConfig(StudySettings):
     """
 
     run: Path = Field(description="run folder, or folder of tools/convert_checkpoint.py")
-    checkpoint: str | None = Field(None, description="tag of a checkpoint of the run; null: the newest")
+    checkpoint: str | None = Field(None, description="tag of a checkpoint of the run, or best; null: the newest")
+    weights: Kind | None = Field(None, description="ema or raw weights of the checkpoint; null: ema where there are")
     name: Name = "finetune"
     question: str = Field("Does it pay to start from the trained run?", min_length=1)
     regimes: tuple[RegimeConfig, ...] = Field(min_length=1, description="unseen regimes, as data.regimes of a run")

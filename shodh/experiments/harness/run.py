@@ -14,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from shodh.checkpoint.description import Kind
+from shodh.checkpoint.folder import BEST, best_checkpoint
 from shodh.checkpoint.run_files import TOKENIZER_WEIGHTS
 from shodh.checkpoint.weights import source_checksum
 from shodh.config import RunConfig, config_from_dict, to_dict
@@ -45,6 +47,8 @@ class Run:
         What tells this run from the others of its study; columns of the table of results.
     settings : dict
         What the measurement depends on beside the configuration; part of the identity.
+    kind : {"ema", "raw"}, optional
+        Which of the weights that it starts from: `shodh.checkpoint.description.read_pretrained`; part of the identity.
     told : dict
         What else the measurement is told: what its numbers do not depend on.
     weights : tuple of Path
@@ -63,6 +67,7 @@ class Run:
     settings: Mapping[str, Any] = field(default_factory=dict)
     told: Mapping[str, Any] = field(default_factory=dict)
     weights: tuple[Path, ...] = ()
+    kind: Kind | None = None
     trains: bool = True
     after: tuple[str, ...] = ()
 
@@ -92,7 +97,10 @@ class Run:
         paths = list(self.weights)
         if self.config.has_tokenizer:
             paths.append(self.config.tokenizer_dir / TOKENIZER_WEIGHTS)
-        weights = [_checksum(path, path.stat().st_mtime_ns) if path.exists() else None for path in paths]
+        kinds = [self.kind] * len(self.weights) + [None]
+        times = [path.stat().st_mtime_ns if path.exists() else None for path in paths]
+        known = zip(paths, times, kinds, strict=False)
+        weights = [None if time is None else _checksum(path, time, kind) for path, time, kind in known]
         found: Identity = to_json({**_identity_of(self.config, recorded=True), "weights": weights, **self.settings})
         return found
 
@@ -146,9 +154,17 @@ class Run:
 
 
 @lru_cache(maxsize=1000)
-def _checksum(path: Path, _: int) -> str:
+def _checksum(path: Path, _: int, kind: Kind | None) -> str:
     """`source_checksum`, once for each time at which weights were written."""
-    return source_checksum(path)
+    return source_checksum(path, kind)
+
+
+def judged_checkpoint(folder: Path) -> str | None:
+    """The checkpoint by which every study judges a run: its best one where its configuration keeps one, or the newest.
+
+    What is reported of the newest beside it is called ``last``.
+    """
+    return None if best_checkpoint(folder) is None else BEST
 
 
 def _identity_of(config: RunConfig, recorded: bool) -> Identity:

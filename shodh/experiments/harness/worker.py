@@ -25,7 +25,7 @@ from shodh.train.runtime import quiet_logs, run_ranks
 
 def carry_out(run: Run) -> bool:
     """Train on all ranks, resuming; then rank 0 measures and writes the result. False if a signal stopped it."""
-    if run.trains and not pretrain(run.config, "auto", run.weights[0] if run.weights else None):
+    if run.trains and not pretrain(run.config, "auto", run.weights[0] if run.weights else None, kind=run.kind):
         return False
     first = rank() == 0
     leave_ranks()
@@ -37,7 +37,7 @@ def carry_out(run: Run) -> bool:
 def write_result(run: Run, device: torch.device) -> None:
     """Measure a trained run, and write what was found, of which run, and where.
 
-    With ``keep_checkpoints: false`` told, the last checkpoint alone is then left.
+    With ``keep_checkpoints: false`` told, the last checkpoint and the best one are then left.
     """
     values = resolve_name(run.measure)(run, device)
     said = {"run": {"name": run.name, **run.labels}, "identity": run.identity()}
@@ -47,7 +47,7 @@ def write_result(run: Run, device: torch.device) -> None:
 
 
 def prune_checkpoints(folder: RunFolder) -> None:
-    """Drop all checkpoints but the last, which a resume, a conversion or a new evaluation starts from."""
+    """Drop all checkpoints but the last and the best, which a resume, a conversion or a new evaluation starts from."""
     latest = folder.latest()
     if latest is not None:
         prune(folder.path, latest, keep=1)

@@ -19,7 +19,7 @@ from shodh.core.weights import load_into
 from shodh.evaluate.evaluation import evaluate, open_run
 from shodh.evaluate.report import write_report
 from shodh.experiments.harness.flops import step_flops
-from shodh.experiments.harness.run import Run
+from shodh.experiments.harness.run import Run, judged_checkpoint
 from shodh.experiments.harness.sizes import model_size
 from shodh.experiments.transfer.probe import Probe, gradient_cosines, learning_curve, plasticity
 from shodh.experiments.transfer.settings import PlasticityConfig
@@ -40,13 +40,16 @@ def measure(run: Run, device: torch.device) -> dict[str, Any]:
     """
     config = run.config
     folder = RunFolder(config.run_dir)
-    evaluator = open_run(folder.path, None, device)
+    judged = judged_checkpoint(folder.path)
+    evaluator = open_run(folder.path, judged, device)
     evaluation = evaluate(evaluator, config.evaluation.split)
     write_report(folder, evaluation)
     probe = Probe(config, device, folder)
     try:
         history = _over_training(probe, folder, run.settings["gradient_samples"])
-        held_out = probe.errors(evaluator.operator, config.evaluation.split)
+        held_out, last = probe.errors(evaluator.operator, config.evaluation.split), None
+        if judged is not None:
+            last = probe.errors(open_run(folder.path, None, device).operator, config.evaluation.split)
         measured = probe.measure
     finally:
         probe.close()
@@ -57,7 +60,9 @@ def measure(run: Run, device: torch.device) -> dict[str, Any]:
         "flops_per_step": step_flops(config),
         "seconds_per_step": seconds_per_step(folder, config.operator.train.checkpoint_every),
         "measure": measured,
+        "checkpoint": evaluator.checkpoint,
         "errors": held_out,
+        "last": last,
         "history": history,
         "plasticity": _plasticity(evaluator.operator, config, run.settings["fresh"], folder, device),
         "evaluation": evaluation.metrics,

@@ -114,7 +114,8 @@ def _sections(results: Results, missing: dict[str, str]) -> list[Section | None]
 
 ERRORS = (
     "One-step error on held-out trajectories, in the space the operator works in, over that of persistence on the same "
-    "windows; roots of MSEs, so that twice the error is twice the number. Mean and range over seeds. At equal cost: "
+    "windows; roots of MSEs, so that twice the error is twice the number. Mean and range over seeds. Of the best "
+    "checkpoint where the base run keeps one (operator.train.best), beside it of the last one. At equal cost: "
     "the validation error when what the cheapest model of the mix spent was spent, interpolated between checkpoints. "
     "The learning rate of a dearer model has not come down by then, which counts against it. All models have the base "
     "run's learning rate, tuned for none of them, and the same tokenizer, trained on all regimes of the study."

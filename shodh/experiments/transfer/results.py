@@ -19,6 +19,7 @@ from shodh.report.statistics import Comparison, Interval, compare, holm, nested_
 Reading = Literal["steps", "flops", "seconds"]
 READINGS: tuple[Reading, ...] = ("steps", "flops", "seconds")
 TEST = "test"
+LAST = "last"  # as `TEST`, of the last weights, where the run is judged by its best checkpoint
 ROLLOUT = "rollout"
 SPECIALIST = "specialist"
 
@@ -77,7 +78,7 @@ class Result:
         return [(cost, error) for cost, error in points if error is not None]
 
     def error(self, regime: str, reading: str, budget: float | None = None) -> float | None:
-        """By a reading: ``test`` (the last weights), ``rollout``, or one of `READINGS` when a budget was spent.
+        """By a reading: ``test`` and ``rollout`` (`judged_checkpoint`), ``last``, or one of `READINGS` at a budget.
 
         Of these the logarithm of the validation error is interpolated between checkpoints, so that a model whose steps
         cost a percent more does not lose a whole interval. It is not the lowest so far: one model has to serve all
@@ -85,6 +86,8 @@ class Result:
         """
         if reading == TEST:
             return self.relative(self.values["errors"][regime])
+        if reading == LAST:
+            return self.relative(self.values[LAST][regime]) if self.values.get(LAST) else None
         if reading == ROLLOUT:
             return self.rollout_error(regime)
         curve = self.curve(regime, next(r for r in READINGS if r == reading))
@@ -215,7 +218,7 @@ class Results:
             for r in members:
                 budgets: dict[str, float | None] = {way: self.budget(mix, r.seed, way) for way in READINGS}
                 for regime in r.regimes:
-                    for reading in (TEST, ROLLOUT, *READINGS):
+                    for reading in (TEST, LAST, ROLLOUT, *READINGS):
                         error = r.error(regime, reading, budgets.get(reading))
                         if error is not None:
                             place = {"mix": mix, "label": r.label, SEED: r.seed, "regime": regime}

@@ -184,12 +184,14 @@ def _configure(
     by_name = {r["name"]: r for r in tree["data"]["regimes"]}
     steps = max(1, base.operator.train.steps // share)
     every = max(1, steps // study.checkpoints)
+    best = base.operator.train.best
     train = {
         "steps": steps,
         "warmup": base.operator.train.warmup // share,
         "valid_every": every,
         "checkpoint_every": every,
         "keep_checkpoints": steps,  # All; they are dropped when the run is measured.
+        "best": None if best is None else {"measure": best.measure, "patience": 0},  # All runs take all their steps.
     }
     changed = merge_trees(
         tree,

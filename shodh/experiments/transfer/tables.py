@@ -11,6 +11,7 @@ import pandas as pd
 
 from shodh.experiments.harness.results import ERROR, SEED, mean, over_seeds, spread, to_table
 from shodh.experiments.transfer.results import (
+    LAST,
     READINGS,
     ROLLOUT,
     SPECIALIST,
@@ -51,8 +52,9 @@ def error_table(results: Results) -> Table:
     """Error by mix, model and regime: on the test split, of rollouts, and on the validation split at equal cost."""
     if results.frame.empty:
         return Table([], [])
-    found = _over_test(results.frame, "error").join(_by_reading(results.frame, [ROLLOUT, *READINGS]))
-    return to_table(found.reset_index(), NAMES)
+    readings = [LAST] * bool((results.frame["reading"] == LAST).any()) + [ROLLOUT, *READINGS]
+    found = _over_test(results.frame, "error").join(_by_reading(results.frame, readings))
+    return to_table(found.reset_index(), {**NAMES, LAST: "last weights"})
 
 
 def transfer_table(results: Results) -> Table:

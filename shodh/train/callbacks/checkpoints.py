@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from shodh.checkpoint.folder import read_manifest
+from shodh.checkpoint.folder import MANIFEST, read_manifest, tag_of
 from shodh.checkpoint.training import CheckpointWriter, load_checkpoint
 from shodh.core.distributed import SharedError, gather, rank
 from shodh.core.errors import ShodhError
+from shodh.train.callbacks.selection import reason_to_end
 from shodh.train.engine import find_nonfinite
 from shodh.train.metrics import reduce_metrics
 from shodh.train.run_folder import RunFolder, describe_environment
-from shodh.train.trainer import Callback, Trainer
+from shodh.train.trainer import Best, Callback, Trainer
 
 log = logging.getLogger("shodh")
 
@@ -61,7 +64,7 @@ class StopSignal(Callback):
 
 
 class Checkpoints(Callback):
-    """Save every so many steps, after the last one, and where the run is stopped; and go on from what was saved.
+    """Save every so many steps, after the best validation so far and the last step, and where the run is stopped.
 
     A save holds the training while this rank's share is copied to host memory; the rest is written beside the steps
     that follow, and an error of it ends the run at the next one.
@@ -73,7 +76,7 @@ class Checkpoints(Callback):
         self._environment = describe_environment() if rank() == 0 else {}
 
     def after_step(self, trainer: Trainer) -> None:
-        if trainer.due(self._every) or trainer.stopping:
+        if trainer.due(self._every) or trainer.improved or trainer.stopping:
             trainer.call("flush")
             self.save(trainer)
         elif trainer.meeting:
@@ -90,18 +93,20 @@ class Checkpoints(Callback):
 
     def save(self, trainer: Trainer) -> None:
         """Save this step; raises `SharedError` if a weight is not finite. Collective."""
-        wrong = sorted({name for part in gather(find_nonfinite(trainer.engine)) for name in part})
+        averages = [] if trainer.average is None else trainer.average.tensors
+        found = find_nonfinite(trainer.engine, [("average of the weights", tensor) for tensor in averages])
+        wrong = sorted({name for part in gather(found) for name in part})
         if wrong:
             raise SharedError(
                 f"no checkpoint of step {trainer.step} is written: {', '.join(wrong[:5])} not finite; {self.way_back()}"
             )
         record = {
-            "state": {k: getattr(trainer, k) for k in ("step", "seed", "skipped", "skipped_in_row")},
+            "state": _state(trainer),
             "topology": _layout(trainer),
             "precision": trainer.train.precision,
             "env": self._environment,
         }
-        self._writer.save(trainer.engine, record)
+        self._writer.save(trainer.engine, record, trainer.average)
 
     def way_back(self) -> str:
         """What to do after a fault: from where the run can go on. Collective."""
@@ -113,15 +118,24 @@ class Checkpoints(Callback):
         return f"the last good checkpoint is {path}: lower train.lr, and go on with --resume auto"
 
 
-def resume(trainer: Trainer, checkpoint: Path) -> None:
-    """Go on from a checkpoint folder of any layout; raises `CheckpointError` if it does not fit. Collective."""
+def resume(trainer: Trainer, checkpoint: Path, checkpoints: Path | None = None) -> None:
+    """Go on from a checkpoint folder of any layout; raises `CheckpointError` if it does not fit. Collective.
+
+    ``checkpoints``: where the run's own lie, by default beside this one.
+    """
     state = read_manifest(checkpoint)["state"]
     if state["seed"] != trainer.seed:
         raise ShodhError(f"{checkpoint} was trained with seed {state['seed']}, and this run has seed {trainer.seed}")
-    written = load_checkpoint(trainer.engine, checkpoint)["topology"]
+    written = load_checkpoint(trainer.engine, checkpoint, trainer.average)["topology"]
     trainer.step = int(state["step"])
     trainer.skipped, trainer.skipped_in_row = (int(state.get(k, 0)) for k in ("skipped", "skipped_in_row"))
     log.info("resumed from %s at step %d of %d", checkpoint, trainer.step, trainer.train.steps)
+    kept = state.get("ema") is not None
+    if trainer.average is not None and not kept:
+        log.info("train.ema=%g: the checkpoint has no average of the weights; it starts at these", trainer.train.ema)
+    if trainer.average is None and kept:
+        log.warning("train.ema=0: the average of the weights that %s holds is not kept on", checkpoint)
+    _resume_selection(trainer, state, checkpoint.parent if checkpoints is None else checkpoints)
     before, now = (t["world_size"] * t["micro_batch"] for t in (written, _layout(trainer)))
     if before != now:
         log.warning(
@@ -130,6 +144,40 @@ def resume(trainer: Trainer, checkpoint: Path) -> None:
             now,
             before,
         )
+
+
+def _state(trainer: Trainer) -> dict[str, Any]:
+    """What the loop goes on from."""
+    state = {k: getattr(trainer, k) for k in ("step", "seed", "skipped", "skipped_in_row")}
+    if trainer.average is not None:
+        state["ema"] = {"decay": trainer.average.decay, "updates": trainer.average.updates}
+    if trainer.train.best is not None:
+        best = None if trainer.best is None else asdict(trainer.best)
+        state |= {"best": best, "stale": trainer.stale, "ended": trainer.ended}
+    return state
+
+
+def _resume_selection(trainer: Trainer, state: dict[str, Any], checkpoints: Path) -> None:
+    """The best validation so far; forgotten where its checkpoint is gone, or it was judged by another measure."""
+    config, stored = trainer.train.best, state.get("best")
+    if config is None:
+        return
+    trainer.stale = int(state.get("stale", 0))
+    if stored is not None:
+        try:
+            best = Best(**stored)
+        except TypeError as error:
+            raise ShodhError(f"a {MANIFEST} in {checkpoints} is damaged: the best is {stored!r}") from error
+        at_hand = (checkpoints / tag_of(best.step) / MANIFEST).is_file()
+        if best.measure == config.measure and at_hand:
+            trainer.best = best
+        else:
+            why = f"it was judged by {best.measure}" if at_hand else "its checkpoint is gone"
+            log.warning("step %d, the best so far, does not count any more: %s", best.step, why)
+            trainer.stale = 0
+    trainer.ended = reason_to_end(trainer, config)
+    if trainer.ended is not None:
+        log.warning("this run has ended: %s; raise it to train on", trainer.ended)
 
 
 def _layout(trainer: Trainer) -> dict[str, int]:

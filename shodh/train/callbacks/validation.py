@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from shodh.train.trainer import Batch, Callback, Measured, Trainer, to_device
 
 class Validation(Callback):
     """Errors by regime every ``valid_every`` steps and after the last one; stands after `StepMetrics`.
+
+    Of the average of the weights, where the run keeps one.
 
     Parameters
     ----------
@@ -34,10 +37,13 @@ class Validation(Callback):
         self._measure, self._batches, self._regimes, self._metrics = measure, batches, regimes, metrics
 
     def after_step(self, trainer: Trainer) -> None:
-        if trainer.due(trainer.train.valid_every):
-            trainer.engine.eval()
-            with torch.no_grad():
-                self._metrics.write_validation(trainer, self._validate(trainer))
+        if not trainer.due(trainer.train.valid_every):
+            return
+        trainer.engine.eval()
+        average = trainer.average
+        with torch.no_grad(), nullcontext() if average is None else average.in_place():
+            trainer.validated = self._validate(trainer)
+        self._metrics.write_validation(trainer, trainer.validated)
 
     def _validate(self, trainer: Trainer) -> dict[str, float]:
         means, table = RegimeMeans(self._regimes), None
