@@ -45,6 +45,13 @@ class WindowIndex:
         trajectory = int(np.searchsorted(self._ends, index, side="right"))
         return trajectory, index - int(self._starts[trajectory])
 
+    def number(self, trajectory: int, frame: int) -> int:
+        """The window that begins at a frame of a trajectory; undoes ``[]``."""
+        index = int(self._starts[trajectory]) + frame
+        if not 0 <= frame or index >= self._ends[trajectory]:
+            raise IndexError(f"no window at frame {frame} of trajectory {trajectory}")
+        return index
+
 
 class WindowDataset(Dataset[dict[str, Any]]):
     """Normalised windows of one split of one regime (map-style, so that a sampler decides the order).
