@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 
 from shodh.core.devices import pick_device
+from shodh.core.distributed import rank, together, world_size
 from shodh.evaluate.evaluation import evaluate, open_run
 from shodh.evaluate.report import write_report
-from shodh.train.runtime import quiet_logs
+from shodh.train.runtime import quiet_logs, start_distributed
 
 EXAMPLES = """examples:
   shodh evaluate --run runs/demo
   shodh evaluate --run runs/demo --checkpoint step_00000200 --split valid
+  deepspeed --num_gpus 8 launch/evaluate.py --run runs/h100-single --precision bf16    on all ranks
 """
 
 
@@ -27,14 +29,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="tag of a checkpoint (default: the newest)")
     parser.add_argument("--split", choices=("valid", "test"), help="default: what the run's configuration says")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of the networks; measures are float32 (default: %(default)s)",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     quiet_logs()
-    evaluator = open_run(args.run, args.checkpoint, torch.device(pick_device(args.device)))
+    device = start_distributed() if world_size() > 1 else torch.device(pick_device(args.device))
+    with together():
+        evaluator = open_run(args.run, args.checkpoint, device, args.precision)
     evaluation = evaluate(evaluator, args.split or evaluator.config.evaluation.split)
-    sys.stdout.write(write_report(evaluator.folder, evaluation))
-    sys.stdout.write(f"\nreport: {evaluator.folder.report / 'index.html'}\n")
+    with together():
+        if rank() == 0:
+            sys.stdout.write(write_report(evaluator.folder, evaluation))
+            sys.stdout.write(f"\nreport: {evaluator.folder.report / 'index.html'}\n")
     return 0

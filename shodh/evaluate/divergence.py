@@ -73,7 +73,7 @@ class DivergenceMeter:
 
 
 def divergence_of(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
-    """Maximum, root mean square, and maximum over gradient, by field and mode; whatever ranks and batches there were."""
+    """Maximum, root mean square, maximum over gradient, by field and mode; the same for any ranks and batches."""
     out: dict[str, Any] = {"operator": DIVERGENCE_OPERATOR, "units": "velocity units / length units of the file"}
     for name in dict.fromkeys(name for part in parts for name in part):
         largest, square, gradient = np.concatenate([part[name] for part in parts if name in part], 1)

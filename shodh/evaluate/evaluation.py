@@ -58,9 +58,7 @@ class Evaluation:
     examples: list[Example] = field(default_factory=list)
 
 
-def open_run(
-    run: Path, checkpoint: str | None, device: torch.device, precision: Precision = "fp32"
-) -> Evaluator:
+def open_run(run: Path, checkpoint: str | None, device: torch.device, precision: Precision = "fp32") -> Evaluator:
     """Open a run folder with its newest, or a named, checkpoint, to be computed in a precision.
 
     Raises

@@ -142,9 +142,7 @@ class RegimeEvaluation:
         return fields, open_latents(config, regimes, self.cache, self.split, horizon)[self.number]
 
     @staticmethod
-    def _read(
-        fields: WindowDataset, latents: LatentWindowDataset | None, places: Sequence[Place]
-    ) -> dict[str, Tensor]:
+    def _read(fields: WindowDataset, latents: LatentWindowDataset | None, places: Sequence[Place]) -> dict[str, Tensor]:
         numbers = [fields.index.number(*place) for place in places]
         items: list[Mapping[str, Any]] = [fields[number] for number in numbers]
         found = {name: torch.stack([item[name] for item in items]) for name in ("fields", "static")}

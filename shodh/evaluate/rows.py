@@ -60,10 +60,7 @@ class Rows:
                         "trajectory": np.array([p.trajectory for p in places])[by_place],
                         "start": np.array([p.start for p in places])[by_place],
                         "horizon": horizon,
-                        **{
-                            name: np.array([getattr(k, name) for k in keys], object)[by_key]
-                            for name in Key._fields
-                        },
+                        **{name: np.array([getattr(k, name) for k in keys], object)[by_key] for name in Key._fields},
                         "shell": shell if values.ndim == 3 else -1,
                         "step": step,
                         "value": found.ravel(),
@@ -103,8 +100,8 @@ def by_trajectory(frame: pd.DataFrame) -> pd.DataFrame:
     return found.reset_index()
 
 
-def over_trajectories(means: pd.DataFrame) -> pd.DataFrame:
-    """Means over the trajectories of one regime with 95 % intervals: columns mean, low, high, trajectories.
+def over_trajectories(means: pd.DataFrame, *, intervals: bool = True) -> pd.DataFrame:
+    """Means over the trajectories of one regime, with 95 % intervals: columns mean, low and high, trajectories.
 
     Indexed by horizon and `NAMES`; every trajectory counts alike.
     """
@@ -112,13 +109,7 @@ def over_trajectories(means: pd.DataFrame) -> pd.DataFrame:
     wide = wide.loc[:, wide.notna().any()]
     values = wide.to_numpy(float)
     known = ~np.isnan(values)
-    low, high = mean_intervals(values[None])
-    return pd.DataFrame(
-        {
-            "mean": np.where(known, values, 0.0).sum(0) / known.sum(0),
-            "low": low,
-            "high": high,
-            "trajectories": known.sum(0),
-        },
-        index=wide.columns,
-    )
+    found = {"mean": np.where(known, values, 0.0).sum(0) / known.sum(0), "trajectories": known.sum(0)}
+    if intervals:
+        found["low"], found["high"] = mean_intervals(values[None])
+    return pd.DataFrame(found, index=wide.columns)

@@ -47,8 +47,8 @@ def summarise(means: pd.DataFrame, steps: int) -> dict[str, Any]:
     ends: dict[str, Any] = {}
     for measure in ONE_STEP:
         for (_, _, name, of, *_), row in first[first.index.get_level_values("measure") == measure].iterrows():
-            _put(tree, (measure, name, of), row["mean"])
-            _put(ends, (measure, name, of), [row["low"], row["high"]])
+            _put(tree, (measure, name, of), float(row["mean"]))
+            _put(ends, (measure, name, of), [float(row["low"]), float(row["high"])])
     if "speed_in_solid" in tree:
         tree["speed_in_solid"] = {name: of["model"] for name, of in tree["speed_in_solid"].items()}
     if steps:
@@ -59,7 +59,7 @@ def summarise(means: pd.DataFrame, steps: int) -> dict[str, Any]:
                 ordered = rows.sort_index(level="step")
                 _put(tree, (name, field, of), ordered["mean"].tolist())
                 _put(ends, (name, field, of), ordered[["low", "high"]].to_numpy().tolist())
-    spectra = over_trajectories(rolled[rolled["shell"] >= 0])
+    spectra = over_trajectories(rolled[rolled["shell"] >= 0], intervals=False)
     for (step, measure, field, of), rows in spectra.groupby(level=["step", "measure", "field", "of"], sort=False):
         shells = rows.sort_index(level="shell")["mean"].tolist()
         _put(tree, ("spectra", str(step), measure, field, of), shells)

@@ -29,8 +29,18 @@ def slices(
     solid : ndarray, optional
         Shown in grey.
     """
-    figure = Figure(figsize=(8.4, 1.1 + 2.1 * len(rows)), layout="constrained")
-    panels = figure.subplots(len(rows), 3, squeeze=False)
+    # Placed by hand: a solver of layouts costs more than the picture.
+    size = (8.4, 0.7 + 2.1 * len(rows))
+    figure = Figure(figsize=size)
+    panels = figure.subplots(len(rows), 3, squeeze=False, gridspec_kw={"width_ratios": [1, 1.22, 1.22]})
+    figure.subplots_adjust(
+        left=0.4 / size[0],
+        right=1 - 0.55 / size[0],
+        bottom=0.1 / size[1],
+        top=1 - 0.6 / size[1],
+        wspace=0.12,
+        hspace=0.12,
+    )
     flat = rows[0][1].ndim == 2
 
     def plane_of(values: np.ndarray) -> np.ndarray:
@@ -53,32 +63,14 @@ def slices(
             if row == 0:
                 panel.set_title(("truth", "prediction", "error")[column], color=INK)
             if column > 0:
-                figure.colorbar(image, ax=panel, shrink=0.8)
+                figure.colorbar(image, ax=panel, shrink=0.8, fraction=0.18, pad=0.04).ax.tick_params(labelsize=8)
         panels[row][0].set_ylabel(label, color=INK)
-    figure.suptitle(f"{title}: {'x-y' if flat else 'x-z'} plane, one model step, normalised", color=INK)
-    return figure
-
-
-def rollout(rollouts: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> Figure:
-    """VRMSE by autoregressive step, a panel a regime: ``{regime: {field: {"model": [...], "persistence": [...]}}}``."""
-    columns = min(len(rollouts), 4 if len(rollouts) == 4 else 3)
-    rows = -(-len(rollouts) // columns)
-    figure = Figure(figsize=(4.4 * columns, 3.4 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for panel in panels[len(rollouts) :]:
-        panel.remove()
-    for panel, (regime, fields) in zip(panels, rollouts.items(), strict=False):
-        for marker, (name, kinds) in zip(MARKERS, fields.items(), strict=False):
-            steps = range(1, len(kinds["model"]) + 1)
-            panel.plot(steps, kinds["model"], f"{marker}-", color=MODEL, label=f"{name}, model")
-            panel.plot(steps, kinds["persistence"], f"{marker}--", color=BASELINE, label=f"{name}, persistence")
-        panel.set_title(regime, color=INK)
-        panel.set_xlabel("autoregressive step")
-        panel.set_ylabel("VRMSE")
-        panel.set_ylim(bottom=0)
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.legend(fontsize=8, frameon=False)
-        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{title}: {'x-y' if flat else 'x-z'} plane, one model step, normalised",
+        color=INK,
+        y=1 - 0.12 / size[1],
+        va="top",
+    )
     return figure
 
 
@@ -86,8 +78,13 @@ def expert_shares(routing: Mapping[str, Any]) -> Figure:
     """Share of each regime's tokens by expert, a panel a layer, with U and NMI."""
     layers = routing["layers"]
     regimes = list(layers[0]["shares"])
-    figure = Figure(figsize=(1.6 + 2.6 * len(layers), 1.3 + 0.6 * len(regimes)), layout="constrained")
+    left = 0.3 + 0.085 * max(map(len, regimes))
+    size = (left + 0.2 + 2.6 * len(layers), 1.1 + 0.6 * len(regimes))
+    figure = Figure(figsize=size)
     panels = figure.subplots(1, len(layers), squeeze=False)[0]
+    figure.subplots_adjust(
+        left=left / size[0], right=1 - 0.2 / size[0], bottom=0.55 / size[1], top=1 - 0.35 / size[1], wspace=0.1
+    )
     for number, (panel, layer) in enumerate(zip(panels, layers, strict=True)):
         shares = np.array([layer["shares"][r] for r in regimes])
         panel.imshow(shares, vmin=0, vmax=1, cmap="Greens", aspect="auto")
@@ -108,8 +105,9 @@ def training_curve(lines: Sequence[Mapping[str, float]]) -> Figure | None:
     if measure is None:
         return None
     train = [(line["step"], line[f"train/{measure}"]) for line in lines if f"train/{measure}" in line]
-    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    figure = Figure(figsize=(7.2, 3.2))
     panel = figure.subplots()
+    figure.subplots_adjust(left=0.1, right=0.91, bottom=0.16, top=0.95)
     panel.plot(*zip(*train, strict=True), color=INK, label="training")
     held_out = sorted({k for line in lines for k in line if k.startswith(f"valid/{measure}/")})
     for marker, key in zip(MARKERS, held_out, strict=False):
@@ -118,6 +116,7 @@ def training_curve(lines: Sequence[Mapping[str, float]]) -> Figure | None:
     panel.set_xlabel("step")
     panel.set_ylabel({"latent_mse": "latent MSE", "field_l2re": "L2RE", "field_mse": "MSE"}[measure])
     panel.set_yscale("log")
+    panel.minorticks_off()
     information = [(line["step"], line["moe/regime_information"]) for line in lines if "moe/regime_information" in line]
     if information:
         right = panel.twinx()

@@ -10,8 +10,8 @@ from torch import Tensor
 from shodh.config import RunConfig
 from shodh.data import Split, WindowDataset
 from shodh.data.loader import SampleDataset
-from shodh.train.datasets import Regimes
 from shodh.schema.measures import mean_over
+from shodh.train.datasets import Regimes
 from shodh.train.losses import relative_l2_by_channel
 from shodh.train.operator_task import OperatorTask
 from shodh.train.trainer import Batch

@@ -18,7 +18,12 @@ def relative_l2_by_channel(
     """L2RE of each channel of each sample, ``[B, C, *grid] -> [B, C]``: the loss of DPOT and MoE-POT is its mean.
 
     A target whose root mean square is below ``floor`` counts as if it had it: normalised fields are of the order of
-    one, and a channel at rest must not outweigh all others. ``exists``: True in the cells that count, in a shape that broadcasts with the target.
+    one, and a channel at rest must not outweigh all others.
+
+    Parameters
+    ----------
+    exists : Tensor, optional
+        True in the cells that count, in a shape that broadcasts with the target.
     """
     error, norm = (mean_over(x.square(), exists, 2) for x in (prediction - target, target))
     return (error + 1e-16).sqrt() / norm.clamp(min=floor**2).sqrt()
