@@ -27,8 +27,8 @@ ERROR_NOTE = (
     "components of a vector; 1 is the error of the truth's own mean. A component that does not vary (the third of a "
     "flow in two dimensions) has none and does not count; 'components as one' sums error and variance over them all. "
     "L2RE: norm of the error over norm of the truth, of normalised fields. nRMSE: the same of the fields as they are "
-    "stored, which flatters a field with an offset. Persistence: the last known frame. Tokenizer alone: what encoding and "
-    "decoding the truth loses. Means are over trajectories, each the mean over its windows."
+    "stored, which flatters a field with an offset. Persistence: the last known frame. Tokenizer alone: what encoding "
+    "and decoding the truth loses. Means are over trajectories, each the mean over its windows."
 )
 INTERVAL_NOTE = (
     "Intervals hold 95 % and are bootstraps over trajectories, as windows of one trajectory are not independent; they "
@@ -76,7 +76,7 @@ def error_table(metrics: dict[str, Any]) -> Table:
                 for field, kinds in regime.get("vrmse_component", {}).items():
                     own = ends.get("vrmse_component", {}).get(field, {})
                     measures.append((f"{measure.label} {field}", kinds, own, {}))
-        for key, label in (("decoded_mse", "decoded MSE (normalised)"), ("latent_mse", "latent MSE")):
+        for key, label in (("latent_mse", "latent MSE"), ("decoded_mse", "decoded MSE (normalised)")):
             if key in regime:
                 measures.append((label, regime[key], ends.get(key, {}), SHODH_MOE[key]))
         for label, kinds, own, published in measures:

@@ -3,7 +3,8 @@
 Along periodic axes the basis is that of Fourier; along walls and open ends it is the cosines (DCT-II), the periodic
 series of the field continued evenly across the boundary, which has no jump there. Both are orthonormal, so that shells
 sum to the mean square of the field whatever its boundary (Parseval). A wave number is ``2 pi / wave length`` in both;
-shells are isotropic, one fundamental of the longest axis wide: mode ``k`` is in shell ``round(|k| / (2 pi / L))``.
+shells are isotropic, one fundamental of the longest axis wide: mode ``k`` is in shell ``round(|k| / (2 pi / L))``, and
+shell 0 holds the mean alone: the half wave between walls of the longest axis is in shell 1.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Shells:
                 2 * math.pi / length / fundamental
             )
             square = square.unsqueeze(-1) + waves.double().square()
-        self._shell = square.sqrt().round().long().flatten()
+        nearest = (square.sqrt() + 0.5).floor().long()
+        self._shell = torch.where(square > 0, nearest.clamp(min=1), 0).flatten()
         self.count = int(self._shell.max()) + 1
 
     @cached_property

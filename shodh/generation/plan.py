@@ -121,7 +121,7 @@ TEST = 8  # trajectories that carry an interval
 
 
 def default_split(trajectories: int) -> dict[Split, int]:
-    """An eighth for validation and for the test, but `TEST` for the test, or a third of a small set; the rest trains."""
+    """An eighth for validation, and for the test, which has at least `TEST`, or a third of a small set."""
     valid, test = max(1, round(trajectories / 8)), max(1, round(trajectories / 8), min(TEST, trajectories // 3))
     return {"train": trajectories - valid - test, "valid": valid, "test": test}
 

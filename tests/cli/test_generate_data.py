@@ -152,7 +152,7 @@ def test_bad_input_gets_one_line(tool: ModuleType, capsys: pytest.CaptureFixture
     assert "both set and varied" in run("--vary", "open_channel.spin_up=0:1", *QUICK)
     assert "of type bool" in run("--vary", "open_channel.double=0:1")
     assert "at least 3" in run("--trajectories", "2")
-    assert "sum to 1" in run("--split", "0.5", "0.1", "0.1")
+    assert "sum 1" in run("--split", "0.5", "0.1", "0.1")
     assert "no trajectory for training" in run("--split", "0", "0.6", "0.4")
     assert "--frames" in run("--frames", "0")
     assert "porous_media" in run("--image", "rock.npy")
