@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ MOST = 12  # panels of a figure; the tables hold everything
 
 def _panels(titles: list[str], width: float = 3.6, height: float = 2.7) -> tuple[Figure, list[Axes]]:
     """A panel each, at most three in a row, with room for a legend below; placed by hand, which takes no solver."""
-    columns = min(3, len(titles))
+    columns = 2 if len(titles) == 4 else min(3, len(titles))
     rows = -(-len(titles) // columns)
     size = (width * columns + 0.3, height * rows + 0.45)
     figure = Figure(figsize=size)
@@ -90,21 +90,30 @@ def spectra(regimes: Mapping[str, Any], step: int) -> Figure | None:
         energy, errors = known[name]["energy"][field], known[name]["error_energy"][field]
         largest = 0.0
         for of in ("truth", "model"):
-            shells = np.array(energy[of], float)[1:]
-            largest = max([largest, *shells[np.isfinite(shells)]])
-            panel.plot(np.arange(1, len(shells) + 1), shells, label=of, **STYLES[of])
+            waves, density = _density(energy[of])
+            largest = max([largest, *density[np.isfinite(density)]])
+            panel.plot(waves, density, label=of, **STYLES[of])
         for of, values in errors.items():
             style = {**STYLES[of], "linewidth": 0.9, "marker": ".", "markersize": 2.5}
-            panel.plot(np.arange(1, len(values)), np.array(values, float)[1:], label=f"error of {of}", **style)
+            panel.plot(*_density(values), label=f"error of {of}", **style)
         panel.set_xscale("log")
         panel.set_yscale("log")
         panel.minorticks_off()
         if largest > 0:
             panel.set_ylim(1e-7 * largest, 3 * largest)
         panel.set_xlabel("wave number / (2 pi / longest axis)", fontsize=8)
-        panel.set_ylabel("energy of a shell", fontsize=8)
+        panel.set_ylabel("mean energy of a shell", fontsize=8)
     _legend(figure, panels)
     return figure
+
+
+def _density(shells: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Wave numbers, and the mean energy of the shells around them: about five points an octave, without the mean."""
+    values = np.array(shells, float)[1:]
+    edges = np.unique(np.round(1.15 ** np.arange(1 + np.ceil(np.log(len(values) + 1) / np.log(1.15)))).astype(int) - 1)
+    edges = edges[edges < len(values)]
+    counts = np.diff([*edges, len(values)])
+    return np.add.reduceat(np.arange(1.0, len(values) + 1), edges) / counts, np.add.reduceat(values, edges) / counts
 
 
 def strip(trajectories: pd.DataFrame, regimes: Mapping[str, Any]) -> Figure | None:

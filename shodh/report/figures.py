@@ -116,7 +116,6 @@ def training_curve(lines: Sequence[Mapping[str, float]]) -> Figure | None:
     panel.set_xlabel("step")
     panel.set_ylabel({"latent_mse": "latent MSE", "field_l2re": "L2RE", "field_mse": "MSE"}[measure])
     panel.set_yscale("log")
-    panel.minorticks_off()
     information = [(line["step"], line["moe/regime_information"]) for line in lines if "moe/regime_information" in line]
     if information:
         right = panel.twinx()
