@@ -65,11 +65,13 @@ def rollouts(regimes: Mapping[str, Any]) -> Figure | None:
     for panel, (name, field) in zip(panels, shown, strict=True):
         top = 0.0
         for of, values in regimes[name]["rollout"][field].items():
-            steps, known = np.arange(1, len(values) + 1), np.array(values, float)
+            found = np.array(values, float)
+            there = np.isfinite(found)  # of the tokenizer alone, the first and the last
+            steps, known = np.arange(1, len(values) + 1)[there], found[there]
             panel.plot(steps, known, marker="o", markersize=3, label=of, **STYLES[of])
-            low, high = np.array(regimes[name]["intervals"]["rollout"][field][of], float).T
+            low, high = np.array(regimes[name]["intervals"]["rollout"][field][of], float)[there].T
             panel.fill_between(steps, low, high, color=STYLES[of]["color"], alpha=0.15, linewidth=0)
-            top = max([top, *known[np.isfinite(known)]])
+            top = max([top, *known])
         panel.axhline(0.5, color=INK, linewidth=0.6, linestyle="-", alpha=0.5)
         panel.set_ylim(0, 1.15 * max(top, 0.5))
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))

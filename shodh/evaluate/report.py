@@ -125,7 +125,6 @@ def valid_time_table(metrics: dict[str, Any]) -> Table | None:
         for name, r in metrics["regimes"].items()
         for field, kinds in r.get("valid_time", {}).items()
         for of, value in kinds.items()
-        if of != "tokenizer"
     ]
     return Table(header, rows) if rows else None
 

@@ -76,7 +76,7 @@ def valid_times(frame: pd.DataFrame) -> pd.DataFrame:
     A rollout that stays below it to its end, the horizon H, is *censored*: it counts as H + 1, and its row of
     ``censored`` is 1.
     """
-    chosen = frame[(frame["measure"] == "vrmse") & (frame["horizon"] > 1)]
+    chosen = frame[(frame["measure"] == "vrmse") & (frame["horizon"] > 1) & (frame["of"] != "tokenizer")]
     if chosen.empty:
         return chosen
     places = ["regime", "trajectory", "start", "horizon", "field", "of"]

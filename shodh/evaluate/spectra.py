@@ -32,14 +32,20 @@ class Shells:
     def __init__(self, grid: Sequence[int], boundary: Sequence[Boundary], lengths: Sequence[float]) -> None:
         self.grid, self.boundary = tuple(grid), tuple(boundary)
         fundamental = 2 * math.pi / max(lengths)
-        square = torch.zeros(())
-        for cells, kind, length in zip(self.grid, self.boundary, lengths, strict=True):
-            waves = (torch.fft.fftfreq(cells, 1 / cells).abs() if kind == "periodic" else torch.arange(cells) / 2) * (
-                2 * math.pi / length / fundamental
-            )
-            square = square.unsqueeze(-1) + waves.double().square()
+        self._periodic = [axis for axis, kind in enumerate(self.boundary, 2) if kind == "periodic"]
+        square, weight = torch.zeros((), dtype=torch.float64), torch.ones(())
+        for axis, (cells, kind, length) in enumerate(zip(self.grid, self.boundary, lengths, strict=True), 2):
+            waves, count = torch.arange(cells) / 2, torch.ones(cells)
+            if kind == "periodic":
+                waves = torch.fft.fftfreq(cells, 1 / cells).abs()
+            if self._periodic and axis == self._periodic[-1]:  # of a real field: the other half is its mirror image
+                waves = waves[: cells // 2 + 1]
+                count = torch.where((waves == 0) | (2 * waves == cells), 1.0, 2.0)
+            square = square.unsqueeze(-1) + (waves.double() * (2 * math.pi / length / fundamental)).square()
+            weight = weight.unsqueeze(-1) * count
         nearest = (square.sqrt() + 0.5).floor().long()
         self._shell = torch.where(square > 0, nearest.clamp(min=1), 0).flatten()
+        self._weight = weight.flatten() / math.prod(self.grid)
         self.count = int(self._shell.max()) + 1
 
     @cached_property
@@ -56,19 +62,21 @@ class Shells:
         return self._cosines[cells, device]
 
     def transform(self, values: Tensor) -> Tensor:
-        """Coefficients of ``[B, C, *grid]``, orthonormal; complex where an axis is periodic."""
+        """Orthonormal coefficients of ``[B, C, *grid]``; complex with a periodic axis, and half of the last one."""
         for axis, (cells, kind) in enumerate(zip(self.grid, self.boundary, strict=True), 2):
             if kind != "periodic":
                 values = (values.movedim(axis, -1) @ self._cosine(cells, values.device)).movedim(-1, axis)
-        periodic = [axis for axis, kind in enumerate(self.boundary, 2) if kind == "periodic"]
-        return torch.fft.fftn(values, dim=periodic, norm="ortho") if periodic else values
+        return torch.fft.rfftn(values, dim=self._periodic, norm="ortho") if self._periodic else values
 
     def energy(self, coefficients: Tensor) -> Tensor:
         """Mean square by shell, ``[B, C, *grid] -> [B, shells]``: sums to the mean square over components and cells."""
-        power = coefficients.abs().square().mean(1).flatten(1) / self._shell.numel()
+        parts = (
+            torch.view_as_real(coefficients).square().sum(-1) if coefficients.is_complex() else coefficients.square()
+        )
+        power = parts.mean(1).flatten(1)
         if self._shell.device != power.device:
-            self._shell = self._shell.to(power.device)
-        return power.new_zeros(len(power), self.count).index_add_(1, self._shell, power)
+            self._shell, self._weight = self._shell.to(power.device), self._weight.to(power.device)
+        return power.new_zeros(len(power), self.count).index_add_(1, self._shell, power * self._weight)
 
 
 def octaves(count: int) -> list[tuple[str, slice]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from shodh.evaluate.rows import over_trajectories
+from shodh.evaluate.rows import NAMES, over_trajectories
 from shodh.evaluate.spectra import octaves
 from shodh.schema.measures import MEASURES
 
@@ -56,7 +56,8 @@ def summarise(means: pd.DataFrame, steps: int) -> dict[str, Any]:
         for name, measure in BY_STEP.items():
             chosen = found[found.index.get_level_values("measure") == measure]
             for (field, of), rows in chosen.groupby(level=["field", "of"], sort=False):
-                ordered = rows.sort_index(level="step")
+                # The tokenizer alone is measured at the first and the last step: NaN between.
+                ordered = rows.droplevel(["horizon", *(k for k in NAMES if k != "step")]).reindex(range(1, steps + 1))
                 _put(tree, (name, field, of), ordered["mean"].tolist())
                 _put(ends, (name, field, of), ordered[["low", "high"]].to_numpy().tolist())
     spectra = over_trajectories(rolled[rolled["shell"] >= 0], intervals=False)

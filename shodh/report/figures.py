@@ -29,47 +29,51 @@ def slices(
     solid : ndarray, optional
         Shown in grey.
     """
-    # Placed by hand: a solver of layouts costs more than the picture.
-    size = (8.4, 0.7 + 2.1 * len(rows))
-    figure = Figure(figsize=size)
-    panels = figure.subplots(len(rows), 3, squeeze=False, gridspec_kw={"width_ratios": [1, 1.22, 1.22]})
-    figure.subplots_adjust(
-        left=0.4 / size[0],
-        right=1 - 0.55 / size[0],
-        bottom=0.1 / size[1],
-        top=1 - 0.6 / size[1],
-        wspace=0.12,
-        hspace=0.12,
-    )
     flat = rows[0][1].ndim == 2
 
     def plane_of(values: np.ndarray) -> np.ndarray:
         return values.T if flat else values[:, values.shape[1] // 2].T
 
     mask = None if solid is None or not solid.any() else plane_of(solid) > 0.5
+    height, width = plane_of(rows[0][1]).shape
+    # One pair of axes for all pictures, placed by hand: axes, ticks and layouts cost more than what they frame.
+    gap = 0.06 * width
+    across, up = 3 * width + 2 * gap, len(rows) * height + (len(rows) - 1) * gap
+    inches = (5.8, 5.8 * up / across)
+    size = (inches[0] + 2.0, inches[1] + 0.75)
+    figure = Figure(figsize=size)
+    panel = figure.add_axes((0.35 / size[0], 0.1 / size[1], inches[0] / size[0], inches[1] / size[1]))
+    panel.set_axis_off()
+    for column, name in enumerate(("truth", "prediction", "error")):
+        place = (column * (width + gap) + width / 2, up + 0.03 * width)
+        panel.text(*place, name, ha="center", va="bottom", color=INK)
     for row, (label, truth, prediction) in enumerate(rows):
-        planes = [plane_of(a) for a in (truth, prediction, prediction - truth)]
         low, high = float(truth.min()), float(truth.max())
-        for column, (panel, plane) in enumerate(zip(panels[row], planes, strict=True)):
-            extent = max(abs(low), abs(high)) if column == 2 else None
-            limits = (-extent, extent) if extent is not None else (low, high)
-            shown = np.ma.masked_where(mask, plane) if mask is not None else plane
-            image = panel.imshow(
-                shown, origin="lower", vmin=limits[0], vmax=limits[1], cmap="RdBu_r" if column == 2 else "viridis"
+        extent = max(abs(low), abs(high))
+        bottom = up - height - row * (height + gap)
+        for column, values in enumerate((truth, prediction, prediction - truth)):
+            colours = colormaps["RdBu_r" if column == 2 else "viridis"].with_extremes(bad="#9aa0a6")
+            left, limits = column * (width + gap), (-extent, extent) if column == 2 else (low, high)
+            panel.imshow(
+                np.ma.masked_array(plane_of(values), mask if mask is not None else np.ma.nomask),
+                origin="lower",
+                extent=(left, left + width, bottom, bottom + height),
+                vmin=limits[0],
+                vmax=limits[1],
+                cmap=colours,
             )
-            panel.set_facecolor("#9aa0a6")
-            panel.set_xticks([])
-            panel.set_yticks([])
-            if row == 0:
-                panel.set_title(("truth", "prediction", "error")[column], color=INK)
-            if column > 0:
-                figure.colorbar(image, ax=panel, shrink=0.8, fraction=0.18, pad=0.04).ax.tick_params(labelsize=8)
-        panels[row][0].set_ylabel(label, color=INK)
-    figure.suptitle(
+        panel.text(-0.03 * width, bottom + height / 2, label, rotation=90, ha="right", va="center", color=INK)
+        scale = f"colours:\n{low:.3g} to {high:.3g}\nerror: $\\pm${extent:.3g}"
+        panel.text(across + 0.06 * width, bottom + height / 2, scale, va="center", fontsize=8, color=INK)
+    panel.set_xlim(0, across)
+    panel.set_ylim(0, up)
+    figure.text(
+        0.35 / size[0],
+        1 - 0.1 / size[1],
         f"{title}: {'x-y' if flat else 'x-z'} plane, one model step, normalised",
-        color=INK,
-        y=1 - 0.12 / size[1],
         va="top",
+        color=INK,
+        fontsize=12,
     )
     return figure
 

@@ -215,7 +215,7 @@ def _weights(rng: np.random.Generator, size: int, draws: int) -> np.ndarray:
     return rng.multinomial(size, np.full(size, 1 / size), draws) / size
 
 
-def mean_intervals(values: np.ndarray, draws: int = DRAWS) -> np.ndarray:
+def mean_intervals(values: np.ndarray, draws: int = DRAWS // 2) -> np.ndarray:
     """95 % intervals of means over trajectories, and over seeds where there are several; nested as `nested_bootstrap`.
 
     Windows of one trajectory depend on each other, so a value is the mean of a trajectory, and trajectories are drawn.
