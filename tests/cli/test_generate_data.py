@@ -287,7 +287,22 @@ def test_names_stand_for_all_regimes_of_a_dimension(tool: ModuleType) -> None:
 def test_varied_parameters_are_stored_and_used(tool: ModuleType, tmp_path: Path) -> None:
     """Each trajectory equals one solved with the value that is stored with it, whatever file it is in."""
     name, interval = "diffusion_reaction_2d", "1e-4:1e-2"
-    options = ["--regime", name, "--grid", "8", "--trajectories", "6", "--frames", "2", "--workers", "1"]
+    options = [
+        "--regime",
+        name,
+        "--grid",
+        "8",
+        "--trajectories",
+        "6",
+        "--frames",
+        "2",
+        "--workers",
+        "1",
+        "--split",
+        "4",
+        "1",
+        "1",
+    ]
     options += ["--vary", f"{name}.diffusivity_u={interval}", f"{name}.k=0.001:0.002"]
     drawn = []
     for per_file in ("4", "1"):
