@@ -23,7 +23,7 @@ $(STAMP): requirements.lock setup.py pyproject.toml $(wildcard shodh/ops/csrc/*)
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python tools/generate_data.py --regime open_channel porous_media --grid 32 --trajectories 16 --frames 16 --out data/demo
+	$(BIN)/python tools/generate_data.py --regime open_channel porous_media --grid 32 --trajectories 22 --split 12 2 8 --frames 16 --out data/demo
 	export PATH="$(CURDIR)/$(BIN):$$PATH" && ranks=$(RANKS) && \
 	deepspeed --num_gpus $$ranks launch/train_tokenizer.py --config $(DEMO) --resume auto && \
 	deepspeed --num_gpus $$ranks launch/pretrain.py --config $(DEMO) --set parallel.ep_size=$$ranks --resume auto
@@ -31,7 +31,7 @@ demo: $(STAMP)
 
 # The same on one GPU, at 64^3 and with 20,000 steps.
 gpu: $(STAMP)
-	$(BIN)/python tools/generate_data.py --device cuda --regime open_channel porous_media --grid 64 --trajectories 16 --frames 16 --out data/gpu
+	$(BIN)/python tools/generate_data.py --device cuda --regime open_channel porous_media --grid 64 --trajectories 22 --split 12 2 8 --frames 16 --out data/gpu
 	$(BIN)/python launch/train_tokenizer.py --config launch/configs/gpu_64.yaml --resume auto
 	$(BIN)/python launch/pretrain.py --config launch/configs/gpu_64.yaml --resume auto
 	$(BIN)/python launch/evaluate.py --run runs/gpu-64

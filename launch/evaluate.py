@@ -1,7 +1,7 @@
 """The command ``shodh evaluate``."""
 
 from shodh.commands.evaluate import main
-from shodh.core.cli import run_main
+from shodh.train.runtime import run_ranks
 
 if __name__ == "__main__":
-    run_main(main)
+    run_ranks(main)

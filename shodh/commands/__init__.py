@@ -32,7 +32,7 @@ COMMANDS = {
     "tokenizer": Command("train the autoencoder between fields and latents", ranks=True),
     "pretrain": Command("train the operator; --dry-run plans it and prints every setting", ranks=True),
     "finetune": Command("fine-tune a run on a regime it has not seen", ranks=True),
-    "evaluate": Command("held-out errors, rollouts, divergence, routing: table, JSON, page"),
+    "evaluate": Command("held-out errors with intervals, rollouts, spectra, routing: table, JSON, page", ranks=True),
     "analyze": Command("which expert learned which physics: verdict, tables, figures, page"),
     "convert": Command("a checkpoint to safetensors, with configuration and model card"),
     "merge": Command("compose experts of one family into one model"),

@@ -20,7 +20,7 @@ from shodh.physics import REGIMES, parse_parameter
 
 EPILOG = """\
 examples:
-  shodh generate --regime open_channel porous_media --grid 32 --trajectories 16 --frames 12 \\
+  shodh generate --regime open_channel porous_media --grid 32 --trajectories 24 --frames 12 \\
       --out data/demo
   shodh generate --regime all3d --grid 32 --trajectories 8 --frames 12 --out data/many
   shodh generate --regime vorticity_2d --grid 64 64 --trajectories 100 --frames 20 --out data/fno \\
@@ -58,8 +58,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for the regimes' folders")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--split", type=float, nargs=3, default=(0.75, 0.125, 0.125), metavar=("TRAIN", "VALID", "TEST"),
-        help="shares of the trajectories; each split gets at least one (default: 0.75 0.125 0.125)",
+        "--split", type=float, nargs=3, metavar=("TRAIN", "VALID", "TEST"),
+        help="shares, or numbers of trajectories (default: an eighth for validation; for the test an eighth, at least "
+        "8, but no more than a third of a small set)",
     )  # fmt: skip
     parser.add_argument(
         "--trajectories-per-file", type=int, default=4, metavar="N", help="solved together as one batch (default: 4)"

@@ -26,6 +26,7 @@ class EvaluationConfig(Section):
 
     split: Literal["valid", "test"] = "test"
     rollout: Count = Field(4, description="autoregressive steps; 0: none")
+    starts: Count = Field(4, description="windows of each trajectory, spread evenly; 0: all")
     batch: Batch = 8
 
 

@@ -11,11 +11,13 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import attrgetter
+from typing import Literal
 
 import torch
 
 log = logging.getLogger("shodh")
 
+Precision = Literal["fp32", "bf16"]  # of what networks compute in
 IEEE = "ieee"
 OPERATIONS = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
 

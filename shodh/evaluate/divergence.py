@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,8 +32,8 @@ class DivergenceMeter:
         self._spacing = self._domain.spacing(grid)
         constants = space.constants(number)
         self._scale = {f.name: constants[f.name][1] for f in space.fields_of(number)}
-        self._max: dict[str, float] = {}
-        self._square: dict[str, list[float]] = {}
+        #: Of each window: largest value, mean square, mean square of the velocity gradient; on the device.
+        self._parts: dict[str, list[Tensor]] = {}
 
     def add(self, potentials: Mapping[str, Potential]) -> None:
         """Potentials of a batch, float32, model units."""
@@ -56,18 +58,27 @@ class DivergenceMeter:
             div = divergence(face_flux(velocity, spacing=relative), boundary=boundary) * (unit / max(relative))
         else:
             div = divergence(velocity, spacing=relative, boundary=boundary) * unit
-        gradient = sum(
-            (velocity.double().diff(dim=2 + axis) / relative[axis] * unit).square().mean() for axis in range(3)
-        )
-        self._max[name] = max(self._max.get(name, 0.0), float(div.abs().max()))
-        self._square.setdefault(name, []).append(float(div.double().square().mean()))
-        self._square.setdefault(f"{name}/gradient", []).append(float(gradient))
+        gradient = torch.stack(
+            [
+                (velocity.diff(dim=2 + axis).double() / relative[axis] * unit).square().flatten(1).mean(1)
+                for axis in range(3)
+            ]
+        ).sum(0)
+        largest, square = div.abs().flatten(1).amax(1).double(), div.double().square().flatten(1).mean(1)
+        self._parts.setdefault(name, []).append(torch.stack((largest, square, gradient)))
 
-    def result(self) -> dict[str, Any]:
-        out: dict[str, Any] = {"operator": DIVERGENCE_OPERATOR, "units": "velocity units / length units of the file"}
-        for name, largest in self._max.items():
-            squares, gradients = self._square[name], self._square[f"{name}/gradient"]
-            rms = (sum(squares) / len(squares)) ** 0.5
-            gradient_rms = (sum(gradients) / len(gradients)) ** 0.5
-            out[name] = {"max": largest, "rms": rms, "max_over_gradient": largest / gradient_rms}
-        return out
+    def parts(self) -> dict[str, np.ndarray]:
+        """What was measured so far, of each window; `divergence_of` puts those of all ranks together."""
+        return {name: torch.cat(parts, 1).cpu().numpy() for name, parts in self._parts.items()}
+
+
+def divergence_of(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """Maximum, root mean square, maximum over gradient, by field and mode; the same for any ranks and batches."""
+    out: dict[str, Any] = {"operator": DIVERGENCE_OPERATOR, "units": "velocity units / length units of the file"}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        largest, square, gradient = np.concatenate([part[name] for part in parts if name in part], 1)
+        # Exact sums: the same in any order.
+        rms, steepest = (math.sqrt(math.fsum(values) / len(values)) for values in (square, gradient))
+        top = float(largest.max())
+        out[name] = {"max": top, "rms": rms, "max_over_gradient": top / steepest if steepest else math.nan}
+    return out

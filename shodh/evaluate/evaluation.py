@@ -1,17 +1,21 @@
-"""Held-out evaluation of a run: errors, rollouts, divergence and routing, by regime.
+"""Held-out evaluation of a run: errors, rollouts, spectra, conserved quantities, divergence and routing, by regime.
 
-Runs on one device with the plain-torch twin, from the exchange-format weights; DeepSpeed is not needed. Every error is
+With the plain-torch twin, from the exchange-format weights, on one device or on all ranks of a launcher. Every error is
 set beside that of persistence (the last known frame) on the same windows, and beside what the tokenizer alone loses.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from shodh.checkpoint.description import Kind
@@ -19,29 +23,53 @@ from shodh.checkpoint.folder import find_checkpoint
 from shodh.checkpoint.run_files import is_tokenizer
 from shodh.checkpoint.weights import kind_of, read_initial_weights
 from shodh.config import RunConfig
+from shodh.core.distributed import gather, rank, together, world_size
 from shodh.core.errors import CheckpointError
-from shodh.core.precision import float32_products, ieee_float32
+from shodh.core.precision import Precision, float32_products, ieee_float32
 from shodh.core.weights import load_into
 from shodh.data import Split
-from shodh.evaluate.regime_evaluation import Evaluation, Evaluator, Example, Means, RegimeEvaluation
+from shodh.evaluate.divergence import divergence_of
+from shodh.evaluate.regime_evaluation import Evaluator, Example, RegimeEvaluation, RegimeParts
+from shodh.evaluate.rows import by_trajectory, valid_times
+from shodh.evaluate.summary import summarise
 from shodh.models.factory import build_operator
 from shodh.moe.routing import regime_information
+from shodh.report.statistics import what_trajectories_can_show
 from shodh.train.data_identity import kept_choice, new_choice
 from shodh.train.datasets import Regimes
 from shodh.train.latents import TrainedTokenizer, prepare_latents
 from shodh.train.opening import kept_space, open_run_data
 from shodh.train.run_folder import RunFolder
 
-__all__ = ["Evaluation", "Evaluator", "Example", "Means", "RegimeEvaluation", "evaluate", "open_run"]
+__all__ = ["Evaluation", "Evaluator", "Example", "RegimeEvaluation", "evaluate", "open_run"]
 
 
-def open_run(run: Path, checkpoint: str | None, device: torch.device, kind: Kind | None = None) -> Evaluator:
+@dataclass
+class Evaluation:
+    """What `evaluate` found; `metrics` is JSON-able, the rest serves tables and figures.
+
+    Attributes
+    ----------
+    trajectories : DataFrame
+        `by_trajectory` of every regime: what every mean and interval is made of.
+    """
+
+    metrics: dict[str, Any]
+    trajectories: pd.DataFrame = field(default_factory=pd.DataFrame)
+    examples: list[Example] = field(default_factory=list)
+
+
+def open_run(
+    run: Path, checkpoint: str | None, device: torch.device, kind: Kind | None = None, precision: Precision = "fp32"
+) -> Evaluator:
     """Open a run folder with its newest, its best, or a named checkpoint (`find_checkpoint`).
 
     Parameters
     ----------
     kind : {"ema", "raw"}, optional
         Weights of the checkpoint: `shodh.checkpoint.description.read_pretrained`.
+    precision : {"fp32", "bf16"}
+        Of the networks.
 
     Raises
     ------
@@ -54,7 +82,8 @@ def open_run(run: Path, checkpoint: str | None, device: torch.device, kind: Kind
         raise CheckpointError(f"{run} is the run of a tokenizer; give the run of an operator, of launch/pretrain.py")
     source = find_checkpoint(run, checkpoint)
     regimes, trained = open_run_data(config, kept_space(config, source, run), kept_choice(run), run)
-    return _opened(config, folder, source.name, regimes, trained, source, device, kind)
+    opened = _opened(config, folder, source.name, regimes, trained, source, device, kind)
+    return replace(opened, precision=precision)
 
 
 def open_given(config: RunConfig, weights: Path, device: torch.device, kind: Kind | None = None) -> Evaluator:
@@ -85,43 +114,81 @@ def _opened(
     return Evaluator(config, folder, checkpoint, regimes, trained, operator.to(device).eval(), device, weights)
 
 
+def lowered(evaluator: Evaluator) -> Evaluator:
+    """With networks that compute in bf16, as in a bf16 run: weights rounded, buffers as they are."""
+
+    def cast(model: nn.Module) -> Any:
+        model = copy.deepcopy(model)
+        for weight in model.parameters():
+            weight.data = weight.data.to(torch.bfloat16)
+        return model
+
+    trained = evaluator.trained and replace(evaluator.trained, model=cast(evaluator.trained.model))
+    return replace(evaluator, operator=cast(evaluator.operator), trained=trained)
+
+
 @torch.no_grad()
 @ieee_float32()
 def evaluate(evaluator: Evaluator, split: Split) -> Evaluation:
-    """Evaluate a run on a split, regime by regime."""
-    names, size = evaluator.regimes.names, evaluator.config.evaluation.batch
+    """Evaluate a run on a split, regime by regime. Collective; every rank returns the same numbers.
+
+    Each rank measures its share of the windows. Means are of values in float64 in a fixed order, so they differ between
+    numbers of ranks and sizes of batches by what a batch changes in the rounding of float32 alone.
+    """
+    names = evaluator.regimes.names
     cache = None
-    if evaluator.trained is not None:  # Every frame is needed in several windows: encoded once.
+    if evaluator.trained is not None:  # Every frame is needed in several windows: encoded once, in float32.
         cache = prepare_latents(evaluator.config, evaluator.regimes, evaluator.trained, evaluator.device)
+    if evaluator.precision == "bf16":
+        evaluator = lowered(evaluator)
+    result = Evaluation({})
     by_regime: dict[str, Any] = {}
     windows: dict[str, int] = {}
-    result = Evaluation({})
+    means: list[pd.DataFrame] = []
     table: Tensor | None = None
-    hidden = not sys.stderr.isatty()
     for number, name in enumerate(names):
-        part = RegimeEvaluation(evaluator, number, split, cache)
-        windows[name] = part.num_windows
-        total = -(-part.num_windows // size)
-        for batch in tqdm(part.windows(), total=total, desc=name, unit="batch", disable=hidden):
-            part.add(batch)
-        for batch in part.rollouts():
-            part.rollout(batch)
-        by_regime[name] = part.result()
+        with together():
+            part = RegimeEvaluation(evaluator, number, split, cache)
+            for batch in _shown(part, name):
+                part.add(batch)
+        windows[name] = part.schedule.count
+        measured: list[RegimeParts] = gather(part.parts())
+        rows = pd.concat([m.rows for m in measured if len(m.rows)], ignore_index=True)
+        means.append(by_trajectory(pd.concat([rows, valid_times(rows)], ignore_index=True)))
+        by_regime[name] = summarise(means[-1], part.schedule.steps if evaluator.config.evaluation.rollout else 0)
+        if part.divergence is not None:
+            by_regime[name]["divergence"] = divergence_of([m.divergence for m in measured])
+        else:  # As it is published, of operators on fields.
+            by_regime[name]["l2re_physical"] = by_regime[name]["nrmse"]
         if part.example is not None:
             result.examples.append(part.example)
-        if part.table is not None:
-            table = part.table if table is None else table + part.table
+        for m in measured:
+            if m.table is not None:
+                table = m.table if table is None else table + m.table
+    counts = {name: regime["trajectories"] for name, regime in by_regime.items()}
+    result.trajectories = pd.concat(means, ignore_index=True)
     result.metrics = {
         "run": str(evaluator.folder.path),
         "checkpoint": evaluator.checkpoint,
         "weights": evaluator.weights,
         "split": split,
         "windows": windows,
+        "trajectories": counts,
+        "cannot_be_concluded": what_trajectories_can_show(counts),
+        "precision": evaluator.precision,
+        "ranks": world_size(),
         "float32_products": float32_products(),
         "regimes": by_regime,
         "routing": routing_summary(table, names),
     }
     return result
+
+
+def _shown(part: RegimeEvaluation, name: str) -> Iterator[Any]:
+    """The windows of a regime with a bar on a terminal."""
+    total = len(part.schedule.batches(part.e.config.evaluation.batch))
+    hidden = rank() != 0 or not sys.stderr.isatty()
+    return tqdm(part.windows(), total=total, desc=name, unit="batch", disable=hidden)  # type: ignore[return-value]
 
 
 def routing_summary(table: Tensor | None, names: list[str]) -> dict[str, Any] | None:

@@ -1,47 +1,39 @@
-"""What an evaluation of one run needs and gives: the opened run, running means, and what one regime is measured by."""
+"""What one regime of a run is measured by: rollouts from several starts of each held-out trajectory, step by step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from shodh.checkpoint.description import Kind
 from shodh.config import RunConfig
+from shodh.core.precision import Precision
 from shodh.data import LatentWindowDataset, Split, WindowDataset
+from shodh.evaluate.conserved import drifts
 from shodh.evaluate.divergence import DivergenceMeter
+from shodh.evaluate.rows import Key, Place, Rows
+from shodh.evaluate.spectra import Shells
+from shodh.evaluate.windows import Schedule
 from shodh.models.forecaster import Forecaster
 from shodh.models.operator import LatentTransformer, OperatorOutput
 from shodh.models.registry import FieldOperator
 from shodh.models.tokenizer import Tokenizer
 from shodh.moe.routing import count_by_regime
 from shodh.schema.fields import AXES
+from shodh.schema.measures import MEASURES, Truth, component_vrmse, mean_over, mean_square_error
 from shodh.train.datasets import Regimes
 from shodh.train.field_task import open_windows
 from shodh.train.latents import TrainedTokenizer, open_latents
-from shodh.train.losses import mean_over, physical_relative_l2, relative_l2, vrmse
 from shodh.train.run_folder import RunFolder
-
-
-class Means:
-    """Running means of named per-sample values."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, name: str, values: Tensor) -> None:
-        """Add per-sample values ``[B]``."""
-        self._sums[name] = self._sums.get(name, 0.0) + float(values.double().sum())
-        self._counts[name] = self._counts.get(name, 0) + values.numel()
-
-    def result(self) -> dict[str, float]:
-        return {name: self._sums[name] / self._counts[name] for name in self._sums}
 
 
 @dataclass
@@ -54,14 +46,6 @@ class Example:
     prediction: Tensor
     static: Tensor
     solid: Tensor | None
-
-
-@dataclass
-class Evaluation:
-    """What `evaluate` found; `metrics` is JSON-able, the rest serves the figures."""
-
-    metrics: dict[str, Any]
-    examples: list[Example] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -79,6 +63,7 @@ class Evaluator:
     operator: LatentTransformer | FieldOperator
     device: torch.device
     weights: Kind = "raw"
+    precision: Precision = "fp32"
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -98,6 +83,7 @@ class Windows(NamedTuple):
     and ``static [B, S, *grid]`` in model units.
     """
 
+    places: Sequence[Place]
     states: Tensor
     features: Tensor
     fields: Tensor
@@ -105,8 +91,8 @@ class Windows(NamedTuple):
 
 
 class RegimeEvaluation:
-    """One-step and rollout errors and routing of one regime; of decoded fields also what a tokenizer alone loses, and
-    their divergence.
+    """Errors, spectra, conserved quantities and routing of one regime; of decoded fields also what the tokenizer alone
+    loses, and their divergence. Of this rank's windows; `parts` are put together by `evaluate`.
 
     Parameters
     ----------
@@ -122,11 +108,35 @@ class RegimeEvaluation:
         self.slices, self.channels = space.channels(number), space.channel_numbers(number)
         self.solid = space.solid_channel(number)
         self.masks, self.constants = space.masks(number), space.constants(number)
-        self.means = Means()
+        self.kinds = {f.name: f.kind for f in space.dynamic}
         tokenizer = self.forecaster.tokenizer
         self.divergence = None if tokenizer is None else DivergenceMeter(space, number, evaluator.config.cells)
+        axes = len(evaluator.config.cells)
+        self.shells = Shells(evaluator.config.cells, self.domain.boundary[:axes], self.domain.lengths[:axes])
+        self.rows = Rows(self.name)
         self.table: Tensor | None = None
         self.example: Example | None = None
+        source, data = evaluator.regimes.sources[number], evaluator.config.data
+        self.schedule = Schedule.of(evaluator.config, source.num_frames(split))
+        if self.schedule.steps > 1:
+            frames = (data.history + self.schedule.steps - 1) * data.stride + 1
+            source.name_short(split, frames, f"rollouts of {self.schedule.steps} steps")
+
+    # Reading
+
+    def windows(self) -> Iterator[Windows]:
+        """Batches of this rank's windows, each read while the one before is measured: arguments of `add`."""
+        batches = self.schedule.batches(self.e.config.evaluation.batch)
+        opened = {horizon: self._open(horizon) for horizon in self.schedule.places}
+        with ThreadPoolExecutor(1) as reader:
+            reading: list[Future[dict[str, Tensor]]] = []
+            for number, (horizon, places) in enumerate(batches):
+                if not reading:
+                    reading.append(reader.submit(self._read, *opened[horizon], places))
+                if number + 1 < len(batches):
+                    following, others = batches[number + 1]
+                    reading.append(reader.submit(self._read, *opened[following], others))
+                yield self._windows(places, reading.pop(0).result())
 
     def _open(self, horizon: int) -> tuple[WindowDataset, LatentWindowDataset | None]:
         """Windows of fields, and of cached latents."""
@@ -136,126 +146,130 @@ class RegimeEvaluation:
             return fields, None
         return fields, open_latents(config, regimes, self.cache, self.split, horizon)[self.number]
 
-    @cached_property
-    def _one_step(self) -> tuple[WindowDataset, LatentWindowDataset | None]:
-        return self._open(1)
+    @staticmethod
+    def _read(fields: WindowDataset, latents: LatentWindowDataset | None, places: Sequence[Place]) -> dict[str, Tensor]:
+        numbers = [fields.index.number(*place) for place in places]
+        items: list[Mapping[str, Any]] = [fields[number] for number in numbers]
+        found = {name: torch.stack([item[name] for item in items]) for name in ("fields", "static")}
+        if latents is not None:
+            cached = [latents[number] for number in numbers]
+            found["states"] = torch.stack([item["latents"] for item in cached])
+            found["features"] = torch.stack([item["static"] for item in cached])
+        return found
 
-    @property
-    def num_windows(self) -> int:
-        """Windows of history and one frame in the split."""
-        return len(self._one_step[0])
+    def _windows(self, places: Sequence[Place], read: Mapping[str, Tensor]) -> Windows:
+        on = {name: values.to(self.e.device) for name, values in read.items()}
+        frames, static = on["fields"], on["static"]
+        if "states" in on:
+            return Windows(places, on["states"], on["features"], frames, static)
+        return Windows(places, *self.forecaster.encode(frames, static, self.number), frames, static)
 
-    def windows(self) -> Iterator[Windows]:
-        """Batches of all windows: arguments of `add`."""
-        yield from self._batches(*self._one_step, range(self.num_windows))
-
-    def rollouts(self) -> Iterator[Windows]:
-        """Batches of the first frames of every trajectory: arguments of `rollout`."""
-        steps = self.rollout_steps()
-        if steps >= 1:
-            fields, latents = self._open(steps)
-            yield from self._batches(fields, latents, [i for i in range(len(fields)) if fields.index[i][1] == 0])
-
-    def _batches(
-        self, fields: WindowDataset, latents: LatentWindowDataset | None, rows: Sequence[int]
-    ) -> Iterator[Windows]:
-        assert latents is None or len(latents) == len(fields)
-        for chosen in chunks(rows, self.e.config.evaluation.batch):
-            frames, static = self._stacked([fields[i] for i in chosen], "fields", "static")
-            if latents is None:
-                yield Windows(*self.forecaster.encode(frames, static, self.number), frames, static)
-            else:
-                states, features = self._stacked([latents[i] for i in chosen], "latents", "static")
-                yield Windows(states, features, frames, static)
-
-    def _stacked(self, items: Sequence[Mapping[str, Any]], *names: str) -> Iterator[Tensor]:
-        return (torch.stack([item[name] for item in items]).to(self.e.device) for name in names)
+    # Measuring
 
     def add(self, batch: Windows) -> None:
-        """One batch of windows: history and the frame that follows."""
+        """Roll out a batch of windows and measure every step."""
         labels = self.forecaster.labels(self.number, batch.states)
-        past, target = batch.states[:, : self.history], batch.states[:, self.history]
-        output = self.forecaster.step(past, batch.features, labels)
-        emitted = self.forecaster.emit(output.latent, batch.static, self.number)
-        prediction, truth = self.forecaster.assemble(emitted, self.number), batch.fields[:, self.history]
-        if self.divergence is not None:
-            self.means.add("latent_mse/model", mean_over((output.latent - target).square()))
-            self.means.add("latent_mse/persistence", mean_over((past[:, -1] - target).square()))
-        self._add_errors("model", prediction, truth, batch.static)
-        self._add_errors("persistence", batch.fields[:, self.history - 1], truth, batch.static)
-        if self.divergence is not None:
-            self._add_errors("tokenizer", self._decode(target, batch), truth, batch.static)
-            self.divergence.add(self.forecaster.potentials(emitted, self.number))
-            if self.solid is not None:
-                self._add_solid_speed(prediction, batch.static[:, self.solid])
-        self._add_routing(output)
-        self._keep_example(truth, prediction, batch.static)
+        horizon = batch.fields.shape[1] - self.history
+        given = batch.fields[:, self.history - 1]
+        outputs = self.forecaster.unroll(batch.states[:, : self.history], batch.features, labels)
+        for step, output in enumerate(islice(outputs, horizon), 1):
+            values: dict[Key, Tensor] = {}
+            emitted = self.forecaster.emit(output.latent, batch.static, self.number)
+            compared = {"model": self.forecaster.assemble(emitted, self.number).float(), "persistence": given}
+            truth = batch.fields[:, self.history + step - 1]
+            if self.forecaster.tokenizer is not None:
+                target, last = batch.states[:, self.history + step - 1], batch.states[:, self.history - 1]
+                values[Key("latent_mse", "", "model")] = _finite(mean_over((output.latent - target).square()))
+                values[Key("latent_mse", "", "persistence")] = mean_over((last - target).square())
+                if step in (1, horizon):  # It does not know how far a frame is ahead, and decoding costs most.
+                    decoded = self.forecaster.decode(target.unsqueeze(1), batch.static, self.number)
+                    compared["tokenizer"] = decoded[:, 0].float()
+            values |= self._errors(compared, truth, batch.static)
+            values |= self._drifts(compared, truth, given, batch.static)
+            if step in (1, horizon):
+                values |= self._spectra(compared, truth, batch.static)
+            if step == 1:
+                values |= self._solid_speeds(compared["model"], batch.static)
+                if self.divergence is not None:
+                    self.divergence.add(self.forecaster.potentials(emitted, self.number))
+                self._add_routing(output)
+                self._keep_example(truth, compared["model"], batch)
+            self.rows.add(batch.places, horizon, step, values)
 
-    def _decode(self, state: Tensor, batch: Windows) -> Tensor:
-        return self.forecaster.decode(state.unsqueeze(1), batch.static, self.number)[:, 0]
+    def _fields(self, static: Tensor) -> Iterator[tuple[str, slice, Tensor | None, float | None]]:
+        """Name, channels, cells (None: all), and model units of a physical zero of each field that exists.
 
-    def rollout(self, batch: Windows) -> None:
-        """Autoregressive errors by step, from the first frames of trajectories."""
-        labels = self.forecaster.labels(self.number, batch.states)
-        last = batch.fields[:, self.history - 1]
-        predicted = self.forecaster.unroll(batch.states[:, : self.history], batch.features, labels)
-        for step, truth in enumerate(batch.fields[:, self.history :].unbind(1), 1):
-            self._add_rollout(step, "model", self._decode(next(predicted).latent, batch), truth, batch.static)
-            self._add_rollout(step, "persistence", last, truth, batch.static)
+        The zero of a field that is constant in the training data is None: it is decoded as its value, whatever is
+        predicted for it, and no error.
+        """
+        for name, channels in self.slices.items():
+            exists = static[:, self.masks[name], None] == 0 if name in self.masks else None
+            mean, scale = self.constants[name]
+            yield name, channels, exists, None if scale == 0 else -mean / scale
 
-    def _add_solid_speed(self, prediction: Tensor, solid: Tensor) -> None:
+    def _errors(self, compared: Mapping[str, Tensor], target: Tensor, static: Tensor) -> dict[Key, Tensor]:
+        """Errors of one step over the cells where fields exist; ``static [B, S, *grid]`` holds their masks.
+
+        ``decoded_mse`` is the mean over channels of each one's mean square, as in `FieldTask`.
+        """
+        values: dict[Key, Tensor] = {}
+        squares: dict[str, list[Tensor]] = {kind: [] for kind in compared}
+        for name, channels, exists, zero in self._fields(static):
+            truth = Truth.of(target[:, channels], exists)
+            for kind, prediction in compared.items():
+                guess = torch.zeros_like(target[:, channels]) if zero is None else prediction[:, channels]
+                error = mean_square_error(guess, target[:, channels], exists)
+                squares[kind].append(error)
+                for measure, definition in MEASURES.items():
+                    if measure != "vrmse_joint" or error.shape[1] > 1:
+                        values[Key(measure, name, kind)] = definition.of(error, truth, zero or 0.0)
+                if error.shape[1] > 1:
+                    for axis, own in zip(AXES, component_vrmse(error, truth).unbind(1), strict=False):
+                        values[Key("vrmse_component", f"{name} {axis}", kind)] = own
+        return values | {Key("decoded_mse", "", k): torch.cat(parts, 1).mean(1) for k, parts in squares.items()}
+
+    def _drifts(
+        self, compared: Mapping[str, Tensor], truth: Tensor, given: Tensor, static: Tensor
+    ) -> dict[Key, Tensor]:
+        """What the mean and the mean square of each field changed by since the last given frame."""
+        values: dict[Key, Tensor] = {}
+        fields = {"truth": truth, **{kind: v for kind, v in compared.items() if kind != "persistence"}}
+        for name, channels, exists, zero in self._fields(static):
+            if zero is not None:
+                before = Truth.of(given[:, channels], exists)
+                for kind, now in fields.items():
+                    found = drifts(before, Truth.of(now[:, channels], exists), zero)
+                    values |= {Key(measure, name, kind): _finite(v) for measure, v in found.items()}
+        return values
+
+    def _spectra(self, compared: Mapping[str, Tensor], target: Tensor, static: Tensor) -> dict[Key, Tensor]:
+        """Energy of fields and of errors by shell, in model units; nothing where a field does not exist."""
+        values: dict[Key, Tensor] = {}
+        for name, channels, exists, zero in self._fields(static):
+            if zero is not None:
+                kept = {kind: v[:, channels] for kind, v in {"truth": target, **compared}.items()}
+                if exists is not None:
+                    kept = {kind: torch.where(exists, v, 0.0) for kind, v in kept.items()}
+                waves = {kind: self.shells.transform(v) for kind, v in kept.items()}
+                for kind, wave in waves.items():
+                    values[Key("energy", name, kind)] = _finite(self.shells.energy(wave))
+                    if kind != "truth":
+                        error = self.shells.energy(wave - waves["truth"])
+                        values[Key("error_energy", name, kind)] = _finite(error)
+        return values
+
+    def _solid_speeds(self, prediction: Tensor, static: Tensor) -> dict[Key, Tensor]:
         """Speed inside solids over the mean speed in the fluid: the decode conserves mass, it does not know no-slip."""
+        if self.solid is None or self.divergence is None:
+            return {}
+        solid, values = static[:, self.solid], {}
         for f in self.e.regimes.fields_of(self.number):
             if f.solenoidal:
                 speed = prediction[:, self.slices[f.name]].square().sum(1)
                 inside = (speed * solid).flatten(1).sum(1) / solid.flatten(1).sum(1).clamp(min=1)
                 outside = (speed * (1 - solid)).flatten(1).sum(1) / (1 - solid).flatten(1).sum(1).clamp(min=1)
-                self.means.add(f"speed_in_solid/{f.name}", (inside / outside).sqrt())
-
-    def rollout_steps(self) -> int:
-        """As many as the configuration asks for and the longest trajectory allows; below 1: none.
-
-        Shorter trajectories are left out of the rollouts, and named in the log.
-        """
-        data, source = self.e.config.data, self.e.regimes.sources[self.number]
-        longest = max(source.num_frames(self.split), default=0)
-        steps = min(self.e.config.evaluation.rollout, (longest - 1) // data.stride + 1 - data.history)
-        if steps >= 1:
-            source.name_short(self.split, (data.history + steps - 1) * data.stride + 1, f"rollouts of {steps} steps")
-        return steps
-
-    def _pairs(
-        self, prediction: Tensor, target: Tensor, static: Tensor
-    ) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
-        """Name, prediction, truth of each field that exists, and in which cells it does (None: all).
-
-        A field that is constant in the training data is decoded as its value, whatever is predicted for it.
-        """
-        for name, channels in self.slices.items():
-            u, v = prediction[:, channels], target[:, channels]
-            exists = static[:, self.masks[name], None] == 0 if name in self.masks else None
-            yield name, torch.zeros_like(u) if self.constants[name][1] == 0 else u, v, exists
-
-    def _add_errors(self, kind: str, prediction: Tensor, target: Tensor, static: Tensor) -> None:
-        """Errors of one step over the cells where fields exist; ``static [B, S, *grid]`` holds their masks.
-
-        ``decoded_mse`` is the mean over channels of each one's mean square, as in `FieldTask`.
-        """
-        squares: list[Tensor] = []
-        for name, u, v, exists in self._pairs(prediction, target, static):
-            squares.append(mean_over((u - v).square(), exists, 2))
-            self.means.add(f"l2re/{name}/{kind}", relative_l2(u, v, exists=exists))
-            self.means.add(f"vrmse/{name}/{kind}", vrmse(u, v, exists=exists))
-            if self.divergence is None:  # As it is published, of operators on fields.
-                published = physical_relative_l2(u, v, self.constants[name], exists=exists)
-                self.means.add(f"l2re_physical/{name}/{kind}", published)
-        self.means.add(f"decoded_mse/{kind}", torch.cat(squares, 1).mean(1))
-
-    def _add_rollout(self, step: int, kind: str, prediction: Tensor, target: Tensor, static: Tensor) -> None:
-        """Errors of one autoregressive step, counted from 1."""
-        for name, u, v, exists in self._pairs(prediction, target, static):
-            self.means.add(f"rollout/{name}/{kind}/{step}", vrmse(u, v, exists=exists))
-            self.means.add(f"rollout_l2re/{name}/{kind}/{step}", relative_l2(u, v, exists=exists))
+                values[Key("speed_in_solid", f.name, "model")] = (inside / outside).sqrt()
+        return values
 
     def _add_routing(self, output: OperatorOutput) -> None:
         if not output.routing:
@@ -263,43 +277,40 @@ class RegimeEvaluation:
         count = len(self.e.regimes.names)
         label = torch.full((len(output.latent),), self.number, device=output.latent.device)
         counts = [count_by_regime(r.selected, label, count, r.num_experts) for r in output.routing]
-        table = torch.stack(counts).cpu()
+        table = torch.stack(counts)
         self.table = table if self.table is None else self.table + table
 
-    def _keep_example(self, truth: Tensor, prediction: Tensor, static: Tensor) -> None:
-        """The first sample of the first batch."""
+    def _keep_example(self, truth: Tensor, prediction: Tensor, batch: Windows) -> None:
+        """The first window of the first batch."""
         if self.example is None:
-            solid = None if self.solid is None else static[0, self.solid].cpu()
+            static = batch.static[0].cpu()
+            solid = None if self.solid is None else static[self.solid]
             shown = [values[0, self.channels].cpu() for values in (truth, prediction)]
-            self.example = Example(self.name, self._labels(), shown[0], shown[1], static[0].cpu(), solid)
+            self.example = Example(self.name, self._labels(), shown[0], shown[1], static, solid)
 
     def _labels(self) -> list[str]:
         """A name for each existing channel."""
-        kinds = {f.name: f.kind for f in self.e.regimes.dynamic}
         return [
-            f"{name} {axis}" if kinds[name] == "vector" else name
+            f"{name} {axis}" if self.kinds[name] == "vector" else name
             for name, s in self.slices.items()
             for axis in AXES[: s.stop - s.start]
         ]
 
-    def result(self) -> dict[str, Any]:
-        """Nested metrics of the regime."""
-        tree: dict[str, Any] = {}
-        for path, value in self.means.result().items():
-            node = tree
-            *parents, last = path.split("/")
-            for part in parents:
-                node = node.setdefault(part, {})
-            node[last] = value
-        for measure in ("rollout", "rollout_l2re"):
-            for name, kinds in tree.get(measure, {}).items():
-                tree[measure][name] = {
-                    kind: [steps[str(i + 1)] for i in range(len(steps))] for kind, steps in kinds.items()
-                }
-        return tree if self.divergence is None else {**tree, "divergence": self.divergence.result()}
+    def parts(self) -> RegimeParts:
+        """What this rank has measured."""
+        divergence = {} if self.divergence is None else self.divergence.parts()
+        table = None if self.table is None else self.table.cpu()
+        return RegimeParts(self.rows.frame(), divergence, table)
 
 
-def chunks(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """``rows`` in parts of at most ``size``."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+class RegimeParts(NamedTuple):
+    """What one rank has measured of a regime: rows, divergence of each window, and counts of tokens."""
+
+    rows: pd.DataFrame
+    divergence: dict[str, np.ndarray]
+    table: Tensor | None
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Infinite where not finite: NaN is undefined, and a model that diverged is not."""
+    return values.nan_to_num(nan=torch.inf, posinf=torch.inf)

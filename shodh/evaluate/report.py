@@ -1,4 +1,4 @@
-"""The report of an evaluation: ``metrics.json``, a table, figures, and one page that holds them all."""
+"""The report of an evaluation: ``metrics.json``, the rows behind it, tables, figures, and one page that holds them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from shodh.evaluate import plots
 from shodh.evaluate.evaluation import Evaluation
+from shodh.evaluate.plots import interval_cell
+from shodh.evaluate.rows import VALID
 from shodh.report import figures
-from shodh.report.page import Section, Table, text_table, write_page
+from shodh.report.page import Headline, Section, Table, text_table, write_page
 from shodh.report.published import SHODH_MOE
+from shodh.schema.measures import MEASURES
 from shodh.train.metrics import read_metrics
 from shodh.train.run_folder import RunFolder, describe_environment
 
@@ -18,12 +22,35 @@ ROUTING_NOTE = (
     "NMI = I / sqrt(H(regime) H(expert)) stays below 1 when several experts share a regime. The router never sees a "
     "regime label."
 )
-FIELD_NOTE = (
-    "L2RE in units is of the fields as they are stored, as DPOT and MoE-POT report it; all other errors are of "
-    "normalised fields, which have no mean to divide by."
+ERROR_NOTE = (
+    "VRMSE as The Well defines it: the error of a component over its standard deviation in space, the mean over the "
+    "components of a vector; 1 is the error of the truth's own mean. A component that does not vary (the third of a "
+    "flow in two dimensions) has none and does not count; 'components as one' sums error and variance over them all. "
+    "L2RE: norm of the error over norm of the truth, of normalised fields. nRMSE: the same of the fields as they are "
+    "stored, which flatters a field with an offset. Persistence: the last known frame. Tokenizer alone: what encoding "
+    "and decoding the truth loses. Means are over trajectories, each the mean over its windows."
 )
-ROLLOUT_NOTE = "From the first frames of every trajectory; persistence is the last frame that was given."
+INTERVAL_NOTE = (
+    "Intervals hold 95 % and are bootstraps over trajectories, as windows of one trajectory are not independent; they "
+    "say nothing of other seeds of the training."
+)
+ROLLOUT_NOTE = (
+    "From several starts of every trajectory, spread evenly; persistence is the last frame that was given. Valid time: "
+    f"the first step with a VRMSE above {VALID}; a rollout that never has one is censored at the horizon H and counts "
+    "as H + 1."
+)
+SPECTRA_NOTE = (
+    "Energy by wave number, in isotropic shells of the fundamental of the longest axis; Fourier modes along periodic "
+    "axes, cosine modes (even continuation) between walls and open ends; zero where a field does not exist. Bands sum "
+    "to the mean square over all cells. Of normalised fields."
+)
+CONSERVED_NOTE = (
+    "Change since the last given frame, relative to the root mean square (mean) and the mean square of the field "
+    "before, in physical units: the mean is the mass of a scalar or the momentum of a velocity, the square its energy. "
+    "What the truth keeps is conserved, and a model should drift as the truth does. Persistence has no drift."
+)
 ALL_ROWS = 10**6  # the tables of an evaluation are its result: shown whole
+KINDS = ("model", "persistence", "tokenizer")
 
 
 def has_published(metrics: dict[str, Any]) -> bool:
@@ -32,25 +59,31 @@ def has_published(metrics: dict[str, Any]) -> bool:
 
 
 def error_table(metrics: dict[str, Any]) -> Table:
-    """Held-out errors by regime: the model, persistence, their ratio, and what the tokenizer alone loses.
+    """Held-out errors by regime: the model with its interval, persistence, their ratio, and the tokenizer alone.
 
     Published figures stand beside them where there is one of a regime.
     """
-    header = ["regime", "error", "model", "persistence", "model / persistence", "tokenizer alone"]
+    header = ["regime", "error", "model", "95 % interval", "persistence", "model / persistence", "tokenizer alone"]
     shown = ["published"] if has_published(metrics) else []
     rows = []
     for name, regime in metrics["regimes"].items():
-        measures = []
-        if "latent_mse" in regime:
-            measures.append(("latent MSE", regime["latent_mse"], SHODH_MOE["latent_mse"]))
-        measures.append(("decoded MSE (normalised)", regime["decoded_mse"], SHODH_MOE["decoded_mse"]))
-        for label, key in (("L2RE", "l2re"), ("L2RE, in units,", "l2re_physical"), ("VRMSE", "vrmse")):
-            measures += [(f"{label} {field}", kinds, {}) for field, kinds in regime.get(key, {}).items()]
-        for label, kinds, published in measures:
+        ends = regime.get("intervals", {})
+        measures: list[tuple[str, Any, Any, Any]] = []
+        for key, measure in MEASURES.items():
+            for field, kinds in regime.get(key, {}).items():
+                measures.append((f"{measure.label} {field}", kinds, ends.get(key, {}).get(field, {}), {}))
+            if key == "vrmse":
+                for field, kinds in regime.get("vrmse_component", {}).items():
+                    own = ends.get("vrmse_component", {}).get(field, {})
+                    measures.append((f"{measure.label} {field}", kinds, own, {}))
+        for key, label in (("latent_mse", "latent MSE"), ("decoded_mse", "decoded MSE (normalised)")):
+            if key in regime:
+                measures.append((label, regime[key], ends.get(key, {}), SHODH_MOE[key]))
+        for label, kinds, own, published in measures:
             model, persistence = kinds["model"], kinds["persistence"]
-            ratio = model / persistence if persistence else None
-            values = (model, persistence, ratio, kinds.get("tokenizer"))
-            rows.append([name, label, *values, *(published.get(name) for _ in shown)])
+            values = (persistence, model / persistence if persistence else None, kinds.get("tokenizer"))
+            found = [published.get(name) for _ in shown]
+            rows.append([name, label, model, interval_cell(own.get("model")), *values, *found])
     return Table([*header, *shown], rows)
 
 
@@ -67,17 +100,58 @@ def divergence_table(metrics: dict[str, Any]) -> Table:
 
 
 def rollout_table(metrics: dict[str, Any]) -> Table | None:
-    """Errors by autoregressive step, the model's and persistence's; None without rollouts."""
+    """Errors by autoregressive step; None without rollouts."""
     rows: list[list[Any]] = []
     for name, regime in metrics["regimes"].items():
-        for label, key in (("L2RE", "rollout_l2re"), ("VRMSE", "rollout")):
+        for label, key in (("VRMSE", "rollout"), ("L2RE", "rollout_l2re")):
             for field, kinds in regime.get(key, {}).items():
                 rows += [[name, f"{label} {field}", kind, *steps] for kind, steps in kinds.items()]
+    return _by_step(["regime", "error", "of"], rows)
+
+
+def _by_step(header: list[str], rows: list[list[Any]]) -> Table | None:
     if not rows:
         return None
-    longest = max(map(len, rows))
-    header = ["regime", "error", "of", *(f"step {i + 1}" for i in range(longest - 3))]
-    return Table(header, [[*row, *[None] * (longest - len(row))] for row in rows])
+    longest, fixed = max(map(len, rows)), len(header)
+    steps = [f"step {i + 1}" for i in range(longest - fixed)]
+    return Table([*header, *steps], [[*row, *[None] * (longest - len(row))] for row in rows])
+
+
+def valid_time_table(metrics: dict[str, Any]) -> Table | None:
+    """First step above the threshold of each field, with its interval and the share of rollouts that have none."""
+    header = ["regime", "field", "of", "valid time (steps)", "95 % interval", "censored"]
+    rows = [
+        [name, field, of, value, interval_cell(r["intervals"]["valid_time"][field][of]), r["censored"][field][of]]
+        for name, r in metrics["regimes"].items()
+        for field, kinds in r.get("valid_time", {}).items()
+        for of, value in kinds.items()
+    ]
+    return Table(header, rows) if rows else None
+
+
+def band_table(metrics: dict[str, Any]) -> Table | None:
+    """Error by band over the truth's energy there, at the first and the last step."""
+    rows = []
+    for name, regime in metrics["regimes"].items():
+        for step, by_measure in regime.get("bands", {}).items():
+            for field, energies in by_measure["energy"].items():
+                for band, energy in energies["truth"].items():
+                    errors = [by_measure["error_energy"][field].get(of, {}).get(band) for of in KINDS]
+                    shares = [e / energy if e is not None and energy else None for e in errors]
+                    ratio = energies["model"][band] / energy if energy else None
+                    rows.append([name, field, int(step), band, energy, ratio, *shares])
+    header = ["regime", "field", "step", "band", "energy of truth", "energy of model / truth"]
+    return Table([*header, *(f"error of {of} / truth" for of in KINDS)], rows) if rows else None
+
+
+def conserved_table(metrics: dict[str, Any]) -> Table | None:
+    """Drift of the mean and the mean square of each field, the truth's own beside the model's."""
+    rows = []
+    for name, regime in metrics["regimes"].items():
+        for label, key in (("mean", "drift_mean"), ("mean square", "drift_square")):
+            for field, kinds in regime.get(key, {}).items():
+                rows += [[name, f"{label} of {field}", of, *kinds[of]] for of in ("truth", "model") if of in kinds]
+    return _by_step(["regime", "quantity", "of"], rows)
 
 
 def routing_table(metrics: dict[str, Any]) -> Table | None:
@@ -98,14 +172,8 @@ def _slice_rows(example: Any) -> list[tuple[str, Any, Any]]:
 
 
 def draw(folder: RunFolder, evaluation: Evaluation) -> dict[str, Figure]:
-    """All figures of the report by file stem, in the order of the page."""
-    metrics = evaluation.metrics
+    """Samples, and the training curve, by file stem."""
     drawn: dict[str, Figure] = {}
-    if metrics["routing"] is not None:
-        drawn["expert_shares"] = figures.expert_shares(metrics["routing"])
-    rollouts = {name: r["rollout"] for name, r in metrics["regimes"].items() if "rollout" in r}
-    if rollouts:
-        drawn["rollout"] = figures.rollout(rollouts)
     for example in evaluation.examples:
         solid = None if example.solid is None else example.solid.numpy()
         drawn[f"slices_{example.regime}"] = figures.slices(example.regime, _slice_rows(example), solid)
@@ -113,35 +181,74 @@ def draw(folder: RunFolder, evaluation: Evaluation) -> dict[str, Figure]:
     return drawn if curve is None else {**drawn, "training": curve}
 
 
+def headline(metrics: dict[str, Any]) -> Headline:
+    """How many fields are forecast better than by persistence, and what the test set is too small for."""
+    pairs = {
+        f"{name}, {field}": (kinds["model"], kinds["persistence"])
+        for name, regime in metrics["regimes"].items()
+        for field, kinds in regime.get("vrmse", {}).items()
+    }
+    better = sum(model < persistence for model, persistence in pairs.values())
+    counts = ", ".join(f"{n} of {name}" for name, n in metrics["trajectories"].items())
+    text = [f"One step, {metrics['split']} split; trajectories: {counts}. {INTERVAL_NOTE}"]
+    text += metrics["cannot_be_concluded"]
+    shown = {f"VRMSE {label}": model for label, (model, _) in list(pairs.items())[:8]}
+    verdict = f"Below persistence in {better} of {len(pairs)} fields"
+    return Headline(verdict, "\n".join(text), "fair" if metrics["cannot_be_concluded"] else "neutral", shown)
+
+
+def trajectory_table(evaluation: Evaluation) -> Table:
+    """What every mean is made of: a row a trajectory, step and measure, and a column for what it is of."""
+    keys = ["regime", "trajectory", "horizon", "step", "measure", "field", "shell", "windows"]
+    frame = evaluation.trajectories
+    wide = frame.pivot_table(index=keys, columns="of", values="value", dropna=False, observed=True, sort=False)
+    wide = wide.dropna(how="all").reset_index()
+    rows = wide.astype(object).where(wide.notna(), None).to_numpy().tolist()
+    return Table([str(name) for name in wide.columns], rows)
+
+
 def write_report(folder: RunFolder, evaluation: Evaluation) -> str:
     """Write ``RUN/report/`` (``metrics.json``, CSV and PNG files, ``index.html``); returns it as text."""
     metrics = {**evaluation.metrics, "published": SHODH_MOE, "env": describe_environment()}
-    first = next(iter(metrics["regimes"].values()))
-    on_latents = "latent_mse" in first
+    regimes = metrics["regimes"]
+    first = next(iter(regimes.values()))
     published = has_published(metrics)
-    notes = [] if on_latents else [FIELD_NOTE]
-    if published:
-        notes.append(f"Published: {SHODH_MOE['source']}. {SHODH_MOE['caveat']}")
-    sections = [_section("errors", "Held-out errors", error_table(metrics), " ".join(notes))]
-    rollouts = rollout_table(metrics)
-    if rollouts is not None:
-        sections.append(_section("rollouts", "Rollouts", rollouts, ROLLOUT_NOTE))
-    if on_latents:
+    notes = [ERROR_NOTE, f"Published: {SHODH_MOE['source']}. {SHODH_MOE['caveat']}" if published else ""]
+    last = max(int(step) for r in regimes.values() for step in r.get("spectra", {"1": 0}))
+    sections = [
+        _section("errors", "Held-out errors", error_table(metrics), " ".join(notes).strip(),
+                 trajectories_one_step=plots.strip(evaluation.trajectories, regimes)),
+        _section("rollouts", "Rollouts", rollout_table(metrics), ROLLOUT_NOTE, rollout=plots.rollouts(regimes)),
+        _section("valid_time", "Valid time", valid_time_table(metrics), ""),
+        _section("spectra", "Spectra", band_table(metrics), SPECTRA_NOTE, spectra=plots.spectra(regimes, last)),
+        _section("conserved", "Conserved quantities", conserved_table(metrics), CONSERVED_NOTE),
+    ]  # fmt: skip
+    if "divergence" in first:
         note = f"Operator: {first['divergence']['operator']}."
         note += f" Published: {SHODH_MOE['divergence_fp64']:.1e} (FP64)." if published else ""
         sections.append(_section("divergence", "Divergence of the decoded velocity", divergence_table(metrics), note))
-    routing = routing_table(metrics)
-    if routing is not None:
-        sections.append(_section("routing", "Routing", routing, ROUTING_NOTE))
+    if metrics["routing"] is not None:
+        shares = figures.expert_shares(metrics["routing"])
+        sections.append(_section("routing", "Routing", routing_table(metrics), ROUTING_NOTE, expert_shares=shares))
+    known = [section for section in sections if section is not None]
     averaged = ", average of the weights" if metrics.get("weights") == "ema" else ""
     title = f"{folder.path.name}: checkpoint {metrics['checkpoint']}{averaged}, {metrics['split']} split"
+    top = headline(metrics)
+    rows = Section(
+        "trajectories", "Rows", "Every number above can be computed again from these.",
+        tables={"trajectories": trajectory_table(evaluation)}, files_only=("trajectories",),
+    )  # fmt: skip
     pictures = Section(
         "figures", "Figures", "Held-out samples, in normalised fields.", figures=draw(folder, evaluation)
     )
-    write_page(folder.report, title, None, [*sections, pictures], data=metrics, data_name="metrics.json")
-    text = "\n\n".join(f"{s.title}\n{text_table(s.tables[s.key])}\n{s.text}" for s in sections)
-    return f"{title}\n\n{text}\n"
+    write_page(folder.report, title, top, [*known, pictures, rows], data=metrics, data_name="metrics.json")
+    text = "\n\n".join(f"{s.title}\n{text_table(s.tables[s.key])}\n{s.text}" for s in known)
+    return f"{title}\n{top.text}\n\n{text}\n"
 
 
-def _section(key: str, title: str, table: Table, text: str) -> Section:
-    return Section(key, title, text, tables={key: table}, rows_shown=ALL_ROWS)
+def _section(key: str, title: str, table: Table | None, text: str, **drawn: Figure | None) -> Section | None:
+    """None without a table; a figure may be None."""
+    if table is None or not table.rows:
+        return None
+    shown = {stem: figure for stem, figure in drawn.items() if figure is not None}
+    return Section(key, title, text, tables={key: table}, figures=shown, rows_shown=ALL_ROWS)

@@ -42,8 +42,9 @@ class Request:
     out : Path
         Folder of the regimes' folders.
     seed : int
-    split : 3 floats
-        Shares of train, valid and test; each gets at least one trajectory.
+    split : 3 numbers, optional
+        Of train, valid and test: shares, each of at least one trajectory, or numbers of trajectories, which sum to all.
+        By default `default_split`.
     per_file : int
         Trajectories that share a file.
     parameters : mapping
@@ -58,7 +59,7 @@ class Request:
     frames: int
     out: Path
     seed: int = 0
-    split: Sequence[float] = (0.75, 0.125, 0.125)
+    split: Sequence[float] | None = None
     per_file: int = 4
     parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     vary: Mapping[str, Mapping[str, Interval]] = field(default_factory=dict)
@@ -116,16 +117,34 @@ def grid_for(name: str, grid: Sequence[int], ndim: int) -> tuple[int, ...]:
     return tuple(grid) * ndim if len(grid) == 1 else tuple(grid)
 
 
-def split_sizes(trajectories: int, shares: Sequence[float]) -> dict[Split, int]:
-    """Trajectories of each split: rounded shares, at least one each."""
+TEST = 8  # trajectories that carry an interval
+
+
+def default_split(trajectories: int) -> dict[Split, int]:
+    """An eighth for validation, and for the test, which has at least `TEST`, or a third of a small set."""
+    valid, test = max(1, round(trajectories / 8)), max(1, round(trajectories / 8), min(TEST, trajectories // 3))
+    return {"train": trajectories - valid - test, "valid": valid, "test": test}
+
+
+def split_sizes(trajectories: int, split: Sequence[float] | None = None) -> dict[Split, int]:
+    """Trajectories of each split; ``split`` as in `Request`."""
     if trajectories < len(SPLITS):
         raise ConfigError(f"--trajectories {trajectories}: need at least 3, one for each of train, valid and test")
-    if min(shares) < 0 or not 0.999 <= sum(shares) <= 1.001:
-        raise ConfigError(f"--split {' '.join(map(str, shares))}: shares must be >= 0 and sum to 1")
-    valid, test = (max(1, round(trajectories * share)) for share in shares[1:])
+    if split is None:
+        return default_split(trajectories)
+    shown = f"--split {' '.join(f'{share:g}' for share in split)}"
+    if sum(split) == trajectories and all(float(share).is_integer() and share >= 1 for share in split):
+        train, valid, test = (int(share) for share in split)
+        return {"train": train, "valid": valid, "test": test}
+    if min(split) < 0 or not 0.999 <= sum(split) <= 1.001:
+        raise ConfigError(
+            f"{shown}: expected shares, >= 0 and with the sum 1, or numbers of trajectories, >= 1 and with the sum "
+            f"{trajectories} of --trajectories"
+        )
+    valid, test = (max(1, round(trajectories * share)) for share in split[1:])
     train = trajectories - valid - test
     if train < 1:
-        raise ConfigError(f"--split {' '.join(map(str, shares))} leaves no trajectory for training")
+        raise ConfigError(f"{shown} leaves no trajectory for training")
     return {"train": train, "valid": valid, "test": test}
 
 

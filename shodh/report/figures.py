@@ -29,56 +29,52 @@ def slices(
     solid : ndarray, optional
         Shown in grey.
     """
-    figure = Figure(figsize=(8.4, 1.1 + 2.1 * len(rows)), layout="constrained")
-    panels = figure.subplots(len(rows), 3, squeeze=False)
     flat = rows[0][1].ndim == 2
 
     def plane_of(values: np.ndarray) -> np.ndarray:
         return values.T if flat else values[:, values.shape[1] // 2].T
 
     mask = None if solid is None or not solid.any() else plane_of(solid) > 0.5
+    height, width = plane_of(rows[0][1]).shape
+    # One pair of axes for all pictures, placed by hand: axes, ticks and layouts cost more than what they frame.
+    gap = 0.06 * width
+    across, up = 3 * width + 2 * gap, len(rows) * height + (len(rows) - 1) * gap
+    inches = (5.8, 5.8 * up / across)
+    size = (inches[0] + 2.0, inches[1] + 0.75)
+    figure = Figure(figsize=size)
+    panel = figure.add_axes((0.35 / size[0], 0.1 / size[1], inches[0] / size[0], inches[1] / size[1]))
+    panel.set_axis_off()
+    for column, name in enumerate(("truth", "prediction", "error")):
+        place = (column * (width + gap) + width / 2, up + 0.03 * width)
+        panel.text(*place, name, ha="center", va="bottom", color=INK)
     for row, (label, truth, prediction) in enumerate(rows):
-        planes = [plane_of(a) for a in (truth, prediction, prediction - truth)]
         low, high = float(truth.min()), float(truth.max())
-        for column, (panel, plane) in enumerate(zip(panels[row], planes, strict=True)):
-            extent = max(abs(low), abs(high)) if column == 2 else None
-            limits = (-extent, extent) if extent is not None else (low, high)
-            shown = np.ma.masked_where(mask, plane) if mask is not None else plane
-            image = panel.imshow(
-                shown, origin="lower", vmin=limits[0], vmax=limits[1], cmap="RdBu_r" if column == 2 else "viridis"
+        extent = max(abs(low), abs(high))
+        bottom = up - height - row * (height + gap)
+        for column, values in enumerate((truth, prediction, prediction - truth)):
+            colours = colormaps["RdBu_r" if column == 2 else "viridis"].with_extremes(bad="#9aa0a6")
+            left, limits = column * (width + gap), (-extent, extent) if column == 2 else (low, high)
+            panel.imshow(
+                np.ma.masked_array(plane_of(values), mask if mask is not None else np.ma.nomask),
+                origin="lower",
+                extent=(left, left + width, bottom, bottom + height),
+                vmin=limits[0],
+                vmax=limits[1],
+                cmap=colours,
             )
-            panel.set_facecolor("#9aa0a6")
-            panel.set_xticks([])
-            panel.set_yticks([])
-            if row == 0:
-                panel.set_title(("truth", "prediction", "error")[column], color=INK)
-            if column > 0:
-                figure.colorbar(image, ax=panel, shrink=0.8)
-        panels[row][0].set_ylabel(label, color=INK)
-    figure.suptitle(f"{title}: {'x-y' if flat else 'x-z'} plane, one model step, normalised", color=INK)
-    return figure
-
-
-def rollout(rollouts: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> Figure:
-    """VRMSE by autoregressive step, a panel a regime: ``{regime: {field: {"model": [...], "persistence": [...]}}}``."""
-    columns = min(len(rollouts), 4 if len(rollouts) == 4 else 3)
-    rows = -(-len(rollouts) // columns)
-    figure = Figure(figsize=(4.4 * columns, 3.4 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for panel in panels[len(rollouts) :]:
-        panel.remove()
-    for panel, (regime, fields) in zip(panels, rollouts.items(), strict=False):
-        for marker, (name, kinds) in zip(MARKERS, fields.items(), strict=False):
-            steps = range(1, len(kinds["model"]) + 1)
-            panel.plot(steps, kinds["model"], f"{marker}-", color=MODEL, label=f"{name}, model")
-            panel.plot(steps, kinds["persistence"], f"{marker}--", color=BASELINE, label=f"{name}, persistence")
-        panel.set_title(regime, color=INK)
-        panel.set_xlabel("autoregressive step")
-        panel.set_ylabel("VRMSE")
-        panel.set_ylim(bottom=0)
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.legend(fontsize=8, frameon=False)
-        panel.spines[["top", "right"]].set_visible(False)
+        panel.text(-0.03 * width, bottom + height / 2, label, rotation=90, ha="right", va="center", color=INK)
+        scale = f"colours:\n{low:.3g} to {high:.3g}\nerror: $\\pm${extent:.3g}"
+        panel.text(across + 0.06 * width, bottom + height / 2, scale, va="center", fontsize=8, color=INK)
+    panel.set_xlim(0, across)
+    panel.set_ylim(0, up)
+    figure.text(
+        0.35 / size[0],
+        1 - 0.1 / size[1],
+        f"{title}: {'x-y' if flat else 'x-z'} plane, one model step, normalised",
+        va="top",
+        color=INK,
+        fontsize=12,
+    )
     return figure
 
 
@@ -86,8 +82,13 @@ def expert_shares(routing: Mapping[str, Any]) -> Figure:
     """Share of each regime's tokens by expert, a panel a layer, with U and NMI."""
     layers = routing["layers"]
     regimes = list(layers[0]["shares"])
-    figure = Figure(figsize=(1.6 + 2.6 * len(layers), 1.3 + 0.6 * len(regimes)), layout="constrained")
+    left = 0.3 + 0.085 * max(map(len, regimes))
+    size = (left + 0.2 + 2.6 * len(layers), 1.1 + 0.6 * len(regimes))
+    figure = Figure(figsize=size)
     panels = figure.subplots(1, len(layers), squeeze=False)[0]
+    figure.subplots_adjust(
+        left=left / size[0], right=1 - 0.2 / size[0], bottom=0.55 / size[1], top=1 - 0.35 / size[1], wspace=0.1
+    )
     for number, (panel, layer) in enumerate(zip(panels, layers, strict=True)):
         shares = np.array([layer["shares"][r] for r in regimes])
         panel.imshow(shares, vmin=0, vmax=1, cmap="Greens", aspect="auto")
@@ -115,8 +116,9 @@ def training_curve(lines: Sequence[Mapping[str, float]]) -> Figure | None:
     if measure is None:
         return None
     train = [(line["step"], line[f"train/{measure}"]) for line in lines if f"train/{measure}" in line]
-    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    figure = Figure(figsize=(7.2, 3.2))
     panel = figure.subplots()
+    figure.subplots_adjust(left=0.1, right=0.91, bottom=0.16, top=0.95)
     panel.plot(*zip(*train, strict=True), color=INK, label="training")
     held_out = sorted({k for line in lines for k in line if k.startswith(f"valid/{measure}/")})
     for marker, key in zip(MARKERS, held_out, strict=False):

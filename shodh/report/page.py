@@ -200,7 +200,7 @@ def to_csv(table: Table) -> str:
 
 def to_png(figure: Figure) -> bytes:
     """A figure as PNG."""
-    FigureCanvasAgg(figure)
+    figure.set_dpi(DPI)
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=DPI)
+    FigureCanvasAgg(figure).print_png(data)  # `savefig` draws twice where a layout is to be found
     return data.getvalue()

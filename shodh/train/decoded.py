@@ -12,15 +12,14 @@ from shodh.config import RunConfig, TrainConfig
 from shodh.data import LatentWindowDataset, Split, WindowDataset
 from shodh.data.loader import SampleDataset
 from shodh.models.forecaster import Forecaster
+from shodh.schema.measures import measure
 from shodh.schema.space import Space
 from shodh.train.datasets import OpenSplit, Regimes
-from shodh.train.losses import mean_over
 from shodh.train.trainer import Batch
 
 DECODED, PERSISTENCE = "decoded_vrmse", "persistence_vrmse"
 #: Of a batch of `DecodedWindows`: the last known frame and the next one, and the static fields.
 FIELDS, STATIC_FIELDS = "fields", "static_fields"
-_EPS = 1e-7  # of The Well's VRMSE
 
 
 def field_vrmse(space: Space, number: int, prediction: Tensor, truth: Tensor, static: Tensor) -> Tensor:
@@ -32,17 +31,8 @@ def field_vrmse(space: Space, number: int, prediction: Tensor, truth: Tensor, st
     masks, errors = space.masks(number), []
     for name, channels in space.channels(number).items():
         exists = static[:, masks[name], None] == 0 if name in masks else None
-        errors.append(_vrmse(prediction[:, channels], truth[:, channels], exists))
+        errors.append(measure("vrmse", prediction[:, channels], truth[:, channels], exists=exists))
     return torch.stack(errors).nanmean(0)
-
-
-def _vrmse(prediction: Tensor, truth: Tensor, exists: Tensor | None) -> Tensor:
-    """Mean over the components of a field that vary; those with a millionth of its variance do not."""
-    error = mean_over((prediction - truth).square(), exists, 2).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    mean = mean_over(truth, exists, 2)
-    variance = mean_over((truth - mean.view(*mean.shape, *(1,) * (truth.ndim - 2))).square(), exists, 2)
-    least = (1e-6 * variance.sum(1, keepdim=True)).clamp(min=_EPS)
-    return torch.where(variance < least, torch.nan, (error / (variance + _EPS)).sqrt()).nanmean(1)
 
 
 def defined(errors: Tensor, regime: Tensor) -> tuple[Tensor, Tensor]:

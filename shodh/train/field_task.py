@@ -11,10 +11,11 @@ from shodh.config import RunConfig
 from shodh.data import Split, WindowDataset
 from shodh.data.loader import SampleDataset
 from shodh.models.tokenizer import Tokenizer
+from shodh.schema.measures import mean_over
 from shodh.train.datasets import Regimes, name_short, training_horizon
 from shodh.train.decoded import frame_errors
 from shodh.train.latent_metric import ReadStatic
-from shodh.train.losses import mean_over, relative_l2_by_channel
+from shodh.train.losses import relative_l2_by_channel
 from shodh.train.operator_task import OperatorTask
 from shodh.train.trainer import Batch
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from shodh.data import Split
 from shodh.models.tokenizer import Tokenizer
 from shodh.schema.domain import Domain
+from shodh.schema.measures import mean_over
 from shodh.schema.space import Space
 from shodh.train.datasets import Regimes
-from shodh.train.losses import mean_over
 from shodh.train.tokenizer_task import Geometry
 
 #: Static fields ``[B, S, *grid]`` in model units, on the host, of samples named (regime, trajectory, frame).

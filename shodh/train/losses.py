@@ -1,4 +1,4 @@
-"""Losses and error measures; every measure is named after its published definition."""
+"""Losses; what is reported is measured by `shodh.schema.measures`."""
 
 from __future__ import annotations
 
@@ -9,44 +9,7 @@ from torch import Tensor
 
 from shodh.config import TokenizerLoss
 from shodh.schema.fields import Field, field_slices
-
-
-def mean_over(values: Tensor, exists: Tensor | None = None, start: int = 1) -> Tensor:
-    """Mean over the axes from ``start`` on (by default of a sample), of the cells that exist; zero where none does."""
-    if exists is None:
-        return values.flatten(start).mean(start)
-    exists = exists.expand_as(values)
-    return torch.where(exists, values, 0.0).flatten(start).sum(start) / exists.flatten(start).sum(start).clamp(min=1)
-
-
-def relative_l2(
-    prediction: Tensor, target: Tensor, eps: float = 1e-8, *, exists: Tensor | None = None, zero: float = 0.0
-) -> Tensor:
-    """L2RE of each sample, ``||u - v|| / ||v||``: ``[B, ...] -> [B]``.
-
-    Of normalised fields it compares the error of a scalar with its distance from the training mean. With ``zero``, the
-    normalised value of a physical zero, it is the L2RE in physical units: what is published, and what flatters a field
-    with an offset (a temperature in kelvin). Compare those by VRMSE.
-
-    Parameters
-    ----------
-    exists : Tensor, optional
-        True in the cells that count, in a shape that broadcasts with the target.
-    """
-    error, norm = (prediction - target).square(), (target - zero).square()
-    if exists is not None:
-        error, norm = torch.where(exists, error, 0.0), torch.where(exists, norm, 0.0)
-    return (error.flatten(1).sum(1) / (norm.flatten(1).sum(1) + eps)).sqrt()
-
-
-def physical_relative_l2(
-    prediction: Tensor, target: Tensor, constants: tuple[float, float], *, exists: Tensor | None = None
-) -> Tensor:
-    """L2RE in physical units of one normalised field with its mean and scale: ``[B, C, *grid] -> [B]``."""
-    mean, scale = constants
-    if scale == 0:  # A constant comes back as its value.
-        return prediction.new_zeros(len(prediction))
-    return relative_l2(prediction, target, exists=exists, zero=-mean / scale)
+from shodh.schema.measures import mean_over
 
 
 def relative_l2_by_channel(
@@ -55,22 +18,15 @@ def relative_l2_by_channel(
     """L2RE of each channel of each sample, ``[B, C, *grid] -> [B, C]``: the loss of DPOT and MoE-POT is its mean.
 
     A target whose root mean square is below ``floor`` counts as if it had it: normalised fields are of the order of
-    one, and a channel at rest must not outweigh all others. ``exists`` as `relative_l2`.
+    one, and a channel at rest must not outweigh all others.
+
+    Parameters
+    ----------
+    exists : Tensor, optional
+        True in the cells that count, in a shape that broadcasts with the target.
     """
     error, norm = (mean_over(x.square(), exists, 2) for x in (prediction - target, target))
     return (error + 1e-16).sqrt() / norm.clamp(min=floor**2).sqrt()
-
-
-def vrmse(prediction: Tensor, target: Tensor, eps: float = 1e-7, *, exists: Tensor | None = None) -> Tensor:
-    """VRMSE of each sample as The Well defines it: ``sqrt(mean (u-v)^2 / (mean (v - mean v)^2 + eps))``.
-
-    ``[B, C, ...] -> [B]``: computed by channel over space, then averaged over the channels. It does not depend on an
-    offset. ``exists`` as `relative_l2`: means are over the cells that exist.
-    """
-    error = mean_over((prediction - target).square(), exists, 2)
-    mean = mean_over(target, exists, 2).view(*target.shape[:2], *(1,) * (target.ndim - 2))
-    variance = mean_over((target - mean).square(), exists, 2)
-    return (error / (variance + eps)).sqrt().mean(1)
 
 
 def _relative_square(error: Tensor, target: Tensor, floor: float) -> Tensor:

@@ -65,9 +65,7 @@ class TokenizerTask:
         """Names of `measured`."""
         return [*(f"vrmse_square/{field.name}" for field in self.regimes.dynamic), DECODED]
 
-    def _terms(
-        self, prediction: Tensor, fields: Tensor, batch: Batch, kinds: Collection[str]
-    ) -> dict[str, Tensor]:
+    def _terms(self, prediction: Tensor, fields: Tensor, batch: Batch, kinds: Collection[str]) -> dict[str, Tensor]:
         """`reconstruction_terms`, each component in its unit."""
         if self._unit.device != fields.device:  # Once.
             self._unit = self._unit.to(fields.device)

@@ -152,7 +152,7 @@ def test_bad_input_gets_one_line(tool: ModuleType, capsys: pytest.CaptureFixture
     assert "both set and varied" in run("--vary", "open_channel.spin_up=0:1", *QUICK)
     assert "of type bool" in run("--vary", "open_channel.double=0:1")
     assert "at least 3" in run("--trajectories", "2")
-    assert "sum to 1" in run("--split", "0.5", "0.1", "0.1")
+    assert "sum 1" in run("--split", "0.5", "0.1", "0.1")
     assert "no trajectory for training" in run("--split", "0", "0.6", "0.4")
     assert "--frames" in run("--frames", "0")
     assert "porous_media" in run("--image", "rock.npy")
@@ -287,7 +287,22 @@ def test_names_stand_for_all_regimes_of_a_dimension(tool: ModuleType) -> None:
 def test_varied_parameters_are_stored_and_used(tool: ModuleType, tmp_path: Path) -> None:
     """Each trajectory equals one solved with the value that is stored with it, whatever file it is in."""
     name, interval = "diffusion_reaction_2d", "1e-4:1e-2"
-    options = ["--regime", name, "--grid", "8", "--trajectories", "6", "--frames", "2", "--workers", "1"]
+    options = [
+        "--regime",
+        name,
+        "--grid",
+        "8",
+        "--trajectories",
+        "6",
+        "--frames",
+        "2",
+        "--workers",
+        "1",
+        "--split",
+        "4",
+        "1",
+        "1",
+    ]
     options += ["--vary", f"{name}.diffusivity_u={interval}", f"{name}.k=0.001:0.002"]
     drawn = []
     for per_file in ("4", "1"):

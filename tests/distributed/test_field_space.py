@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ def fields(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[...,
             write_trajectories(path, trajectories(name, 2, 10 * number + part))
         regimes.append({"name": name, "path": str(root / name), "only": [f.name for f in STORED[name][0]]})
     data = {"grid": list(GRID), "fields": VOCABULARY, "regimes": regimes}
-    tree = {"data": data, "operator": OPERATOR, "evaluation": {"rollout": 3}}
+    tree = {"data": data, "operator": OPERATOR, "evaluation": {"rollout": 3, "starts": 0}}
     return Fields(write_config(root / "fields.yaml", **tree))
 
 
@@ -179,11 +180,20 @@ def test_evaluation_counts_existing_fields_and_reports_every_step(opened: Evalua
                 assert all(np.isfinite(kinds["model"]))
     # Fields about 3 with a spread of about 1: in units, the norm of the target is larger than of normalised fields.
     dye = regimes["dye"]
+    assert dye["l2re_physical"] == dye["nrmse"]
     assert dye["l2re_physical"]["dye"]["persistence"] < 0.6 * dye["l2re"]["dye"]["persistence"]
     text = write_report(opened.folder, evaluation)
-    assert "L2RE, in units, height" in text and "step 3" in text and "atent" not in text
+    assert "nRMSE, in units, height" in text and "step 3" in text and "atent" not in text
     names = {p.name for p in opened.folder.report.iterdir()}
-    assert {"slices_dye.png", "rollout.png", "training.png", "expert_shares.png", "rollouts.csv"} <= names
+    assert "trajectories.csv" in names
+    assert {
+        "slices_dye.png",
+        "rollout.png",
+        "training.png",
+        "expert_shares.png",
+        "rollouts.csv",
+        "spectra.png",
+    } <= names
 
 
 def task_of(opened: Evaluator, loss: str) -> FieldTask:
@@ -221,14 +231,46 @@ def test_noise_is_relative_to_the_size_of_each_channel(opened: Evaluator) -> Non
 
 def test_persistence_is_the_error_of_the_last_frame(opened: Evaluator) -> None:
     """Computed here from the file, in physical units."""
-    part = RegimeEvaluation(opened, 1, "test")
-    for batch in part.windows():
-        with torch.no_grad():
-            part.add(batch)
+    regimes = evaluate(opened, "test").metrics["regimes"]
     dye = trajectories("dye", 2, 12).values["dye"].astype(np.float64)
-    pairs = [(dye[b, t], dye[b, t + 1]) for b in range(2) for t in range(1, FRAMES - 1)]
-    expected = np.mean([np.linalg.norm(u - v) / np.linalg.norm(v) for u, v in pairs])
-    assert part.result()["l2re_physical"]["dye"]["persistence"] == pytest.approx(expected, rel=1e-5)
+    for step in (1, 2, 3):
+        pairs = [(dye[b, t], dye[b, t + step]) for b in range(2) for t in range(1, FRAMES - 3)]
+        expected = np.mean([np.linalg.norm(u - v) / np.linalg.norm(v) for u, v in pairs])
+        found = regimes["dye"]["rollout_nrmse"]["dye"]["persistence"][step - 1]
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_numbers_depend_on_neither_ranks_nor_batches_and_follow_from_the_rows(opened: Evaluator) -> None:
+    """Two ranks with three windows a batch, against one with all in one."""
+    one = evaluate(opened, "test")
+    ranks = run_ranks(2, rank_jobs.evaluate_run, opened.folder.path, 3)
+    for metrics in ranks:
+        assert (metrics["ranks"], metrics["windows"]) == (2, one.metrics["windows"])
+        assert metrics["routing"] == one.metrics["routing"]
+        for path, value in leaves(one.metrics["regimes"]):
+            assert dict(leaves(metrics["regimes"]))[path] == pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True), path
+    rows = one.trajectories.query("regime == 'dye' and measure == 'vrmse' and of == 'model' and step == 2")
+    assert rows["value"].mean() == pytest.approx(one.metrics["regimes"]["dye"]["rollout"]["dye"]["model"][1])
+    assert len(rows) == one.metrics["trajectories"]["dye"] == 2 and one.metrics["cannot_be_concluded"]
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a nested value by its path."""
+    if isinstance(tree, float):
+        yield path, tree
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    for key, value in items:
+        yield from leaves(value, f"{path}/{key}")
+
+
+def test_bf16_networks_agree_to_their_rounding(opened: Evaluator) -> None:
+    half = evaluate(replace(opened, precision="bf16"), "test").metrics
+    whole = evaluate(opened, "test").metrics
+    assert half["precision"] == "bf16" and next(opened.operator.parameters()).dtype == torch.float32
+    for regime in ("waves", "dye"):
+        errors, exact = half["regimes"][regime]["decoded_mse"], whole["regimes"][regime]["decoded_mse"]
+        assert errors["model"] == pytest.approx(exact["model"], rel=0.05) and errors["model"] != exact["model"]
+        assert errors["persistence"] == exact["persistence"]
 
 
 def test_converted_model_rolls_out_as_the_evaluation_does(opened: Evaluator, tmp_path: Path) -> None:
@@ -240,7 +282,7 @@ def test_converted_model_rolls_out_as_the_evaluation_does(opened: Evaluator, tmp
     assert temperatures and all(torch.equal(trained[n], dict(model.operator.named_buffers())[n]) for n in temperatures)
     for number, regime in enumerate(model.regimes):
         part = RegimeEvaluation(opened, number, "test")
-        batch = next(part.rollouts())
+        batch = next(part.windows())
         normal, stored = batch.fields, batch.static
         fields = opened.regimes.normalizer.denormalize(normal, regime)
         with torch.no_grad():
@@ -253,7 +295,7 @@ def test_converted_model_rolls_out_as_the_evaluation_does(opened: Evaluator, tmp
         absent = [c for c in range(model.num_channels) if c not in part.channels]
         junk[:, :, absent] = 1e6
         assert torch.equal(model.predict(junk, stored, regime)[:, part.channels], found[:, part.channels])
-        assert model.rollout(fields[:, :2], stored, regime, steps=3).shape == (2, 3, 4, *GRID)
+        assert model.rollout(fields[:, :2], stored, regime, steps=3).shape == (len(normal), 3, 4, *GRID)
     with pytest.raises(CheckpointError, match="potential"):
         model.predict(fields[:, :2], stored, regime, exact=True)
 

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from shodh.report.statistics import MARGIN, compare, holm, nested_bootstrap, sign_flip, what_seeds_can_show
+from shodh.report.statistics import (
+    MARGIN,
+    compare,
+    holm,
+    mean_intervals,
+    nested_bootstrap,
+    sign_flip,
+    what_seeds_can_show,
+    what_trajectories_can_show,
+)
 
 
 def test_ratio_interval_and_p_are_those_of_a_paired_t_test_on_logs() -> None:
@@ -147,3 +156,30 @@ def test_groups_are_weighed_alike_or_by_their_errors() -> None:
     joint = nested_bootstrap([0.1 * small, large], [small, large], joint=True)
     assert apart == pytest.approx((math.sqrt(0.1),) * 2)
     assert joint == pytest.approx(((1 + 0.001) / (1 + 0.01),) * 2)
+
+
+@pytest.mark.parametrize(("trajectories", "seeds", "least"), [(8, 1, 0.92), (16, 1, 0.92), (8, 3, 0.92)])
+def test_intervals_of_means_hold_what_they_promise(trajectories: int, seeds: int, least: float) -> None:
+    """300 data sets at once; every trajectory has a level of its own that all seeds share, which a t interval over
+    seeds would miss."""
+    draw = np.random.default_rng(0)
+    levels = draw.standard_normal((1, trajectories, 300))
+    values = levels + 0.3 * draw.standard_normal((seeds, trajectories, 300))
+    low, high = mean_intervals(values, draws=1000)
+    covered = ((low <= 0) & (high >= 0)).mean()
+    assert least <= covered <= (0.99 if seeds == 1 else 1)
+    np.testing.assert_array_less(low, values.mean((0, 1)))
+
+
+def test_undefined_values_are_left_out_of_an_interval_and_diverged_ones_end_it() -> None:
+    values = np.array([[[1.0, 1.0, np.nan, 5.0], [2.0, np.inf, np.nan, np.nan], [3.0, 2.0, 4.0, 5.0]]])
+    low, high = mean_intervals(values)
+    assert 1 <= low[0] < 2 < high[0] <= 3
+    assert high[1] == np.inf and np.isnan(low[2]) and low[3] == high[3] == 5
+    assert np.isnan(mean_intervals(values[:, :1])).all(), "one trajectory has no interval"
+
+
+def test_a_small_test_set_is_named() -> None:
+    assert what_trajectories_can_show({"a": 8, "b": 9}) == []
+    few, lone = what_trajectories_can_show({"a": 2, "b": 1, "c": 8})
+    assert "a 2, b 1" in few and "c" not in few.split("(")[1].split(")")[0] and "b" in lone

@@ -494,3 +494,14 @@ def pretrain_compiled(config_path: Path, overrides: list[str]) -> dict[str, Any]
 
     jobs.compile_run = partial(compiling.compile_run, backend="aot_eager")  # type: ignore[assignment]
     return pretrain(config_path, [*overrides, "compile=on"])
+
+
+def evaluate_run(folder: Path, batch: int) -> dict[str, Any]:
+    """The metrics of an evaluation on all ranks, with so many windows a batch."""
+    from shodh.evaluate.evaluation import evaluate, open_run
+    from shodh.train.runtime import start_distributed
+
+    evaluator = open_run(folder, None, start_distributed())
+    settings = evaluator.config.evaluation.model_copy(update={"batch": batch})
+    config = evaluator.config.model_copy(update={"evaluation": settings})
+    return evaluate(replace(evaluator, config=config), "test").metrics

@@ -15,10 +15,10 @@ from shodh.config import BestConfig, config_from_dict, load_config
 from shodh.config.reading import apply_overrides
 from shodh.core.distributed import SharedError
 from shodh.core.errors import ConfigError
+from shodh.schema.measures import measure
 from shodh.train.callbacks.checkpoints import _resume_selection
 from shodh.train.callbacks.selection import Selection, check_measure
 from shodh.train.decoded import defined, field_vrmse, frame_errors
-from shodh.train.losses import vrmse
 from shodh.train.plan import make_plan
 
 MEASURE = "valid/decoded_vrmse"
@@ -125,10 +125,10 @@ def test_vrmse_of_a_sample_is_the_mean_over_the_fields_of_its_regime() -> None:
     space, prediction, truth, static = fields()
     batch = {"sample": torch.tensor([[1, 0, 0], [0, 0, 0], [0, 1, 0]]), "regime": torch.tensor([1, 0, 0])}
     found = frame_errors(space, batch, prediction, truth, static)
-    masked = vrmse(prediction[1:, :1], truth[1:, :1], exists=static[1:, 0, None] == 0)
-    expected = torch.stack((masked, vrmse(prediction[1:, 1:], truth[1:, 1:]))).mean(0)
+    masked = measure("vrmse", prediction[1:, :1], truth[1:, :1], exists=static[1:, 0, None] == 0)
+    expected = torch.stack((masked, measure("vrmse", prediction[1:, 1:], truth[1:, 1:]))).mean(0)
     torch.testing.assert_close(found[1:], expected)
-    torch.testing.assert_close(found[:1], vrmse(prediction[:1, :1], truth[:1, :1]))
+    torch.testing.assert_close(found[:1], measure("vrmse", prediction[:1, :1], truth[:1, :1]))
     hidden = torch.cat((torch.where(static == 1, torch.nan, prediction[:, :1]), prediction[:, 1:]), 1)
     torch.testing.assert_close(frame_errors(space, batch, hidden, truth, static)[1:], expected)
 
@@ -138,8 +138,8 @@ def test_what_does_not_vary_is_left_out_and_what_is_not_finite_is_infinite() -> 
     still = truth.clone()
     still[0, 2], still[1, 1:], still[2] = 5.0, 0.0, 1.0  # a component, a field, all
     found = field_vrmse(space, 0, prediction, still, static)
-    scalar = vrmse(prediction[:, :1], still[:, :1], exists=static[:, 0, None] == 0)
-    torch.testing.assert_close(found[0], (scalar[0] + vrmse(prediction[:1, 1:2], still[:1, 1:2])[0]) / 2)
+    scalar = measure("vrmse", prediction[:, :1], still[:, :1], exists=static[:, 0, None] == 0)
+    torch.testing.assert_close(found[0], (scalar[0] + measure("vrmse", prediction[:1, 1:2], still[:1, 1:2])[0]) / 2)
     torch.testing.assert_close(found[1], scalar[1])
     assert found[2].isnan() and defined(found, torch.tensor([0, 0, 0]))[0].shape == (2,)
     prediction[0, 1, 0, 0] = torch.nan

@@ -37,11 +37,11 @@ from shodh.core.environment import describe_environment
 from shodh.core.reading import read_json
 from shodh.core.strict_json import write_json
 from shodh.models.forecaster import Forecaster
+from shodh.schema.measures import mean_over
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.field_task import open_windows
 from shodh.train.latent_metric import channel_weights, weighted_square
 from shodh.train.latents import load_tokenizer, open_latents, prepare_latents
-from shodh.train.losses import mean_over
 from shodh.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

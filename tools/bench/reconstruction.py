@@ -28,8 +28,8 @@ from shodh.models.tokenizer import Tokenizer
 from shodh.report.page import Table, text_table
 from shodh.schema.domain import add_walls
 from shodh.schema.fields import AXES
+from shodh.schema.measures import measure
 from shodh.train.datasets import Regimes, open_regimes
-from shodh.train.losses import vrmse
 from shodh.train.tokenizer_task import open_frames
 from shodh.train.tokenizer_weights import fit_basis
 
@@ -44,7 +44,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, default=DEMO, help="configuration of a run with a tokenizer and its data")
+    parser.add_argument(
+        "--config", type=Path, default=DEMO, help="configuration of a run with a tokenizer and its data"
+    )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings")
     parser.add_argument("--latents", nargs="+", type=positive, default=[96, 192], help="latent channels to compare")
     parser.add_argument("--run", type=Path, help="run folder of a trained tokenizer, measured beside")
@@ -90,7 +92,7 @@ def _by_component(found: Tensor, truth: Tensor, exists: Tensor, slices: dict[str
         for axis, channel in enumerate(range(where.start, where.stop)):
             one = slice(channel, channel + 1)
             component = f"{name}_{AXES[axis]}" if where.stop - where.start > 1 else name
-            named[component] = float(vrmse(found[:, one], truth[:, one], exists=exists[:, one]))
+            named[component] = float(measure("vrmse", found[:, one], truth[:, one], exists=exists[:, one]))
     return named
 
 

@@ -21,7 +21,7 @@ from shodh.experiments.composition.members import Case, Family
 from shodh.merge import Slider, check_prefix
 from shodh.models.forecaster import Forecaster
 from shodh.models.operator import OperatorOutput
-from shodh.train.losses import physical_relative_l2
+from shodh.schema.measures import physical_relative_l2
 
 
 def still(states: Tensor, features: Tensor, **told: Any) -> OperatorOutput:

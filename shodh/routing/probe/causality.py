@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shodh.core.seeding import generator
 from shodh.data import Split
-from shodh.evaluate.evaluation import Evaluator, Means
+from shodh.evaluate.evaluation import Evaluator
 from shodh.routing.probe.interventions import (
     Override,
     at_layer,
@@ -24,7 +24,7 @@ from shodh.routing.probe.interventions import (
 )
 from shodh.routing.probe.record import Recording
 from shodh.routing.probe.windows import ProbeBatch, batches
-from shodh.train.losses import mean_over
+from shodh.schema.measures import mean_over
 
 KINDS = {
     "remove": "one expert's routed output is taken away",
@@ -106,6 +106,22 @@ def _donated(donors: Sequence[Recording], samples: int, draw: torch.Generator) -
         row = int(torch.randint(donor.selected.shape[1], (), generator=draw))
         chosen.append(torch.from_numpy(donor.selected[:, row]))
     return list(torch.stack(chosen, 1))
+
+
+class Means:
+    """Running means of named per-sample values."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Add per-sample values ``[B]``."""
+        self._sums[name] = self._sums.get(name, 0.0) + float(values.double().sum())
+        self._counts[name] = self._counts.get(name, 0) + values.numel()
+
+    def result(self) -> dict[str, float]:
+        return {name: self._sums[name] / self._counts[name] for name in self._sums}
 
 
 class _RegimeEffects:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -18,6 +17,7 @@ from shodh.core.errors import ConfigError, DataError
 from shodh.data import RegimeSource, Split, WindowDataset
 from shodh.data.formats.splits import open_splits
 from shodh.evaluate.evaluation import Evaluator
+from shodh.evaluate.windows import spread
 from shodh.models.forecaster import Forecaster
 from shodh.schema.domain import Domain
 from shodh.train.datasets import Regimes, open_regimes
@@ -148,11 +148,6 @@ def held_out_splits(regime: ProbeRegime, split: Split) -> tuple[Split, Split]:
         f"regime {regime.name!r}: only the split {split!r} is held out; a classifier is fitted on other trajectories "
         f"than it is tested on, so {regime.source.path} needs a second one of {others}"
     )
-
-
-def spread(count: int, limit: int) -> list[int]:
-    """At most ``limit`` of ``count`` rows, evenly spread from the first to the last."""
-    return sorted({int(i) for i in np.linspace(0, count - 1, min(count, limit)).round()})
 
 
 @torch.no_grad()
