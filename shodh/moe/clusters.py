@@ -13,7 +13,7 @@ FIRST = 4  # samples a cluster, before clusters are found for the first time
 
 
 class Clusters(nn.Module):
-    """``forward(x [B, F]) -> [B, G]``: log-likelihood, but for a constant, that a sample is of each cluster.
+    """``forward(x [B, F]) -> [B, G]``: log-probability that a sample is of each cluster.
 
     All clusters are taken to be as wide as their mean, in all directions. They are found of the samples seen so far,
     again whenever there are twice as many, and last of ``memory`` samples; then they stay. A cluster that is found
@@ -42,7 +42,7 @@ class Clusters(nn.Module):
         self.spread.fill_(1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.distances(x) * (-0.5 * x.shape[1] / self.spread.float())
+        return (self.distances(x) * (-0.5 * x.shape[1] / self.spread.float())).log_softmax(-1)
 
     def distances(self, x: Tensor) -> Tensor:
         """Squared distance of each sample to each centre, ``[B, G]``."""
