@@ -65,13 +65,14 @@ def sample_inputs(config: RunConfig, device: torch.device | str) -> tuple[torch.
 
 
 def _router_flops(config: RunConfig) -> int:
-    """Two a weight and decision, for a token or a sample."""
+    """Two a weight and decision, for a token or a sample; a gate of the model decides once a sample for all layers."""
     with torch.device("meta"):
         model = build_operator(config)
     routers = [m for m in model.modules() if isinstance(m, Router)]
     gates = sum(t.numel() for r in routers for t in (*r.parameters(), *_frozen(r)) if t.ndim == 2)
     decisions = 1 if config.operator.experts.router.granularity == "sample" else math.prod(model.token_grid)
-    return 2 * gates * decisions
+    shared = [] if model.router is None else [t for t in model.router.parameters() if t.ndim == 2]
+    return 2 * (gates * decisions + sum(t.numel() for t in shared))
 
 
 def _frozen(router: Router) -> list[torch.Tensor]:
