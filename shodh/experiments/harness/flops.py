@@ -71,8 +71,8 @@ def _router_flops(config: RunConfig) -> int:
     routers = [m for m in model.modules() if isinstance(m, Router)]
     gates = sum(t.numel() for r in routers for t in (*r.parameters(), *_frozen(r)) if t.ndim == 2)
     decisions = 1 if config.operator.experts.router.granularity == "sample" else math.prod(model.token_grid)
-    shared = [] if model.router is None else [t for t in model.router.parameters() if t.ndim == 2]
-    return 2 * (gates * decisions + sum(t.numel() for t in shared))
+    shared = sum(p.numel() for name, p in model.named_parameters() if name.startswith("router.") and p.ndim == 2)
+    return 2 * (gates * decisions + shared)
 
 
 def _frozen(router: Router) -> list[torch.Tensor]:
