@@ -134,9 +134,9 @@ class RouterConfig(Section):
         "one for each regime",
     )
     groups_by: Literal["mlp", "clusters"] = Field(
-        "mlp",
-        description="kind operator: the group of a fingerprint by a learned gate of two layers, or by the nearest of "
-        "the clusters (k-means) that training finds",
+        "clusters",
+        description="kind operator: the group of a fingerprint by the nearest of the clusters (k-means) that training "
+        "finds, or by a learned gate of two layers",
     )
     cluster_samples: Width = Field(
         1024, description="groups_by clusters: samples that clusters are found of; then they stay as they are"
@@ -160,14 +160,15 @@ class RouterConfig(Section):
     def _check(self) -> RouterConfig:
         if self.gate == "conv" and self.score != "softmax":
             raise ValueError(f"gate conv gives logits; use score softmax with it, not {self.score}")
-        if self.groups_by != "mlp" and not self.traits.observes:
+        clustered = self.traits.observes and self.groups_by == "clusters"
+        if self.groups_by != "clusters" and not self.traits.observes:
             raise ValueError(f"groups_by={self.groups_by} is of kind operator; kind {self.kind} does not read it")
-        if self.groups_by != "clusters" and self.cluster_samples != 1024:
+        if self.cluster_samples != 1024 and not clustered:
             raise ValueError(
                 f"cluster_samples={self.cluster_samples} is of kind operator with groups_by clusters; nothing reads it "
                 "here"
             )
-        if self.groups_by == "clusters" and self.cluster_samples < 4 * self.groups:
+        if clustered and self.cluster_samples < 4 * self.groups:
             raise ValueError(
                 f"cluster_samples={self.cluster_samples} are too few to find groups={self.groups} clusters; use at "
                 f"least {4 * self.groups}"

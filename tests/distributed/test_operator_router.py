@@ -18,7 +18,7 @@ from shodh.schema.domain import num_static_features
 pytestmark = pytest.mark.distributed
 
 GROUPS = {
-    "mlp": ("operator.experts.router={kind: operator, groups: 2}",),
+    "mlp": ("operator.experts.router={kind: operator, groups: 2, groups_by: mlp}",),
     # Full at step 8 of 10, after the checkpoint of step 5: eight samples a step.
     "clusters": ("operator.experts.router={kind: operator, groups: 4, groups_by: clusters, cluster_samples: 64}",),
 }

@@ -158,7 +158,7 @@ def test_controls_of_a_study_of_clusters_are_given_no_clusters(study_file: Calla
     study = load_study(study_file(seeds=1, models=["sparse", "sparse_hash", "sparse_oracle"], set=[router]))
     routers = [run.config.operator.experts.router for run in expand(study)]
     by = {(router.kind, router.groups_by, router.cluster_samples) for router in routers}
-    assert by == {("operator", "clusters", 64), ("hash", "mlp", 1024), ("oracle", "mlp", 1024)}
+    assert by == {("operator", "clusters", 64), ("hash", "clusters", 1024), ("oracle", "clusters", 1024)}
 
 
 @pytest.mark.parametrize(

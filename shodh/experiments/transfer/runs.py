@@ -160,7 +160,7 @@ def expert_changes(model: str, variant: Mapping[str, Any], experts: ExpertsConfi
         changes["router"]["groups"] = variant["groups"]
     if model in CONTROLS:
         changes["router"]["kind"] = CONTROLS[model]
-    if experts.router.groups_by != "mlp" and changes["router"].get("kind", experts.router.kind) != experts.router.kind:
+    if changes["router"].get("kind", experts.router.kind) != experts.router.kind and experts.router.traits.observes:
         changes["router"] |= {key: RouterConfig.model_fields[key].default for key in ("groups_by", "cluster_samples")}
     if model == "sparse_hash":
         changes["router"]["granularity"] = "token"
