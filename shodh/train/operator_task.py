@@ -217,7 +217,8 @@ class OperatorTask:
         regime = batch["regime"]
         frames, static, shifts = self._shift(batch, step)
         targets = frames[:, self.history : self.history + self.operator.unroll.steps].unbind(1)
-        outputs = self._unrolled(model, self._noise(model, frames, static, batch, step), static, batch, step)
+        given = self._noise(model, frames, static, batch, step)
+        outputs, fingerprint = self._unrolled(model, given, static, batch, step)
         # Logged steps are multiples: there the error of decoded fields is reported, too.
         decoded = self._decoded is not None and (step + 1) % self.operator.decoded_every == 0
         measure = self._error_of(batch, static, shifts, decoded)
@@ -233,19 +234,29 @@ class OperatorTask:
             loss = loss + balance
             metrics["train/balance_loss"] = (balance.detach(), "mean")
             metrics |= {f"moe/{name}": (value.detach(), "mean") for name, value in terms.reported(config).items()}
-        return Outcome(loss, error.detach(), metrics, routing)
+        return Outcome(loss, error.detach(), metrics, routing, fingerprint)
 
-    def _unrolled(self, model: Any, history: Tensor, static: Tensor, batch: Batch, step: int) -> list[OperatorOutput]:
-        """The forecasts that the loss is made of, one after the other; each draws router noise of its own."""
+    def _unrolled(
+        self, model: Any, history: Tensor, static: Tensor, batch: Batch, step: int
+    ) -> tuple[list[OperatorOutput], Tensor | None]:
+        """The forecasts that the loss is made of, one after the other, and the fingerprints of the first one's states.
+
+        Each draws router noise of its own.
+        """
         regime, names, unroll = batch["regime"], sample_names(batch), self.operator.unroll
-
-        def told(number: int) -> dict[str, Any]:
-            key = (self.config.seed, step, number) if number else (self.config.seed, step)
-            return router_arguments(self.operator.experts, regime, names, *key)
-
         forecaster = Forecaster.of(self.config, self.regimes.space, model, self.tokenizer)
+        seen: list[Tensor | None] = []
+
+        def told(number: int, states: Tensor) -> dict[str, Any]:
+            key = (self.config.seed, step, number) if number else (self.config.seed, step)
+            look = partial(forecaster.look, states, regime)
+            given = router_arguments(self.operator.experts, regime, names, *key, look=look)
+            seen.append(given.get("fingerprint"))
+            return given
+
         detach = unroll.gradient == "pushforward"
-        return list(islice(forecaster.unroll(history, static, regime, told=told, detach=detach), unroll.steps))
+        outputs = list(islice(forecaster.unroll(history, static, regime, told=told, detach=detach), unroll.steps))
+        return outputs, seen[0]
 
     @torch.no_grad()
     def _reported(
