@@ -28,6 +28,9 @@ class RouterTraits:
         Whether it is given the regime of each sample, with a group for each regime. For controls alone.
     noisy : bool
         Whether it is given a seed of noise for each sample in training.
+    observes : bool
+        Whether the model shows it what its groups make of the fingerprint of each sample
+        (`shodh.moe.fingerprint`), which needs a history of two frames.
     problem : callable
         What else is wrong with its settings, in one line; empty if nothing.
     """
@@ -37,6 +40,7 @@ class RouterTraits:
     grouped: bool = False
     labelled: bool = False
     noisy: bool = False
+    observes: bool = False
     problem: Callable[[RouterConfig], str] = lambda config: ""
 
 
@@ -64,11 +68,25 @@ def _hash_problem(config: RouterConfig) -> str:
     return "kind hash goes by the token's position, so it needs granularity token; use kind frozen"
 
 
+def _operator_problem(config: RouterConfig) -> str:
+    if config.groups == 1:
+        return "kind operator chooses among groups; use groups of at least 2"
+    if config.normalise == "before":
+        return ""
+    return (
+        "kind operator with normalise after never weights an expert by its group, and the gate of the groups would get "
+        "no gradient; use normalise before"
+    )
+
+
 #: Kinds by name. To add one: its class in a file of ``shodh/moe/routers/``, and its line here (docs/routers.md).
 ROUTERS: dict[str, RouterTraits] = {
     "token": RouterTraits("shodh.moe.routers.token:TokenRouter"),
     "context": RouterTraits("shodh.moe.routers.context:ContextRouter"),
     "two_level": RouterTraits("shodh.moe.routers.two_level:TwoLevelRouter", grouped=True, problem=_two_level_problem),
+    "operator": RouterTraits(
+        "shodh.moe.routers.operator:OperatorRouter", grouped=True, observes=True, problem=_operator_problem
+    ),
     "noisy_topk": RouterTraits("shodh.moe.routers.noisy_topk:NoisyTopKRouter", noisy=True, problem=_noisy_problem),
     "hash": RouterTraits("shodh.moe.routers.hash:HashRouter", trained=False, problem=_hash_problem),
     "frozen": RouterTraits("shodh.moe.routers.frozen:FrozenRouter", trained=False),
@@ -111,7 +129,17 @@ class RouterConfig(Section):
     temperature: PositiveFloat = Field(8.0, description="initial inverse temperature of cosine scores, learned")
     context_weight: Weight = Field(4.0, description="kind context: weight of the sample mean beside the token")
     groups: Width = Field(
-        2, description="expert groups: two_level chooses one by the sample mean; oracle has one for each regime"
+        2,
+        description="expert groups: two_level chooses one by the sample mean, operator by the fingerprint; oracle has "
+        "one for each regime",
+    )
+    groups_by: Literal["mlp", "clusters"] = Field(
+        "mlp",
+        description="kind operator: the group of a fingerprint by a learned gate of two layers, or by the nearest of "
+        "the clusters (k-means) that training finds",
+    )
+    cluster_samples: Width = Field(
+        1024, description="groups_by clusters: samples that clusters are found of; then they stay as they are"
     )
 
     @property
@@ -132,6 +160,18 @@ class RouterConfig(Section):
     def _check(self) -> RouterConfig:
         if self.gate == "conv" and self.score != "softmax":
             raise ValueError(f"gate conv gives logits; use score softmax with it, not {self.score}")
+        if self.groups_by != "mlp" and not self.traits.observes:
+            raise ValueError(f"groups_by={self.groups_by} is of kind operator; kind {self.kind} does not read it")
+        if self.groups_by != "clusters" and self.cluster_samples != 1024:
+            raise ValueError(
+                f"cluster_samples={self.cluster_samples} is of kind operator with groups_by clusters; nothing reads it "
+                "here"
+            )
+        if self.groups_by == "clusters" and self.cluster_samples < 4 * self.groups:
+            raise ValueError(
+                f"cluster_samples={self.cluster_samples} are too few to find groups={self.groups} clusters; use at "
+                f"least {4 * self.groups}"
+            )
         if problem := self.traits.problem(self):
             raise ValueError(problem)
         return self

@@ -100,8 +100,13 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_oracle(self) -> RunConfig:
+    def _check_router(self) -> RunConfig:
         router, regimes = self.operator.experts.router, len(self.data.regimes)
+        if self.operator.experts.num_experts and router.traits.observes and self.data.history < 2:
+            raise ValueError(
+                f"data.history={self.data.history}: operator.experts.router.kind {router.kind} goes by what changes "
+                "from frame to frame; use data.history of at least 2"
+            )
         if self.operator.experts.num_experts and router.traits.labelled and router.groups != regimes:
             raise ValueError(
                 f"operator.experts.router: kind {router.kind} has one group a regime, and there are {regimes}, not "

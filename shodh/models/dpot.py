@@ -17,8 +17,9 @@ from shodh.config import ExpertsConfig, OperatorConfig
 from shodh.core.seeding import Key, generator
 from shodh.models.field_space import CONVOLUTIONS, TRANSPOSED, FieldSpace, coordinates
 from shodh.models.fourier import FourierMixing
-from shodh.models.operator import ExpertLayerFactory, OperatorOutput, PositionTable
+from shodh.models.operator import ExpertLayerFactory, OperatorOutput, PositionTable, observe
 from shodh.moe.experts import ExpertLayerReference, build_dense
+from shodh.moe.routers.operator import make_operator_gate
 from shodh.moe.routing import NO_INPUTS, RouterInputs, Routing
 
 GROUPS = 8  # of every group norm, as published
@@ -160,7 +161,7 @@ class PotOperator(nn.Module):
     """DPOT, or MoE-POT where the configuration has experts.
 
     ``forward(history [B, T, C, *grid], static [B, S, *grid]) -> OperatorOutput`` with the next frame ``[B, C, *grid]``,
-    all normalised, absent channels ones; ``regime`` and ``noise`` are what some routers need
+    all normalised, absent channels ones; ``regime``, ``noise`` and ``fingerprint`` are what some routers need
     (`shodh.moe.step.router_arguments`).
 
     Parameter counts of the papers are those of two dimensions, ``T = 10``, 4 channels, no static field, patches of 8 in
@@ -181,15 +182,22 @@ class PotOperator(nn.Module):
         self.aggregate = TemporalAggregation(space.history, config.dim)
         self.blocks = nn.ModuleList(PotBlock(config, self.token_grid, expert_layer) for _ in range(config.depth))
         self.decode = PatchDecoder(space, config.patch, config.dim, config.field.decoder)
+        sparse = config.experts if config.kind == "moe_pot" else config.experts.model_copy(update={"num_experts": 0})
+        self.router = make_operator_gate(sparse, space.channels, space.ndim)
         if config.field.classes:
             self.classifier = _classifier(config.dim, config.field.classes)
 
     def forward(
-        self, history: Tensor, static: Tensor, regime: Tensor | None = None, noise: Tensor | None = None
+        self,
+        history: Tensor,
+        static: Tensor,
+        regime: Tensor | None = None,
+        noise: Tensor | None = None,
+        fingerprint: Tensor | None = None,
     ) -> OperatorOutput:
         x = self.embed(history, static)
         x = self.aggregate(x + self.position.position.to(x.dtype))
-        inputs, routing = RouterInputs(regime, noise), []
+        inputs, routing = RouterInputs(regime, noise, observe(self.router, fingerprint)), []
         for layer, block in enumerate(self.blocks):
             given = (x, inputs.at_layer(layer))
             if self.config.activation_checkpointing is True and torch.is_grad_enabled():

@@ -18,6 +18,7 @@ from shodh.config import ExpertsConfig, RunConfig
 from shodh.core.errors import CheckpointError
 from shodh.models.operator import OperatorOutput
 from shodh.models.tokenizer import Potential, Tokenizer
+from shodh.moe.fingerprint import fingerprint
 from shodh.moe.step import router_arguments
 from shodh.schema.domain import add_walls, static_features
 from shodh.schema.space import Space
@@ -42,6 +43,8 @@ class Forecaster:
         Says what the routers are told.
     operator : callable
         ``(states, features, **router arguments) -> OperatorOutput``; None of a tokenizer alone.
+    of_fields : bool
+        Whether states are fields, whose channels a regime may lack, and not latents.
     """
 
     space: Space
@@ -49,6 +52,7 @@ class Forecaster:
     experts: ExpertsConfig
     operator: Callable[..., OperatorOutput] | None
     tokenizer: Tokenizer | None = None
+    of_fields: bool = False
 
     @classmethod
     def of(
@@ -59,7 +63,8 @@ class Forecaster:
         tokenizer: Tokenizer | None = None,
     ) -> Self:
         """Of the networks of a run."""
-        return cls(space, config.data.history, config.operator.experts, operator, tokenizer)
+        experts, of_fields = config.operator.experts, not config.has_tokenizer
+        return cls(space, config.data.history, experts, operator, tokenizer, of_fields)
 
     def on(self, space: Space) -> Self:
         """The same networks on other regimes."""
@@ -85,7 +90,17 @@ class Forecaster:
         """
         if self.operator is None:
             raise CheckpointError("there is a tokenizer alone; use a run of launch/pretrain.py")
-        return self.operator(states, features, **router_arguments(self.experts, labels))
+        return self.operator(
+            states, features, **router_arguments(self.experts, labels, look=lambda: self.look(states, labels))
+        )
+
+    def look(self, states: Tensor, labels: Tensor) -> Tensor:
+        """Fingerprints ``[B, F]`` of states ``[B, history, ...]``: what routers that observe are shown.
+
+        Of the label, the domain is used: which axes wrap around, and which fields exist.
+        """
+        exists = self.space.exists(labels) if self.of_fields else None
+        return fingerprint(states, self.space.periodic(labels), exists)
 
     def unroll(self, states: Tensor, features: Tensor, labels: Tensor) -> Iterator[OperatorOutput]:
         """`step` again and again, each on the last ``history`` states; without end, and differentiable."""

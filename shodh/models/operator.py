@@ -16,6 +16,7 @@ from shodh.models.blocks import Block, rotary_angles, rotary_tables
 from shodh.models.fourier import FourierMixing
 from shodh.models.kernels import Kernels
 from shodh.moe.experts import ExpertLayerReference, build_dense, output_width
+from shodh.moe.routers.operator import make_operator_gate
 from shodh.moe.routing import RouterInputs, Routing
 
 ExpertLayerFactory = Callable[[ExpertsConfig, int], nn.Module]
@@ -26,6 +27,11 @@ class OperatorOutput(NamedTuple):
 
     latent: Tensor
     routing: list[Routing]
+
+
+def observe(gate: nn.Module | None, fingerprint: Tensor | None) -> Tensor | None:
+    """What routers are shown of a fingerprint; without a gate the thing itself, which they refuse."""
+    return fingerprint if gate is None or fingerprint is None else gate(fingerprint)
 
 
 class PositionTable(nn.Module):
@@ -94,6 +100,7 @@ class LatentTransformer(nn.Module):
         self.head = nn.Linear(config.dim, history * latent_channels * cells)
         # The first prediction is close to persistence: the residual starts small.
         self.initial_gain = {"head.weight": 0.1}
+        self.router = make_operator_gate(config.experts, latent_channels, 3)
         self._angles: tuple[torch.device, torch.dtype, Tensor, Tensor] | None = None
 
     def _mixing(self) -> FourierMixing | None:
@@ -151,7 +158,12 @@ class LatentTransformer(nn.Module):
         return latent
 
     def forward(
-        self, history: Tensor, static: Tensor, regime: Tensor | None = None, noise: Tensor | None = None
+        self,
+        history: Tensor,
+        static: Tensor,
+        regime: Tensor | None = None,
+        noise: Tensor | None = None,
+        fingerprint: Tensor | None = None,
     ) -> OperatorOutput:
         """Predict the next latent.
 
@@ -161,11 +173,11 @@ class LatentTransformer(nn.Module):
             Normalised latents, oldest first.
         static : Tensor [B, S, x, y, z]
             Time-constant inputs on the latent grid.
-        regime, noise
-            For routers that are told the regime or draw noise, and refused by all others; see
+        regime, noise, fingerprint
+            For routers that are told the regime, draw noise or go by the fingerprint, and refused by all others; see
             `shodh.moe.step.router_arguments`.
         """
-        inputs = RouterInputs(regime, noise)
+        inputs = RouterInputs(regime, noise, observe(self.router, fingerprint))
         tokens = self._to_tokens(torch.cat((history.flatten(1, 2), static.to(history.dtype)), 1))
         # In bf16 the residual keeps the precision of the input: the model rounds what it adds, not what it is given.
         x = self.embed(tokens.to(self.embed.weight.dtype))

@@ -111,7 +111,7 @@ class Gate(nn.Module):
         return logits.unflatten(0, query.shape[:-1]), similarity
 
 
-class _Linear32(nn.Linear):
+class Linear32(nn.Linear):
     """An affine map in float32. A module of its own, so that ZeRO-3 gathers its weights."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,11 +136,11 @@ class ConvGate(nn.Module):
         super().__init__()
         wide = 2 * dim
         self.measures_similarity = False
-        self.expand = _Linear32(dim, wide)
+        self.expand = Linear32(dim, wide)
         self.expand_norm = _LayerNorm32(wide)
-        self.squeeze = _Linear32(wide, max(1, wide // REDUCTION))
-        self.excite = _Linear32(max(1, wide // REDUCTION), wide)
-        self.reduce = _Linear32(wide, dim)
+        self.squeeze = Linear32(wide, max(1, wide // REDUCTION))
+        self.excite = Linear32(max(1, wide // REDUCTION), wide)
+        self.reduce = Linear32(wide, dim)
         self.reduce_norm = _LayerNorm32(dim)
         self.weight = nn.Parameter(torch.empty(choices, dim))
         self.bias = nn.Parameter(torch.empty(choices))

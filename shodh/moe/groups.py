@@ -14,6 +14,11 @@ def is_routed_expert(name: str) -> bool:
     return ".experts." in name
 
 
+def is_router(name: str) -> bool:
+    """Whether a parameter is of a router, of a layer or of the whole model."""
+    return ".router." in f".{name}"
+
+
 def is_added(name: str) -> bool:
     """Whether a parameter is of the experts that were added to a trained model, or of their gate."""
     return ".added_experts." in name
@@ -29,7 +34,7 @@ def is_trained(name: str, config: FinetuneConfig) -> bool:
     if config.train == "new_expert":
         return is_added(name)
     if config.train == "experts":
-        return is_routed_expert(name) or (config.router and ".router." in name)
+        return is_routed_expert(name) or (config.router and is_router(name))
     return True
 
 

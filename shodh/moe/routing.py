@@ -62,10 +62,13 @@ class RouterInputs(NamedTuple):
         Regime of each sample, for `labelled` kinds alone: the oracle, a control.
     noise : Tensor [B], int64, optional
         A seed for each sample, for the noisy top-k in training alone; see `shodh.moe.step.router_arguments`.
+    view : Tensor [B, G], optional
+        For kinds that `observe` alone: logits of the groups by the fingerprint of each sample, of the model's own gate.
     """
 
     regime: Tensor | None = None
     noise: Tensor | None = None
+    view: Tensor | None = None
 
     def at_layer(self, layer: int) -> RouterInputs:
         """The inputs of one layer: each draws noise of its own."""

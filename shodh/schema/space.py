@@ -176,6 +176,11 @@ class Space:
         rows = [torch.tensor([float(f.name not in d.absent) for f in self.dynamic]) for d in self.domains]
         return self._table("presence", rows, label.device)[label]
 
+    def periodic(self, label: Tensor) -> Tensor:
+        """Which axes of a sample's domain wrap around: ``[B] -> [B, axes]``, bool."""
+        rows = [torch.tensor([end == "periodic" for end in d.boundary[: self.ndim]]) for d in self.domains]
+        return self._table("periodic", rows, label.device)[label]
+
     def _table(self, name: str, rows: list[Tensor], device: torch.device) -> Tensor:
         """Rows of all regimes on a device, copied there once: each copy would wait for it."""
         if (name, device) not in self._tables:

@@ -111,8 +111,17 @@ class OperatorTask:
         regime = batch["regime"]
         latents, static = self._shift(batch, step)
         history, target = latents[:, : self.history], latents[:, self.history]
-        told = router_arguments(self.operator.experts, regime, sample_names(batch), self.config.seed, step)
-        output = model(self._noise(history, batch, step), static, **told)
+        given = self._noise(history, batch, step)
+        forecaster = Forecaster.of(self.config, self.regimes.space, model)
+        told = router_arguments(
+            self.operator.experts,
+            regime,
+            sample_names(batch),
+            self.config.seed,
+            step,
+            look=lambda: forecaster.look(given, regime),
+        )
+        output = model(given, static, **told)
         error = self._errors(output.latent, target, regime, static)
         persistence = self._errors(history[:, -1], target, regime, static)
         mean = error.mean()
@@ -129,7 +138,7 @@ class OperatorTask:
             loss = loss + balance
             metrics["train/balance_loss"] = (balance.detach(), "mean")
             metrics |= {f"moe/{name}": (value.detach(), "mean") for name, value in terms.reported(config).items()}
-        return Outcome(loss, error.detach(), metrics, output.routing)
+        return Outcome(loss, error.detach(), metrics, output.routing, told.get("fingerprint"))
 
 
 def roll_samples(values: Tensor, shifts: Tensor) -> Tensor:

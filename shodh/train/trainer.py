@@ -49,12 +49,15 @@ class Outcome:
         To be reported of it.
     routing : sequence of Routing
         Of each expert layer.
+    fingerprint : Tensor [B, F], optional
+        What routers that observe were shown.
     """
 
     loss: Tensor
     errors: Tensor
     metrics: Metrics
     routing: Sequence[Routing] = ()
+    fingerprint: Tensor | None = None
 
 
 class Measured(NamedTuple):

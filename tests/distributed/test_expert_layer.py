@@ -52,6 +52,8 @@ CASES |= {
         [0.0] * 16,
     ),
     "moe-pot-by-token": ({**MOE_POT, "hidden": 16, "router": {**AFTER, "temperature_schedule": {}}}, [0.0] * 16),
+    "operator": ({"top_k": 2, "router": {"kind": "operator"}}, [0.0] * 4),
+    "operator-alone": ({"router": {"kind": "operator", "groups": 4}}, [0.0] * 4),
     "one-rank-without-tokens": ({"top_k": 2, "router": {"kind": "two_level"}}, [9.0, 9.0, 0.0, 0.0]),
 }
 
@@ -86,6 +88,7 @@ def compare(ep_size: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:
         told = {
             "oracle": RouterInputs(regime=torch.arange(BATCH) % 2),
             "noisy_topk": RouterInputs(noise=torch.arange(rank, rank + BATCH)),
+            "operator": RouterInputs(view=torch.randn(BATCH, config.router.groups, generator=draw)),
         }.get(config.router.kind, RouterInputs())
         results = []
         for module in (layer, twin):

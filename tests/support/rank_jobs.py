@@ -36,6 +36,7 @@ def probe_input(history: int, latent_channels: int, static_channels: int) -> tup
 
 def describe_engine(engine: Any, config: Any) -> dict[str, Any]:
     """Outputs for the probe, and the dtype of every parameter and buffer."""
+    from shodh.moe.fingerprint import fingerprint
     from shodh.moe.step import router_arguments
     from shodh.schema.domain import num_static_features
 
@@ -45,10 +46,10 @@ def describe_engine(engine: Any, config: Any) -> dict[str, Any]:
     else:
         inputs = probe_input(config.data.history, config.tokenizer.latent_channels, static)
     engine.eval()
+    labels, wrapped = torch.zeros(len(inputs[0]), dtype=torch.long), torch.ones(len(inputs[0]), 3, dtype=torch.bool)
     with torch.no_grad():
-        output = engine(
-            *inputs, **router_arguments(config.operator.experts, torch.zeros(len(inputs[0]), dtype=torch.long))
-        )
+        told = router_arguments(config.operator.experts, labels, look=lambda: fingerprint(inputs[0], wrapped))
+        output = engine(*inputs, **told)
     return {
         "latent": output.latent,
         "selected": [routing.selected for routing in output.routing],

@@ -28,6 +28,16 @@ def test_only_an_oracle_is_told_the_regime() -> None:
     assert router_arguments(config({"kind": "oracle"}, num_experts=0), labels) == {}, "a dense model has no router"
 
 
+def test_only_a_kind_that_observes_is_shown_fingerprints_and_no_other_has_them_made() -> None:
+    labels, seen = torch.tensor([0, 1]), torch.ones(2, 5)
+    for kind in ("token", "two_level", "hash", "frozen"):
+        told = router_arguments(config({"kind": kind}), labels, look=lambda: pytest.fail("no fingerprint is needed"))
+        assert told == {}
+    told = router_arguments(config({"kind": "operator"}), labels, NAMES, 0, 5, look=lambda: seen)
+    assert list(told) == ["fingerprint"] and told["fingerprint"] is seen
+    assert router_arguments(config({"kind": "operator"}, num_experts=0), labels, look=lambda: seen) == {}
+
+
 def test_noise_depends_on_seed_step_and_sample_and_is_absent_in_evaluation() -> None:
     labels, noisy = torch.tensor([0, 1]), config(NOISY, top_k=2)
     assert router_arguments(noisy, labels, NAMES) == {}

@@ -15,7 +15,7 @@ from shodh.moe.experts import ExpertLayerReference
 from shodh.moe.routing import RouterInputs
 
 DIM, SAMPLES, TOKENS = 16, 4, 6
-KINDS = ("token", "context", "two_level", "noisy_topk", "hash", "frozen", "oracle")
+KINDS = ("token", "context", "two_level", "operator", "noisy_topk", "hash", "frozen", "oracle")
 #: Experts, top-k, groups.
 SIZES = ((1, 1, 1), (2, 1, 1), (2, 1, 2), (2, 2, 1), (4, 1, 2), (4, 2, 2), (4, 4, 1), (4, 1, 4))
 ROUTERS = [
@@ -48,10 +48,13 @@ def test_the_task_moves_every_trained_weight_of_a_router(kind: str) -> None:
         x, weight = (torch.randn(SAMPLES, TOKENS, DIM, generator=draw) for _ in range(2))
         regime = torch.arange(SAMPLES) % config.router.groups if kind == "oracle" else None
         noise = torch.arange(SAMPLES) if kind == "noisy_topk" else None
-        (layer(x, RouterInputs(regime, noise))[0] * weight).sum().backward()
+        view = torch.randn(SAMPLES, config.router.groups, generator=draw, requires_grad=True)
+        told = RouterInputs(regime, noise, view if kind == "operator" else None)
+        (layer(x, told)[0] * weight).sum().backward()
         for name, parameter in layer.router.named_parameters():
             trained += 1
             assert parameter.grad is not None and parameter.grad.any(), f"{name} of {config}"
+        assert kind != "operator" or (view.grad is not None and view.grad.any()), f"the gate of the model, of {config}"
     assert bool(trained) == (kind not in ("hash", "frozen"))
 
 

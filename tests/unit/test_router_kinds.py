@@ -159,6 +159,8 @@ def test_oracle_gives_each_regime_experts_of_its_own(top_k: int) -> None:
         (NOISY, NO_INPUTS, "needs noise in training: 3 seeds"),
         (NOISY, RouterInputs(noise=torch.tensor([1])), "needs noise in training: 3 seeds"),
         ({"kind": "token"}, SEEDS, "is not noisy"),
+        ({"kind": "operator"}, NO_INPUTS, "needs the fingerprint"),
+        ({"kind": "oracle"}, RouterInputs(torch.tensor([0, 1, 0]), view=torch.zeros(3, 2)), "takes no fingerprint"),
     ],
 )
 def test_router_refuses_what_it_does_not_use_and_asks_for_what_it_does(
@@ -179,6 +181,12 @@ def test_router_refuses_what_it_does_not_use_and_asks_for_what_it_does(
         ({"router": AFTER}, "use router.normalise=before, or a larger top_k"),
         ({"router": NOISY, "num_experts": 1}, "use top_k of at least 2"),
         ({"router": {"kind": "two_level", **AFTER}, "top_k": 2}, "gate of the groups would get no gradient"),
+        ({"router": {"kind": "operator", **AFTER}, "top_k": 2}, "gate of the groups would get no gradient"),
+        ({"router": {"kind": "operator", "groups": 1}}, "use groups of at least 2"),
+        ({"router": {"kind": "operator", "groups": 4}, "num_experts": 6}, "not divisible by router.groups=4"),
+        ({"router": {"kind": "two_level", "groups_by": "clusters"}}, "two_level does not read it"),
+        ({"router": {"kind": "operator", "cluster_samples": 512}}, "nothing reads it"),
+        ({"router": {"kind": "operator", "groups_by": "clusters", "cluster_samples": 7}}, "use at least 8"),
         ({"router": {"semantic_dim": 1}}, "greater than or equal to 2"),
         ({"balance": {"load": 0.1}}, "balance.load is defined by the noise"),
         ({"form": "linear", "hidden": 24}, "multiple of 16"),

@@ -25,9 +25,8 @@ DATA = {"grid": [16, 16, 16], "fields": [{"name": "p"}], "regimes": [{"name": "a
 
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_every_line_names_a_class_in_a_file_of_its_own(kind: str) -> None:
-    router = make_router(
-        ExpertsConfig(top_k=2, router={"kind": kind, "score": "softmax", "normalise": "after", "groups": 1}), 8
-    )
+    settings = {"groups": 2} if kind == "operator" else {"score": "softmax", "normalise": "after", "groups": 1}
+    router = make_router(ExpertsConfig(top_k=2, router={"kind": kind, **settings}), 8)
     assert isinstance(router, Router) and type(router).__module__ == f"shodh.moe.routers.{kind}"
 
     assert bool(list(router.parameters())) == ROUTERS[kind].trained

@@ -16,7 +16,7 @@ from shodh.config import RunConfig
 from shodh.core.topology import plan_topology
 from shodh.data import Split
 from shodh.data.loader import SampleDataset
-from shodh.moe.groups import is_routed_expert
+from shodh.moe.groups import is_routed_expert, is_router
 from shodh.moe.step import finish_step
 from shodh.train.datasets import mixture_loader
 from shodh.train.field_task import operator_task
@@ -101,7 +101,7 @@ class Probe:
 
 def group_of(name: str) -> str:
     """Which kind of weights a parameter is, by its exchange-format name."""
-    if ".router." in name:
+    if is_router(name):
         return "router"
     if is_routed_expert(name):
         return "experts"

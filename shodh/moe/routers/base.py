@@ -24,7 +24,8 @@ class Router(nn.Module):
     ----------
     route : callable
         ``route(x [B, S, D]) -> Routing``; of `labelled` kinds ``route(x, regime [B])``, of `noisy` ones ``route(x,
-        noise=None)`` with a seed for each sample in training. No other kind is given either.
+        noise=None)`` with a seed for each sample in training, of those that `observe` ``route(x, view [B, G])``. No
+        other kind is given any of these.
     """
 
     route: Callable[..., Routing]
@@ -56,7 +57,7 @@ class Router(nn.Module):
         Raises
         ------
         ValueError
-            A regime label or noise is missing, or given to a router that does not use it.
+            A regime label, noise or a view is missing, or given to a router that does not use it.
         """
         given: dict[str, Any] = {}
         if (inputs.regime is not None) != self.traits.labelled:
@@ -64,8 +65,13 @@ class Router(nn.Module):
             raise ValueError(f"router kind {self.kind} {problem}")
         if inputs.noise is not None and not self.traits.noisy:
             raise ValueError(f"router kind {self.kind} is not noisy, and takes no seeds of noise")
+        if (inputs.view is not None) != self.traits.observes:
+            problem = "needs the fingerprint of each sample" if self.traits.observes else "takes no fingerprint"
+            raise ValueError(f"router kind {self.kind} {problem}")
         if self.traits.labelled:
             given["regime"] = inputs.regime
+        if self.traits.observes:
+            given["view"] = inputs.view
         if self.traits.noisy and self.training:
             if inputs.noise is None or len(inputs.noise) != len(x):
                 raise ValueError(f"router kind {self.kind} needs noise in training: {len(x)} seeds, one a sample")

@@ -28,18 +28,23 @@ class Experts(Callback):
     def __init__(self, config: ExpertsConfig, regimes: Sequence[str], log_every: int, metrics: StepMetrics) -> None:
         self._config, self._regimes, self._every, self._metrics = config, regimes, log_every, metrics
         self._table: Tensor | None = None
+        self._fingerprints: list[Tensor] = []
 
     def after_loss(self, trainer: Trainer, batch: Batch, outcome: Outcome) -> None:
         if outcome.routing:
             table = regime_table(outcome.routing, batch["regime"], len(self._regimes))
             self._table = table if self._table is None else self._table + table
+        if outcome.fingerprint is not None:
+            self._fingerprints.append(outcome.fingerprint)
 
     def after_step(self, trainer: Trainer) -> None:
         if self._table is None:
             return
         table, self._table = self._table, None
+        seen, self._fingerprints = self._fingerprints, []
         if trainer.applied:
-            finish_step(trainer.engine.module, self._config, lambda: sum_over_ranks(table).sum(1))
+            counts, samples = lambda: sum_over_ranks(table).sum(1), lambda: join_ranks(torch.cat(seen))
+            finish_step(trainer.engine.module, self._config, counts, samples if seen else None)
         if trainer.due(self._every):
             whole = sum_over_ranks(table).cpu()
             trainer.metrics.update(routing_metrics(whole))
@@ -59,6 +64,15 @@ def sum_over_ranks(table: Tensor) -> Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(table)
     return table
+
+
+def join_ranks(rows: Tensor) -> Tensor:
+    """Rows of all ranks, of which each has as many: ``[B, F] -> [world B, F]``. Collective."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
 
 
 def routing_metrics(table: Tensor) -> Metrics:
