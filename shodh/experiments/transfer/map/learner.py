@@ -16,7 +16,9 @@ from shodh.models.init import initialise
 from shodh.models.kernels import adamw
 from shodh.models.operator import LatentTransformer, OperatorOutput
 from shodh.moe.balance import GlobalBalance
+from shodh.moe.fingerprint import fingerprint
 from shodh.moe.groups import decay_groups
+from shodh.moe.routers.operator import make_operator_gate
 from shodh.moe.routing import count_by_regime, regime_information
 from shodh.moe.step import finish_step, router_arguments
 from shodh.train.schedule import learning_rate
@@ -35,7 +37,9 @@ def build_model(run: MapRun) -> LatentTransformer:
     """The operator of a run; weights are not drawn yet."""
     study = run.study
     side = study.grid // study.unfold
-    return LatentTransformer(run.operator, study.unfold**2, 0, (side, side, 1), study.history)
+    model = LatentTransformer(run.operator, study.unfold**2, 0, (side, side, 1), study.history)
+    model.router = make_operator_gate(run.operator.experts, 1, 2)  # It is shown the fields, not their unfolded cells.
+    return model
 
 
 class Learner:
@@ -55,16 +59,23 @@ class Learner:
         self.seconds = 0.0
 
     def batch(self, frames: Frames) -> tuple[Tensor, Tensor]:
-        """Latents ``[B, history + 1, ...]`` of this run's regimes, and the labels ``[B]`` that only an oracle is told."""
+        """Fields ``[B, history + 1, 1, n, n]`` of this run's regimes, and labels ``[B]``, which only an oracle is told."""
         parts = [frames[name] for name in self.run.regimes]
         labels = [torch.full((len(part),), number, device=self.device) for number, part in enumerate(parts)]
-        return unfold(torch.cat(parts), self.run.study.unfold), torch.cat(labels)
+        return torch.cat(parts), torch.cat(labels)
 
-    def predict(self, latents: Tensor, labels: Tensor) -> tuple[OperatorOutput, Tensor]:
+    def look(self, fields: Tensor) -> Tensor:
+        """Fingerprints of the frames that are given: what routers of kind operator go by."""
+        axes = torch.ones(len(fields), 2, dtype=torch.bool, device=self.device)
+        return fingerprint(fields[:, : self.run.study.history], axes)
+
+    def predict(self, fields: Tensor, labels: Tensor) -> tuple[OperatorOutput, Tensor]:
         """The output, and the mean square error of each sample, ``[B]``."""
+        latents = unfold(fields, self.run.study.unfold)
         history = latents[:, : self.run.study.history]
         static = latents.new_zeros(len(latents), 0, *latents.shape[3:])
-        output = self.model(history, static, **router_arguments(self.run.operator.experts, labels))
+        given = router_arguments(self.run.operator.experts, labels, look=lambda: self.look(fields))
+        output = self.model(history, static, **given)
         return output, (output.latent - latents[:, -1]).square().flatten(1).mean(1)
 
     def step(self, number: int, frames: Frames) -> None:
@@ -72,9 +83,9 @@ class Learner:
         start = time.perf_counter()
         train, experts = self.run.operator.train, self.run.operator.experts
         self.model.train()
-        latents, labels = self.batch(frames)
+        fields, labels = self.batch(frames)
         self.balance.start_step()
-        output, error = self.predict(latents, labels)
+        output, error = self.predict(fields, labels)
         loss = (error * self.weights[labels]).mean()
         if output.routing:
             loss = loss + self.balance(output.routing).weighted(experts.balance)
@@ -85,7 +96,8 @@ class Learner:
         nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
         self.optimizer.step()
         if output.routing:
-            finish_step(self.model, experts, partial(torch.stack, [r.counts for r in output.routing]))
+            counts = partial(torch.stack, [r.counts for r in output.routing])
+            finish_step(self.model, experts, counts, lambda: self.look(fields))
         self.seconds += time.perf_counter() - start
 
     @torch.no_grad()
@@ -95,9 +107,8 @@ class Learner:
         errors: dict[str, list[float]] = {}
         counts: list[Tensor] = []
         for number, name in enumerate(self.run.regimes):
-            latents = unfold(held_out[name], self.run.study.unfold)
-            labels = torch.full((len(latents),), number, device=self.device)
-            output, error = self.predict(latents, labels)
+            labels = torch.full((len(held_out[name]),), number, device=self.device)
+            output, error = self.predict(held_out[name], labels)
             errors[name] = (error / self.changes[number]).tolist()
             rows = [count_by_regime(r.selected, labels, len(self.run.regimes), r.num_experts) for r in output.routing]
             if rows:
@@ -147,7 +158,7 @@ class Learner:
         self.model.eval()
         number = self.run.regimes.index(name)
         labels = torch.full((len(frames),), number, device=self.device)
-        _, error = self.predict(unfold(frames, self.run.study.unfold), labels)
+        _, error = self.predict(frames, labels)
         named = [p for p in self.model.parameters() if p.requires_grad]
         parts = torch.autograd.grad((error * self.weights[number]).mean(), named, allow_unused=True)
         flat = [torch.zeros_like(p) if g is None else g for p, g in zip(named, parts, strict=True)]
