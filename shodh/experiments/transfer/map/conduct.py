@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from shodh.core.cli import choose_names
+from shodh.data.fresh import FreshRegime
 from shodh.experiments.harness.flops import BACKWARD, flop_counter
 from shodh.experiments.harness.ranks import Ranks
 from shodh.experiments.harness.workers import Job, Progress, Workers
@@ -18,7 +19,6 @@ from shodh.experiments.transfer.map.report import write_map_report
 from shodh.experiments.transfer.map.runs import MapRun, by_group, expand
 from shodh.experiments.transfer.map.settings import DENSE, SPECIALIST, MapConfig
 from shodh.experiments.transfer.map.worker import job_of
-from shodh.data.fresh import FreshRegime
 from shodh.report.page import Table, text_table
 
 WORKER = "shodh.experiments.transfer.map.worker"
@@ -91,7 +91,9 @@ def describe(study: MapConfig, runs: Sequence[MapRun]) -> str:
 
 def sample_flops(run: MapRun) -> int:
     """Products of one sample's forward pass; of a sparse model those of the dense one of equal active size."""
-    dense = MapRun(run.study, DENSE if run.arm != SPECIALIST else SPECIALIST, run.regimes, run.dim, run.fields, run.seed)
+    dense = MapRun(
+        run.study, DENSE if run.arm != SPECIALIST else SPECIALIST, run.regimes, run.dim, run.fields, run.seed
+    )
     counted = run if run.arm not in run.study.routers else dense
     with torch.device("meta"):
         model = build_model(counted)

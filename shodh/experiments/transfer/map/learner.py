@@ -142,7 +142,7 @@ class Learner:
                 pairs[f"{a} ~ {b}"] = value
                 floor = within[a] * within[b]
                 corrected[f"{a} ~ {b}"] = value / floor**0.5 if min(within[a], within[b]) > 0 else None
-        norms = {name: float(sum(pair).norm()) / 2 for name, pair in halves.items()}
+        norms = {name: float((pair[0] + pair[1]).norm()) / 2 for name, pair in halves.items()}
         sizes = {name: [max(float(g.norm()), LAST) for g in pair] for name, pair in halves.items()}
         scale = float(torch.tensor([max(n, LAST) for n in norms.values()]).log().mean().exp())
         return {
@@ -182,4 +182,3 @@ class Learner:
                 kept.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": kept})
         self.seconds = float(state["seconds"])
-

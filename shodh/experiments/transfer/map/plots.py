@@ -17,7 +17,7 @@ def heat_maps(results: MapResults) -> Figure | None:
         return None
     figure = Figure(figsize=(5.2 * len(scales), 3.8), layout="constrained")
     for panel, scale in zip(figure.subplots(1, len(scales), squeeze=False)[0], scales, strict=True):
-        counts = sorted({p.count for p in results.points if p.fields == scale})
+        counts = sorted({p.number for p in results.points if p.fields == scale})
         dims = sorted({p.dim for p in results.points if p.fields == scale})
         values = np.full((len(dims), len(counts)), np.nan)
         for row, dim in enumerate(dims):
@@ -56,7 +56,7 @@ def index_by_arm(results: MapResults) -> Figure | None:
         top = max([top, *(c.ratio for _, c in known)])
     panel.axhline(1, color=INK, linewidth=0.8)
     panel.set_ylim(bottom=0.8, top=1.3 * top)
-    panel.set_xticks(range(len(points)), [f"K {p.count}, width {p.dim}\n{p.fields}" for p in points], fontsize=8)
+    panel.set_xticks(range(len(points)), [f"K {p.number}, width {p.dim}\n{p.fields}" for p in points], fontsize=8)
     panel.set_ylabel("transfer index: error / specialist's")
     figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=min(5, len(arms)))
     bare(panel)

@@ -26,9 +26,7 @@ def write_map_report(study: MapConfig, runs: Sequence[MapRun]) -> str:
     sections = [_index(results), _by_regime(results), _effective(results), _gradients(results), _runs(results)]
     claims = {(*claim.point, claim.arm, claim.other): c for claim, c in results.claims.items()}
     sections.append(claims_section(claims, [*AXES, "model", "against"]))
-    return write_study(
-        study, "Map of negative transfer", headline(results), sections, missing(study, runs), ["index"]
-    )
+    return write_study(study, "Map of negative transfer", headline(results), sections, missing(study, runs), ["index"])
 
 
 def missing(study: MapConfig, runs: Sequence[MapRun]) -> dict[str, str]:
@@ -51,7 +49,7 @@ def headline(results: MapResults) -> Headline:
     if point is None:
         return Headline("Not asked", "No finished dense model with its specialists.")
     dense = results.claims[Claim(point, DENSE, SPECIALIST)]
-    place = f"{point.count} regimes, width {point.dim}, {point.fields} fields"
+    place = f"{point.number} regimes, width {point.dim}, {point.fields} fields"
     lines = [
         f"Worst place of the dense map: {place}. Transfer index of the dense model {dense.ratio:.3f} "
         f"({dense.low:.3f} to {dense.high:.3f} over seeds): {WORDS[dense.verdict]}."
@@ -102,8 +100,14 @@ def _index(results: MapResults) -> Section | None:
         "over that of the dense model of equal active size."
     )
     table = Table([*header, "M parameters", "M active", "verdict"], rows)
-    figures = {"dense_map": heat_maps(results), "index_by_model": index_by_arm(results)}
-    return filled("transfer", "Transfer index", text, {"index": table}, **figures)
+    return filled(
+        "transfer",
+        "Transfer index",
+        text,
+        {"index": table},
+        dense_map=heat_maps(results),
+        index_by_model=index_by_arm(results),
+    )
 
 
 def _by_regime(results: MapResults) -> Section | None:

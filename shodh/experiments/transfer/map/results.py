@@ -21,10 +21,10 @@ from shodh.report.statistics import Comparison, Interval, compare, holm, nested_
 
 
 class Point(NamedTuple):
-    """A place of the map."""
+    """A place of the map: scale of fields, number of regimes, width."""
 
     fields: str
-    count: int
+    number: int
     dim: int
 
 
@@ -88,7 +88,7 @@ class MapResults:
         return [arm for arm in self.study.arms if (point, arm) in self._mixed]
 
     def regimes(self, point: Point) -> tuple[str, ...]:
-        return self.study.regimes[: point.count]
+        return self.study.regimes[: point.number]
 
     def of(self, point: Point, arm: str) -> dict[int, dict[str, Any]]:
         """Results by seed."""
@@ -177,4 +177,4 @@ class MapResults:
         if not math.isfinite(error):
             return None
         needed = law.parameters(error)
-        return error / law.error(sizes[0] / point.count), None if needed is None else needed / sizes[0]
+        return error / law.error(sizes[0] / point.number), None if needed is None else needed / sizes[0]

@@ -61,7 +61,9 @@ class MapConfig(StudySettings):
             raise ValueError(f"routers: {', '.join(sorted(taken))} are names of models without one")
         for dim in self.dims:
             if int(self.expansion * dim) % 8:
-                raise ValueError(f"expansion={self.expansion}: a hidden width of {self.expansion * dim:g} is no multiple of 8")
+                raise ValueError(
+                    f"expansion={self.expansion}: a hidden width of {self.expansion * dim:g} is no multiple of 8"
+                )
         return self
 
     @property
@@ -101,7 +103,6 @@ class MapConfig(StudySettings):
         """Itself, with every operator built as settings; raises `ConfigError` for one that does not fit."""
         for dim in self.dims:
             for count in self.counts:
-                for arm in (self.arms if count > 1 else (SPECIALIST,)):
+                for arm in self.arms if count > 1 else (SPECIALIST,):
                     self.operator_config(arm, count, dim)
         return self
-
