@@ -2,7 +2,7 @@
 
 For the question whether learning one operator harms another: the field, the grid and the spread of initial states are
 the same, so nothing but the change from frame to frame tells them apart. Parameters are drawn for each sample. The side
-is ``2 pi``; intervals, steps and ranges are such that a 32^2 grid resolves all of them (``tests/physics/test_opposed.py``).
+is ``2 pi``; intervals, steps and ranges are such that a 32^2 grid resolves all of them.
 """
 
 from __future__ import annotations

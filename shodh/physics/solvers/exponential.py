@@ -1,8 +1,8 @@
 """Exponential time differencing on a periodic square, batched, with parameters of each sample.
 
-``du/dt = L u + N(u)`` in Fourier space: the linear part is exact, the rest is advanced by ETDRK4 (Cox and Matthews 2002,
-https://doi.org/10.1006/jcph.2002.6995). Its coefficients are entire functions of ``L dt``, here by their series near zero
-and in closed form elsewhere, in float64 whatever the precision of the state.
+``du/dt = L u + N(u)`` in Fourier space: the linear part is exact, the rest is advanced by ETDRK4 (Cox and Matthews,
+2002, https://doi.org/10.1006/jcph.2002.6995). Its coefficients are entire functions of ``L dt``, here by their series
+near zero and in closed form elsewhere, in float64 whatever the precision of the state.
 """
 
 from __future__ import annotations

@@ -2,5 +2,5 @@
 
 A study file of kind ``map`` (`settings.MapConfig`) spans it; `runs.expand` lists its runs, `learner.Learner` is one of
 them under way, `worker` trains those of a group side by side on one stream of data, `results` and `report` conclude.
-The models, routers, balance terms, schedule and optimiser are those of every run; DeepSpeed is not needed for one device.
+The models, routers, balance terms, schedule and optimiser are those of every run; one device needs no DeepSpeed.
 """

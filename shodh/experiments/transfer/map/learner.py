@@ -59,7 +59,7 @@ class Learner:
         self.seconds = 0.0
 
     def batch(self, frames: Frames) -> tuple[Tensor, Tensor]:
-        """Fields ``[B, history + 1, 1, n, n]`` of this run's regimes, and labels ``[B]``, which only an oracle is told."""
+        """Fields ``[B, history + 1, 1, n, n]`` of this run's regimes, and labels ``[B]``, told to an oracle."""
         parts = [frames[name] for name in self.run.regimes]
         labels = [torch.full((len(part),), number, device=self.device) for number, part in enumerate(parts)]
         return torch.cat(parts), torch.cat(labels)

@@ -71,10 +71,13 @@ def headline(results: MapResults) -> Headline:
         if against.verdict == "lower" and arm != DENSE_TOTAL:
             lower.append(arm)
     lines.append(what_seeds_can_show(dense.seeds))
+    learned = [arm for arm in lower if results.study.learns(arm)]
     if dense.verdict != "higher":
         verdict, tone = "No negative transfer that these seeds can show", "fair"
+    elif learned:
+        verdict, tone = f"Negative transfer, lowered without labels by {', '.join(learned)}", "good"
     elif lower:
-        verdict, tone = f"Negative transfer, and {', '.join(lower)} lower it", "good"
+        verdict, tone = f"Negative transfer, lowered by {', '.join(lower)}, and by no router that learns", "fair"
     else:
         verdict, tone = "Negative transfer, and no routing that these seeds show to lower it", "bad"
     return Headline(verdict, "\n".join(lines), tone, numbers, note=RULE)  # type: ignore[arg-type]
@@ -135,9 +138,9 @@ def _effective(results: MapResults) -> Section | None:
                     rows.append([*point, arm, regime, *found, law.slope, law.spread])
     header = [*AXES, "model", "regime", "over specialist of N/K", "effective parameters / N", "slope", "residual"]
     text = (
-        "By the law error = c N^-slope that is fitted to the specialists of all widths: how many parameters a specialist "
-        "would need for this error, over those of the dense model. With two widths the law has no residual to judge it "
-        "by; below the smallest, and above the largest, it is an extrapolation."
+        "By the law error = c N^-slope that is fitted to the specialists of all widths: how many parameters a "
+        "specialist would need for this error, over those of the dense model. With two widths the law has no residual "
+        "to judge it by; below the smallest, and above the largest, it is an extrapolation."
     )
     return filled("effective", "Effective parameters of a regime", text, {"effective_parameters": Table(header, rows)})
 
@@ -155,9 +158,9 @@ def _gradients(results: MapResults) -> Section | None:
             columns = [mean(s[key][regime] for s in seeds) for key in ("norm", "norm_floor", "within")]
             norms.append([*point, regime, *columns])
     text = (
-        "Of the trained dense model, mean over seeds, of samples that no step has seen. Corrected: over what two halves "
-        "of one regime's samples have in common, so that the noise of few samples is taken out; none where that is not "
-        "positive. Norms are over their geometric mean; the floor is the ratio of two halves of one regime."
+        "Of the trained dense model, mean over seeds, of samples that no step has seen. Corrected: over what two "
+        "halves of one regime's samples have in common, so that the noise of few samples is taken out; none where that "
+        "is not positive. Norms are over their geometric mean; the floor is the ratio of two halves of one regime."
     )
     tables = {
         "gradient_cosines": Table([*AXES, "regimes", "cosine", "corrected"], pairs),

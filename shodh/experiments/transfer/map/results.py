@@ -1,8 +1,8 @@
 """What the finished runs of a map say: errors, transfer indices with intervals, and effective parameters.
 
 The error of a regime is the root of the mean square over its held-out samples, over that of persistence. The *transfer
-index* of a model is its error over that of a specialist: a dense model of the same width that learned this regime alone,
-from the same samples. Of several regimes it is the geometric mean.
+index* of a model is its error over that of a specialist: a dense model of the same width that learned this regime
+alone, from the same samples. Of several regimes it is the geometric mean.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ class MapRun:
         there = values.get("identity", {})
         if changed := [key for key in own if there.get(key) != own[key]]:
             raise ConfigError(
-                f"run {self.name}: {self.result} is of other settings of {' and '.join(changed)}; choose another --name "
-                "or --out, or remove it to make it anew"
+                f"run {self.name}: {self.result} is of other settings of {' and '.join(changed)}; choose another "
+                "--name or --out, or remove it to make it anew"
             )
         return values
 

@@ -71,6 +71,11 @@ class MapConfig(StudySettings):
         """Models of a mix of several regimes."""
         return (DENSE, *([DENSE_TOTAL] if self.dense_total else []), *self.routers)
 
+    def learns(self, arm: str) -> bool:
+        """Whether an arm has a router that is trained and given no label: no control."""
+        traits = ROUTERS[self.routers[arm].get("kind", "token")] if arm in self.routers else None
+        return traits is not None and traits.trained and not traits.labelled
+
     def operator_config(self, arm: str, count: int, dim: int) -> OperatorConfig:
         """The operator of an arm on so many regimes.
 
