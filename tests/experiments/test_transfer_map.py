@@ -51,18 +51,21 @@ def pick(runs: Sequence[MapRun], *starts: str) -> list[MapRun]:
 
 def test_specialists_are_shared_by_all_mixes(study: Make) -> None:
     names = [run.name for run in expand(study(fields=["normalised", "raw"], seeds=2))]
-    assert len(set(names)) == len(names) == 2 * 2 * (3 + 2 * 4)
+    assert len(set(names)) == len(names) == 2 * 2 * (3 + 2 * 5)
     assert sum("diffusion" in name for name in names) == 2 * 2
 
 
 def test_sizes_are_equal_where_they_are_compared(study: Make) -> None:
-    runs = expand(study())
+    routers = {"operator": {"kind": "operator"}, "oracle": {"kind": "oracle"}}
+    runs = expand(study(routers=routers))
 
     def size(start: str, routed: bool = True) -> int:
         (run,) = pick(runs, start)
         return sum(p.numel() for n, p in build_model(run).named_parameters() if routed or ".experts." not in n)
 
     dense, total, oracle = (size(f"{arm}-k3") for arm in ("dense", "dense_total", "oracle"))
+    gate = sum(p.numel() for n, p in build_model(pick(runs, "operator-k3")[0]).named_parameters() if "router." in n)
+    assert gate > 1000 and size("dense_router-k3") == pytest.approx(dense + gate, abs=3 * 8)  # A hidden unit.
     assert total == oracle  # The oracle's gate has one choice a group, and is frozen.
     assert dense == size("advection_left") == size("oracle-k3", routed=False) + (oracle - size("oracle-k3", False)) // 3
 

@@ -18,11 +18,11 @@ from shodh.experiments.harness.workers import Job, Progress, Workers
 from shodh.experiments.transfer.map.learner import Learner, build_model
 from shodh.experiments.transfer.map.report import write_map_report
 from shodh.experiments.transfer.map.runs import MapRun, by_group, expand
-from shodh.experiments.transfer.map.settings import DENSE_TOTAL, SPECIALIST, MapConfig
+from shodh.experiments.transfer.map.settings import DENSE_ROUTER, DENSE_TOTAL, SPECIALIST, MapConfig
 from shodh.experiments.transfer.map.worker import job_of
 from shodh.report.page import Table, text_table
 
-_COUNTED: dict[tuple[str, int, int], int] = {}  # by study, width, and regimes of a total
+_COUNTED: dict[tuple[str, str, int, int], int] = {}  # by study, model, width, and regimes where they matter
 WORKER = "shodh.experiments.transfer.map.worker"
 
 
@@ -103,10 +103,10 @@ def describe(study: MapConfig, runs: Sequence[MapRun]) -> str:
 
 def sample_flops(run: MapRun) -> int:
     """Products of one sample's forward pass; of a sparse model those of the dense one of equal active size."""
-    total = run.arm == DENSE_TOTAL
-    key = run.study.name, run.dim, len(run.regimes) if total else 1
+    wide = run.arm in (DENSE_ROUTER, DENSE_TOTAL)
+    key = run.study.name, run.arm if wide else SPECIALIST, run.dim, len(run.regimes) if wide else 1
     if key not in _COUNTED:
-        arm = DENSE_TOTAL if total else SPECIALIST
+        arm = key[1]
         _COUNTED[key] = _forward_flops(MapRun(run.study, arm, run.regimes, run.dim, run.fields, run.seed))
     return _COUNTED[key]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from shodh.data.fresh import FreshRegime
 from shodh.experiments.transfer.map.runs import MapRun
+from shodh.experiments.transfer.map.settings import OBSERVED
 from shodh.models.init import initialise
 from shodh.models.kernels import adamw
 from shodh.models.operator import LatentTransformer, OperatorOutput
@@ -38,7 +39,9 @@ def build_model(run: MapRun) -> LatentTransformer:
     study = run.study
     side = study.grid // study.unfold
     model = LatentTransformer(run.operator, study.unfold**2, 0, (side, side, 1), study.history)
-    model.router = make_operator_gate(run.operator.experts, 1, 2)  # It is shown the fields, not their unfolded cells.
+    model.router = make_operator_gate(
+        run.operator.experts, *OBSERVED
+    )  # It is shown the fields, not their unfolded cells.
     return model
 
 

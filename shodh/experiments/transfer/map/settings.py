@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, PositiveFloat, model_validator
 
 from shodh.config import OperatorConfig, apply_overrides
@@ -12,10 +13,14 @@ from shodh.config.reading import section_from_dict
 from shodh.config.routers import ROUTERS
 from shodh.core.errors import ConfigError
 from shodh.experiments.harness.settings import StudySettings
+from shodh.moe.routers import make_router
+from shodh.moe.routers.operator import make_operator_gate
 from shodh.physics.opposed import EQUATIONS
 
-DENSE, DENSE_TOTAL, SPECIALIST = "dense", "dense_total", "specialist"
+DENSE, DENSE_ROUTER, DENSE_TOTAL, SPECIALIST = "dense", "dense_router", "dense_total", "specialist"
 Scale = Literal["normalised", "raw"]
+#: Channels and dimensions of the frames that a router of kind operator goes by: those of the fields.
+OBSERVED = (1, 2)
 
 
 class MapConfig(StudySettings):
@@ -31,6 +36,10 @@ class MapConfig(StudySettings):
         ("normalised",),
         description="normalised: unit variance, and each error over its regime's change in a step; raw: fields and "
         "errors as they are solved",
+    )
+    dense_router: bool = Field(
+        True,
+        description="also a dense model with as many parameters as the largest sparse one has active, router and all",
     )
     dense_total: bool = Field(True, description="also a dense model with as many parameters as a sparse one has in all")
     routers: dict[str, dict[str, Any]] = Field(
@@ -57,7 +66,7 @@ class MapConfig(StudySettings):
             raise ValueError(f"counts up to {max(self.counts)}, and there are {len(self.regimes)} regimes")
         if self.grid % self.unfold:
             raise ValueError(f"grid={self.grid} is not divisible by unfold={self.unfold}")
-        if taken := {DENSE, DENSE_TOTAL, SPECIALIST} & set(self.routers):
+        if taken := {DENSE, DENSE_ROUTER, DENSE_TOTAL, SPECIALIST} & set(self.routers):
             raise ValueError(f"routers: {', '.join(sorted(taken))} are names of models without one")
         for dim in self.dims:
             if int(self.expansion * dim) % 8:
@@ -69,7 +78,8 @@ class MapConfig(StudySettings):
     @property
     def arms(self) -> tuple[str, ...]:
         """Models of a mix of several regimes."""
-        return (DENSE, *([DENSE_TOTAL] if self.dense_total else []), *self.routers)
+        widened = {DENSE_ROUTER: self.dense_router and bool(self.routers), DENSE_TOTAL: self.dense_total}
+        return (DENSE, *(arm for arm, asked in widened.items() if asked), *self.routers)
 
     def learns(self, arm: str) -> bool:
         """Whether an arm has a router that is trained and given no label: no control."""
@@ -93,6 +103,9 @@ class MapConfig(StudySettings):
             experts |= {"num_experts": number, "router": {**experts.get("router", {}), **self._router(arm, count)}}
         else:
             hidden *= number if arm == DENSE_TOTAL else 1
+            if arm == DENSE_ROUTER:
+                sparse = [self.operator_config(router, count, dim) for router in self.routers]
+                hidden += round(max(map(_router_size, sparse)) / (3 * dim * sparse[0].depth))
             experts |= {"num_experts": 0}
         tree |= {"dim": dim, "experts": {**experts, "hidden": hidden}, "random_shifts": False}
         tree["train"] = {**tree.get("train", {}), "global_batch": self.samples * (1 if arm == SPECIALIST else count)}
@@ -111,3 +124,11 @@ class MapConfig(StudySettings):
                 for arm in self.arms if count > 1 else (SPECIALIST,):
                     self.operator_config(arm, count, dim)
         return self
+
+
+def _router_size(config: OperatorConfig) -> int:
+    """Parameters of the routers of an operator: of each layer, and of the gate that they share."""
+    with torch.device("meta"):
+        layer, shared = make_router(config.experts, config.dim), make_operator_gate(config.experts, *OBSERVED)
+    own, common = (sum(p.numel() for p in part.parameters()) if part else 0 for part in (layer, shared))
+    return config.depth * own + common
