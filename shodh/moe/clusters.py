@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from shodh.core.seeding import Key, generator
 
-TRIES, ROUNDS = 10, 50
+TRIES, ROUNDS, CANDIDATES = 20, 50, 4
 FIRST = 4  # samples a cluster, before clusters are found for the first time
 
 
 class Clusters(nn.Module):
-    """``forward(x [B, F]) -> [B, G]``: log-likelihood, but for a constant, that a sample is of each cluster.
+    """``forward(x [B, F]) -> [B, G]``: log-probability that a sample is of each cluster.
 
     All clusters are taken to be as wide as their mean, in all directions. They are found of the samples seen so far,
     again whenever there are twice as many, and last of ``memory`` samples; then they stay. A cluster that is found
@@ -35,6 +35,7 @@ class Clusters(nn.Module):
         self.samples: Tensor
         self.seen: Tensor
         self.found: Tensor
+        self._full = False
 
     def seeded_reset(self, *key: Key) -> None:
         """Arbitrary centres, until samples have been seen."""
@@ -42,7 +43,7 @@ class Clusters(nn.Module):
         self.spread.fill_(1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.distances(x) * (-0.5 * x.shape[1] / self.spread.float())
+        return (self.distances(x) * (-0.5 * x.shape[1] / self.spread.float())).log_softmax(-1)
 
     def distances(self, x: Tensor) -> Tensor:
         """Squared distance of each sample to each centre, ``[B, G]``."""
@@ -50,8 +51,9 @@ class Clusters(nn.Module):
 
     @property
     def learns(self) -> bool:
-        """Whether it has room for samples; the same on all ranks. Reads from the device."""
-        return int(self.seen) < len(self.samples)
+        """Whether it has room for samples; the same on all ranks. Reads from the device until there is none."""
+        self._full = self._full or int(self.seen) >= len(self.samples)
+        return not self._full
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
@@ -74,10 +76,10 @@ class Clusters(nn.Module):
 
 
 def k_means(samples: Tensor, clusters: int) -> tuple[Tensor, float]:
-    """Centres ``[G, F]`` of samples ``[N, F]`` and the mean squared distance to the nearest; the best of ten tries.
+    """Centres ``[G, F]`` of samples ``[N, F]`` and the mean squared distance to the nearest; the best of 20 tries.
 
-    Starts are drawn by squared distance (k-means++, Arthur and Vassilvitskii, SODA 2007). Lloyd's rounds; an empty
-    cluster stays where it is.
+    Each centre to start from is the best of four that are drawn by squared distance (greedy k-means++, Arthur and
+    Vassilvitskii, SODA 2007). Lloyd's rounds; an empty cluster stays where it is.
     """
     best: tuple[float, Tensor] | None = None
     for attempt in range(TRIES):
@@ -85,7 +87,9 @@ def k_means(samples: Tensor, clusters: int) -> tuple[Tensor, float]:
         centres = samples[torch.randint(len(samples), (1,), generator=draw)]
         while len(centres) < clusters:
             nearest = torch.cdist(samples, centres).amin(1).square() + 1e-12
-            centres = torch.cat((centres, samples[torch.multinomial(nearest, 1, generator=draw)]))
+            candidates = samples[torch.multinomial(nearest, CANDIDATES, replacement=True, generator=draw)]
+            left = torch.minimum(torch.cdist(candidates, samples).square(), nearest).sum(1)
+            centres = torch.cat((centres, candidates[left.argmin()].unsqueeze(0)))
         for _ in range(ROUNDS):
             of = torch.cdist(samples, centres).argmin(1)
             members = torch.nn.functional.one_hot(of, clusters).to(samples)

@@ -36,7 +36,8 @@ def fingerprint(frames: Tensor, periodic: Tensor, exists: Tensor | None = None) 
 
     They do not change when a channel is multiplied by a positive number or, along periodic axes, the sample is moved.
     Of each channel: real and imaginary part of the cross-spectrum and the growth by direction and band; the mean over
-    its root mean square, the mean change over that of the change, and the change over the fluctuation.
+    its root mean square, by half, because it is of the state; the mean change over the root mean square of the change;
+    and the change over the fluctuation.
 
     Parameters
     ----------
@@ -50,7 +51,7 @@ def fingerprint(frames: Tensor, periodic: Tensor, exists: Tensor | None = None) 
     x = frames.detach().float()
     axes = tuple(range(3, x.ndim))
     if exists is not None:
-        x = torch.where(exists.view(len(x), 1, -1, *(1,) * len(axes)), x, 0.0)
+        x = torch.where(exists.reshape(len(x), 1, -1, *(1,) * len(axes)), x, 0.0)
     x = x / x.abs().amax((1, *axes), keepdim=True).clamp(min=_TINY)  # Squares are then of a size that float32 has.
     square, mean = x.square().mean(axes), x.mean(axes)
     x = x - mean.view(*mean.shape, *(1,) * len(axes))
@@ -66,7 +67,7 @@ def fingerprint(frames: Tensor, periodic: Tensor, exists: Tensor | None = None) 
     *parts, energy = _grouped(sums * (there / total.clamp(min=_TINY))[..., None, None]).unbind(2)
     floor = FLOOR * energy.mean(-1, keepdim=True) + _TINY
     rates = (
-        mean.mean(1) / square.mean(1).clamp(min=_TINY).sqrt(),
+        0.5 * mean.mean(1) / square.mean(1).clamp(min=_TINY).sqrt(),
         moved.mean(1) / (changes + moved.square() + STILL * square[:, 1:]).mean(1).clamp(min=_TINY).sqrt(),
         (changes.mean(1) / (2 * (varies[:, 1:] + varies[:, :-1])).mean(1).clamp(min=_TINY)).sqrt(),
     )

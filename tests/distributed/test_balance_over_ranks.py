@@ -23,8 +23,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "context-top2": {"top_k": 2, "router": {"kind": "context"}},
     "two_level": {"top_k": 1, "router": {"kind": "two_level", "groups": 3}},
     "two_level-top2": {"top_k": 2, "router": {"kind": "two_level", "groups": 2}},
-    "operator": {"top_k": 1, "router": {"kind": "operator", "groups": 3}},
-    "operator-alone": {"top_k": 1, "router": {"kind": "operator", "groups": 6}},
     "noisy_topk-top2": {
         "top_k": 2,
         "router": {"kind": "noisy_topk", "score": "softmax", "normalise": "after", "gate": "conv"},

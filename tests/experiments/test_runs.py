@@ -138,13 +138,22 @@ def test_oracle_gets_a_group_for_each_regime(study_file: Callable[..., Path]) ->
 
 
 def test_axes_vary_the_sparse_model_alone(study_file: Callable[..., Path]) -> None:
-    changes = {"routers": ["token", "two_level"], "balances": ["switch"], "experts": [2, 4], "groups": [2, 4]}
+    changes = {"routers": ["token", "two_level", "operator"], "balances": ["switch"], "experts": [2, 4], "groups": [2, 4]}
     runs = expand(load_study(study_file(seeds=1, models=["sparse", "dense_active"], **changes)))
     names = {run.labels["label"] for run in runs}
-    two_level = {"sparse-two_level-switch-e2-g2", "sparse-two_level-switch-e4-g2", "sparse-two_level-switch-e4-g4"}
-    assert names == {"dense_active", "sparse-token-switch-e2", "sparse-token-switch-e4", *two_level}
+    sizes = ("e2-g2", "e4-g2", "e4-g4")
+    grouped = {f"sparse-{kind}-switch-{size}" for kind in ("two_level", "operator") for size in sizes}
+    assert names == {"dense_active", "sparse-token-switch-e2", "sparse-token-switch-e4", *grouped}
     found = next(c for c in runs if c.labels["label"] == "sparse-two_level-switch-e4-g4").config.operator.experts
     assert (found.num_experts, found.router.groups, found.balance.information) == (4, 4, 0.0)
+
+
+def test_controls_of_a_study_of_clusters_are_given_no_clusters(study_file: Callable[..., Path]) -> None:
+    router = "operator.experts.router={kind: operator, groups_by: clusters, cluster_samples: 64}"
+    study = load_study(study_file(seeds=1, models=["sparse", "sparse_hash", "sparse_oracle"], set=[router]))
+    routers = [run.config.operator.experts.router for run in expand(study)]
+    by = {(router.kind, router.groups_by, router.cluster_samples) for router in routers}
+    assert by == {("operator", "clusters", 64), ("hash", "mlp", 1024), ("oracle", "mlp", 1024)}
 
 
 @pytest.mark.parametrize(
@@ -157,7 +166,7 @@ def test_axes_vary_the_sparse_model_alone(study_file: Callable[..., Path]) -> No
         ({"models": ["spare"]}, "models"),
         ({"mixes": {"both": ["open_channel", "ocean"]}}, "unknown regimes ['ocean']"),
         ({"mixes": {"both": ["heat", "heat"]}}, "repeated regimes"),
-        ({"groups": [2]}, "add it to routers"),
+        ({"groups": [2]}, "add one to routers"),
         ({"base": "absent.yaml"}, "cannot read configuration absent.yaml"),
         ({"experts": [3], "routers": ["two_level"]}, "run both-sparse-two_level-e3-s0"),
     ],

@@ -131,6 +131,15 @@ def test_split_without_training_trajectories_is_refused() -> None:
         config_from_dict(minimal(data={"regimes": [regime]}))
 
 
+def test_a_router_that_goes_by_changes_needs_two_frames() -> None:
+    one = {**minimal()["data"], "history": 1}
+    experts = {"router": {"kind": "operator"}}
+    with pytest.raises(ConfigError, match=r"data.history=1: .*use data.history of at least 2"):
+        config_from_dict(minimal(data=one, operator={"experts": experts}))
+    dense = minimal(data=one, operator={"experts": {**experts, "num_experts": 0}})
+    assert config_from_dict(dense).data.history == 1
+
+
 def test_dense_model_needs_no_fitting_groups() -> None:
     assert config_from_dict(minimal(operator={"experts": {"num_experts": 0, "top_k": 3}})).operator.experts.top_k == 3
 

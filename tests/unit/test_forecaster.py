@@ -16,6 +16,7 @@ from shodh.core.errors import CheckpointError
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.forecaster import Forecaster
 from shodh.models.init import initialise
+from shodh.moe.fingerprint import fingerprint
 from shodh.schema.domain import Domain, add_walls, static_features
 from shodh.schema.space import RegimeSpace, Space
 
@@ -36,6 +37,11 @@ OPERATORS: dict[str, dict[str, Any]] = {
             "router": {"kind": "oracle", "groups": 2, "normalise": "before"},
         },
     },
+}
+# Its routers are shown what changes from frame to frame, of the frames that the operator is given.
+OPERATORS["operator"] = {
+    **OPERATORS["oracle"],
+    "experts": {**OPERATORS["oracle"]["experts"], "router": {"kind": "operator", "groups": 4, "normalise": "before"}},
 }
 
 
@@ -103,6 +109,10 @@ def obvious(forecaster: Forecaster, fields: Tensor, static: Tensor, regime: int,
                     frame[:, 3] = torch.where(mask[:, 0] == 1, 0.0, frame[:, 3])
                     frame[:, absent] = 1.0
             features = mask if tokenizer is None else static_features(geometry)
+            if forecaster.experts.num_experts and forecaster.experts.router.kind == "operator":
+                exists = torch.tensor([[c not in absent for c in range(5)]])
+                wrapped = torch.tensor([[True, False, True]])
+                told = {"fingerprint": fingerprint(torch.stack(window[-forecaster.history :], 1), wrapped, exists)}
             window.append(forecaster.operator(torch.stack(window[-forecaster.history :], 1), features, **told).latent)  # type: ignore[misc]
             frame = window[-1].clone()
             if tokenizer is not None:

@@ -65,13 +65,14 @@ def sample_inputs(config: RunConfig, device: torch.device | str) -> tuple[torch.
 
 
 def _router_flops(config: RunConfig) -> int:
-    """Two a weight and decision, for a token or a sample."""
+    """Two a weight and decision, for a token or a sample; a gate of the model decides once a sample for all layers."""
     with torch.device("meta"):
         model = build_operator(config)
     routers = [m for m in model.modules() if isinstance(m, Router)]
     gates = sum(t.numel() for r in routers for t in (*r.parameters(), *_frozen(r)) if t.ndim == 2)
     decisions = 1 if config.operator.experts.router.granularity == "sample" else math.prod(model.token_grid)
-    return 2 * gates * decisions
+    shared = sum(p.numel() for name, p in model.named_parameters() if name.startswith("router.") and p.ndim == 2)
+    return 2 * (gates * decisions + shared)
 
 
 def _frozen(router: Router) -> list[torch.Tensor]:

@@ -180,7 +180,8 @@ def learning_curve(probe: Probe, model: nn.Module, steps: int, lr: float) -> lis
         optimizer.step()
         if outcome.routing:
             loads = torch.stack([routing.counts for routing in outcome.routing])
-            finish_step(learner, probe.config.operator.experts, partial(torch.clone, loads))
+            seen = None if outcome.fingerprint is None else partial(torch.clone, outcome.fingerprint)
+            finish_step(learner, probe.config.operator.experts, partial(torch.clone, loads), seen)
         curve.append(float(outcome.metrics["train/over_persistence"][0]))
     return curve
 

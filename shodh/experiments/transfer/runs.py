@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from shodh.config import ExpertsConfig, RunConfig, config_from_dict, to_dict
+from shodh.config import ExpertsConfig, RouterConfig, RunConfig, config_from_dict, to_dict
 from shodh.config.reading import merge_trees
 from shodh.core.errors import ShodhError
 from shodh.core.topology import fitting_ep_size
 from shodh.experiments.harness.results import RESULT
 from shodh.experiments.harness.run import Run
 from shodh.experiments.harness.workers import Workers
-from shodh.experiments.transfer.settings import StudyConfig
+from shodh.experiments.transfer.settings import GROUPED, StudyConfig
 
 #: Balance terms by name, with the weights of the project's own experiments.
 BALANCES: dict[str, dict[str, float]] = {
@@ -99,13 +99,13 @@ def _combinations(study: StudyConfig) -> Iterator[Combination]:
 
 
 def _variants(study: StudyConfig) -> list[dict[str, Any]]:
-    """Settings of the sparse model: the product of the axes; groups, where they fit, for two_level routers alone."""
+    """Settings of the sparse model: the product of the axes; groups, where they fit, for grouped routers alone."""
     variants: list[dict[str, Any]] = []
     axes: dict[str, tuple[Any, ...]] = {"router": study.routers, "balance": study.balances, "experts": study.experts}
     used = {name: values for name, values in axes.items() if values}
     for values in product(*used.values()):
         variant = dict(zip(used, values, strict=True))
-        if variant.get("router") == "two_level" and study.groups:
+        if variant.get("router") in GROUPED and study.groups:
             fitting = [g for g in study.groups if variant.get("experts", g) % g == 0]
             variants += [{**variant, "groups": groups} for groups in fitting]
         else:
@@ -160,6 +160,8 @@ def expert_changes(model: str, variant: Mapping[str, Any], experts: ExpertsConfi
         changes["router"]["groups"] = variant["groups"]
     if model in CONTROLS:
         changes["router"]["kind"] = CONTROLS[model]
+    if experts.router.groups_by != "mlp" and changes["router"].get("kind", experts.router.kind) != experts.router.kind:
+        changes["router"] |= {key: RouterConfig.model_fields[key].default for key in ("groups_by", "cluster_samples")}
     if model == "sparse_hash":
         changes["router"]["granularity"] = "token"
     if model == "sparse_oracle":

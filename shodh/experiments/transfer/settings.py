@@ -35,6 +35,8 @@ def _learned(kind: str) -> str:
     return kind
 
 
+#: Kinds whose groups are an axis of a study.
+GROUPED = tuple(kind for kind, traits in ROUTERS.items() if traits.grouped and not traits.labelled)
 RouterName = Annotated[str, AfterValidator(_learned)]
 BalanceName = Literal["switch", "information", "both", "none"]
 
@@ -57,7 +59,7 @@ class StudyConfig(StudySettings):
     routers: tuple[RouterName, ...] = Field((), description="kinds of the sparse model; none: the base run's")
     balances: tuple[BalanceName, ...] = Field((), description="balance terms of the sparse model; none: the base's")
     experts: tuple[Width, ...] = Field((), description="routed experts; none: the base run's")
-    groups: tuple[Width, ...] = Field((), description="groups of two_level routers; none: the base run's")
+    groups: tuple[Width, ...] = Field((), description="groups of two_level and operator routers; none: the base run's")
     checkpoints: PositiveInt = Field(5, description="points of the error curves, evenly over training")
     gradient_samples: PositiveInt = Field(16, description="windows a regime for the cosine between gradients")
     plasticity: PlasticityConfig | None = None
@@ -67,8 +69,8 @@ class StudyConfig(StudySettings):
         for name, regimes in self.mixes.items():
             if not regimes or len(set(regimes)) < len(regimes):
                 raise ValueError(f"mix {name!r} has no, or repeated regimes: {list(regimes)}")
-        if self.groups and "two_level" not in self.routers:
-            raise ValueError("groups are of two_level routers; add it to routers")
+        if self.groups and not set(GROUPED) & set(self.routers):
+            raise ValueError(f"groups are of {' and '.join(GROUPED)} routers; add one to routers")
         variants = self.routers + self.balances + self.experts
         if variants and "sparse" not in self.models:
             raise ValueError("routers, balances and experts are of the model sparse; add it to models")
