@@ -138,7 +138,12 @@ def test_oracle_gets_a_group_for_each_regime(study_file: Callable[..., Path]) ->
 
 
 def test_axes_vary_the_sparse_model_alone(study_file: Callable[..., Path]) -> None:
-    changes = {"routers": ["token", "two_level", "operator"], "balances": ["switch"], "experts": [2, 4], "groups": [2, 4]}
+    changes = {
+        "routers": ["token", "two_level", "operator"],
+        "balances": ["switch"],
+        "experts": [2, 4],
+        "groups": [2, 4],
+    }
     runs = expand(load_study(study_file(seeds=1, models=["sparse", "dense_active"], **changes)))
     names = {run.labels["label"] for run in runs}
     sizes = ("e2-g2", "e4-g2", "e4-g4")

@@ -18,7 +18,7 @@ from shodh.models.kernels import adamw
 from shodh.models.operator import LatentTransformer, OperatorOutput
 from shodh.moe.balance import GlobalBalance
 from shodh.moe.fingerprint import fingerprint
-from shodh.moe.groups import decay_groups
+from shodh.moe.groups import decay_groups, is_routed_expert
 from shodh.moe.routers.operator import make_operator_gate
 from shodh.moe.routing import count_by_regime, regime_information
 from shodh.moe.step import finish_step, router_arguments
@@ -117,7 +117,7 @@ class Learner:
             if rows:
                 counts.append(torch.stack(rows))
         parameters = sum(p.numel() for p in self.model.parameters())
-        routed = sum(p.numel() for n, p in self.model.named_parameters() if ".experts." in n)
+        routed = sum(p.numel() for n, p in self.model.named_parameters() if is_routed_expert(n))
         experts = max(1, self.run.operator.experts.num_experts)
         active = parameters - routed + routed * self.run.operator.experts.top_k // experts
         values: dict[str, Any] = {"errors": errors, "parameters": parameters, "active": active}
