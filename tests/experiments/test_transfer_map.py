@@ -152,7 +152,7 @@ def test_finished_group_is_reported_and_kept(study: Make) -> None:
 
 
 #: Errors of models of three seeds over specialists' by arm.
-PLANTED = {"dense": 1.5, "dense_total": 1.4, "token": 1.5, "oracle": 1.2}
+PLANTED = {"dense": 1.5, "dense_router": 1.45, "dense_total": 1.4, "token": 1.5, "oracle": 1.2}
 
 
 def planted(settings: MapConfig, slope: float = 0.5) -> MapResults:
@@ -184,12 +184,17 @@ def test_indices_laws_and_verdict_are_those_of_the_planted_errors(study: Make) -
     assert effective[1] == pytest.approx(1.5**-2, rel=0.02)
     top = headline(results)
     assert top.verdict == "Negative transfer, lowered by oracle, and by no router that learns"
-    assert top.numbers["oracle"]["over_dense"] == pytest.approx(0.8, rel=0.01)
+    assert top.numbers["oracle"]["ratio"] == pytest.approx(0.8, rel=0.01)
 
 
 def test_learned_router_that_lowers_the_error_is_named(study: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the dense model that has a router's parameters too."""
     monkeypatch.setitem(PLANTED, "token", 1.3)
-    assert headline(planted(study(seeds=3))).verdict == "Negative transfer, lowered without labels by token"
+    top = headline(planted(study(seeds=3)))
+    assert top.verdict == "Negative transfer, lowered without labels by token"
+    assert top.numbers["token"]["against"] == "dense_router"
+    assert top.numbers["token"]["ratio"] == pytest.approx(1.3 / 1.45, rel=0.01)
+    assert top.numbers["oracle"]["against"] == "dense"
 
 
 @pytest.mark.parametrize(("dense", "seeds", "words"), [(1.0, 3, "No negative"), (1.5, 2, "No negative")])

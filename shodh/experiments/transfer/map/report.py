@@ -57,18 +57,19 @@ def headline(results: MapResults) -> Headline:
     numbers: dict[str, Any] = {"point": point._asdict(), "dense": dense.ratio}
     lower = []
     for arm in results.arms(point):
-        against = results.claims.get(Claim(point, arm, DENSE))
+        other = results.baseline(point, arm)
+        against = results.claims.get(Claim(point, arm, other))
         index = results.claims.get(Claim(point, arm, SPECIALIST))
         if against is None or index is None:
             continue
         u = results.information(point, arm)
         shown = "" if u is None else f", U {u:.2f}"
         lines.append(
-            f"{arm}: error over that of dense {_with_interval(against)}, {WORDS[against.verdict]}; "
+            f"{arm}: error over that of {other} {_with_interval(against)}, {WORDS[against.verdict]}; "
             f"index {_with_interval(index)}, {WORDS[index.verdict]}{shown}."
         )
-        numbers[arm] = {"over_dense": against.ratio, "index": index.ratio, "information": u}
-        if against.verdict == "lower" and arm in results.study.routers:
+        numbers[arm] = {"against": other, "ratio": against.ratio, "index": index.ratio, "information": u}
+        if against.verdict == "lower":
             lower.append(arm)
     lines.append(what_seeds_can_show(dense.seeds))
     learned = [arm for arm in lower if results.study.learns(arm)]

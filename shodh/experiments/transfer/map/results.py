@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shodh.experiments.transfer.map.runs import MapRun
-from shodh.experiments.transfer.map.settings import DENSE, SPECIALIST, MapConfig
+from shodh.experiments.transfer.map.settings import DENSE, DENSE_ROUTER, SPECIALIST, MapConfig
 from shodh.report.statistics import Comparison, Interval, compare, holm, nested_bootstrap
 
 
@@ -133,13 +133,19 @@ class MapResults:
         found = nested_bootstrap(*sides)
         return None if found is None else Interval(*(math.sqrt(end) for end in found))
 
+    def baseline(self, point: Point, arm: str) -> str:
+        """The dense model of an arm's active size: of a router that learns, the one widened by a router's parameters."""
+        widened = self.study.learns(arm) and bool(self.of(point, DENSE_ROUTER))
+        return DENSE_ROUTER if widened else DENSE
+
     @cached_property
     def claims(self) -> dict[Claim, Comparison]:
-        """Every model against specialists, and sparse ones against dense: one family, adjusted together."""
+        """Every model against specialists, sparse ones against their `baseline`: one family, adjusted together."""
         found = {}
         for point in self.points:
             for arm in self.arms(point):
-                for other in (SPECIALIST, *([DENSE] if arm != DENSE else [])):
+                sparse = arm in self.study.routers
+                for other in (SPECIALIST, *([self.baseline(point, arm)] if sparse else [])):
                     if (c := self.comparison(point, arm, other)) is not None:
                         found[Claim(point, arm, other)] = c
         return holm(found)
