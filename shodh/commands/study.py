@@ -5,9 +5,14 @@ Every run has an ordinary run folder. Finished runs are kept, and an interrupted
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from shodh.core.reading import read_settings
 from shodh.experiments.harness.command import Study, conduct, parse_study, study_parser
 from shodh.experiments.harness.costs import describe_costs
 from shodh.experiments.harness.settings import load_settings
+from shodh.experiments.transfer.map.conduct import conduct_map
+from shodh.experiments.transfer.map.settings import MapConfig
 from shodh.experiments.transfer.report import write_study_report
 from shodh.experiments.transfer.runs import expand, make_tokenizer
 from shodh.experiments.transfer.settings import StudyConfig
@@ -18,6 +23,7 @@ EXAMPLES = """examples:
   shodh study --config launch/configs/study_regimes.yaml --dry-run
   shodh study --config launch/configs/study_tiny.yaml --only '*sparse-s0' --set operator.train.steps=50
   shodh study --config launch/configs/study_tiny.yaml --report-only
+  shodh study --config launch/configs/study_map.yaml --scale small
 """
 
 
@@ -25,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = study_parser(__doc__, EXAMPLES)
     parser.add_argument("--keep-checkpoints", action="store_true", help="of finished runs all, not the last alone")
     args, settings = parse_study(parser, argv)
+    if _is_map(args.config):
+        return conduct_map(load_settings(MapConfig, **settings), args)
     study = load_settings(StudyConfig, **settings)
     return conduct(
         Study(
@@ -38,3 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         ),
         args,
     )
+
+
+def _is_map(path: Path) -> bool:
+    """Whether a study file is of kind map."""
+    tree = read_settings(path)
+    return isinstance(tree, dict) and tree.get("kind") == "map"

@@ -1,0 +1,187 @@
+"""One run of a map under way: its model, its optimiser, one step, and what is measured of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shodh.data.fresh import FreshRegime
+from shodh.experiments.transfer.map.runs import MapRun
+from shodh.experiments.transfer.map.settings import OBSERVED
+from shodh.models.init import initialise
+from shodh.models.kernels import adamw
+from shodh.models.operator import LatentTransformer, OperatorOutput
+from shodh.moe.balance import GlobalBalance
+from shodh.moe.fingerprint import fingerprint
+from shodh.moe.groups import decay_groups, is_routed_expert
+from shodh.moe.routers.operator import make_operator_gate
+from shodh.moe.routing import count_by_regime, regime_information
+from shodh.moe.step import finish_step, router_arguments
+from shodh.train.schedule import learning_rate
+
+Frames = Mapping[str, Tensor]  # trajectories [B, history + 1, 1, n, n] by regime
+LAST = 1e-12  # squared norms below it are those of no gradient
+
+
+def unfold(frames: Tensor, cells: int) -> Tensor:
+    """Fields as latents: ``[B, T, C, n, n] -> [B, T, C * cells^2, n / cells, n / cells, 1]``; nothing is lost."""
+    apart = frames.unflatten(-1, (-1, cells)).unflatten(-3, (-1, cells))
+    return apart.permute(0, 1, 2, 4, 6, 3, 5).flatten(2, 4).unsqueeze(-1)
+
+
+def build_model(run: MapRun) -> LatentTransformer:
+    """The operator of a run; weights are not drawn yet."""
+    study = run.study
+    side = study.grid // study.unfold
+    model = LatentTransformer(run.operator, study.unfold**2, 0, (side, side, 1), study.history)
+    model.router = make_operator_gate(
+        run.operator.experts, *OBSERVED
+    )  # It is shown the fields, not their unfolded cells.
+    return model
+
+
+class Learner:
+    """A model that learns the regimes of its run from batches that hold these and maybe others."""
+
+    def __init__(self, run: MapRun, data: Mapping[str, FreshRegime], device: torch.device) -> None:
+        self.run, self.device = run, device
+        self.model = build_model(run)
+        initialise(self.model, run.seed)
+        self.model.to(device)
+        train = run.operator.train
+        self.optimizer = adamw(decay_groups(self.model, train.weight_decay), train.lr, train.betas)
+        self.balance = GlobalBalance()
+        changes = [data[name].change for name in run.regimes]
+        self.changes = torch.tensor(changes, device=device)
+        self.weights = 1 / self.changes if run.fields == "normalised" else torch.ones_like(self.changes)
+        self.seconds = 0.0
+
+    def batch(self, frames: Frames) -> tuple[Tensor, Tensor]:
+        """Fields ``[B, history + 1, 1, n, n]`` of this run's regimes, and labels ``[B]``, told to an oracle."""
+        parts = [frames[name] for name in self.run.regimes]
+        labels = [torch.full((len(part),), number, device=self.device) for number, part in enumerate(parts)]
+        return torch.cat(parts), torch.cat(labels)
+
+    def look(self, fields: Tensor) -> Tensor:
+        """Fingerprints of the frames that are given: what routers of kind operator go by."""
+        axes = torch.ones(len(fields), 2, dtype=torch.bool, device=self.device)
+        return fingerprint(fields[:, : self.run.study.history], axes)
+
+    def predict(self, fields: Tensor, labels: Tensor) -> tuple[OperatorOutput, Tensor]:
+        """The output, and the mean square error of each sample, ``[B]``."""
+        latents = unfold(fields, self.run.study.unfold)
+        history = latents[:, : self.run.study.history]
+        static = latents.new_zeros(len(latents), 0, *latents.shape[3:])
+        given = router_arguments(self.run.operator.experts, labels, look=lambda: self.look(fields))
+        output = self.model(history, static, **given)
+        return output, (output.latent - latents[:, -1]).square().flatten(1).mean(1)
+
+    def step(self, number: int, frames: Frames) -> None:
+        """One optimiser step, numbered from 0."""
+        start = time.perf_counter()
+        train, experts = self.run.operator.train, self.run.operator.experts
+        self.model.train()
+        fields, labels = self.batch(frames)
+        self.balance.start_step()
+        output, error = self.predict(fields, labels)
+        loss = (error * self.weights[labels]).mean()
+        if output.routing:
+            loss = loss + self.balance(output.routing).weighted(experts.balance)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(number, train)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
+        self.optimizer.step()
+        if output.routing:
+            counts = partial(torch.stack, [r.counts for r in output.routing])
+            finish_step(self.model, experts, counts, lambda: self.look(fields))
+        self.seconds += time.perf_counter() - start
+
+    @torch.no_grad()
+    def measure(self, held_out: Frames) -> dict[str, Any]:
+        """Errors of each held-out sample over its regime's mean change (persistence: 1), and who goes where."""
+        self.model.eval()
+        errors: dict[str, list[float]] = {}
+        counts: list[Tensor] = []
+        for number, name in enumerate(self.run.regimes):
+            labels = torch.full((len(held_out[name]),), number, device=self.device)
+            output, error = self.predict(held_out[name], labels)
+            errors[name] = (error / self.changes[number]).tolist()
+            rows = [count_by_regime(r.selected, labels, len(self.run.regimes), r.num_experts) for r in output.routing]
+            if rows:
+                counts.append(torch.stack(rows))
+        parameters = sum(p.numel() for p in self.model.parameters())
+        routed = sum(p.numel() for n, p in self.model.named_parameters() if is_routed_expert(n))
+        experts = max(1, self.run.operator.experts.num_experts)
+        active = parameters - routed + routed * self.run.operator.experts.top_k // experts
+        values: dict[str, Any] = {"errors": errors, "parameters": parameters, "active": active}
+        if counts:
+            tables = torch.stack(counts).sum(0)
+            values["tables"] = tables.tolist()
+            values["information"] = [regime_information(table)[0] for table in tables]
+        return values | {"steps": self.run.operator.train.steps, "seconds": self.seconds}
+
+    def gradients(self, frames: Frames) -> dict[str, Any]:
+        """Cosines and norms of the regimes' gradients, beside those of two halves of one regime's samples.
+
+        ``cosine`` is between halves of different regimes, ``corrected`` the same over the geometric mean of both
+        ``within``: what it would be with samples without end (Spearman's correction). ``norm`` is over the geometric
+        mean of all, ``norm_floor`` the ratio of the larger half's to the smaller's.
+        """
+        halves = {name: [self._gradient(name, half) for half in frames[name].chunk(2)] for name in self.run.regimes}
+        cosine = torch.nn.CosineSimilarity(0)
+        within = {name: float(cosine(*pair)) for name, pair in halves.items()}
+        pairs, corrected = {}, {}
+        names = list(halves)
+        for number, a in enumerate(names):
+            for b in names[number + 1 :]:
+                value = (float(cosine(halves[a][0], halves[b][1])) + float(cosine(halves[a][1], halves[b][0]))) / 2
+                pairs[f"{a} ~ {b}"] = value
+                floor = within[a] * within[b]
+                corrected[f"{a} ~ {b}"] = value / floor**0.5 if min(within[a], within[b]) > 0 else None
+        norms = {name: float((pair[0] + pair[1]).norm()) / 2 for name, pair in halves.items()}
+        sizes = {name: [max(float(g.norm()), LAST) for g in pair] for name, pair in halves.items()}
+        scale = float(torch.tensor([max(n, LAST) for n in norms.values()]).log().mean().exp())
+        return {
+            "cosine": pairs,
+            "corrected": corrected,
+            "within": within,
+            "norm": {name: norm / scale for name, norm in norms.items()},
+            "norm_floor": {name: max(pair) / min(pair) for name, pair in sizes.items()},
+        }
+
+    def _gradient(self, name: str, frames: Tensor) -> Tensor:
+        """Of one regime's loss, without balance terms, flat in float64."""
+        self.model.eval()
+        number = self.run.regimes.index(name)
+        labels = torch.full((len(frames),), number, device=self.device)
+        _, error = self.predict(frames, labels)
+        named = [p for p in self.model.parameters() if p.requires_grad]
+        parts = torch.autograd.grad((error * self.weights[number]).mean(), named, allow_unused=True)
+        flat = [torch.zeros_like(p) if g is None else g for p, g in zip(named, parts, strict=True)]
+        return torch.cat([g.detach().double().flatten() for g in flat])
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, buffers and optimiser state by name; what `restore` takes."""
+        found = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            found |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in values.items()}
+        return {**found, "seconds": torch.tensor([self.seconds], dtype=torch.float64)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`."""
+        own = {name.removeprefix("model/"): value for name, value in state.items() if name.startswith("model/")}
+        self.model.load_state_dict(own)
+        kept: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            if name.startswith("optimizer/"):
+                _, index, key = name.split("/")
+                kept.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": kept})
+        self.seconds = float(state["seconds"])

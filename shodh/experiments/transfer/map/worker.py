@@ -1,0 +1,154 @@
+"""A group of runs in a process of their own: ``python -m shodh.experiments.transfer.map.worker JOB.json``.
+
+Runs of a group are of one width, scale of fields and seed, and learn side by side from one stream: data are solved once
+for all of them, and none sees the others. Every `SAVE_EVERY` seconds, and when a signal comes, their state is kept, and
+the same command goes on from there with the same numbers.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, safe_open, save_file
+
+from shodh.core.devices import pick_device
+from shodh.core.environment import describe_environment
+from shodh.core.files import atomic_path
+from shodh.core.precision import ieee_float32
+from shodh.core.reading import read_object
+from shodh.core.seeding import Key
+from shodh.core.strict_json import dumps, write_json
+from shodh.data.fresh import FreshRegime
+from shodh.experiments.harness.workers import STOPPED, ignore_interrupts
+from shodh.experiments.transfer.map.learner import Frames, Learner
+from shodh.experiments.transfer.map.runs import MapRun, by_group, expand
+from shodh.experiments.transfer.map.settings import DENSE, MapConfig
+from shodh.train.runtime import quiet_logs, run_ranks
+
+SAVE_EVERY = 60.0  # seconds between two states that are kept
+
+
+def job_of(study: MapConfig, group: str, runs: Sequence[MapRun]) -> dict[str, Any]:
+    """JSON-able: what a worker is told."""
+    return {"study": study.model_dump(mode="json"), "group": group, "runs": [run.name for run in runs]}
+
+
+class Group:
+    """Runs of one group under way.
+
+    Parameters
+    ----------
+    runs : sequence of MapRun
+        Of one width, scale of fields and seed, and none finished.
+    state : Path
+        Where the state of all of them is kept.
+    """
+
+    def __init__(self, runs: Sequence[MapRun], state: Path, device: torch.device) -> None:
+        first = runs[0]
+        self.study, self.seed, self.path = first.study, first.seed, state
+        self.names = [run.name for run in runs]
+        unit = 1.0 if first.fields == "normalised" else None
+        needed = [name for name in self.study.regimes if any(name in run.regimes for run in runs)]
+        frames = self.study.history + 1
+        self.data = {name: FreshRegime(name, self.study.grid, frames, unit, device) for name in needed}
+        self.learners = [Learner(run, self.data, device) for run in runs]
+        self.steps = first.operator.train.steps
+        self.done = self._restore()
+
+    def frames(self, keys: Sequence[tuple[Key, ...]]) -> dict[str, torch.Tensor]:
+        """Trajectories of all regimes by the names of samples."""
+        return {name: regime.samples(keys) for name, regime in self.data.items()}
+
+    def train(self, stop: Event) -> bool:
+        """Take the steps that are left; False if it was stopped, with its state kept."""
+        kept, size = time.monotonic(), self.study.samples
+        while self.done < self.steps:
+            steps = range(self.done, min(self.steps, self.done + self.study.stream))
+            together = self.frames([(self.seed, step, number) for step in steps for number in range(size)])
+            for place, step in enumerate(steps):
+                batch = {name: frames[place * size : (place + 1) * size] for name, frames in together.items()}
+                for learner in self.learners:
+                    learner.step(step, batch)
+            self.done = steps.stop
+            if stop.is_set() or time.monotonic() - kept > SAVE_EVERY:
+                self._keep()
+                kept = time.monotonic()
+            if stop.is_set() and self.done < self.steps:
+                return False
+        return True
+
+    def finish(self) -> None:
+        """Measure every run and write its result; the state is then of no more use."""
+        study = self.study
+        held_out = self.frames([("held out", number) for number in range(study.held_out)])
+        probes: Frames = {}
+        if study.gradient_samples:
+            probes = self.frames([("gradients", number) for number in range(study.gradient_samples)])
+        for learner in self.learners:
+            values = learner.measure(held_out)
+            if probes and learner.run.arm == DENSE:
+                values["gradients"] = learner.gradients(probes)
+            run = learner.run
+            said = {"run": run.labels, "identity": run.identity()}
+            write_json(run.result, {**said, **values, "env": describe_environment()})
+        self.path.unlink(missing_ok=True)
+
+    def _keep(self) -> None:
+        tensors = {f"{name}:{key}": value.contiguous().clone()
+                   for name, learner in zip(self.names, self.learners, strict=True)
+                   for key, value in learner.state().items()}  # fmt: skip
+        with atomic_path(self.path) as path:
+            save_file(tensors, path, {"step": str(self.done), "runs": self._identity()})
+
+    def _restore(self) -> int:
+        """The step to go on from: 0 where no state of these very runs is kept."""
+        if not self.path.exists():
+            return 0
+        with safe_open(self.path, "pt") as file:
+            meta = file.metadata()
+        if meta["runs"] != self._identity():
+            return 0
+        tensors = load_file(self.path)
+        for name, learner in zip(self.names, self.learners, strict=True):
+            own = {key.removeprefix(f"{name}:"): v for key, v in tensors.items() if key.startswith(f"{name}:")}
+            learner.restore(own)
+        return int(meta["step"])
+
+    def _identity(self) -> str:
+        return dumps([learner.run.identity() for learner in self.learners])
+
+
+@ieee_float32()
+def carry_out(job: dict[str, Any], device: torch.device, stop: Event) -> bool:
+    """Train and measure the runs of a job; False if it was stopped."""
+    study = MapConfig.model_validate(job["study"])
+    runs = [run for run in by_group(expand(study))[job["group"]] if run.name in job["runs"] and not run.finished]
+    if not runs:
+        return True
+    group = Group(runs, study.folder / "states" / f"{job['group']}.safetensors", device)
+    if not group.train(stop):
+        return False
+    group.finish()
+    return True
+
+
+def main() -> int:
+    quiet_logs()
+    ignore_interrupts()
+    stop = Event()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: stop.set())
+    job = read_object(Path(sys.argv[1]))
+    return 0 if carry_out(job, torch.device(pick_device("auto")), stop) else STOPPED
+
+
+if __name__ == "__main__":
+    run_ranks(main)

@@ -1,0 +1,235 @@
+"""The map of negative transfer: what its runs share, that they go on and stand alone, and what its page concludes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from shodh.core.errors import ConfigError
+from shodh.core.strict_json import write_json
+from shodh.experiments.harness.settings import load_settings
+from shodh.experiments.transfer.map.learner import Learner, build_model, unfold
+from shodh.experiments.transfer.map.report import headline
+from shodh.experiments.transfer.map.results import MapResults, Point
+from shodh.experiments.transfer.map.runs import MapRun, expand
+from shodh.experiments.transfer.map.settings import MapConfig
+from shodh.experiments.transfer.map.worker import Group, carry_out, job_of
+
+CPU = torch.device("cpu")
+Make = Callable[..., MapConfig]
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Make:
+    """``study(**changes)``: two advections and diffusion, models of one layer, six steps in streams of two."""
+
+    def make(*overrides: str, **changes: Any) -> MapConfig:
+        tree = {
+            "kind": "map", "name": "m", "question": "?", "out": str(tmp_path), "counts": [2, 3], "dims": [8],
+            "seeds": 1, "routers": {"token": {"granularity": "sample"}, "oracle": {"kind": "oracle"}},
+            "regimes": ["advection_right", "advection_left", "diffusion"], "grid": 16, "samples": 2, "held_out": 4,
+            "gradient_samples": 4, "stream": 2,
+            "operator": {"depth": 1, "heads": 2, "train": {"steps": 6, "lr": 0.003, "warmup": 2}},
+        }  # fmt: skip
+        path = tmp_path / "map.yaml"
+        path.write_text(yaml.safe_dump({**tree, **changes}))
+        return load_settings(MapConfig, path, "tiny", overrides)
+
+    return make
+
+
+def pick(runs: Sequence[MapRun], *starts: str) -> list[MapRun]:
+    return [run for start in starts for run in runs if run.name.startswith(start)]
+
+
+def test_specialists_are_shared_by_all_mixes(study: Make) -> None:
+    names = [run.name for run in expand(study(fields=["normalised", "raw"], seeds=2))]
+    assert len(set(names)) == len(names) == 2 * 2 * (3 + 2 * 5)
+    assert sum("diffusion" in name for name in names) == 2 * 2
+
+
+def test_sizes_are_equal_where_they_are_compared(study: Make) -> None:
+    routers = {"operator": {"kind": "operator"}, "oracle": {"kind": "oracle"}}
+    runs = expand(study(routers=routers))
+
+    def size(start: str, routed: bool = True) -> int:
+        (run,) = pick(runs, start)
+        return sum(p.numel() for n, p in build_model(run).named_parameters() if routed or ".experts." not in n)
+
+    dense, total, oracle = (size(f"{arm}-k3") for arm in ("dense", "dense_total", "oracle"))
+    gate = sum(p.numel() for n, p in build_model(pick(runs, "operator-k3")[0]).named_parameters() if "router." in n)
+    assert gate > 1000 and size("dense_router-k3") == pytest.approx(dense + gate, abs=3 * 8)  # A hidden unit.
+    assert total == oracle  # The oracle's gate has one choice a group, and is frozen.
+    assert dense == size("advection_left") == size("oracle-k3", routed=False) + (oracle - size("oracle-k3", False)) // 3
+
+
+def test_unfolding_keeps_every_cell() -> None:
+    frames = torch.arange(2 * 3 * 64.0).view(2, 3, 1, 8, 8)
+    latents = unfold(frames, 4)
+    assert latents.shape == (2, 3, 16, 2, 2, 1)
+    assert torch.equal(latents[1, 2, :, 1, 0, 0].view(4, 4), frames[1, 2, 0, 4:, :4])
+
+
+def test_run_does_not_depend_on_those_beside_it(study: Make, tmp_path: Path) -> None:
+    runs = expand(study())
+    together = Group(pick(runs, "token-k2", "diffusion", "dense-k3", "dense-k2"), tmp_path / "a", CPU)
+    alone = Group(pick(runs, "dense-k2"), tmp_path / "b", CPU)
+    for group in (together, alone):
+        assert group.train(Event())
+    pairs = zip(together.learners[-1].model.parameters(), alone.learners[0].model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_killed_group_goes_on_with_the_same_numbers(study: Make, tmp_path: Path) -> None:
+    router = {"kind": "operator", "groups_by": "clusters", "cluster_samples": 12}
+    runs = pick(expand(study(routers={"operator": router})), "operator-k2", "advection_left")
+    straight = Group(runs, tmp_path / "straight", CPU)
+    assert straight.train(Event())
+    stopped = Event()
+    stopped.set()
+    done = []
+    while True:  # Every time it is stopped after one stream of steps.
+        group = Group(runs, tmp_path / "state", CPU)
+        done.append(group.done)
+        if group.train(stopped):
+            break
+    assert done == [0, 2, 4]
+    for one, other in zip(straight.learners, group.learners, strict=True):
+        pairs = zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_state_of_other_settings_is_not_gone_on_with(study: Make, tmp_path: Path) -> None:
+    stopped = Event()
+    stopped.set()
+    assert not Group(pick(expand(study()), "dense-k2"), tmp_path / "state", CPU).train(stopped)
+    changed = pick(expand(study("operator.train.lr=0.1")), "dense-k2")
+    assert Group(changed, tmp_path / "state", CPU).done == 0
+
+
+@pytest.mark.parametrize("fields", ["normalised", "raw"])
+def test_loss_is_relative_in_normalised_fields_alone(study: Make, fields: str) -> None:
+    (run,) = pick(expand(study(fields=[fields])), "dense-k3")
+    group = Group([run], run.result.parent / "state", CPU)
+    changes = torch.tensor([group.data[name].change for name in run.regimes])
+    expected = 1 / changes if fields == "normalised" else torch.ones(3)
+    assert torch.equal(group.learners[0].weights, expected)
+
+
+def test_gradients_of_one_regime_twice_are_the_same_but_for_noise(study: Make) -> None:
+    (run,) = pick(expand(study()), "dense-k2")
+    group = Group([run], run.result.parent / "state", CPU)
+    learner: Learner = group.learners[0]
+    same = group.data["advection_left"].samples([("g", n) for n in range(8)])
+    learner.weights = torch.tensor([1.0, 4.0])  # The second regime's loss is the first's times four.
+    found = learner.gradients({"advection_right": same, "advection_left": same})
+    assert found["corrected"]["advection_right ~ advection_left"] == pytest.approx(1)
+    assert found["cosine"]["advection_right ~ advection_left"] == pytest.approx(found["within"]["advection_left"])
+    assert found["norm"] == pytest.approx({"advection_right": 0.5, "advection_left": 2.0})
+    assert found["norm_floor"]["advection_left"] == pytest.approx(found["norm_floor"]["advection_right"])
+
+
+def test_finished_group_is_reported_and_kept(study: Make) -> None:
+    settings = study()
+    runs = expand(settings)
+    job = job_of(settings, "d8-normalised-s0", runs)
+    assert carry_out(job, CPU, Event()) and all(run.finished for run in runs)
+    assert not list((settings.folder / "states").glob("*"))
+    times = [run.result.stat().st_mtime_ns for run in runs]
+    assert carry_out(job, CPU, Event()) and times == [run.result.stat().st_mtime_ns for run in runs]
+    (oracle,) = pick(runs, "oracle-k3")
+    assert oracle.read()["information"] == pytest.approx([1.0])
+    changed = expand(study("operator.train.steps=7"))[0]
+    with pytest.raises(ConfigError, match="is of other settings of operator"):
+        changed.read()
+
+
+#: Errors of models of three seeds over specialists' by arm.
+PLANTED = {"dense": 1.5, "dense_router": 1.45, "dense_total": 1.4, "token": 1.5, "oracle": 1.2}
+
+
+def planted(settings: MapConfig, slope: float = 0.5) -> MapResults:
+    """Results with specialists on ``N^-slope``, and `PLANTED` indices, up to a percent by seed and sample."""
+    runs = expand(settings)
+    for run in runs:
+        size = 1000 * run.dim
+        jitter = 0.002 * run.seed + 0.001 * (len(run.arm) % 3)
+        error = size**-slope * PLANTED.get(run.arm, 1.0) * (1 + jitter)
+        squares = [error**2 * factor for factor in (0.9, 1.0, 1.1, 1.0)]
+        values = {"errors": dict.fromkeys(run.regimes, squares), "parameters": size, "active": size, "seconds": 1.0}
+        write_json(run.result, {"identity": run.identity(), "steps": 6, **values})
+    return MapResults(settings, runs)
+
+
+def test_indices_laws_and_verdict_are_those_of_the_planted_errors(study: Make) -> None:
+    results = planted(study(seeds=3, dims=[8, 16, 32]))
+    point = Point("normalised", 3, 16)
+    for arm, ratio in PLANTED.items():
+        c = results.comparison(point, arm, "specialist")
+        assert c is not None and c.ratio == pytest.approx(ratio, rel=0.005)
+        interval = results.bootstrap(point, arm, "specialist")
+        assert interval is not None and interval.low < c.ratio * 1.001 and interval.high > c.ratio * 0.999
+    law = results.law("normalised", "diffusion")
+    assert law is not None and law.slope == pytest.approx(0.5, abs=0.01)
+    effective = results.effective(point, "dense", "diffusion")
+    assert effective is not None and effective[1] is not None
+    assert effective[0] == pytest.approx(1.5 / math.sqrt(3), rel=0.01)  # Over a specialist of N / 3.
+    assert effective[1] == pytest.approx(1.5**-2, rel=0.02)
+    top = headline(results)
+    assert top.verdict == "Negative transfer, lowered by oracle, and by no router that learns"
+    assert top.numbers["oracle"]["ratio"] == pytest.approx(0.8, rel=0.01)
+
+
+def test_learned_router_that_lowers_the_error_is_named(study: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the dense model that has a router's parameters too."""
+    monkeypatch.setitem(PLANTED, "token", 1.3)
+    top = headline(planted(study(seeds=3)))
+    assert top.verdict == "Negative transfer, lowered without labels by token"
+    assert top.numbers["token"]["against"] == "dense_router"
+    assert top.numbers["token"]["ratio"] == pytest.approx(1.3 / 1.45, rel=0.01)
+    assert top.numbers["oracle"]["against"] == "dense"
+
+
+@pytest.mark.parametrize(("dense", "seeds", "words"), [(1.0, 3, "No negative"), (1.5, 2, "No negative")])
+def test_nothing_is_claimed_without_a_difference_or_enough_seeds(
+    study: Make, monkeypatch: pytest.MonkeyPatch, dense: float, seeds: int, words: str
+) -> None:
+    monkeypatch.setitem(PLANTED, "dense", dense)
+    assert headline(planted(study(seeds=seeds))).verdict.startswith(words)
+
+
+def test_diverged_run_is_never_the_lower_one(study: Make) -> None:
+    settings = study(seeds=3, counts=[3])
+    assert "oracle" in headline(planted(settings)).verdict
+    (run,) = [r for r in expand(settings) if r.name.startswith("oracle-k3") and r.seed == 1]
+    values = run.read()
+    values["errors"]["diffusion"][0] = None
+    write_json(run.result, values)
+    results = MapResults(settings, expand(settings))
+    assert results.claims[(Point("normalised", 3, 8), "oracle", "dense")].verdict == "open"  # type: ignore[index]
+    assert "oracle" not in headline(results).verdict
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"regimes": ["advection"]}, "unknown regimes"),
+        ({"regimes": ["fisher", "fisher"]}, "repeated"),
+        ({"counts": [4]}, "counts up to 4, and there are 3 regimes"),
+        ({"grid": 18}, "not divisible by unfold"),
+        ({"routers": {"dense": {}}}, "names of models without one"),
+        ({"dims": [12], "expansion": 0.5}, "no multiple of 8"),
+        ({"routers": {"x": {"kind": "tokn"}}}, "did you mean 'token'"),
+        ({"operator": {"kind": "fno", "train": {"steps": 1}}}, "latent_transformer"),
+    ],
+)
+def test_impossible_map_is_refused(study: Make, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        expand(study(**changes))
