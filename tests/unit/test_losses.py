@@ -7,6 +7,7 @@ import torch
 
 from shodh.config import TokenizerLoss
 from shodh.schema.fields import Field
+from shodh.schema.measures import measure
 from shodh.train.losses import (
     field_slices,
     reconstruction_loss,

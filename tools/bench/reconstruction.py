@@ -1,4 +1,4 @@
-"""What a tokenizer of each size can keep: VRMSE of each component on test frames, of the linear part alone and of a run.
+"""What a tokenizer of each size keeps: VRMSE of each component on test frames, of the linear part alone and of a run.
 
 The linear part is fitted as before a training, with each component in units of its standard deviation and with all in
 the same unit. No network is trained: it is the least that a tokenizer of this size does.
