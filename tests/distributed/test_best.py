@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rank_jobs
@@ -16,7 +17,10 @@ import shodh
 from shodh.checkpoint.description import read_description
 from shodh.checkpoint.folder import best_checkpoint, checkpoints_of, read_manifest, verify_checkpoint
 from shodh.core.weights import AVERAGED, WEIGHTS
+from shodh.experiments.finetuning.measure import measure as tuning_measure
+from shodh.experiments.harness.run import Run as StudyRun
 from shodh.experiments.harness.run import judged_checkpoint
+from shodh.experiments.transfer.measure import measure as transfer_measure
 
 pytestmark = pytest.mark.distributed
 
@@ -119,6 +123,21 @@ def test_every_reader_takes_the_best_checkpoint_and_either_weights(laboratory: L
     shown = run_script("launch/evaluate.py", "--run", copy.path, "--checkpoint", "best", "--weights", "raw")
     assert shown.code == 0 and f"checkpoint {best.name}, test split" in shown.stdout, shown.stderr
     assert f"best checkpoint: {best.name}, valid/decoded_vrmse" in shown.stdout
+
+
+def test_studies_judge_a_run_by_its_best_checkpoint_with_the_last_beside_it(laboratory: Laboratory) -> None:
+    source = laboratory.run(2, 2, 1, *AVERAGE)
+    run, best = laboratory.copy(source, "judged"), source.checkpoint(lowest(source, "valid/decoded_vrmse")[0])
+    overrides = [f"name={run.path.name}", *source.overrides[1:]]
+    settings: dict[str, Any] = {"gradient_samples": 2, "fresh": None}
+    job = StudyRun("judged", laboratory.load(overrides), run.path / "result.json", "", settings=settings)
+    found = transfer_measure(job, torch.device("cpu"))
+    assert found["checkpoint"] == found["evaluation"]["checkpoint"] == best.name
+    assert found["errors"].keys() == found["last"].keys()
+    assert (found["errors"] == found["last"]) == (best.name == "step_00000010")
+    tuned = tuning_measure(job, torch.device("cpu"))
+    assert tuned["evaluation"]["checkpoint"] == best.name and tuned["last"].keys() == found["last"].keys()
+    assert found["evaluation"]["weights"] == "ema"
 
 
 def test_a_tokenizer_is_published_from_its_best_checkpoint_and_average(laboratory: Laboratory) -> None:
