@@ -304,7 +304,13 @@ RULE = (
 )
 
 
-def what_seeds_can_show(n: int) -> str:
+SEEDS_CHANGE = (
+    "Seeds change initial weights and the order of batches; data, split and tokenizer are the same in all, so nothing "
+    "is said of other data."
+)
+
+
+def what_seeds_can_show(n: int, seeds_change: str = SEEDS_CHANGE) -> str:
     """A few sentences about a number of seeds."""
     if n < MIN_SEEDS:
         return f"Fewer than {MIN_SEEDS} seeds ({n} here) are no comparison: nothing is called a difference."
@@ -313,6 +319,5 @@ def what_seeds_can_show(n: int) -> str:
         f"With {n} seeds the exact sign-flip test cannot give a p below {2 / 2**n:.3g}, and the paired t test, which "
         f"assumes normal differences, finds one only if its mean is above {needed:.2f} times its spread over seeds. "
         f"So {n} seeds can show differences that are large beside the spread, and cannot show that there is none. "
-        "Seeds change initial weights and the order of batches; data, split and tokenizer are the same in all, so "
-        "nothing is said of other data."
+        + seeds_change
     )

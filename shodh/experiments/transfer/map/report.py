@@ -17,6 +17,7 @@ from shodh.report.page import Headline, Section, Table, filled
 from shodh.report.statistics import RULE, Comparison, Verdict, what_seeds_can_show
 
 WORDS: dict[Verdict, str] = {"higher": "harm", "lower": "gain", "equal": "neither", "open": "undecided"}
+SEEDS_CHANGE = "Seeds change initial weights and every training sample; held-out samples are the same in all."
 AXES = ["fields", "regimes", "width"]
 
 
@@ -71,7 +72,7 @@ def headline(results: MapResults) -> Headline:
         numbers[arm] = {"against": other, "ratio": against.ratio, "index": index.ratio, "information": u}
         if against.verdict == "lower":
             lower.append(arm)
-    lines.append(what_seeds_can_show(dense.seeds))
+    lines.append(what_seeds_can_show(dense.seeds, SEEDS_CHANGE))
     learned = [arm for arm in lower if results.study.learns(arm)]
     if dense.verdict != "higher":
         verdict, tone = "No negative transfer that these seeds can show", "fair"

@@ -134,7 +134,7 @@ class MapResults:
         return None if found is None else Interval(*(math.sqrt(end) for end in found))
 
     def baseline(self, point: Point, arm: str) -> str:
-        """The dense model of an arm's active size: of a router that learns, the one widened by a router's parameters."""
+        """The dense model of an arm's active size: of a router that learns, one widened by a router's parameters."""
         widened = self.study.learns(arm) and bool(self.of(point, DENSE_ROUTER))
         return DENSE_ROUTER if widened else DENSE
 
