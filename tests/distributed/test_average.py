@@ -66,7 +66,7 @@ def test_training_does_not_notice_the_average_nor_its_validation(laboratory: Lab
         assert list(plain.training("train/loss")) == other.training("train/loss")
         ours, theirs = weights_of(plain, 10, WEIGHTS), weights_of(other, 10, WEIGHTS)
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-        assert plain.lines()[-1]["valid/latent_mse"] != other.lines()[-1]["valid/latent_mse"]
+        assert plain.lines()[-1]["valid/latent_nmse"] != other.lines()[-1]["valid/latent_nmse"]
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 3), (2, 1, 2)])
@@ -125,7 +125,7 @@ def test_the_weights_that_are_read_are_the_average_and_validation_was_of_these(
         (batch,) = loader.iterate(0, 1)
         found = probe.task.measured(models["ema"].operator, to_device(batch, torch.device("cpu"))).errors
     line = averaged.lines()[-1]
-    for name in ("latent_mse", "decoded_vrmse", "persistence_vrmse"):
+    for name in ("latent_nmse", "decoded_vrmse", "persistence_vrmse"):
         values, regime = found[name]
         means = [float(values[regime == r].mean()) for r in (0, 1)]
         assert line[f"valid/{name}"] == pytest.approx(sum(means) / 2, rel=1e-4)

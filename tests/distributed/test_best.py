@@ -24,7 +24,7 @@ from shodh.experiments.transfer.measure import measure as transfer_measure
 
 pytestmark = pytest.mark.distributed
 
-MEASURE = "valid/latent_mse"
+MEASURE = "valid/latent_nmse"
 BEST = tuple(
     f"operator.train.{setting}"
     for setting in ("valid_every=2", "checkpoint_every=0", "keep_checkpoints=1", f"best.measure={MEASURE}")
@@ -45,7 +45,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_and_outlives_the_o
         "step": step,
         "measure": MEASURE,
         "value": value,
-        "persistence": next(ln["valid/persistence_mse"] for ln in run.lines() if ln.get(MEASURE) == value),
+        "persistence": next(ln["valid/persistence_nmse"] for ln in run.lines() if ln.get(MEASURE) == value),
     }
     assert state["stale"] == (10 - step) // 2 and state["ended"] is None
     assert best_checkpoint(run.path) == run.checkpoint(step) and judged_checkpoint(run.path) == "best"
@@ -81,11 +81,11 @@ def test_a_run_without_a_better_validation_ends_and_is_not_trained_on_silently(l
         return finished.stderr, len(Run(laboratory.load(settings).run_dir, [], []).training("train/loss"))
 
     said, steps = train(2)
-    assert steps == 3 and "the run ends at step 3 of 10: valid/latent_mse was not below" in said
+    assert steps == 3 and "the run ends at step 3 of 10: valid/latent_nmse was not below" in said
     folder = laboratory.load(settings).run_dir
     assert read_manifest(folder / "checkpoints" / "step_00000003")["state"]["ended"] in said
     said, steps = train(2)
-    assert steps == 3 and "this run has ended: valid/latent_mse was not below" in said
+    assert steps == 3 and "this run has ended: valid/latent_nmse was not below" in said
     said, steps = train(4)
     assert steps == 5 and "resumed from" in said
     assert {p.name for p in checkpoints_of(folder)} == {"step_00000001", "step_00000005"}
@@ -98,7 +98,7 @@ def test_an_unknown_measure_is_one_line_and_nothing_is_written(laboratory: Labor
     line = finished.stderr.strip().splitlines()[-1]
     assert (
         line.startswith("error: train.best.measure=valid/decoded")
-        and "use valid/latent_mse, valid/decoded_vrmse" in line
+        and "use valid/latent_nmse, valid/decoded_vrmse" in line
     )
 
 
