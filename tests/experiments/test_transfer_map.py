@@ -56,7 +56,7 @@ def test_specialists_are_shared_by_all_mixes(study: Make) -> None:
 
 
 def test_sizes_are_equal_where_they_are_compared(study: Make) -> None:
-    routers = {"operator": {"kind": "operator"}, "oracle": {"kind": "oracle"}}
+    routers = {"operator": {"kind": "operator", "groups_by": "mlp"}, "oracle": {"kind": "oracle"}}
     runs = expand(study(routers=routers))
 
     def size(start: str, routed: bool = True) -> int:

@@ -134,9 +134,9 @@ class MapResults:
         return None if found is None else Interval(*(math.sqrt(end) for end in found))
 
     def baseline(self, point: Point, arm: str) -> str:
-        """The dense model of an arm's active size: of a router that learns, one widened by a router's parameters."""
-        widened = self.study.learns(arm) and bool(self.of(point, DENSE_ROUTER))
-        return DENSE_ROUTER if widened else DENSE
+        """The dense model of an arm's active size: of a router with parameters, one that is widened by a router's."""
+        own, dense = (max((v["active"] for v in self.of(point, a).values()), default=0) for a in (arm, DENSE))
+        return DENSE_ROUTER if own > dense and self.of(point, DENSE_ROUTER) else DENSE
 
     @cached_property
     def claims(self) -> dict[Claim, Comparison]:
