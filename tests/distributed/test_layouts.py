@@ -129,6 +129,7 @@ def test_configured_decay_betas_and_rate_take_effect(laboratory: Laboratory, mov
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(1200)  # The first makes the runs of all layouts.
 @pytest.mark.parametrize("layout", [(w, e, s) for w, e in ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4)) for s in (1, 2, 3)])
 def test_every_layout_goes_on_from_every_other(laboratory: Laboratory, moves: Moves, layout: Layout) -> None:
     """Ten steps after the change; the deviations are printed (``pytest -s -m exhaustive``)."""
