@@ -33,7 +33,7 @@ def test_map_is_made_and_reported(short: Path, tmp_path: Path) -> None:
     summary = json.loads((folder / "report" / "summary.json").read_text())
     assert summary["missing"] == {}
     assert {row["model"] for row in summary["transfer"]["index"]} == {
-        "dense", "dense_router", "dense_total", "token", "operator", "oracle", "hash",
+        "dense", "dense_router", "dense_total", "token", "operator", "operator_gate", "oracle", "hash",
     }  # fmt: skip
     assert len(summary["gradients"]["gradient_norms"]) == 2
     assert (folder / "report" / "dense_map.png").stat().st_size > 1000
