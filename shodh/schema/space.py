@@ -19,7 +19,7 @@ from torch import Tensor
 from shodh.core.errors import CheckpointError, DataError, ShodhError
 from shodh.core.reading import read_object
 from shodh.core.strict_json import dumps, write_json
-from shodh.schema.domain import Domain, existing_channels
+from shodh.schema.domain import Domain, channel_units, existing_channels
 from shodh.schema.fields import Field, field_slices
 from shodh.schema.normalize import FieldNormalizer
 from shodh.schema.presence import channel_mask, existing_cells, pad_absent
@@ -180,6 +180,11 @@ class Space:
         """Which axes of a sample's domain wrap around: ``[B] -> [B, axes]``, bool."""
         rows = [torch.tensor([end == "periodic" for end in d.boundary[: self.ndim]]) for d in self.domains]
         return self._table("periodic", rows, label.device)[label]
+
+    def units(self, label: Tensor) -> Tensor:
+        """`channel_units` of the domain of a sample: ``[B] -> [B, C, 1, 1, 1]``."""
+        rows = list(channel_units(self.dynamic, self.domains))
+        return self._table("units", rows, label.device)[label].view(len(label), -1, 1, 1, 1)
 
     def _table(self, name: str, rows: list[Tensor], device: torch.device) -> Tensor:
         """Rows of all regimes on a device, copied there once: each copy would wait for it."""

@@ -67,8 +67,7 @@ class DecodedError:
         with torch.no_grad():
             truth = self._tokenizer.decode(target, geometry, domains, index)
         exists, cells = self._space.exists(regime), self._space.cells(static, regime)
-        unit = self._tokenizer.units(domains, index.tolist(), fields.device)
-        by_channel = mean_over(((fields - truth) / unit).square(), cells, 2)
+        by_channel = mean_over(((fields - truth) / self._space.units(regime)).square(), cells, 2)
         return torch.where(exists, by_channel, 0.0).sum(1) / exists.sum(1)
 
 

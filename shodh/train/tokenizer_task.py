@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shodh.config import RunConfig
 from shodh.data import Split, WindowDataset
-from shodh.schema.domain import Domain, channel_units, describe_domain
+from shodh.schema.domain import Domain, describe_domain
 from shodh.train.datasets import Regimes
 from shodh.train.decoded import DECODED, defined, frame_errors
 from shodh.train.losses import reconstruction_loss, reconstruction_terms, weigh_fields, weighted_kinds
@@ -49,7 +49,6 @@ class TokenizerTask:
         self.regimes = regimes
         self.loss_config = config.tokenizer.loss
         self._geometry = Geometry(regimes.domains)
-        self._unit = channel_units(regimes.dynamic, regimes.domains)
 
     def start_step(self) -> None:
         """Nothing is carried from one micro-batch to the next."""
@@ -67,9 +66,7 @@ class TokenizerTask:
 
     def _terms(self, prediction: Tensor, fields: Tensor, batch: Batch, kinds: Collection[str]) -> dict[str, Tensor]:
         """`reconstruction_terms`, each component in its unit."""
-        if self._unit.device != fields.device:  # Once.
-            self._unit = self._unit.to(fields.device)
-        unit = self._unit[batch["regime"]].view(*fields.shape[:2], 1, 1, 1)
+        unit = self.regimes.space.units(batch["regime"])
         return reconstruction_terms(prediction / unit, fields / unit, self.regimes.dynamic, kinds)
 
     def loss(self, model: Any, batch: Batch, step: int) -> Outcome:

@@ -39,9 +39,8 @@ def build_model(run: MapRun) -> LatentTransformer:
     study = run.study
     side = study.grid // study.unfold
     model = LatentTransformer(run.operator, study.unfold**2, 0, (side, side, 1), study.history)
-    model.router = make_operator_gate(
-        run.operator.experts, *OBSERVED
-    )  # It is shown the fields, not their unfolded cells.
+    # It is shown the fields, not their unfolded cells.
+    model.router = make_operator_gate(run.operator.experts, *OBSERVED)
     return model
 
 
