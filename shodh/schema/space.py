@@ -7,7 +7,7 @@ of the files) or in *model* units (normalised); `Space.to_model` and `Space.to_p
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -164,8 +164,7 @@ class Space:
     def exists(self, label: Tensor, *, static: bool = False) -> Tensor:
         """Which channels each sample has: labels ``[B] -> [B, C]``, bool."""
         fields = self.static if static else self.dynamic
-        rows = [channel_mask(fields, domain, self.ndim) for domain in self.domains]
-        return self._table(f"exists {static}", rows, label.device)[label]
+        return self._rows(label, f"exists {static}", lambda d: channel_mask(fields, d, self.ndim))
 
     def cells(self, static: Tensor, label: Tensor) -> Tensor | None:
         """In which cells each channel exists: ``[B, S, *grid] -> [B, C, *grid]``, bool; None: in all."""
@@ -173,24 +172,25 @@ class Space:
 
     def presence(self, label: Tensor) -> Tensor:
         """1 where a dynamic field exists in the regime of a sample: ``[B] -> [B, F]``."""
-        rows = [torch.tensor([float(f.name not in d.absent) for f in self.dynamic]) for d in self.domains]
-        return self._table("presence", rows, label.device)[label]
+        names = [f.name for f in self.dynamic]
+        return self._rows(label, "presence", lambda d: torch.tensor([float(n not in d.absent) for n in names]))
 
     def periodic(self, label: Tensor) -> Tensor:
         """Which axes of a sample's domain wrap around: ``[B] -> [B, axes]``, bool."""
-        rows = [torch.tensor([end == "periodic" for end in d.boundary[: self.ndim]]) for d in self.domains]
-        return self._table("periodic", rows, label.device)[label]
+        axes = self.ndim
+        return self._rows(label, "periodic", lambda d: torch.tensor([end == "periodic" for end in d.boundary[:axes]]))
 
     def units(self, label: Tensor) -> Tensor:
         """`channel_units` of the domain of a sample: ``[B] -> [B, C, 1, 1, 1]``."""
-        rows = list(channel_units(self.dynamic, self.domains))
-        return self._table("units", rows, label.device)[label].view(len(label), -1, 1, 1, 1)
+        rows = self._rows(label, "units", lambda d: channel_units(self.dynamic, [d])[0])
+        return rows.view(len(label), -1, 1, 1, 1)
 
-    def _table(self, name: str, rows: list[Tensor], device: torch.device) -> Tensor:
-        """Rows of all regimes on a device, copied there once: each copy would wait for it."""
-        if (name, device) not in self._tables:
-            self._tables[name, device] = torch.stack(rows).to(device)
-        return self._tables[name, device]
+    def _rows(self, label: Tensor, name: str, row: Callable[[Domain], Tensor]) -> Tensor:
+        """A row of each sample, by its domain; made and copied to a device once, as each copy would wait for it."""
+        key = name, label.device
+        if key not in self._tables:
+            self._tables[key] = torch.stack([row(domain) for domain in self.domains]).to(label.device)
+        return self._tables[key][label]
 
     @cached_property
     def _tables(self) -> dict[tuple[str, torch.device], Tensor]:
