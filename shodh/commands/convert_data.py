@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from shodh.commands.hints import add_hints, hints_of
+
 EPILOG = """examples:
   shodh convert-data 3D_CFD_Rand_M1.0_periodic_Train.hdf5 data/cfd
   shodh convert-data ns2d_fno_1e-5/ data/vorticity --boundary periodic periodic --time-step 1.0
@@ -33,15 +35,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="shares, for files that are not split (default: 0.8 0.1 0.1)",
     )  # fmt: skip
     parser.add_argument("--shard-mib", type=int, default=1024, metavar="N", help="largest shard (default: 1024)")
-    hints = parser.add_argument_group("what a format does not say")
-    hints.add_argument(
-        "--format", default="auto", help="auto, well, pdebench, dpot, fno, jhtdb or arrays (default: auto)"
-    )
-    hints.add_argument("--boundary", nargs="+", choices=("periodic", "wall", "open"), help="by axis")
-    hints.add_argument("--lengths", nargs="+", type=float, help="by axis")
-    hints.add_argument("--time-step", type=float, help="from frame to frame")
-    hints.add_argument("--channels", nargs="+", help="names of an array's channels; a repeated name is a vector")
-    hints.add_argument("--axes", help="letters of the arrays' axes: n, t, x, y, z, c; for example nxytc")
+    add_hints(parser)
     return parser.parse_args(argv)
 
 
@@ -50,20 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tqdm import tqdm
 
     from shodh.core.errors import ConfigError
-    from shodh.data.formats import FileHints
     from shodh.data.formats.convert import assumptions, convert, plan_conversion
 
     if args.shard_mib < 1 or min(args.split) < 0 or sum(args.split) <= 0:
         raise ConfigError("--shard-mib and --split must be positive; see --help")
-    hints = FileHints(
-        boundary=args.boundary and tuple(args.boundary),
-        lengths=args.lengths and tuple(args.lengths),
-        time_step=args.time_step,
-        channels=args.channels and tuple(args.channels),
-        axes=args.axes,
-    )
     shards = plan_conversion(
-        args.source, args.out, name=args.name, format=args.format, hints=hints, shares=args.split,
+        args.source, args.out, name=args.name, format=args.format, hints=hints_of(args), shares=args.split,
         fields=args.fields, shard_bytes=args.shard_mib << 20,
     )  # fmt: skip
     if assumed := assumptions(shards):

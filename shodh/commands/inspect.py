@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shodh.commands.hints import add_hints, hints_of
 from shodh.core.strict_json import dumps
 
 EPILOG = """examples:
   shodh inspect data/demo/open_channel
   shodh inspect 2D_CFD_Rand_M0.1_Eta0.01_Zeta0.01_periodic_128_Train.hdf5 --json
+  shodh inspect mine.hdf5 --axes ntxyz --boundary periodic periodic wall --lengths 1 1 2
   shodh inspect berea.raw --image-shape 200 200 200 --image-dtype uint8 --pore-value 0
 """
 
@@ -30,14 +32,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("path", type=Path, help="file or folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--all", action="store_true", help="read every frame of every file")
-    parser.add_argument(
-        "--format", default="auto", help="well, pdebench, dpot, fno, jhtdb, arrays or rock (default: auto)"
-    )
-    parser.add_argument("--axes", help="letters of the arrays' axes: n, t, x, y, z, c; for example nxytc")
-    parser.add_argument("--channels", nargs="+", help="names of an array's channels; a repeated name is a vector")
-    parser.add_argument("--image-shape", type=int, nargs=3, metavar=("X", "Y", "Z"), help="of a .raw image")
-    parser.add_argument("--image-dtype", help="of a .raw image, for example uint8 or >u2")
-    parser.add_argument("--pore-value", type=float, help="value of the pores of an image")
+    add_hints(parser, image=True)
     return parser.parse_args(argv)
 
 
@@ -99,22 +94,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     from tqdm import tqdm
 
-    from shodh.data.formats import FileHints
     from shodh.data.formats.inspection import inspect_file, inspect_folder
 
-    hints = FileHints(
-        axes=args.axes,
-        channels=args.channels and tuple(args.channels),
-        image_shape=args.image_shape and tuple(args.image_shape),
-        image_dtype=args.image_dtype,
-        pore_value=args.pore_value,
-    )
     examine, text = (inspect_folder, folder_text) if args.path.is_dir() else (inspect_file, file_text)
     with tqdm(
         total=1.0, desc="inspect", disable=None, leave=False, bar_format="{desc}: {percentage:3.0f}%|{bar}|"
     ) as bar:
         report = examine(
-            args.path, args.format, hints, every_frame=args.all, progress=lambda f: bar.update(f - bar.n) and None
+            args.path,
+            args.format,
+            hints_of(args),
+            every_frame=args.all,
+            progress=lambda f: bar.update(f - bar.n) and None,
         ).to_dict()
     sys.stdout.write(dumps(report, indent=2) + "\n" if args.json else text(report))
     return 0

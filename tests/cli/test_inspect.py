@@ -130,6 +130,17 @@ def test_image_with_a_pore_value_is_a_mask(tmp_path):
     assert (solid.name, solid.static, solid.mean) == ("solid", True, [0.5])
 
 
+def test_command_takes_what_a_file_does_not_say(tmp_path):
+    dpot_scattered(tmp_path / "data_0.hdf5")
+    options = ["--boundary", "wall", "periodic", "open", "--lengths", "2", "3", "1", "--time-step", "0.5"]
+    report = json.loads(run(str(tmp_path / "data_0.hdf5"), *options, "--json").stdout)
+    assert (report["boundary"], report["lengths"], report["time_step"]) == (
+        ["wall", "periodic", "open"],
+        [2.0, 3.0, 1.0],
+        0.5,
+    )
+
+
 def test_command_prints_text_and_json(tmp_path):
     pdebench_cfd(tmp_path / "3D_CFD_periodic.hdf5")
     done = run(str(tmp_path / "3D_CFD_periodic.hdf5"))

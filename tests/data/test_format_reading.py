@@ -96,6 +96,43 @@ def test_hints_replace_what_was_assumed(tmp_path):
             open_file(tmp_path / "x_train.hdf5", hints=wrong)
 
 
+@pytest.mark.parametrize(
+    ("write", "hint", "read"),
+    [
+        (pdebench_cfd, {"axes": "ntxyz"}, False),
+        (pdebench_cfd, {"channels": ("a",)}, False),
+        (pdebench_cfd, {"time_step": 0.5}, True),
+        (jhtdb, {"channels": ("a", "b")}, False),
+        (jhtdb, {"image_shape": (4, 4, 4)}, False),
+        (dpot_single, {"pore_value": 0.0}, False),
+        (fno_hdf5, {"image_dtype": "uint8"}, False),
+    ],
+)
+def test_a_hint_is_read_or_refused_by_name(write, hint, read, tmp_path):
+    path = tmp_path / ("a.mat" if write is fno_hdf5 else "a.hdf5")
+    write(path)
+    if read:
+        assert open_file(path, hints=FileHints(**hint)).time[1] == pytest.approx(0.5)
+        return
+    with pytest.raises(ConfigError, match=next(iter(hint))):
+        open_file(path, hints=FileHints(**hint))
+
+
+@pytest.mark.parametrize("axes", ["zyx", "xyz"])
+def test_axes_of_a_cube_of_jhtdb_can_be_stated(axes, tmp_path):
+    values = random(0, 4, 4, 4, 3)
+    with h5py.File(tmp_path / "cube.h5", "w") as file:
+        file["velocity_0001"] = values
+        for name in ("xcoor", "ycoor", "zcoor"):
+            file[name] = np.arange(4.0)
+    file = open_file(tmp_path / "cube.h5", hints=FileHints(axes=axes))
+    expected = values if axes == "xyz" else values.transpose(2, 1, 0, 3)
+    np.testing.assert_array_equal(read_all(file, "velocity")[0, 0], expected)
+    assert not any(note.startswith("axes") for note in file.notes)
+    with pytest.raises(ConfigError, match="axes"):
+        open_file(tmp_path / "cube.h5", hints=FileHints(axes="txyz"))
+
+
 def test_axes_of_an_array_can_be_stated(tmp_path):
     values = random(0, 5, 6, 7, 2)
     with h5py.File(tmp_path / "mine.hdf5", "w") as file:

@@ -11,7 +11,7 @@ import h5py
 
 from shodh.config import FileFormat
 from shodh.data.formats import dpot, fno, jhtdb, named, pdebench, rock
-from shodh.data.formats.arrays import ArrayFile
+from shodh.data.formats.arrays import ArrayFile, Describe, Load
 from shodh.data.formats.base import FileHints, TrajectoryFile
 from shodh.data.hdf5 import H5PY_ERRORS, damaged, open_hdf5
 from shodh.data.well_reader import WellFile
@@ -31,6 +31,29 @@ _LAYOUTS: dict[str, Callable[[h5py.File, FileHints], bool]] = {
     "pdebench": lambda file, _: pdebench.is_pdebench(file),
     "fno": fno.is_fno,
     "arrays": named.is_named,
+}
+
+_ARRAYS: dict[str, tuple[Describe, Load | None]] = {
+    "pdebench": (pdebench.describe, None),
+    "dpot": (dpot.describe, None),
+    "fno": (fno.describe, fno.load),
+    "jhtdb": (jhtdb.describe, None),
+    "arrays": (named.describe, None),
+    "rock": (rock.describe, rock.load),
+}
+_GEOMETRY = {"boundary", "lengths", "time_step"}
+#: Hints that a format reads, where these are not `_GEOMETRY`.
+_READ: dict[str, set[str]] = {
+    "well": set(),
+    "dpot": _GEOMETRY | {"axes", "channels"},
+    "fno": _GEOMETRY | {"axes", "channels"},
+    "jhtdb": _GEOMETRY | {"axes"},
+    "arrays": _GEOMETRY | {"axes", "channels"},
+    "rock": {"boundary", "lengths", "image_shape", "image_dtype", "pore_value"},
+}
+_CURES = {
+    "well": "or convert the original files again with --boundary, --lengths or --time-step to correct them",
+    "pdebench": "or state format: arrays to have every dataset read as a field",
 }
 
 
@@ -56,26 +79,17 @@ def open_file(path: str | os.PathLike[str], format: str = "auto", hints: FileHin
     hints = hints or FileHints()
     if format == "auto":
         format = detect_format(path, hints)
+    if format not in FORMATS:
+        raise ConfigError(f"unknown format {format!r}; expected auto or one of {', '.join(FORMATS)}")
+    if unread := sorted(hints.given() - _READ.get(format, _GEOMETRY)):
+        raise ConfigError(
+            f"{path}: files of format {format} state {', '.join(unread)} themselves; remove "
+            f"{'it' if len(unread) == 1 else 'them'}, {_CURES.get(format, 'or state another format')}"
+        )
     if format == "well":
-        if hints != FileHints():
-            raise ConfigError(
-                f"{path}: The Well's files state boundary, lengths and times; remove these hints, or convert the "
-                "original files again with --boundary, --lengths or --time-step to correct them"
-            )
         return WellFile(path)
-    if format == "pdebench":
-        return ArrayFile(path, format, pdebench.describe, hints)
-    if format == "dpot":
-        return ArrayFile(path, format, dpot.describe, hints)
-    if format == "fno":
-        return ArrayFile(path, format, fno.describe, hints, fno.load)
-    if format == "jhtdb":
-        return ArrayFile(path, format, jhtdb.describe, hints)
-    if format == "arrays":
-        return ArrayFile(path, format, named.describe, hints)
-    if format == "rock":
-        return ArrayFile(path, format, rock.describe, hints, rock.load)
-    raise ConfigError(f"unknown format {format!r}; expected auto or one of {', '.join(FORMATS)}")
+    describe, load = _ARRAYS[format]
+    return ArrayFile(path, format, describe, hints, load)
 
 
 def detect_format(path: str | os.PathLike[str], hints: FileHints | None = None) -> str:

@@ -106,6 +106,10 @@ def _with_step(time: np.ndarray, step: float) -> np.ndarray:
     return time / mean * step
 
 
+Describe = Callable[[Any, Path, FileHints], ArrayHeader]
+Load = Callable[[Path, FileHints], Store]
+
+
 class ArrayFile(DescribedFile):
     """A `TrajectoryFile` over named arrays.
 
@@ -131,9 +135,9 @@ class ArrayFile(DescribedFile):
         self,
         path: str | os.PathLike[str],
         format: str,
-        describe: Callable[[Any, Path, FileHints], ArrayHeader],
+        describe: Describe,
         hints: FileHints,
-        load: Callable[[Path, FileHints], Store] | None = None,
+        load: Load | None = None,
     ) -> None:
         self.path = Path(path)
         self._format, self._hints, self._load = format, hints, load

@@ -247,6 +247,10 @@ class FileHints:
             if any(v is not None and not 0 < v < math.inf for v in values):
                 raise ConfigError(f"{what} must be positive, given {', '.join(map(str, values))}")
 
+    def given(self) -> set[str]:
+        """Names of what is said."""
+        return {name for name, value in vars(self).items() if value is not None}
+
 
 def rescale_(values: np.ndarray, shift: float, scale: float) -> None:
     """``(x - shift) / scale`` in place, in the arithmetic of the values' dtype."""

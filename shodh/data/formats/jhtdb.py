@@ -2,7 +2,7 @@
 
 ``velocity_0001`` (or ``Velocity_0001``) ``[z, y, x, 3]`` and ``pressure_0001`` ``[z, y, x, 1]``, one dataset a time
 index, with the coordinates ``xcoor``, ``ycoor``, ``zcoor``. A file is one trajectory. The lengths of the coordinates
-say whether axes come as z, y, x or as x, y, z; a cube tells nothing and is taken as z, y, x.
+say whether axes come as z, y, x or as x, y, z; a cube tells nothing and is taken as z, y, x, unless hints say ``xyz``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shodh.data import hdf5
 from shodh.data.formats.arrays import ArrayField, ArrayHeader
 from shodh.data.formats.base import FileHints
 from shodh.data.well_header import axis_length
-from shodh.core.errors import DataError
+from shodh.core.errors import ConfigError, DataError
 from shodh.schema.fields import AXES, Field
 
 COORDINATES = ("xcoor", "ycoor", "zcoor")
@@ -39,13 +39,13 @@ def describe(file: h5py.File, path: Path, hints: FileHints) -> ArrayHeader:
     fields, notes = {}, []
     for name, datasets in frames.items():
         shape = tuple(int(n) for n in hdf5.dataset(file, next(iter(datasets.values())), where).shape)
-        axes = _axes(shape, grid, name, where)
+        axes = _axes(shape, grid, name, hints.axes, where)
         vector = shape[3] == 3
         channels = (0, 1, 2) if vector else (0,)
         names = (tuple(datasets.values()),)
         fields[name] = ArrayField(Field(name, "vector" if vector else "scalar"), axes, names, "t", channels)
-    if len(set(grid)) == 1:
-        notes.append("axes: z, y, x is assumed (a cube does not tell)")
+    if len(set(grid)) == 1 and hints.axes is None:
+        notes.append("axes: z, y, x is assumed (a cube does not tell; axes: xyz says otherwise)")
     indices = next(iter(frames.values()))
     notes += [
         "boundary: open is assumed; a cutout that spans the whole box may be periodic",
@@ -72,9 +72,12 @@ def _frames(file: h5py.File, path: str) -> dict[str, dict[int, str]]:
     return {name: dict(sorted(indices.items())) for name, indices in found.items()}
 
 
-def _axes(shape: tuple[int, ...], grid: tuple[int, ...], name: str, path: str) -> str:
-    if len(shape) == 4 and shape[3] in (1, 3):
-        for axes, expected in (("zyxc", grid[::-1]), ("xyzc", grid)):
-            if shape[:3] == expected:
-                return axes
-    raise DataError(f"{path}: {name!r} has the shape {shape}, the coordinates x, y, z have the lengths {grid}")
+def _axes(shape: tuple[int, ...], grid: tuple[int, ...], name: str, stated: str | None, path: str) -> str:
+    known = {"zyxc": grid[::-1], "xyzc": grid}
+    if stated is not None and stated.removesuffix("c") + "c" not in known:
+        raise ConfigError(f"{path}: axes {stated!r}; expected zyx or xyz, as the cutout stores each frame")
+    for axes, expected in known.items():
+        if len(shape) == 4 and shape[3] in (1, 3) and shape[:3] == expected and axes.startswith(stated or ""):
+            return axes
+    said = f", axes are stated as {stated}" if stated else ""
+    raise DataError(f"{path}: {name!r} has the shape {shape}, the coordinates x, y, z have the lengths {grid}{said}")
