@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
 import typing
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+
+def _as_written(value: Any) -> Any:
+    """What YAML reads as a whole number or a date, where text is expected: ``--set name=2024``."""
+    written = isinstance(value, int | datetime.date) and not isinstance(value, bool | datetime.datetime)
+    return str(value) if written else value
+
+
+RunName = typing.Annotated[str, BeforeValidator(_as_written), Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 # Names of fields and regimes go into those of files, weights and metrics.
 FieldName = typing.Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 RegimeName = typing.Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]

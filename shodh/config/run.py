@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from shodh.config.base import Batch, Count, Grid, Section, Seed, Width
+from shodh.config.base import Batch, Count, Grid, RunName, Section, Seed, Width
 from shodh.config.data import DataConfig
 from shodh.config.operator import OperatorConfig
 from shodh.config.tokenizer import TokenizerConfig
@@ -58,7 +58,7 @@ class FinetuneConfig(Section):
 class RunConfig(Section):
     """Everything about one run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: RunName
     seed: Seed = 0
     out: Path = Field(Path("runs"), description="folder of the run folders")
     deepspeed: Path = Field(Path("ds_configs/cpu.json"), description="DeepSpeed JSON; 'auto' values come from here")

@@ -166,6 +166,20 @@ def test_override_of_a_configuration_file_is_validated(write_config: Callable[..
 
 
 @pytest.mark.parametrize(
+    ("written", "name"), [("2024", "2024"), ("2024-05-01", "2024-05-01"), ("true", None), ("1.5", None)]
+)
+def test_a_name_of_digits_is_a_name(
+    written: str, name: str | None, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write_config(tmp_path / "c.yaml")
+    if name is None:
+        with pytest.raises(ConfigError, match="name: "):
+            load_config(path, [f"name={written}"])
+    else:
+        assert load_config(path, [f"name={written}"]).name == name
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [("name: [", "not valid YAML"), ("- a\n- b", "expected a mapping"), ("", "expected a mapping"), ("3", "mapping")],
 )

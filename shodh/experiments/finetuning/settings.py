@@ -10,10 +10,10 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from shodh.checkpoint.description import Kind
 from shodh.config import RegimeConfig, to_dict
-from shodh.config.base import Few, PositiveInt
+from shodh.config.base import Few, PositiveInt, RunName
 from shodh.core.reading import read_settings
 from shodh.experiments.finetuning.base import open_base, regimes_of
-from shodh.experiments.harness.settings import Name, StudySettings, load_settings
+from shodh.experiments.harness.settings import StudySettings, load_settings
 
 Method = Literal["all", "experts", "new_expert"]
 
@@ -27,7 +27,7 @@ class TuningConfig(StudySettings):
     run: Path = Field(description="run folder, or folder of tools/convert_checkpoint.py")
     checkpoint: str | None = Field(None, description="tag of a checkpoint of the run, or best; null: the newest")
     weights: Kind | None = Field(None, description="ema or raw weights of the checkpoint; null: ema where there are")
-    name: Name = "finetune"
+    name: RunName = "finetune"
     question: str = Field("Does it pay to start from the trained run?", min_length=1)
     regimes: tuple[RegimeConfig, ...] = Field(min_length=1, description="unseen regimes, as data.regimes of a run")
     trajectories: tuple[PositiveInt, ...] = Field((1, 4, 16), min_length=1, description="training trajectories")

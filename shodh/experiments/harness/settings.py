@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import Field
 
 from shodh.config import Section, apply_overrides
-from shodh.config.base import Seeds
+from shodh.config.base import RunName, Seeds
 from shodh.config.reading import merge_trees, section_from_dict
 from shodh.core.errors import ConfigError
 from shodh.core.reading import read_settings
 
 Preset = Literal["tiny", "small", "paper"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 
 
 class StudySettings(Section):
     """Settings that mean the same in every study."""
 
-    name: Name
+    name: RunName
     question: str = Field(min_length=1, description="what the study is for, in one line; printed on the report")
     out: Path = Field(Path("runs"), description="folder of the study's folder")
     set: tuple[str, ...] = Field((), description="key=value changes of the base run")
