@@ -20,7 +20,9 @@ from shodh.experiments.transfer.map.report import headline
 from shodh.experiments.transfer.map.results import MapResults, Point
 from shodh.experiments.transfer.map.runs import MapRun, expand
 from shodh.experiments.transfer.map.settings import MapConfig
+from shodh.experiments.transfer.map.unseen import nearest, prediction, unseen_section
 from shodh.experiments.transfer.map.worker import Group, carry_out, job_of
+from shodh.physics.opposed import EQUATIONS
 
 CPU = torch.device("cpu")
 Make = Callable[..., MapConfig]
@@ -149,6 +151,41 @@ def test_finished_group_is_reported_and_kept(study: Make) -> None:
     changed = expand(study("operator.train.steps=7"))[0]
     with pytest.raises(ConfigError, match="is of other settings of operator"):
         changed.read()
+
+
+def test_regimes_that_a_mix_leaves_out_are_asked_of_models_without_labels(study: Make) -> None:
+    routers = {"operator": {"kind": "operator", "cluster_samples": 12}, "oracle": {"kind": "oracle"}}
+    settings = study(unseen=True, counts=[3], routers=routers)
+    runs = pick(expand(settings), "dense-", "operator-", "oracle-", "diffusion-")
+    assert carry_out(job_of(settings, "d8-normalised-s0", runs), CPU, Event())
+    dense, operator, oracle, specialist = (run.read() for run in runs)
+    assert "unseen" not in oracle and "unseen" not in specialist
+    assert set(dense["unseen"]["errors"]) == set(operator["unseen"]["places"]) == set(EQUATIONS) - set(settings.regimes)
+    assert not dense["unseen"]["places"] and set(operator["places"]) == set(settings.regimes)
+    # The error is what the model gives on these samples, over what persistence does.
+    group = Group([run for run in expand(settings) if run.arm == "dense"], settings.folder / "none", CPU)
+    assert operator["unseen"]["errors"]["swift"] != dense["unseen"]["errors"]["swift"]
+    assert len(dense["unseen"]["errors"]["swift"]) == settings.held_out
+    swift = group.others["swift"]
+    frames = swift.samples([("held out", number) for number in range(512)])
+    assert (frames[:, -1] - frames[:, -2]).square().mean() == pytest.approx(swift.change, rel=0.1)
+    section = unseen_section(MapResults(settings, runs))
+    assert section is not None and len(section.tables["unseen_errors"].rows) == 2 * 13
+    assert set(section.tables) == {"unseen_errors", "unseen_places", "unseen_prediction"}
+
+
+def test_the_nearest_trained_regime_is_that_of_the_cluster() -> None:
+    places = {"a": {"cluster": [0, 0, 1, 0]}, "b": {"cluster": [1, 1, 1, 1]}, "c": {"cluster": [2, 0, 2, 2]}}
+    strange = {
+        "x": {"cluster": [2, 2], "distance": [1.0, 1.5]},
+        "y": {"cluster": [1, 0], "distance": [2.0, 4.0]},
+        "z": {"cluster": [0, 0], "distance": [9.0, 8.0]},
+    }
+    unseen = {"errors": {"x": [1.0, 2.0], "y": [3.0, 4.0], "z": [5.0, 7.0]}, "places": strange}
+    values = {"places": places, "unseen": unseen}
+    assert nearest(values, "x") == ("c", 1.0) and nearest(values, "z") == ("a", 1.0) and nearest(values, "y")[1] == 0.5
+    assert prediction(values, samples=False) == pytest.approx(1)
+    assert 0.9 < prediction(values, samples=True) < 1
 
 
 #: Errors of models of three seeds over specialists' by arm.

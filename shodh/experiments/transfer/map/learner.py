@@ -17,6 +17,7 @@ from shodh.models.init import initialise
 from shodh.models.kernels import adamw
 from shodh.models.operator import LatentTransformer, OperatorOutput
 from shodh.moe.balance import GlobalBalance
+from shodh.moe.clusters import Clusters
 from shodh.moe.fingerprint import fingerprint
 from shodh.moe.groups import decay_groups, is_routed_expert
 from shodh.moe.routers.operator import make_operator_gate
@@ -108,6 +109,7 @@ class Learner:
         self.model.eval()
         errors: dict[str, list[float]] = {}
         counts: list[Tensor] = []
+        places: dict[str, Any] = {}
         for number, name in enumerate(self.run.regimes):
             labels = torch.full((len(held_out[name]),), number, device=self.device)
             output, error = self.predict(held_out[name], labels)
@@ -115,6 +117,8 @@ class Learner:
             rows = [count_by_regime(r.selected, labels, len(self.run.regimes), r.num_experts) for r in output.routing]
             if rows:
                 counts.append(torch.stack(rows))
+            if (found := self._places(held_out[name])) is not None:
+                places[name] = found
         parameters = sum(p.numel() for p in self.model.parameters())
         routed = sum(p.numel() for n, p in self.model.named_parameters() if is_routed_expert(n))
         experts = max(1, self.run.operator.experts.num_experts)
@@ -124,7 +128,28 @@ class Learner:
             tables = torch.stack(counts).sum(0)
             values["tables"] = tables.tolist()
             values["information"] = [regime_information(table)[0] for table in tables]
+        values |= {"places": places} if places else {}
         return values | {"steps": self.run.operator.train.steps, "seconds": self.seconds}
+
+    @torch.no_grad()
+    def unseen(self, held_out: Frames, data: Mapping[str, FreshRegime]) -> dict[str, Any]:
+        """As `measure`, of regimes that the model has never met: errors, and where fingerprints put the samples."""
+        self.model.eval()
+        found: dict[str, Any] = {"errors": {}, "places": {}}
+        for name in sorted(held_out.keys() - set(self.run.regimes)):
+            labels = torch.zeros(len(held_out[name]), dtype=torch.long, device=self.device)
+            found["errors"][name] = (self.predict(held_out[name], labels)[1] / data[name].change).tolist()
+            if (places := self._places(held_out[name])) is not None:
+                found["places"][name] = places
+        return found
+
+    def _places(self, fields: Tensor) -> dict[str, Any] | None:
+        """Nearest cluster of each sample, and its squared distance over the mean one in training."""
+        clusters = self.model.router
+        if not isinstance(clusters, Clusters):
+            return None
+        nearest = clusters.distances(self.look(fields)).min(1)
+        return {"cluster": nearest.indices.tolist(), "distance": (nearest.values / clusters.spread).tolist()}
 
     def gradients(self, frames: Frames) -> dict[str, Any]:
         """Cosines and norms of the regimes' gradients, beside those of two halves of one regime's samples.

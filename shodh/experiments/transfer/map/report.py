@@ -13,6 +13,7 @@ from shodh.experiments.transfer.map.plots import heat_maps, index_by_arm
 from shodh.experiments.transfer.map.results import Claim, MapResults, Point, root_mean
 from shodh.experiments.transfer.map.runs import MapRun, by_group
 from shodh.experiments.transfer.map.settings import DENSE, SPECIALIST, MapConfig
+from shodh.experiments.transfer.map.unseen import unseen_section
 from shodh.report.page import Headline, Section, Table, filled
 from shodh.report.statistics import RULE, Comparison, Verdict, what_seeds_can_show
 
@@ -24,7 +25,8 @@ AXES = ["fields", "regimes", "width"]
 def write_map_report(study: MapConfig, runs: Sequence[MapRun]) -> str:
     """Write ``<study>/report`` from the finished runs and return its top as text."""
     results = MapResults(study, runs)
-    sections = [_index(results), _by_regime(results), _effective(results), _gradients(results), _runs(results)]
+    sections = [_index(results), _by_regime(results), _effective(results), _gradients(results)]
+    sections += [unseen_section(results), _runs(results)]
     claims = {(*claim.point, claim.arm, claim.other): c for claim, c in results.claims.items()}
     sections.append(claims_section(claims, [*AXES, "model", "against"]))
     return write_study(study, "Map of negative transfer", headline(results), sections, missing(study, runs), ["index"])

@@ -52,6 +52,10 @@ class MapConfig(StudySettings):
     history: PositiveInt = Field(2, description="frames that are given")
     samples: PositiveInt = Field(8, description="of a regime in one step")
     held_out: PositiveInt = Field(64, description="samples of a regime that errors are of, the same for all runs")
+    unseen: bool = Field(
+        False,
+        description="also errors on the equations that a mix leaves out, and where their fingerprints lie",
+    )
     gradient_samples: Count = Field(64, description="of a regime, for cosines and norms of gradients; 0: none")
     stream: PositiveInt = Field(8, description="steps whose data are solved at once")
     operator: dict[str, Any] = Field(description="settings of the operator; its width and experts are set by the axes")

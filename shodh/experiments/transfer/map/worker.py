@@ -29,7 +29,8 @@ from shodh.data.fresh import FreshRegime
 from shodh.experiments.harness.workers import STOPPED, ignore_interrupts
 from shodh.experiments.transfer.map.learner import Frames, Learner
 from shodh.experiments.transfer.map.runs import MapRun, by_group, expand
-from shodh.experiments.transfer.map.settings import DENSE, MapConfig
+from shodh.experiments.transfer.map.settings import DENSE, SPECIALIST, MapConfig
+from shodh.physics.opposed import EQUATIONS
 from shodh.train.runtime import quiet_logs, run_ranks
 
 SAVE_EVERY = 60.0  # seconds between two states that are kept
@@ -38,6 +39,12 @@ SAVE_EVERY = 60.0  # seconds between two states that are kept
 def job_of(study: MapConfig, group: str, runs: Sequence[MapRun]) -> dict[str, Any]:
     """JSON-able: what a worker is told."""
     return {"study": study.model_dump(mode="json"), "group": group, "runs": [run.name for run in runs]}
+
+
+def can_meet_others(run: MapRun) -> bool:
+    """Whether a model can be asked about a regime that it has not learned: it learned several, and needs no label."""
+    experts = run.operator.experts
+    return run.arm != SPECIALIST and not (experts.num_experts and experts.router.traits.labelled)
 
 
 class Group:
@@ -56,9 +63,10 @@ class Group:
         self.study, self.seed, self.path = first.study, first.seed, state
         self.names = [run.name for run in runs]
         unit = 1.0 if first.fields == "normalised" else None
-        needed = [name for name in self.study.regimes if any(name in run.regimes for run in runs)]
         frames = self.study.history + 1
-        self.data = {name: FreshRegime(name, self.study.grid, frames, unit, device) for name in needed}
+        every = {name: FreshRegime(name, self.study.grid, frames, unit, device) for name in EQUATIONS}
+        self.data = {name: every[name] for name in self.study.regimes if any(name in run.regimes for run in runs)}
+        self.others = every if self.study.unseen and any(map(can_meet_others, runs)) else {}
         self.learners = [Learner(run, self.data, device) for run in runs]
         self.steps = first.operator.train.steps
         self.done = self._restore()
@@ -88,12 +96,16 @@ class Group:
     def finish(self) -> None:
         """Measure every run and write its result; the state is then of no more use."""
         study = self.study
-        held_out = self.frames([("held out", number) for number in range(study.held_out)])
+        keys = [("held out", number) for number in range(study.held_out)]
+        held_out = self.frames(keys)
         probes: Frames = {}
         if study.gradient_samples:
             probes = self.frames([("gradients", number) for number in range(study.gradient_samples)])
+        others = {name: regime.samples(keys) for name, regime in self.others.items()}
         for learner in self.learners:
             values = learner.measure(held_out)
+            if others and can_meet_others(learner.run):
+                values["unseen"] = learner.unseen(others, self.others)
             if probes and learner.run.arm == DENSE:
                 values["gradients"] = learner.gradients(probes)
             run = learner.run
