@@ -9,7 +9,7 @@ from __future__ import annotations
 from shodh.experiments.composition.report import write_ccm_report
 from shodh.experiments.composition.runs import describe_study, expand, prepare
 from shodh.experiments.composition.settings import load_ccm
-from shodh.experiments.harness.command import Study, conduct, parse_study, study_parser
+from shodh.experiments.harness.command import Study, conduct, one_by_one, parse_study, study_parser
 from shodh.train.runtime import quiet_logs
 
 EXAMPLES = """examples:
@@ -32,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
             study,
             expand=lambda world: expand(study, world),
             describe=lambda runs: describe_study(study, runs),
+            make=one_by_one(study, prepare=lambda runs, workers: prepare(study, runs, workers)),
             report=lambda runs: write_ccm_report(study),
-            prepare=lambda runs, workers: prepare(study, runs, workers),
         ),
         args,
     )

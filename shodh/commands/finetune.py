@@ -14,7 +14,7 @@ from shodh.experiments.finetuning.base import open_base
 from shodh.experiments.finetuning.report import write_tuning_report
 from shodh.experiments.finetuning.runs import describe_runs, expand_tuning
 from shodh.experiments.finetuning.settings import Method, load_tuning
-from shodh.experiments.harness.command import Study, conduct, parse_study, study_parser
+from shodh.experiments.harness.command import Study, conduct, one_by_one, parse_study, study_parser
 
 EXAMPLES = """examples:
   shodh finetune --config launch/configs/finetune_tiny.yaml --jobs 2
@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             tuning,
             expand=lambda world: expand_tuning(tuning, open_base(tuning.run, tuning.checkpoint), world),
             describe=lambda runs: describe_runs(tuning, runs),
+            make=one_by_one(tuning),
             report=lambda runs: write_tuning_report(tuning, runs),
         ),
         args,

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from shodh.core.errors import ConfigError
 from shodh.core.reading import read_settings
-from shodh.experiments.harness.command import Study, conduct, parse_study, study_parser
+from shodh.experiments.harness.command import Study, conduct, one_by_one, parse_study, study_parser
 from shodh.experiments.harness.costs import describe_costs
 from shodh.experiments.harness.settings import load_settings
-from shodh.experiments.transfer.map.conduct import conduct_map
+from shodh.experiments.transfer.map.conduct import map_study
 from shodh.experiments.transfer.map.settings import MapConfig
 from shodh.experiments.transfer.report import write_study_report
 from shodh.experiments.transfer.runs import expand, make_tokenizer
@@ -32,7 +33,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keep-checkpoints", action="store_true", help="of finished runs all, not the last alone")
     args, settings = parse_study(parser, argv)
     if _is_map(args.config):
-        return conduct_map(load_settings(MapConfig, **settings), args)
+        if args.keep_checkpoints:
+            raise ConfigError(
+                "--keep-checkpoints is of studies whose runs have checkpoints; those of a map leave results alone"
+            )
+        return conduct(map_study(load_settings(MapConfig, **settings)), args)
     study = load_settings(StudyConfig, **settings)
     return conduct(
         Study(
@@ -41,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
             describe=lambda runs: describe_costs(
                 study, study.base, runs, lambda run: {"regimes": "+".join(run.labels["regimes"])}
             ),
+            make=one_by_one(study, prepare=lambda runs, workers: make_tokenizer(study, runs, workers)),
             report=lambda runs: write_study_report(study, runs),
-            prepare=lambda runs, workers: make_tokenizer(study, runs, workers),
         ),
         args,
     )

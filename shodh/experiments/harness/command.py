@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from shodh.core.cli import choose_names
 from shodh.core.errors import ConfigError
@@ -55,8 +55,21 @@ def parse_study(parser: argparse.ArgumentParser, argv: list[str] | None) -> tupl
     return args, {**keys, "name": args.name, "out": args.out, "seeds": args.seeds}
 
 
+class Unit(Protocol):
+    """A run as the command line needs it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def check(self) -> None:
+        """Refuse what lies in its place and is of another run."""
+
+
+R = TypeVar("R", bound=Unit)
+
+
 @dataclass(frozen=True)
-class Study:
+class Study(Generic[R]):
     """A study as the command line needs it.
 
     Attributes
@@ -65,30 +78,41 @@ class Study:
         Number of ranks -> every run, in the order in which they are made.
     describe : callable
         Chosen runs -> what they are and cost, as text; makes nothing.
+    make : callable
+        (chosen runs, every run, jobs side by side, ranks): make those that are not finished; `one_by_one`, or another.
     report : callable
         Every run -> the top of the report as text; writes ``<study>/report`` from those that are finished.
-    prepare : callable, optional
-        (chosen runs, workers, jobs): what all runs need, made before the first of them.
     """
 
     settings: StudySettings
-    expand: Callable[[int], list[Run]]
-    describe: Callable[[Sequence[Run]], str]
-    report: Callable[[Sequence[Run]], str]
-    prepare: Callable[[Sequence[Run], Workers], None] | None = None
+    expand: Callable[[int], list[R]]
+    describe: Callable[[Sequence[R]], str]
+    make: Callable[[Sequence[R], Sequence[R], int, Ranks], Progress]
+    report: Callable[[Sequence[R]], str]
 
 
-def conduct(study: Study, args: argparse.Namespace) -> int:
+def one_by_one(settings: StudySettings, prepare: Callable[[Sequence[Run], Workers], None] | None = None) -> Any:
+    """`Study.make` of runs that are processes; ``prepare(chosen, workers)`` makes what all of them need."""
+
+    def make(chosen: Sequence[Run], every: Sequence[Run], jobs: int, ranks: Ranks) -> Progress:
+        check_forerunners(chosen, every)
+        first = None if prepare is None else lambda workers: prepare(chosen, workers)
+        return run_all(settings.folder, chosen, jobs, ranks, settings.name, first)
+
+    return make
+
+
+def conduct(study: Study[R], args: argparse.Namespace) -> int:
     """List, or make, the chosen runs that are not finished, and report on all that are; the exit code.
 
     Raises
     ------
     ConfigError, DataError
-        Another run lies in the place of one of the study's (`Run.check`), or a chosen one needs another.
+        Another run lies in the place of one of the study's (`Unit.check`), or a chosen one needs another.
     ShodhError
         What all runs need could not be made.
     """
-    ranks, folder = Ranks(), study.settings.folder
+    ranks = Ranks()
     every = study.expand(ranks.world)
     names = choose_names([run.name for run in every], args.only, "run")
     chosen = [run for run in every if run.name in names]
@@ -97,20 +121,9 @@ def conduct(study: Study, args: argparse.Namespace) -> int:
         return 0
     for run in every:  # Before anything is made: the report reads them all.
         run.check()
-    progress = Progress()
-    if not args.report_only:
-        check_forerunners(chosen, every)
-        prepare = study.prepare
-        progress = run_all(
-            folder,
-            chosen,
-            args.jobs,
-            ranks,
-            study.settings.name,
-            None if prepare is None else lambda workers: prepare(chosen, workers),
-        )
+    progress = Progress() if args.report_only else study.make(chosen, every, args.jobs, ranks)
     if ranks.rank == 0:
         sys.stdout.write(study.report(every))
-        sys.stdout.write(f"\nreport: {folder / 'report' / 'index.html'}\n")
+        sys.stdout.write(f"\nreport: {study.settings.folder / 'report' / 'index.html'}\n")
         sys.stderr.write(progress.complaints())
     return progress.exit_code

@@ -1,17 +1,15 @@
-"""The command of a map: list its runs, or make those that are not finished, and report."""
+"""A map for the command line: what its runs are and cost, and how they are made, a group of them a process."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Sequence
 
 import torch
 
-from shodh.core.cli import choose_names
 from shodh.core.errors import ConfigError
 from shodh.data.fresh import FreshRegime
+from shodh.experiments.harness.command import Study
 from shodh.experiments.harness.flops import BACKWARD, flop_counter
 from shodh.experiments.harness.ranks import Ranks
 from shodh.experiments.harness.workers import Job, Progress, Workers
@@ -26,33 +24,23 @@ _COUNTED: dict[tuple[str, str, int, int], int] = {}  # by study, model, width, a
 WORKER = "shodh.experiments.transfer.map.worker"
 
 
-def conduct_map(study: MapConfig, args: argparse.Namespace) -> int:
-    """As `shodh.experiments.harness.command.conduct`, with groups of runs in place of single ones."""
-    if args.keep_checkpoints:
+def map_study(study: MapConfig) -> Study[MapRun]:
+    """A map as the command line needs it: its runs are made in groups."""
+    return Study(
+        study,
+        expand=lambda world: _expand(study, world),
+        describe=lambda runs: describe(study, runs),
+        make=lambda chosen, _, jobs, ranks: _make(study, chosen, jobs, ranks),
+        report=lambda runs: write_map_report(study, runs),
+    )
+
+
+def _expand(study: MapConfig, world: int) -> list[MapRun]:
+    if world > 1:
         raise ConfigError(
-            "--keep-checkpoints is of studies whose runs have checkpoints; those of a map leave results alone"
+            f"a map is of runs on one rank each, and there are {world}; start it without a launcher, with --jobs"
         )
-    ranks = Ranks()
-    if ranks.world > 1:
-        raise ConfigError(
-            f"a map is of runs on one rank each, and there are {ranks.world}; start it without a launcher, with --jobs"
-        )
-    every = expand(study)
-    names = choose_names([run.name for run in every], args.only, "run")
-    chosen = [run for run in every if run.name in names]
-    if args.dry_run:
-        sys.stdout.write(describe(study, chosen))
-        return 0
-    for run in every:
-        if run.finished:
-            run.read()
-    progress = Progress()
-    if not args.report_only:
-        progress = _make(study, chosen, args.jobs, ranks)
-    sys.stdout.write(write_map_report(study, every))
-    sys.stdout.write(f"\nreport: {study.folder / 'report' / 'index.html'}\n")
-    sys.stderr.write(progress.complaints())
-    return progress.exit_code
+    return expand(study)
 
 
 def _make(study: MapConfig, chosen: Sequence[MapRun], jobs: int, ranks: Ranks) -> Progress:

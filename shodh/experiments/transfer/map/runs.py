@@ -73,6 +73,11 @@ class MapRun:
         found: dict[str, Any] = to_json({**data, "operator": to_dict(self.operator), **self.labels})
         return found
 
+    def check(self) -> None:
+        """Refuse a result of other settings, as `read` does."""
+        if self.finished:
+            self.read()
+
     def read(self) -> dict[str, Any]:
         """The result; raises `ConfigError` where it is of other settings."""
         values, own = read_object(self.result), self.identity()
