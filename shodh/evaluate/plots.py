@@ -124,10 +124,10 @@ def strip(trajectories: pd.DataFrame, regimes: Mapping[str, Any]) -> Figure | No
     shown = _fields(regimes, "vrmse")
     if not shown:
         return None
-    figure = Figure(figsize=(7.2, 0.75 + 0.62 * len(shown)))
+    figure = Figure(figsize=(7.2, 0.95 + 0.62 * len(shown)))
     panel = figure.subplots()
     size = figure.get_size_inches()
-    figure.subplots_adjust(left=2.1 / size[0], right=0.98, bottom=0.55 / size[1], top=1 - 0.1 / size[1])
+    figure.subplots_adjust(left=2.1 / size[0], right=0.98, bottom=0.55 / size[1], top=1 - 0.3 / size[1])
     kinds = [of for of in STYLES if of in set(chosen["of"])]
     for row, (name, field) in enumerate(shown):
         mine = chosen[(chosen["regime"] == name) & (chosen["field"] == field)]
@@ -147,7 +147,8 @@ def strip(trajectories: pd.DataFrame, regimes: Mapping[str, Any]) -> Figure | No
     panel.tick_params(axis="x", labelsize=8)
     panel.set_xlabel("one-step VRMSE: a dot a trajectory; bar and line: mean and 95 % interval", fontsize=8)
     handles = dict(zip(*panel.get_legend_handles_labels()[::-1], strict=True))
-    panel.legend(list(handles.values()), list(handles), fontsize=8, frameon=False, loc="best")
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": len(handles)}
+    panel.legend(list(handles.values()), list(handles), fontsize=8, frameon=False, **above)
     bare(panel)
     return figure
 

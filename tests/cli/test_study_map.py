@@ -36,7 +36,7 @@ def test_map_is_made_and_reported(short: Path, tmp_path: Path) -> None:
         "dense", "dense_router", "dense_total", "token", "operator", "operator_gate", "oracle", "hash",
     }  # fmt: skip
     assert len(summary["gradients"]["gradient_norms"]) == 2
-    assert (folder / "report" / "dense_map.png").stat().st_size > 1000
+    assert (folder / "report" / "index_by_model.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,13 @@ def test_json_is_strict(tmp_path: Path) -> None:
     assert read["load"] == {"share": [0.25, 0.75], "missing": None, "count": 3, "deep": [{"x": None}]}
 
 
+def test_numbers_of_the_headline_are_shown_and_what_is_nested_is_kept_in_the_file(tmp_path: Path) -> None:
+    write_page(tmp_path, "a run", Headline("mixed", "because", numbers={"u": 0.5, "arm": {"ratio": 0.75}}), [])
+    page = (tmp_path / "index.html").read_text()
+    assert "<b>0.5</b>u" in page and "ratio" not in page
+    assert json.loads((tmp_path / "summary.json").read_text())["numbers"]["arm"] == {"ratio": 0.75}
+
+
 def test_tables_are_written_in_full_and_shown_when_short(tmp_path: Path) -> None:
     write_page(tmp_path, "a run", None, [section(rows=SHOWN_ROWS), section("long", SHOWN_ROWS + 1)])
     rows = list(csv.reader((tmp_path / "load_table.csv").open()))

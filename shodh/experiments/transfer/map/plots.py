@@ -11,9 +11,9 @@ from shodh.report.figures import INK, bare, style_of
 
 
 def heat_maps(results: MapResults) -> Figure | None:
-    """Transfer index of the dense model by number of regimes and width, a panel a scale of fields."""
+    """Transfer index of the dense model by number of regimes and width, a panel a scale of fields; of one place there is none."""
     scales = list(dict.fromkeys(point.fields for point in results.points))
-    if not scales:
+    if len(results.points) < 2:
         return None
     figure = Figure(figsize=(5.2 * len(scales), 3.8), layout="constrained")
     for panel, scale in zip(figure.subplots(1, len(scales), squeeze=False)[0], scales, strict=True):
