@@ -92,7 +92,7 @@ def open_given(config: RunConfig, weights: Path, device: torch.device, kind: Kin
     Fields are normalised by the regimes' own training statistics.
     """
     folder = RunFolder(config.run_dir)
-    regimes, trained = open_run_data(config, None, new_choice(config, weights))
+    regimes, trained = open_run_data(config, None, new_choice(config, weights), weights=weights)
     return _opened(config, folder, weights.name, regimes, trained, weights, device, kind)
 
 
