@@ -86,8 +86,8 @@ class RegimeConfig(Section):
     axes: str | None = Field(None, description="letters of the arrays' axes: n(umber), t, x, y, z, c(hannel); nxytc")
     parameters: dict[str, str | float | None] = Field(
         default_factory=dict,
-        description="name in operator.conditions -> name in the file, or the value where the files do not say it; null: "
-        "absent",
+        description="name in operator.conditions -> name in the file, or the value where the files do not say it; "
+        "null: absent",
     )
 
     @model_validator(mode="after")

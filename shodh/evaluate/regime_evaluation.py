@@ -18,6 +18,7 @@ from shodh.checkpoint.description import Kind
 from shodh.config import RunConfig
 from shodh.core.precision import Precision
 from shodh.data import LatentWindowDataset, Split, WindowDataset
+from shodh.data.windows import WindowIndex, require_windows
 from shodh.evaluate.conserved import drifts
 from shodh.evaluate.divergence import DivergenceMeter
 from shodh.evaluate.rows import Key, Place, Rows
@@ -119,7 +120,10 @@ class RegimeEvaluation:
         self.table: Tensor | None = None
         self.example: Example | None = None
         source, data = evaluator.regimes.sources[number], evaluator.config.data
-        self.schedule = Schedule.of(evaluator.config, source.num_frames(split))
+        lengths = source.num_frames(split)
+        index = WindowIndex(lengths, data.history + 1, data.stride)
+        require_windows(index, f"regime {self.name!r}, split {split!r}, stride {data.stride}", lengths)
+        self.schedule = Schedule.of(evaluator.config, lengths)
         if self.schedule.steps > 1:
             frames = (data.history + self.schedule.steps - 1) * data.stride + 1
             source.name_short(split, frames, f"rollouts of {self.schedule.steps} steps")

@@ -68,8 +68,9 @@ class Condition:
     def to_model(self, values: np.ndarray, source: str) -> np.ndarray:
         """Physical -> model units, float32; NaN stays. DataError that names ``source`` for what cannot be."""
         values = np.asarray(values, dtype=np.float64)
-        if (wrong := np.isinf(values) | (values <= 0 if self.log else False)).any():
-            bound = "finite and positive, as models are told its logarithm" if self.log else "finite"
+        positive = self.log or self.name == TIME_STEP
+        if (wrong := np.isinf(values) | (positive & (values <= 0))).any():
+            bound = "finite and positive" + ", as models are told its logarithm" * self.log if positive else "finite"
             raise DataError(f"{source}: {self.name} must be {bound}, got {values[wrong][0]:g}")
         return (((np.log(values) if self.log else values) - self.mean) / self.scale).astype(np.float32)
 
@@ -98,7 +99,8 @@ def condition_values(
     Parameters
     ----------
     given : mapping, optional
-        Physical values by name, a number or one a sample; None: not known. What is left out has the value of the
+        Physical values by name, a number or one a sample; None: not known, which a model has learned where some of its
+        training data did not have it. What is left out has the value of the
         regime's training data, if that was one, and is absent where the regime has none.
 
     Raises
@@ -106,6 +108,8 @@ def condition_values(
     DataError
         A name is not known, a value is no number or of another count, or one that varies is left out.
     """
+    if not isinstance(given, Mapping | None):
+        raise DataError(f"conditions must map names to values, as {{'viscosity': 1e-3}}, got {given!r:.60}")
     given = dict(given or {})
     if strangers := sorted(set(given) - {c.name for c in conditions}):
         takes = f"takes {', '.join(c.name for c in conditions)}" if conditions else "takes none"
@@ -138,4 +142,6 @@ def _numbers(name: str, given: Values, samples: int) -> np.ndarray:
         values = np.full(samples, float(values))
     if values.shape != (samples,):
         raise DataError(f"conditions: {name} must be a number, or [{samples}], one a sample; got {list(values.shape)}")
+    if np.isnan(values).any():
+        raise DataError(f"conditions: {name} is NaN; give None where it is not known")
     return values

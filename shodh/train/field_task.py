@@ -23,7 +23,7 @@ from shodh.train.trainer import Batch
 def open_windows(
     config: RunConfig, regimes: Regimes, split: Split, horizon: int = 1, stride: int | None = None
 ) -> list[WindowDataset]:
-    """Windows of ``history`` frames and the ``horizon`` next ones, by default of ``data.stride``, a dataset a regime."""
+    """Windows of ``history`` frames and the ``horizon`` next ones, a dataset a regime, at a stride."""
     stride = stride or config.data.stride
     if 1 < horizon == training_horizon(config, split):  # Windows of one step name those that are too short.
         name_short(config, regimes, split, horizon, stride)

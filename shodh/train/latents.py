@@ -150,7 +150,7 @@ def prepare_latents(config: RunConfig, regimes: Regimes, trained: TrainedTokeniz
 def open_latents(
     config: RunConfig, regimes: Regimes, cache: Path, split: Split, horizon: int = 1, stride: int | None = None
 ) -> list[LatentWindowDataset]:
-    """Windows of ``history`` latents and the ``horizon`` next ones, by default of ``data.stride``, a dataset a regime."""
+    """Windows of ``history`` latents and the ``horizon`` next ones, a dataset a regime, at a stride."""
     stride = stride or config.data.stride
     if horizon == training_horizon(config, split):  # Of longer ones the rollouts tell.
         name_short(config, regimes, split, horizon, stride)
