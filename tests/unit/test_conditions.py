@@ -20,12 +20,14 @@ from shodh.checkpoint.description import Source, describe_run
 from shodh.checkpoint.pretrained import ShodhModel, from_pretrained
 from shodh.config import OperatorConfig
 from shodh.core.errors import CheckpointError, ConfigError, DataError
+from shodh.experiments.harness.flops import forward_flops
 from shodh.models.conditioning import Conditioning
 from shodh.models.factory import build_operator
 from shodh.models.forecaster import Forecaster
 from shodh.models.init import initialise
 from shodh.schema.conditions import Condition, condition_values
 from shodh.schema.space import Space
+from shodh.train.rehearsal import rehearse_operator
 
 STEP = Condition("time_step", False, 0.2, 0.1, (("a", 0.1, 0.3), ("b", 0.2, 0.2)))
 NU = Condition("nu", True, math.log(0.01), 2.0, (("a", 0.001, 0.1),))
@@ -198,6 +200,16 @@ def test_a_folder_whose_space_has_other_conditions_is_refused(tmp_path: Path) ->
     model.space.unconditioned().save(tmp_path)
     with pytest.raises(CheckpointError, match="different conditions"):
         from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["latents", "fields"])
+def test_plans_and_studies_count_the_work_of_a_conditioned_operator(kind: str) -> None:
+    config, _ = build_plain(kind)
+    operator = config.operator.model_copy(update={"conditions": ("time_step",), "activation_checkpointing": False})
+    told = config.model_copy(update={"operator": operator})
+    more = 2 * (2 * operator.dim + 2 * operator.dim**2)  # Two products of one sample.
+    assert forward_flops(told) - forward_flops(config) == more
+    assert rehearse_operator(told, 2).flops > rehearse_operator(config, 2).flops
 
 
 @pytest.mark.parametrize("names", [["nu", "nu"], [""]])

@@ -112,7 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         common = [
             f"out={work / 'runs'}", f"deepspeed={ROOT / 'ds_configs' / 'cpu.json'}", f"operator.train.steps={steps}",
             f"data.regimes.0.path={work / 'data' / 'vorticity_2d'}", f"data.strides={list(TRAINED)}",
-            "operator.dim=16", "operator.depth=3", "operator.field.residual=true", f"operator.train.warmup={max(1, steps // 5)}",
+            "operator.dim=16", "operator.depth=3", "operator.field.residual=true",
+            f"operator.train.warmup={max(1, steps // 5)}",
             "operator.train.checkpoint_every=0", "operator.train.valid_every=0", f"evaluation.rollout={ROLLOUT}",
             *args.set,
         ]  # fmt: skip
