@@ -18,7 +18,6 @@ import math
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -124,11 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for arm in args.arms:
                 if (key := f"{arm}-{seed}") not in record["runs"]:
                     settings = [*common, f"name={key}", f"seed={seed}", f"operator.conditions={ARMS[arm]}"]
-                    start = time.perf_counter()
                     call("launch/pretrain.py", "--config", CONFIG, "--resume", "auto", "--set", *settings)
-                    seconds = time.perf_counter() - start
-                    run = load_config(CONFIG, settings).run_dir
-                    record["runs"][key] = {"vrmse": errors_of(run), "seconds": seconds}
+                    record["runs"][key] = {"vrmse": errors_of(load_config(CONFIG, settings).run_dir)}
                 record["summary"] = compare(record["runs"], seeds)
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 write_json(args.out, record, indent=1)
