@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from shodh.schema.conditions import Condition
 from shodh.schema.fields import Field
 from shodh.schema.space import Space
 
@@ -20,7 +21,7 @@ A Shodh model: {what}, written in {dtype}.
 | | |
 | --- | --- |
 | regimes | {regimes} |
-| fields | {fields} |
+| fields | {fields} |{conditions}
 | grid | {grid} |
 | parameters, total | {total:,} |
 | parameters, active a token | {active:,} |
@@ -34,7 +35,7 @@ A Shodh model: {what}, written in {dtype}.
 import shodh
 
 model = shodh.from_pretrained("path/to/this/folder")
-following = model.predict(fields, static, regime="{regime}")  # physical units in, physical units out
+following = model.predict(fields, static, regime="{regime}"{told})  # physical units in, physical units out
 ```
 
 `fields` is `[batch, {history}, channels, *grid]`, oldest frame first, in the order of the fields above, a vector taking
@@ -83,6 +84,9 @@ def model_card(description: Mapping[str, Any], space: Space, numbers: Mapping[st
         seed=run["seed"],
         history=run["data"]["history"],
         regime=space.names[0],
+        conditions=f"\n| conditions | {', '.join(map(_describe_condition, space.conditions))} |"
+        * bool(space.conditions),
+        told=_told(space),
         places=_FACES if any(f.placement == "face" for f in space.fields) else _CENTRES,
     )
     if description.get("merge"):
@@ -110,6 +114,18 @@ def _merged(merge: Mapping[str, Any]) -> str:
         f"\n## Merged\n\nNot trained: merged from the experts {experts} of the anchor {merge['anchor']['name']} "
         f"({merge['method']}{where}). All settings and checksums stand under `merge` in `config.json`.\n"
     )
+
+
+def _describe_condition(condition: Condition) -> str:
+    values = [value for _, *ends in condition.ranges for value in ends]
+    return f"{condition.name} {min(values):g} to {max(values):g}" if values else condition.name
+
+
+def _told(space: Space) -> str:
+    """The argument that `predict` needs of the first regime."""
+    first = ((c.name, c.range_of(space.names[0])) for c in space.conditions)
+    given = {name: float(f"{there[0]:g}") for name, there in first if there is not None and there[0] < there[1]}
+    return f", conditions={given}" if given else ""
 
 
 def _describe_field(field: Field) -> str:

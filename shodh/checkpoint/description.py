@@ -138,6 +138,8 @@ def parse_description(content: Mapping[str, Any], source: Path, space: Space | N
         raise CheckpointError(f"{source}: {error}") from error
     if fields != space.fields:
         raise CheckpointError(f"{source} and its {SPACE_FILE} are of different fields")
+    if "operator" in description.parts and description.config.operator.conditions != space.condition_names:
+        raise CheckpointError(f"{source} and its {SPACE_FILE} are of different conditions")
     return description
 
 

@@ -5,7 +5,7 @@ Needs neither DeepSpeed nor the compiled extension. Only safetensors and JSON ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -34,6 +34,7 @@ from shodh.models.forecaster import Forecaster
 from shodh.models.operator import LatentTransformer
 from shodh.models.registry import FieldOperator
 from shodh.models.tokenizer import Tokenizer
+from shodh.schema.conditions import Values
 from shodh.schema.domain import Domain
 from shodh.schema.fields import AXES, Field, Placement, field_slices, mask_names
 
@@ -106,6 +107,11 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignor
     def num_static(self) -> int:
         """Channels of the static fields."""
         return self.space.num_static
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """What the model is told beside the fields, by name; `shodh.schema.space.Space` has the ranges."""
+        return self.space.condition_names
 
     def domain(self, regime: str) -> Domain:
         """Boundary and lengths of a regime's box; raises `DataError` for one that is not known."""
@@ -286,6 +292,7 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignor
         regime: str | None = None,
         steps: int = 1,
         *,
+        conditions: Mapping[str, Values] | None = None,
         exact: bool = False,
         placement: Placement = "face",
     ) -> Array:
@@ -300,6 +307,10 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignor
         regime : str, optional
             Whose normalisation and domain are meant; no network sees the name, but an oracle router its number. Needed
             where the model knows several.
+        conditions : mapping, optional
+            Of a model with `conditions`, in physical units by name, a number or one a sample; None: not known. Needed
+            are those that vary in the training data of the regime. ``time_step`` is that of the given frames, and of
+            the predicted ones.
         exact : bool
             As `decode`.
         placement : {"face", "center"}
@@ -308,7 +319,8 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignor
         Raises
         ------
         DataError
-            The regime is unknown, or an array is not of the model's shape, not finite, or of a type that is not taken.
+            The regime or a condition is unknown or missing, or an array is not of the model's shape, not finite, or of
+            a type that is not taken.
         CheckpointError
             There is a tokenizer alone, or ``exact`` is asked of an operator on fields.
         """
@@ -319,7 +331,8 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignor
         known = self._known(regime)
         with self._computing():
             given, masks = self._take_all(fields, static, known, self.history, placement)
-            return like(self.forecaster.predict(given, masks, known, steps, exact=exact), fields)
+            ahead = self.forecaster.predict(given, masks, known, steps, conditions=conditions, exact=exact)
+            return like(ahead, fields)
 
     def predict(
         self,
@@ -327,11 +340,13 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignor
         static: Tensor | np.ndarray | None = None,
         regime: str | None = None,
         *,
+        conditions: Mapping[str, Values] | None = None,
         exact: bool = False,
         placement: Placement = "face",
     ) -> Array:
         """The frame that follows ``fields [B, T, C, *grid]`` (oldest first): ``[B, C, *grid]``. As `rollout`."""
-        return self.rollout(fields, static, regime, steps=1, exact=exact, placement=placement)[:, 0]
+        ahead = self.rollout(fields, static, regime, conditions=conditions, exact=exact, placement=placement)
+        return ahead[:, 0]
 
     forward = predict
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from shodh.checkpoint.folder import BEST, latest_checkpoint, read_manifest, tag_of
-from shodh.core.cli import add_weights
+from shodh.core.cli import add_weights, positive
 from shodh.core.devices import pick_device
 from shodh.core.distributed import rank, together, world_size
 from shodh.evaluate.evaluation import evaluate, open_run
@@ -19,6 +19,7 @@ from shodh.train.runtime import quiet_logs, start_distributed
 EXAMPLES = """examples:
   shodh evaluate --run runs/demo
   shodh evaluate --run runs/demo --checkpoint best
+  shodh evaluate --run runs/demo --stride 2                  at twice the time step
   shodh evaluate --run runs/demo --checkpoint step_00000200 --split valid --weights raw
   deepspeed --num_gpus 8 launch/evaluate.py --run runs/h100-single --precision bf16    on all ranks
 """
@@ -32,6 +33,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", metavar="TAG", help="a checkpoint by its tag, or best (default: the newest)")
     add_weights(parser)
     parser.add_argument("--split", choices=("valid", "test"), help="default: what the run's configuration says")
+    parser.add_argument(
+        "--stride",
+        type=positive,
+        metavar="N",
+        help="frames between two model steps (default: data.stride); another one's report is RUN/report-strideN",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
         "--precision",
@@ -48,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     quiet_logs()
     device = start_distributed() if world_size() > 1 else torch.device(pick_device(args.device))
     with together():
-        evaluator = open_run(args.run, args.checkpoint, device, args.weights, args.precision)
+        evaluator = open_run(args.run, args.checkpoint, device, args.weights, args.precision, args.stride)
     evaluation = evaluate(evaluator, args.split or evaluator.config.evaluation.split)
     with together():
         if rank() == 0:

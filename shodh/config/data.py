@@ -84,6 +84,11 @@ class RegimeConfig(Section):
         None, min_length=1, description="numbers of the training trajectories that are learned from; null: all"
     )
     axes: str | None = Field(None, description="letters of the arrays' axes: n(umber), t, x, y, z, c(hannel); nxytc")
+    parameters: dict[str, str | float | None] = Field(
+        default_factory=dict,
+        description="name in operator.conditions -> name in the file, or the value where the files do not say it; "
+        "null: absent",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> RegimeConfig:
@@ -106,6 +111,11 @@ class DataConfig(Section):
     regimes: tuple[RegimeConfig, ...] = Field(min_length=1)
     history: Layers = Field(2, description="past frames the operator sees")
     stride: PositiveInt = Field(1, description="frames between two model steps")
+    strides: tuple[PositiveInt, ...] = Field(
+        (),
+        description="several, for the operator's training windows, all alike; none: stride alone, which validation and "
+        "evaluation have in any case; operator.conditions [time_step] tells them apart",
+    )
     workers: int = Field(0, ge=0, le=1024, description="loader processes per rank")
     mixture_temperature: PositiveFloat | None = Field(
         None, description="shares times windows^(1/temperature): 1 in proportion to size, large equal; null: shares"
@@ -117,6 +127,8 @@ class DataConfig(Section):
             raise ValueError(
                 f"data.grid {list(self.grid)} has {math.prod(self.grid)} cells; at most {MAX_CELLS} can be"
             )
+        if len(set(self.strides)) < len(self.strides):
+            raise ValueError(f"data.strides {list(self.strides)} are repeated; name each once")
         for what, names in (("regimes", [r.name for r in self.regimes]), ("fields", [f.name for f in self.fields])):
             repeated = sorted({n for n in names if names.count(n) > 1})
             if repeated:
@@ -150,6 +162,11 @@ class DataConfig(Section):
             except ConfigError as error:
                 raise ValueError(str(error)) from error
         return self
+
+    @property
+    def training_strides(self) -> tuple[int, ...]:
+        """Of the operator's training windows."""
+        return self.strides or (self.stride,)
 
     def present(self, regime: RegimeConfig) -> tuple[str, ...]:
         """Names of the fields a regime has, in the order of ``fields``."""

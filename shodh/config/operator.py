@@ -48,6 +48,11 @@ class OperatorConfig(Section):
     position: Literal["rotary", "learned"] = "rotary"
     mixer: Literal["attention", "fourier"] = Field("attention", description="latent_transformer: what mixes tokens")
     modes: Width | None = Field(None, description="Fourier modes kept along an axis; null: all")
+    conditions: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (),
+        description="numbers that the model is told of each sample: time_step, from one frame it sees to the next, and "
+        "physical parameters by their names in the files; a regime may lack some",
+    )
     field: FieldSpaceConfig = FieldSpaceConfig()
     experts: ExpertsConfig = ExpertsConfig()
     loss: Literal["mse", "over_persistence", "relative_l2"] = Field(
@@ -88,6 +93,8 @@ class OperatorConfig(Section):
             self._check_field_space()
         elif self.loss == "relative_l2":
             raise ValueError("loss relative_l2 is of fields; a latent transformer has mse or over_persistence")
+        if len(set(self.conditions)) < len(self.conditions):
+            raise ValueError(f"conditions {list(self.conditions)} are repeated; name each once")
         if self.noise_relative_to == "error" and not self.input_noise:
             raise ValueError("noise_relative_to error needs input_noise, a multiple of that error: for example 1")
         if self.patch_jitter and (self.kind not in ("dpot", "moe_pot") or self.patch == 1):

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from shodh.data.latents import latent_path, read_manifest, static_path
-from shodh.data.windows import WindowIndex, require_windows
+from shodh.data.windows import WindowIndex, require_windows, told
 from shodh.core.errors import DataError
 
 
@@ -20,7 +20,8 @@ class LatentWindowDataset(Dataset[dict[str, Any]]):
     """Windows of cached latents of one split of one regime (map-style).
 
     An item is a dict: ``latents`` float32 ``[T, L, *latent grid]`` with ``T = history + horizon``; ``static`` float32
-    ``[S, *latent grid]``; ``regime``, ``trajectory`` and ``frame``, int, with the numbers that `WindowDataset` gives.
+    ``[S, *latent grid]``; ``regime``, ``trajectory`` and ``frame``, int, with the numbers that `WindowDataset` gives,
+    and its ``conditions``.
 
     Parameters
     ----------
@@ -32,6 +33,8 @@ class LatentWindowDataset(Dataset[dict[str, Any]]):
         As for `WindowDataset`.
     regime : int
         Number of the regime in the items.
+    conditions : Tensor [trajectories, N], optional
+        As for `WindowDataset`.
 
     Raises
     ------
@@ -48,8 +51,9 @@ class LatentWindowDataset(Dataset[dict[str, Any]]):
         horizon: int,
         stride: int = 1,
         regime: int = 0,
+        conditions: torch.Tensor | None = None,
     ) -> None:
-        self.folder, self.stems = Path(folder), list(stems)
+        self.folder, self.stems, self.conditions = Path(folder), list(stems), conditions
         self.length, self.stride, self.regime = history + horizon, stride, regime
         if not self.stems:
             raise DataError(f"{self.folder}: there are no files of fields, hence no latents")
@@ -84,6 +88,7 @@ class LatentWindowDataset(Dataset[dict[str, Any]]):
             "regime": self.regime,
             "trajectory": trajectory,
             "frame": frame,
+            **told(self.conditions, trajectory),
         }
 
     def __getstate__(self) -> dict[str, Any]:

@@ -67,6 +67,9 @@ class RegimeSource:
         Shares of train, valid and test, for files that are not split.
     trajectories : sequence of int, optional
         Numbers of the training trajectories that are used, statistics included; all of them if omitted.
+    parameters : mapping, optional
+        ``{name of a condition: parameter of the files}`` where they differ, or its value where the files do not say it,
+        or None where there is none.
     former, leave_out : optional
         Splits that files keep, and files that are not opened; see `shodh.data.formats.splits.open_splits`.
 
@@ -93,6 +96,7 @@ class RegimeSource:
         only: Sequence[str] | None = None,
         layers: int | None = None,
         trajectories: Sequence[int] | None = None,
+        parameters: Mapping[str, str | float | None] | None = None,
         former: Former | None = None,
         leave_out: Collection[Path] = (),
     ) -> None:
@@ -103,6 +107,7 @@ class RegimeSource:
         self.present = tuple(f for f in self.fields if only is None or f.name in only)
         self.mapping = dict(mapping or {})
         self.placement = dict(placement or {})
+        self.parameters = dict(parameters or {})
         self._stored_name = self._resolve_names()
         self._check_placement()
         self._open: OrderedDict[Path, TrajectoryFile] = OrderedDict()
@@ -263,6 +268,13 @@ class RegimeSource:
         if not steps.size or not np.isfinite(steps).all() or not np.allclose(steps, steps.mean(), rtol=1e-3, atol=0):
             return None
         return float(f"{steps.mean():.6g}")
+
+    @property
+    def known_time_step(self) -> float | None:
+        """`time_step`; None too where frames are but counted, because nobody states their times."""
+        _, hints, _ = self.opening
+        counted = self._first.timeless and (hints is None or hints.time_step is None)
+        return None if counted else self.time_step
 
     def statistics(self) -> Statistics:
         """Statistics of the training split, by our field names.

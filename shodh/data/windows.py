@@ -59,7 +59,8 @@ class WindowDataset(Dataset[dict[str, Any]]):
     An item is a dict: ``fields`` float32 ``[T, C, *grid]`` with ``T = history + horizon`` and the channels of the
     dynamic fields in order, components x, y, z; ``static`` float32 ``[S, *grid]``, as `Field.static_scale` says (as
     stored without a normaliser); channels of absent fields are zero; ``regime``,
-    ``trajectory`` (its number in the split) and ``frame`` (the first one), int.
+    ``trajectory`` (its number in the split) and ``frame`` (the first one), int; with a table of them ``conditions``
+    float32 ``[N]``.
 
     Parameters
     ----------
@@ -73,6 +74,8 @@ class WindowDataset(Dataset[dict[str, Any]]):
         Physical units if omitted.
     regime : int, optional
         Number of the regime in the items; by default that of the source's name in ``normalizer``, or 0.
+    conditions : Tensor [trajectories, N], optional
+        What a model is told of each trajectory (`shodh.data.conditions.condition_table`).
 
     Raises
     ------
@@ -90,8 +93,9 @@ class WindowDataset(Dataset[dict[str, Any]]):
         stride: int = 1,
         normalizer: FieldNormalizer | None = None,
         regime: int | None = None,
+        conditions: torch.Tensor | None = None,
     ) -> None:
-        self.source, self.split, self.stride = source, split, stride
+        self.source, self.split, self.stride, self.conditions = source, split, stride, conditions
         self.length = history + horizon
         self.normalizer = normalizer
         known = normalizer.index(source.name) if normalizer is not None else 0
@@ -135,7 +139,42 @@ class WindowDataset(Dataset[dict[str, Any]]):
             "regime": self.regime,
             "trajectory": trajectory,
             "frame": frame,
+            **told(self.conditions, trajectory),
         }
+
+
+class JoinedWindows(Dataset[dict[str, Any]]):
+    """Data sets of the same samples one after the other: windows of one split at several strides."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = list(parts)
+        self._ends = np.cumsum([len(part) for part in self.parts])
+        self.sample_shape = self.parts[0].sample_shape
+        if all(hasattr(part, "tensor_shapes") for part in self.parts):
+            self.tensor_shapes = self.parts[0].tensor_shapes
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _find(self, index: int) -> tuple[Any, int]:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return self.parts[number], index - int(self._ends[number]) + len(self.parts[number])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        part, row = self._find(index)
+        item: dict[str, Any] = part[row]
+        return item
+
+    def read_into(self, index: int, out: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """`WindowDataset.read_into`."""
+        part, row = self._find(index)
+        item: dict[str, Any] = part.read_into(row, out)
+        return item
+
+
+def told(conditions: torch.Tensor | None, trajectory: int) -> dict[str, torch.Tensor]:
+    """What an item has of a table of conditions, if there is one."""
+    return {} if conditions is None else {"conditions": conditions[trajectory]}
 
 
 def require_windows(index: WindowIndex, where: str, frames: Sequence[int]) -> None:

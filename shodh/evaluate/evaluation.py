@@ -7,6 +7,7 @@ set beside that of persistence (the last known frame) on the same windows, and b
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -35,11 +36,14 @@ from shodh.evaluate.summary import summarise
 from shodh.models.factory import build_operator
 from shodh.moe.routing import regime_information
 from shodh.report.statistics import what_trajectories_can_show
+from shodh.schema.conditions import TIME_STEP
 from shodh.train.data_identity import kept_choice, new_choice
 from shodh.train.datasets import Regimes
 from shodh.train.latents import TrainedTokenizer, prepare_latents
 from shodh.train.opening import kept_space, open_run_data
 from shodh.train.run_folder import RunFolder
+
+log = logging.getLogger("shodh")
 
 __all__ = ["Evaluation", "Evaluator", "Example", "RegimeEvaluation", "evaluate", "open_run"]
 
@@ -60,7 +64,12 @@ class Evaluation:
 
 
 def open_run(
-    run: Path, checkpoint: str | None, device: torch.device, kind: Kind | None = None, precision: Precision = "fp32"
+    run: Path,
+    checkpoint: str | None,
+    device: torch.device,
+    kind: Kind | None = None,
+    precision: Precision = "fp32",
+    stride: int | None = None,
 ) -> Evaluator:
     """Open a run folder with its newest, its best, or a named checkpoint (`find_checkpoint`).
 
@@ -70,6 +79,8 @@ def open_run(
         Weights of the checkpoint: `shodh.checkpoint.description.read_pretrained`.
     precision : {"fp32", "bf16"}
         Of the networks.
+    stride : int, optional
+        Frames between two model steps, where they are not to be those of the run; the report has a folder of its own.
 
     Raises
     ------
@@ -80,6 +91,11 @@ def open_run(
     config = folder.config()
     if is_tokenizer(run):
         raise CheckpointError(f"{run} is the run of a tokenizer; give the run of an operator, of launch/pretrain.py")
+    if stride is not None and stride != config.data.stride:
+        if TIME_STEP not in config.operator.conditions and stride not in config.data.strides:
+            log.warning("%s was not trained at stride %d, and is not told the time step", run, stride)
+        folder.report = run / f"report-stride{stride}"
+        config = config.model_copy(update={"data": config.data.model_copy(update={"stride": stride})})
     source = find_checkpoint(run, checkpoint)
     regimes, trained = open_run_data(config, kept_space(config, source, run), kept_choice(run), run)
     opened = _opened(config, folder, source.name, regimes, trained, source, device, kind)
@@ -92,7 +108,7 @@ def open_given(config: RunConfig, weights: Path, device: torch.device, kind: Kin
     Fields are normalised by the regimes' own training statistics.
     """
     folder = RunFolder(config.run_dir)
-    regimes, trained = open_run_data(config, None, new_choice(config, weights))
+    regimes, trained = open_run_data(config, None, new_choice(config, weights), weights=weights)
     return _opened(config, folder, weights.name, regimes, trained, weights, device, kind)
 
 
@@ -172,6 +188,7 @@ def evaluate(evaluator: Evaluator, split: Split) -> Evaluation:
         "checkpoint": evaluator.checkpoint,
         "weights": evaluator.weights,
         "split": split,
+        "stride": evaluator.config.data.stride,
         "windows": windows,
         "trajectories": counts,
         "cannot_be_concluded": what_trajectories_can_show(counts),

@@ -18,6 +18,7 @@ from shodh.checkpoint.description import Kind
 from shodh.config import RunConfig
 from shodh.core.precision import Precision
 from shodh.data import LatentWindowDataset, Split, WindowDataset
+from shodh.data.windows import WindowIndex, require_windows
 from shodh.evaluate.conserved import drifts
 from shodh.evaluate.divergence import DivergenceMeter
 from shodh.evaluate.rows import Key, Place, Rows
@@ -33,6 +34,7 @@ from shodh.schema.measures import MEASURES, Truth, component_vrmse, mean_over, m
 from shodh.train.datasets import Regimes
 from shodh.train.field_task import open_windows
 from shodh.train.latents import TrainedTokenizer, open_latents
+from shodh.train.operator_task import CONDITIONS
 from shodh.train.run_folder import RunFolder
 
 
@@ -80,7 +82,7 @@ class Windows(NamedTuple):
     """Windows of one regime: history and the frames that follow.
 
     ``states [B, T, ...]`` and ``features [B, ...]`` of the operator (`Forecaster.encode`); ``fields [B, T, C, *grid]``
-    and ``static [B, S, *grid]`` in model units.
+    and ``static [B, S, *grid]`` in model units; ``conditions [B, N]`` of an operator that is told some.
     """
 
     places: Sequence[Place]
@@ -88,6 +90,7 @@ class Windows(NamedTuple):
     features: Tensor
     fields: Tensor
     static: Tensor
+    conditions: Tensor | None
 
 
 class RegimeEvaluation:
@@ -117,7 +120,10 @@ class RegimeEvaluation:
         self.table: Tensor | None = None
         self.example: Example | None = None
         source, data = evaluator.regimes.sources[number], evaluator.config.data
-        self.schedule = Schedule.of(evaluator.config, source.num_frames(split))
+        lengths = source.num_frames(split)
+        index = WindowIndex(lengths, data.history + 1, data.stride)
+        require_windows(index, f"regime {self.name!r}, split {split!r}, stride {data.stride}", lengths)
+        self.schedule = Schedule.of(evaluator.config, lengths)
         if self.schedule.steps > 1:
             frames = (data.history + self.schedule.steps - 1) * data.stride + 1
             source.name_short(split, frames, f"rollouts of {self.schedule.steps} steps")
@@ -150,7 +156,8 @@ class RegimeEvaluation:
     def _read(fields: WindowDataset, latents: LatentWindowDataset | None, places: Sequence[Place]) -> dict[str, Tensor]:
         numbers = [fields.index.number(*place) for place in places]
         items: list[Mapping[str, Any]] = [fields[number] for number in numbers]
-        found = {name: torch.stack([item[name] for item in items]) for name in ("fields", "static")}
+        names = [name for name in ("fields", "static", CONDITIONS) if name in items[0]]
+        found = {name: torch.stack([item[name] for item in items]) for name in names}
         if latents is not None:
             cached = [latents[number] for number in numbers]
             found["states"] = torch.stack([item["latents"] for item in cached])
@@ -159,10 +166,11 @@ class RegimeEvaluation:
 
     def _windows(self, places: Sequence[Place], read: Mapping[str, Tensor]) -> Windows:
         on = {name: values.to(self.e.device) for name, values in read.items()}
-        frames, static = on["fields"], on["static"]
+        frames, static, conditions = on["fields"], on["static"], on.get(CONDITIONS)
         if "states" in on:
-            return Windows(places, on["states"], on["features"], frames, static)
-        return Windows(places, *self.forecaster.encode(frames, static, self.number), frames, static)
+            return Windows(places, on["states"], on["features"], frames, static, conditions)
+        encoded = self.forecaster.encode(frames, static, self.number)
+        return Windows(places, *encoded, frames, static, conditions)
 
     # Measuring
 
@@ -171,7 +179,8 @@ class RegimeEvaluation:
         labels = self.forecaster.labels(self.number, batch.states)
         horizon = batch.fields.shape[1] - self.history
         given = batch.fields[:, self.history - 1]
-        outputs = self.forecaster.unroll(batch.states[:, : self.history], batch.features, labels)
+        past = batch.states[:, : self.history]
+        outputs = self.forecaster.unroll(past, batch.features, labels, conditions=batch.conditions)
         for step, output in enumerate(islice(outputs, horizon), 1):
             values: dict[Key, Tensor] = {}
             emitted = self.forecaster.emit(output.latent, batch.static, self.number)

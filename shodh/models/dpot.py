@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shodh.config import ExpertsConfig, OperatorConfig
 from shodh.core.seeding import Key, generator
+from shodh.models.conditioning import condition, make_conditioning
 from shodh.models.field_space import CONVOLUTIONS, TRANSPOSED, FieldSpace, coordinates
 from shodh.models.fourier import FourierMixing
 from shodh.models.operator import ExpertLayerFactory, OperatorOutput, PositionTable, observe
@@ -162,7 +163,7 @@ class PotOperator(nn.Module):
 
     ``forward(history [B, T, C, *grid], static [B, S, *grid]) -> OperatorOutput`` with the next frame ``[B, C, *grid]``,
     all normalised, absent channels ones; ``regime``, ``noise`` and ``fingerprint`` are what some routers need
-    (`shodh.moe.step.router_arguments`).
+    (`shodh.moe.step.router_arguments`), ``conditions [B, N]`` what ``config.conditions`` names.
 
     Parameter counts of the papers are those of two dimensions, ``T = 10``, 4 channels, no static field, patches of 8 in
     128^2, and ``field.classes`` outputs of a head that no loss uses (6 in MoE-POT, 12 in DPOT): Tiny 30.17 M, 17.56 M
@@ -184,6 +185,7 @@ class PotOperator(nn.Module):
         self.decode = PatchDecoder(space, config.patch, config.dim, config.field.decoder)
         sparse = config.experts if config.kind == "moe_pot" else config.experts.model_copy(update={"num_experts": 0})
         self.router = make_operator_gate(sparse, space.channels, space.ndim)
+        self.conditioning = make_conditioning(config)
         if config.field.classes:
             self.classifier = _classifier(config.dim, config.field.classes)
 
@@ -194,9 +196,10 @@ class PotOperator(nn.Module):
         regime: Tensor | None = None,
         noise: Tensor | None = None,
         fingerprint: Tensor | None = None,
+        conditions: Tensor | None = None,
     ) -> OperatorOutput:
         x = self.embed(history, static)
-        x = self.aggregate(x + self.position.position.to(x.dtype))
+        x = condition(self.conditioning, self.aggregate(x + self.position.position.to(x.dtype)), conditions)
         inputs, routing = RouterInputs(regime, noise, observe(self.router, fingerprint)), []
         for layer, block in enumerate(self.blocks):
             given = (x, inputs.at_layer(layer))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shodh.config import OperatorConfig
+from shodh.models.conditioning import condition, make_conditioning
 from shodh.models.field_space import FieldSpace, coordinates
 from shodh.models.fourier import SpectralConvolution
 from shodh.models.operator import OperatorOutput
@@ -46,9 +47,11 @@ class FnoOperator(nn.Module):
         self.blocks = nn.ModuleList(FnoBlock(dim, space.grid, config.modes) for _ in range(config.depth))
         self.hidden = nn.Linear(dim, PROJECTION * dim)
         self.head = nn.Linear(PROJECTION * dim, space.channels)
+        self.conditioning = make_conditioning(config)
 
-    def forward(self, history: Tensor, static: Tensor) -> OperatorOutput:
+    def forward(self, history: Tensor, static: Tensor, conditions: Tensor | None = None) -> OperatorOutput:
         x = self.lift(with_coordinates(history, static).movedim(1, -1).to(self.lift.weight.dtype))
+        x = condition(self.conditioning, x, conditions)
         for number, block in enumerate(self.blocks, 1):
             x = block(x)
             if number < len(self.blocks):

@@ -20,6 +20,7 @@ from shodh.models.operator import OperatorOutput
 from shodh.models.tokenizer import Potential, Tokenizer
 from shodh.moe.fingerprint import fingerprint
 from shodh.moe.step import router_arguments
+from shodh.schema.conditions import Values
 from shodh.schema.domain import add_walls, static_features
 from shodh.schema.space import Space
 
@@ -84,17 +85,26 @@ class Forecaster:
         return Encoded(torch.stack(latents, 1), static_features(geometry))
 
     def step(
-        self, states: Tensor, features: Tensor, labels: Tensor, told: Mapping[str, Any] | None = None
+        self,
+        states: Tensor,
+        features: Tensor,
+        labels: Tensor,
+        told: Mapping[str, Any] | None = None,
+        conditions: Tensor | None = None,
     ) -> OperatorOutput:
         """The state that follows ``states [B, history, ...]``, and how it was routed; differentiable.
 
         Samples may be of different regimes, ``labels [B]``. In channels and cells that do not exist the answer means
-        nothing. ``told`` are `router_arguments`, by default those of an evaluation.
+        nothing. ``told`` are `router_arguments`, by default those of an evaluation; ``conditions [B, N]`` is in model
+        units, by default `Space.usual`.
         """
         if self.operator is None:
             raise CheckpointError("there is a tokenizer alone; use a run of launch/pretrain.py")
         if told is None:
             told = router_arguments(self.experts, labels, look=lambda: self.look(states, labels))
+        if self.space.conditions:
+            given = self.space.usual(labels) if conditions is None else conditions
+            return self.operator(states, features, conditions=given, **told)
         return self.operator(states, features, **told)
 
     def look(self, states: Tensor, labels: Tensor) -> Tensor:
@@ -112,6 +122,7 @@ class Forecaster:
         labels: Tensor,
         *,
         told: Callable[[int, Tensor], Mapping[str, Any]] | None = None,
+        conditions: Tensor | None = None,
         detach: bool = False,
     ) -> Iterator[OperatorOutput]:
         """`step` again and again, each on the last ``history`` states; without end, and differentiable.
@@ -120,12 +131,14 @@ class Forecaster:
         ----------
         told : callable
             What the routers are told at each step, by its number from 0 and its states.
+        conditions : Tensor [B, N], optional
+            As `step`, the same at all steps.
         detach : bool
             Take each state as given by the step that follows it: no gradient goes back through it.
         """
         window = states[:, -self.history :]
         for number in count():
-            output = self.step(window, features, labels, None if told is None else told(number, window))
+            output = self.step(window, features, labels, None if told is None else told(number, window), conditions)
             yield output
             following = output.latent.unsqueeze(1)
             if detach:
@@ -134,9 +147,12 @@ class Forecaster:
                 following = self.space.pad(following, features, labels)[0]
             window = torch.cat((window[:, 1:], following), 1)
 
-    def rollout(self, states: Tensor, features: Tensor, labels: Tensor, steps: int) -> Tensor:
+    def rollout(
+        self, states: Tensor, features: Tensor, labels: Tensor, steps: int, conditions: Tensor | None = None
+    ) -> Tensor:
         """The ``steps`` states that follow, each predicted from the last ones: ``[B, steps, ...]``."""
-        return torch.stack([output.latent for output in islice(self.unroll(states, features, labels), steps)], 1)
+        outputs = self.unroll(states, features, labels, conditions=conditions)
+        return torch.stack([output.latent for output in islice(outputs, steps)], 1)
 
     def emit(self, state: Tensor, static: Tensor, regime: int) -> Tensor:
         """What the decoder network makes of states ``[B, ...]`` of one regime; without a tokenizer, the state."""
@@ -175,14 +191,25 @@ class Forecaster:
         frames = (self.emit(state, static, regime) for state in states.unbind(1))
         return torch.stack([self.assemble(emitted, regime, exact=exact) for emitted in frames], 1)
 
-    def predict(self, fields: Tensor, static: Tensor, regime: str, steps: int = 1, *, exact: bool = False) -> Tensor:
+    def predict(
+        self,
+        fields: Tensor,
+        static: Tensor,
+        regime: str,
+        steps: int = 1,
+        *,
+        conditions: Mapping[str, Values] | None = None,
+        exact: bool = False,
+    ) -> Tensor:
         """The ``steps`` frames that follow ``fields [B, T, C, *grid]``, all in physical units.
 
         ``static [B, S, *grid]`` is as it is stored. What is given of fields where they do not exist is not read.
+        ``conditions`` are physical, by name: `shodh.schema.conditions.condition_values`.
         """
         number = self.space.number(regime)
         scaled = self.space.static_to_model(static, regime)
         given = self.space.to_model(fields[:, -self.history :], regime, static)
+        told = self.space.told(number, conditions, len(given)).to(given.device)
         encoded = self.encode(given, scaled, number)
-        states = self.rollout(*encoded, self.labels(number, given), steps)
+        states = self.rollout(*encoded, self.labels(number, given), steps, told)
         return self.space.to_physical(self.decode(states, scaled, number, exact=exact), regime, static)

@@ -13,6 +13,7 @@ from shodh.config import ExpertsConfig, OperatorConfig
 from shodh.core.errors import ConfigError
 from shodh.core.seeding import Key, generator
 from shodh.models.blocks import Block, rotary_angles, rotary_tables
+from shodh.models.conditioning import condition, make_conditioning
 from shodh.models.fourier import FourierMixing
 from shodh.models.kernels import Kernels
 from shodh.moe.experts import ExpertLayerReference, build_dense, output_width
@@ -101,6 +102,7 @@ class LatentTransformer(nn.Module):
         # The first prediction is close to persistence: the residual starts small.
         self.initial_gain = {"head.weight": 0.1}
         self.router = make_operator_gate(config.experts, latent_channels, 3)
+        self.conditioning = make_conditioning(config)
         self._angles: tuple[torch.device, torch.dtype, Tensor, Tensor] | None = None
 
     def _mixing(self) -> FourierMixing | None:
@@ -164,6 +166,7 @@ class LatentTransformer(nn.Module):
         regime: Tensor | None = None,
         noise: Tensor | None = None,
         fingerprint: Tensor | None = None,
+        conditions: Tensor | None = None,
     ) -> OperatorOutput:
         """Predict the next latent.
 
@@ -176,6 +179,8 @@ class LatentTransformer(nn.Module):
         regime, noise, fingerprint
             For routers that are told the regime, draw noise or go by the fingerprint, and refused by all others; see
             `shodh.moe.step.router_arguments`.
+        conditions : Tensor [B, N], optional
+            What ``config.conditions`` names, in model units, NaN where absent.
         """
         inputs = RouterInputs(regime, noise, observe(self.router, fingerprint))
         tokens = self._to_tokens(torch.cat((history.flatten(1, 2), static.to(history.dtype)), 1))
@@ -183,6 +188,7 @@ class LatentTransformer(nn.Module):
         x = self.embed(tokens.to(self.embed.weight.dtype))
         if self.position is not None:
             x = x + self.position.position.to(x.dtype)
+        x = condition(self.conditioning, x, conditions)
         own, other = self._rotary(x)
         routing: list[Routing] = []
         for number, block in enumerate(self.blocks):

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from shodh.config import OperatorConfig
 from shodh.models.circular import CIRCULAR
+from shodh.models.conditioning import condition, make_conditioning
 from shodh.models.field_space import CONVOLUTIONS, TRANSPOSED, FieldSpace
 from shodh.models.fno import with_coordinates
 from shodh.models.operator import OperatorOutput
@@ -43,8 +44,9 @@ class UnetOperator(nn.Module):
         self.rise = nn.ModuleList(TRANSPOSED[ndim](a, b, 2, stride=2) for a, b in finer)
         self.up = nn.ModuleList(ConvolutionPair(2 * b, b, ndim) for _, b in finer)
         self.head = CONVOLUTIONS[ndim](widths[0], space.channels, 1)
+        self.conditioning = make_conditioning(config)
 
-    def forward(self, history: Tensor, static: Tensor) -> OperatorOutput:
+    def forward(self, history: Tensor, static: Tensor, conditions: Tensor | None = None) -> OperatorOutput:
         x = with_coordinates(history, static).to(self.head.weight.dtype)
         passed: list[Tensor] = []
         for level, pair in enumerate(self.down):
@@ -52,6 +54,8 @@ class UnetOperator(nn.Module):
                 passed.append(x)
                 x = F.max_pool2d(x, 2) if x.ndim == 4 else F.max_pool3d(x, 2)
             x = pair(x)
+            if level == 0 and self.conditioning is not None:
+                x = condition(self.conditioning, x.movedim(1, -1), conditions).movedim(-1, 1)
         for rise, pair in zip(self.rise, self.up, strict=True):
             x = pair(torch.cat((passed.pop(), rise(x)), 1))
         frame = self.head(x).to(history.dtype)

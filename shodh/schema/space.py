@@ -19,6 +19,7 @@ from torch import Tensor
 from shodh.core.errors import CheckpointError, DataError, ShodhError
 from shodh.core.reading import read_object
 from shodh.core.strict_json import dumps, write_json
+from shodh.schema.conditions import Condition, Values, condition_values
 from shodh.schema.domain import Domain, channel_units, existing_channels
 from shodh.schema.fields import Field, field_slices
 from shodh.schema.normalize import FieldNormalizer
@@ -54,16 +55,19 @@ class Space:
         Space dimensions of arrays: 3 of models with a tokenizer, also for flat data.
     regimes : tuple of RegimeSpace
         In the order of their labels.
+    conditions : tuple of Condition
+        What the operator is told of a sample beside its fields, in order.
 
     Raises
     ------
     DataError
-        Regimes repeat, a constant is not finite or of no field, or ``ndim`` is not 2 or 3.
+        Regimes or conditions repeat, a constant is not finite or of no field, or ``ndim`` is not 2 or 3.
     """
 
     fields: tuple[Field, ...]
     ndim: int
     regimes: tuple[RegimeSpace, ...]
+    conditions: tuple[Condition, ...] = ()
 
     def __post_init__(self) -> None:
         known = {f.name for f in self.fields}
@@ -71,6 +75,8 @@ class Space:
             raise DataError(f"a space has 2 or 3 dimensions, not {self.ndim!r}")
         if not self.regimes or len(set(self.names)) < len(self.names):
             raise DataError(f"a space has regimes of different names, at least one, not {list(self.names)}")
+        if len(set(self.condition_names)) < len(self.conditions):
+            raise DataError(f"a space has conditions of different names, not {list(self.condition_names)}")
         for regime in self.regimes:
             if strangers := sorted({field for field, *_ in regime.constants} - known):
                 raise DataError(f"regime {regime.name!r} has constants of {strangers}; the fields are {sorted(known)}")
@@ -110,7 +116,28 @@ class Space:
 
     def only(self, names: Sequence[str]) -> Self:
         """The same with some regimes, in another order. Errors as `number`."""
-        return replace(self, regimes=tuple(self.regimes[self.number(name)] for name in names))
+        regimes = tuple(self.regimes[self.number(name)] for name in names)
+        return replace(self, regimes=regimes, conditions=tuple(c.within(names) for c in self.conditions))
+
+    # Conditions
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        """What the operator is told of a sample beside its fields."""
+        return tuple(c.name for c in self.conditions)
+
+    def unconditioned(self) -> Self:
+        """The same without conditions: what a tokenizer, and its latents, depend on."""
+        return replace(self, conditions=())
+
+    def told(self, number: int, given: Mapping[str, Values] | None, samples: int) -> Tensor:
+        """What an operator is told of samples of a regime, ``[samples, N]``: `condition_values`."""
+        return condition_values(self.conditions, self.names[number], given, samples)
+
+    def usual(self, label: Tensor) -> Tensor:
+        """The same ``[B, N]`` by label, where nothing is given; raises `DataError` where a condition varies."""
+        rows = {number: self.told(number, None, 1)[0] for number in label.unique().tolist()}
+        return torch.stack([rows[number] for number in label.tolist()]).to(label.device)
 
     # Channels
 
@@ -240,7 +267,8 @@ class Space:
             for regime in self.regimes
         ]
         fields = [asdict(f) for f in self.fields]
-        return {"format": _FORMAT, "version": 1, "ndim": self.ndim, "fields": fields, "regimes": regimes}
+        conditions = {"conditions": [c.to_dict() for c in self.conditions]} if self.conditions else {}
+        return {"format": _FORMAT, "version": 1, "ndim": self.ndim, "fields": fields, "regimes": regimes, **conditions}
 
     @cached_property
     def checksum(self) -> str:
@@ -270,7 +298,8 @@ class Space:
                 )
                 for regime in content["regimes"]
             )
-            space = cls(fields, content["ndim"], regimes)
+            conditions = tuple(Condition.from_dict(c) for c in content.get("conditions", ()))
+            space = cls(fields, content["ndim"], regimes, conditions)
         except (KeyError, TypeError, ValueError, AttributeError, ShodhError) as error:
             raise CheckpointError(f"{source} is damaged: {_reason(error)}") from error
         if not document.get("checksum") == digest(content) == space.checksum:

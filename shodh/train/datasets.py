@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -16,12 +16,14 @@ from shodh.core.errors import DataError
 from shodh.core.topology import Topology
 from shodh.data import MixtureLoader, MixtureSampler, RegimeSource, Split
 from shodh.data.checks import check_masks
+from shodh.data.conditions import condition_table, fit_conditions
 from shodh.data.formats import FileHints
 from shodh.data.identity import Choose
 from shodh.data.loader import SampleDataset
 from shodh.data.mixture import temperature_shares
 from shodh.data.normalize import fit_normalizer
 from shodh.data.windows import WindowIndex, require_windows
+from shodh.schema.conditions import Condition
 from shodh.schema.domain import Domain
 from shodh.schema.fields import Boundary, Field
 from shodh.schema.normalize import FieldNormalizer
@@ -67,6 +69,10 @@ class Regimes:
         """`Space.presence`."""
         return self.space.presence(index)
 
+    def told(self, split: Split, stride: int) -> list[Tensor | None]:
+        """`condition_table` of each regime for windows of a stride."""
+        return [condition_table(source, split, self.space.conditions, stride) for source in self.sources]
+
     def close(self) -> None:
         """Close all files."""
         for source in self.sources:
@@ -80,7 +86,11 @@ def opening(regime: RegimeConfig) -> dict[str, Any]:
 
 
 def open_regimes(
-    config: RunConfig, space: Space | FieldNormalizer | None = None, *, choose: Choose | None = None
+    config: RunConfig,
+    space: Space | FieldNormalizer | None = None,
+    *,
+    choose: Choose | None = None,
+    conditions: Sequence[Condition] | None = None,
 ) -> Regimes:
     """Open the data of every regime and check that it fits the configuration.
 
@@ -91,11 +101,15 @@ def open_regimes(
         tokenizer or an anchor. By default it is made from the training statistics.
     choose : callable, optional
         The splits that files keep; see `shodh.train.data_identity`.
+    conditions : sequence of Condition, optional
+        Those of the weights that a new run starts from, whose constants it keeps; by default they are made from the
+        training data, and those of a Space are its own.
 
     Raises
     ------
     DataError
-        Data is missing, damaged, or of another grid, other fields or another domain; names the file or folder.
+        Data is missing, damaged, or of another grid, other fields or another domain, or has no such parameters; names
+        the file or folder.
     """
     sources = open_sources(config, choose=choose)
     for source in sources:
@@ -103,7 +117,12 @@ def open_regimes(
     normalizer = space.normalizer if isinstance(space, Space) else space or fit_normalizer(sources)
     for source in sources:
         _check_constants(source, normalizer)
-    opened = space_of(sources, normalizer)
+    opened, names = space_of(sources, normalizer), config.operator.conditions
+    kept = space.conditions if isinstance(space, Space) else conditions or ()
+    if names and tuple(c.name for c in kept) == names:
+        opened = replace(opened, conditions=tuple(kept))
+    elif names:
+        opened = replace(opened, conditions=fit_conditions(sources, names, config.data.training_strides))
     if isinstance(space, Space):
         for name, now, then in zip(opened.names, opened.domains, space.only(opened.names).domains, strict=True):
             _check_domain(name, now, then)
@@ -139,6 +158,7 @@ def open_sources(config: RunConfig, *, choose: Choose | None = None) -> list[Reg
             only=data.present(regime),
             layers=config.cells[2] if len(config.cells) == 3 else None,
             trajectories=regime.trajectories,
+            parameters=regime.parameters,
             former=former,
             leave_out=leave_out,
             **opening(regime),
@@ -209,10 +229,15 @@ def training_horizon(config: RunConfig, split: Split) -> int:
     return config.operator.unroll.steps if split == "train" else 1
 
 
-def name_short(config: RunConfig, regimes: Regimes, split: Split, horizon: int) -> None:
+def training_strides(config: RunConfig, split: Split) -> tuple[int, ...]:
+    """Strides of an operator's windows; those of a validation have that of the evaluation."""
+    return config.data.training_strides if split == "train" else (config.data.stride,)
+
+
+def name_short(config: RunConfig, regimes: Regimes, split: Split, horizon: int, stride: int) -> None:
     """Name in the log the trajectories that are too short for a window."""
     for source in regimes.sources:
-        source.name_short(split, (config.data.history + horizon - 1) * config.data.stride + 1, "a window")
+        source.name_short(split, (config.data.history + horizon - 1) * stride + 1, "a window")
 
 
 def mixture_loader(
@@ -239,10 +264,11 @@ def require_history(config: RunConfig, regimes: Regimes) -> None:
         for source in regimes.sources:
             frames = source.num_frames(split)
             horizon = training_horizon(config, split)
-            index = WindowIndex(frames, config.data.history + horizon, config.data.stride)
             asked = f"data.history={config.data.history}"
             asked += f", operator.unroll.steps={horizon}" if horizon > 1 else ""
-            require_windows(index, f"regime {source.name!r}, {split}, {asked}", frames)
+            for stride in training_strides(config, split):
+                index = WindowIndex(frames, config.data.history + horizon, stride)
+                require_windows(index, f"regime {source.name!r}, {split}, {asked}, stride {stride}", frames)
 
 
 def open_loaders(config: RunConfig, open_split: OpenSplit, topology: Topology) -> dict[Split, MixtureLoader]:

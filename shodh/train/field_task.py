@@ -20,20 +20,24 @@ from shodh.train.operator_task import OperatorTask
 from shodh.train.trainer import Batch
 
 
-def open_windows(config: RunConfig, regimes: Regimes, split: Split, horizon: int = 1) -> list[WindowDataset]:
-    """Windows of ``history`` frames and the ``horizon`` next ones, a dataset a regime."""
+def open_windows(
+    config: RunConfig, regimes: Regimes, split: Split, horizon: int = 1, stride: int | None = None
+) -> list[WindowDataset]:
+    """Windows of ``history`` frames and the ``horizon`` next ones, a dataset a regime, at a stride."""
+    stride = stride or config.data.stride
     if 1 < horizon == training_horizon(config, split):  # Windows of one step name those that are too short.
-        name_short(config, regimes, split, horizon)
+        name_short(config, regimes, split, horizon, stride)
     return [
         WindowDataset(
             source,
             split,
             history=config.data.history,
             horizon=horizon,
-            stride=config.data.stride,
+            stride=stride,
             normalizer=regimes.normalizer,
+            conditions=told,
         )
-        for source in regimes.sources
+        for source, told in zip(regimes.sources, regimes.told(split, stride), strict=True)
     ]
 
 

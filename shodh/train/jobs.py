@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,7 @@ def train_tokenizer(config: RunConfig, resume: str | None = None, profile: int =
         if job.start is not None:
             kept, choose = _space_of_start(config, folder.path), kept_choice(folder.path)
         regimes = open_regimes(config, kept, choose=choose)
+        regimes = replace(regimes, space=regimes.space.unconditioned())
         require_history(config, regimes)
         loaders = open_loaders(config, partial(open_frames, regimes), topology)
         task, record = TokenizerTask(config, regimes), partial(regimes.space.save, folder.path)

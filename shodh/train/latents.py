@@ -98,7 +98,8 @@ def normalizer_for(config: RunConfig, trained: TrainedTokenizer, choose: Choose 
     unseen = tuple(r for r in config.data.regimes if r.name not in known)
     if unseen:
         data = config.data.model_copy(update={"regimes": unseen})
-        own = open_regimes(config.model_copy(update={"data": data}), choose=choose)
+        plain = config.operator.model_copy(update={"conditions": ()})
+        own = open_regimes(config.model_copy(update={"data": data, "operator": plain}), choose=choose)
         known, units = {**known, **own.normalizer.constants}, {**units, **own.normalizer.units}
     constants = {r.name: known[r.name] for r in config.data.regimes}
     return FieldNormalizer([f.build() for f in config.data.fields], 3, constants, units)
@@ -110,7 +111,8 @@ def prepare_latents(config: RunConfig, regimes: Regimes, trained: TrainedTokeniz
 
     The folder is named by the tokenizer's checksum, the data and the normalisation, so a stale cache is never read.
     """
-    key = latent_key(trained.checksum, regimes.sources, {"space": regimes.space.checksum})
+    space = regimes.space.unconditioned()  # Latents are those of any conditions.
+    key = latent_key(trained.checksum, regimes.sources, {"space": space.checksum})
     root = config.tokenizer_dir / "latents"
     forecaster = Forecaster.of(config, regimes.space, None, trained.model.to(device))
 
@@ -125,7 +127,7 @@ def prepare_latents(config: RunConfig, regimes: Regimes, trained: TrainedTokeniz
     hidden = rank() != 0 or not sys.stderr.isatty()
     with together():
         if rank() == 0 and not (root / key / SPACE_FILE).exists():
-            regimes.space.save(root / key)
+            space.save(root / key)
         encoded = 0
         for i, split in tqdm(jobs, desc="latents", unit="split", disable=hidden):
             source = regimes.sources[i]
@@ -146,19 +148,21 @@ def prepare_latents(config: RunConfig, regimes: Regimes, trained: TrainedTokeniz
 
 
 def open_latents(
-    config: RunConfig, regimes: Regimes, cache: Path, split: Split, horizon: int = 1
+    config: RunConfig, regimes: Regimes, cache: Path, split: Split, horizon: int = 1, stride: int | None = None
 ) -> list[LatentWindowDataset]:
-    """Windows of ``history`` latents and the ``horizon`` next ones, a dataset a regime."""
+    """Windows of ``history`` latents and the ``horizon`` next ones, a dataset a regime, at a stride."""
+    stride = stride or config.data.stride
     if horizon == training_horizon(config, split):  # Of longer ones the rollouts tell.
-        name_short(config, regimes, split, horizon)
+        name_short(config, regimes, split, horizon, stride)
     return [
         LatentWindowDataset(
             split_folder(cache.parent, cache.name, source.name, split),
             file_stems(source, split),
             history=config.data.history,
             horizon=horizon,
-            stride=config.data.stride,
+            stride=stride,
             regime=i,
+            conditions=told,
         )
-        for i, source in enumerate(regimes.sources)
+        for i, (source, told) in enumerate(zip(regimes.sources, regimes.told(split, stride), strict=True))
     ]

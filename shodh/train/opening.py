@@ -16,12 +16,21 @@ from shodh.config import RunConfig
 from shodh.core.distributed import together
 from shodh.core.errors import CheckpointError
 from shodh.core.files import checksum
+from shodh.data import Split
 from shodh.data.identity import Choose
 from shodh.data.loader import SampleDataset
+from shodh.data.windows import JoinedWindows
 from shodh.schema.normalize import FieldNormalizer
 from shodh.schema.space import SPACE_FILE, Space
 from shodh.train.data_identity import kept_choice, new_choice
-from shodh.train.datasets import OpenSplit, Regimes, open_regimes, require_history, training_horizon
+from shodh.train.datasets import (
+    OpenSplit,
+    Regimes,
+    open_regimes,
+    require_history,
+    training_horizon,
+    training_strides,
+)
 from shodh.train.field_task import open_windows
 from shodh.train.latents import TrainedTokenizer, load_tokenizer, normalizer_for, open_latents, prepare_latents
 from shodh.train.run_folder import RunFolder
@@ -79,6 +88,7 @@ def open_run_data(
     space: Space | FieldNormalizer | None = None,
     choose: Choose | None = None,
     run: Path | None = None,
+    weights: Path | None = None,
 ) -> tuple[Regimes, TrainedTokenizer | None]:
     """Data of an operator's run and its tokenizer, checked against each other; None for an operator on fields.
 
@@ -88,6 +98,8 @@ def open_run_data(
         As `open_regimes`; by default a tokenizer's constants.
     run : Path, optional
         The folder of a run that was begun, with the tokenizer that it was begun with.
+    weights : Path, optional
+        What a new run starts from: its conditions keep their constants, as the weights know them in these units.
 
     Raises
     ------
@@ -95,10 +107,13 @@ def open_run_data(
         The tokenizer is missing, damaged, or another one than the run was begun with; a run that was begun without one
         does not say what its numbers mean.
     """
+    conditions = None
+    if weights is not None and config.operator.conditions and (theirs := _space_of_weights(config, weights)):
+        conditions = theirs.conditions
     if not config.has_tokenizer:
         if run is not None and space is None:
             raise CheckpointError(f"{run} is no run of an operator on fields: it has no {SPACE_FILE}")
-        return open_regimes(config, space, choose=choose), None
+        return open_regimes(config, space, choose=choose, conditions=conditions), None
     trained = load_tokenizer(config)
     kept = None if run is None else run / TOKENIZER_WEIGHTS
     if kept is not None and kept.is_file() and not kept.samefile(trained.weights):
@@ -107,7 +122,8 @@ def open_run_data(
                 f"{trained.weights} is not the tokenizer that {run} was begun with ({kept}): latents would mean "
                 "something else; start a new run with --set name=..., or put the old tokenizer back"
             )
-    return open_regimes(config, space or normalizer_for(config, trained, choose), choose=choose), trained
+    constants = space or normalizer_for(config, trained, choose)
+    return open_regimes(config, constants, choose=choose, conditions=conditions), trained
 
 
 def open_data(
@@ -127,10 +143,16 @@ def open_data(
             choose = new_choice(config, init_from)
             if config.family is not None and init_from is not None and not config.has_tokenizer:
                 space = inherited_normalizer(config, init_from)
-        regimes, trained = open_run_data(config, space, choose, run)
+        regimes, trained = open_run_data(config, space, choose, run, init_from)
         require_history(config, regimes)
     if trained is None:
         windows: Callable[..., Sequence[SampleDataset]] = partial(open_windows, config, regimes)
     else:
         windows = partial(open_latents, config, regimes, prepare_latents(config, regimes, trained, device))
-    return regimes, trained, lambda split: windows(split, horizon=training_horizon(config, split))
+
+    def opened(split: Split) -> Sequence[SampleDataset]:
+        horizon = training_horizon(config, split)
+        parts = [windows(split, horizon=horizon, stride=stride) for stride in training_strides(config, split)]
+        return parts[0] if len(parts) == 1 else [JoinedWindows(regime) for regime in zip(*parts, strict=True)]
+
+    return regimes, trained, opened

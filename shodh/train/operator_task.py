@@ -29,6 +29,7 @@ from shodh.train.latent_metric import DecodedError, ReadStatic, channel_weights,
 from shodh.train.metrics import Metrics
 from shodh.train.trainer import Batch, Measured, Outcome, sample_names, to_device
 
+CONDITIONS = "conditions"  # of a batch: what the operator is told, ``[B, N]``
 _STILL = 1e-13  # mean square of changes over that of values that float32 makes of equal frames
 Errors = Callable[[Tensor, Tensor], Tensor]  # of a prediction and its target, a sample each
 
@@ -130,13 +131,15 @@ class OperatorTask:
         return 1.0
 
     @torch.no_grad()
-    def _error_scale(self, model: Any, frames: Tensor, static: Tensor, regime: Tensor) -> Tensor:
+    def _error_scale(self, model: Any, frames: Tensor, static: Tensor, batch: Batch) -> Tensor:
         """Root mean square of the model's own error in one step by sample and channel, ``[B, 1, C, ...]``.
 
         Taken anew in every step, not kept as a running mean: a resumed run has nothing to remember.
         """
         forecaster = Forecaster.of(self.config, self.regimes.space, model, self.tokenizer)
-        error = forecaster.step(frames[:, : self.history], static, regime).latent - frames[:, self.history]
+        regime, conditions = batch["regime"], batch.get(CONDITIONS)
+        ahead = forecaster.step(frames[:, : self.history], static, regime, conditions=conditions)
+        error = ahead.latent - frames[:, self.history]
         square = self._channel_means(error.square(), regime, static)
         return square.sqrt().view(len(error), 1, -1, *(1,) * (error.ndim - 2)).to(frames.dtype)
 
@@ -150,7 +153,7 @@ class OperatorTask:
         if std == 0:
             return history
         if self.operator.noise_relative_to == "error":
-            scale: Tensor | float = self._error_scale(model, frames, static, batch["regime"])
+            scale: Tensor | float = self._error_scale(model, frames, static, batch)
         else:
             scale = self._noise_scale(history)
         seeds = [stable_seed(self.config.seed, "noise", step, *name) for name in sample_names(batch)]
@@ -182,7 +185,8 @@ class OperatorTask:
         """Output without noise or shifts, and the errors ``[B]`` of it and of persistence."""
         frames, static = self._windows(batch)
         history, target = frames[:, : self.history], frames[:, self.history]
-        output = Forecaster.of(self.config, self.regimes.space, model).step(history, static, batch["regime"])
+        forecaster, conditions = Forecaster.of(self.config, self.regimes.space, model), batch.get(CONDITIONS)
+        output = forecaster.step(history, static, batch["regime"], conditions=conditions)
         errors = (self._errors(frame, target, batch["regime"], static) for frame in (output.latent, history[:, -1]))
         error, persistence = errors
         return output, error, persistence
@@ -255,8 +259,9 @@ class OperatorTask:
             return given
 
         detach = unroll.gradient == "pushforward"
-        outputs = list(islice(forecaster.unroll(history, static, regime, told=told, detach=detach), unroll.steps))
-        return outputs, seen[0]
+        conditions = batch.get(CONDITIONS)
+        forecasts = forecaster.unroll(history, static, regime, told=told, conditions=conditions, detach=detach)
+        return list(islice(forecasts, unroll.steps)), seen[0]
 
     @torch.no_grad()
     def _reported(

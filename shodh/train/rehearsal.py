@@ -26,11 +26,13 @@ from shodh.models.init import initialise
 from shodh.models.tokenizer import Tokenizer
 from shodh.moe.grouped import product_flops
 from shodh.moe.groups import freeze_others
+from shodh.schema.conditions import Condition
 from shodh.schema.domain import Domain
 from shodh.schema.space import RegimeSpace, Space
 from shodh.train.datasets import Regimes
 from shodh.train.engine import keep_float32
 from shodh.train.field_task import operator_task
+from shodh.train.operator_task import CONDITIONS
 from shodh.train.tokenizer_task import TokenizerTask
 from shodh.train.trainer import SAMPLE_KEY, Batch, Task, to_device
 
@@ -156,7 +158,8 @@ def _imagined_regimes(config: RunConfig) -> Regimes:
         )
         constants = {f.name: (0.0, 1.0) for f in fields if f.name in present and not f.static}
         spaces.append(RegimeSpace.of(regime.name, domain, constants))
-    return Regimes([], Space(fields, ndim, tuple(spaces)))
+    conditions = tuple(Condition(name, False, 0.0, 1.0) for name in config.operator.conditions)
+    return Regimes([], Space(fields, ndim, tuple(spaces), conditions))
 
 
 def rehearse_operator(config: RunConfig, micro_batch: int, device: str = "meta") -> Rehearsal:
@@ -189,6 +192,8 @@ def rehearse_operator(config: RunConfig, micro_batch: int, device: str = "meta")
         lambda samples: torch.zeros(len(samples), _static_channels(config), *config.cells, device=device),
     )
     shapes = {**states, "static": (space.static, *space.grid)}
+    if operator.conditions:
+        shapes[CONDITIONS] = (len(operator.conditions),)
     return _rehearse(build_operator, task, config, config.operator.train.precision, micro_batch, shapes, device)
 
 

@@ -49,6 +49,8 @@ def describe_engine(engine: Any, config: Any) -> dict[str, Any]:
     labels, wrapped = torch.zeros(len(inputs[0]), dtype=torch.long), torch.ones(len(inputs[0]), 3, dtype=torch.bool)
     with torch.no_grad():
         told = router_arguments(config.operator.experts, labels, look=lambda: fingerprint(inputs[0], wrapped))
+        if names := config.operator.conditions:
+            told["conditions"] = torch.linspace(-1, 1, 3 * len(names)).view(3, -1)
         output = engine(*inputs, **told)
     return {
         "latent": output.latent,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from shodh.checkpoint.card import model_card
+from shodh.schema.conditions import Condition
 from shodh.schema.domain import Domain
 from shodh.schema.fields import Field
 from shodh.schema.space import RegimeSpace, Space
@@ -29,6 +31,15 @@ def test_only_decoded_velocities_are_said_to_conserve_mass(parts: tuple[str, ...
     assert ("conserves mass by construction" in card) == decoded
     assert "upper face of its cell" in card and 'placement="center"' in card, "files are averaged onto faces"
     assert ("neither conservation of mass nor no-slip" in card) != decoded
+
+
+def test_conditions_stand_with_their_ranges_and_in_the_call() -> None:
+    step = Condition("time_step", False, 0.1, 0.1, (("a", 0.1, 0.1),))
+    nu = Condition("nu", True, 0.0, 1.0, (("a", 1e-4, 1e-2),))
+    card = model_card(description("operator"), replace(SPACE, conditions=(step, nu)))
+    assert "\n| conditions | time_step 0.1 to 0.1, nu 0.0001 to 0.01 |\n" in card
+    assert "regime=\"a\", conditions={'nu': 0.0001})" in card, "what has one value is not asked for"
+    assert "conditions" not in model_card(description("operator"), SPACE)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -175,7 +175,8 @@ def model_costs(part: RegimeEvaluation, steps: int, device: torch.device) -> dic
     def forecast(size: int) -> Tensor:
         fields, static = batch.fields[:size, : forecaster.history], batch.static[:size]
         encoded = forecaster.encode(fields, static, number)
-        states = forecaster.rollout(*encoded, forecaster.labels(number, fields), steps)
+        told = None if batch.conditions is None else batch.conditions[:size]
+        states = forecaster.rollout(*encoded, forecaster.labels(number, fields), steps, told)
         return forecaster.decode(states, static, number)
 
     size = len(batch.fields)

@@ -180,7 +180,9 @@ class CCMConfig(StudySettings):
         if config.has_tokenizer:
             raise ConfigError(f"{base}: operator.kind {config.operator.kind} needs a tokenizer; use one on fields")
         needed = config.data.history + self.prefix + self.rollout
-        if config.data.stride != 1:
+        if config.operator.conditions:
+            raise ConfigError(f"{base}: experts of a family are not told its parameter; leave out operator.conditions")
+        if config.data.stride != 1 or config.data.strides:
             raise ConfigError(f"{base}: data.stride must be 1; choose the family's frame interval instead")
         if self.family.frames < needed:
             raise ConfigError(

@@ -44,9 +44,10 @@ def _counted(config: RunConfig) -> int:
     key = config.model_dump_json(include={"data", "tokenizer", "operator"}, exclude={"operator": unseen})
     if key not in _COUNTED:
         model = operator_shapes(config)
-        inputs = sample_inputs(config, "meta")
+        inputs, names = sample_inputs(config, "meta"), config.operator.conditions
+        told = {"conditions": torch.empty(1, len(names), device="meta")} if names else {}
         with flop_counter() as counter, torch.no_grad():
-            model(*inputs)
+            model(*inputs, **told)
         _COUNTED[key] = int(counter.get_total_flops())
     return _COUNTED[key]
 

@@ -146,7 +146,7 @@ class _RegimeEffects:
     @torch.no_grad()
     def _measure(self, name: str, batch: ProbeBatch) -> None:
         labels = self.forecaster.labels(self.number, batch.past)
-        output = self.forecaster.step(batch.past, batch.features, labels).latent
+        output = self.forecaster.step(batch.past, batch.features, labels, conditions=batch.conditions).latent
         error = output - batch.target
         self.means.add(
             f"{name}/latent", mean_over(error.square()) if self.e.trained else self._field_error(error, batch.static)

@@ -85,7 +85,7 @@ def record(evaluator: Evaluator, regime: ProbeRegime, split: Split, limit: int, 
     for batch in batches(evaluator, regime, split, limit, "probe" if details else "probe, other split"):
         with _layer_inputs(model) as seen:
             labels = forecaster.labels(regime.number, batch.past)
-            routing = forecaster.step(batch.past, batch.features, labels).routing
+            routing = forecaster.step(batch.past, batch.features, labels, conditions=batch.conditions).routing
         samples = len(batch.past)
         selected.append(torch.stack([r.selected.unflatten(0, (samples, -1)) for r in routing]).cpu().numpy())
         trajectory += batch.trajectory

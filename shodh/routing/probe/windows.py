@@ -64,7 +64,8 @@ class ProbeBatch(NamedTuple):
 
     ``past [B, T, L, *latent grid]``, ``target [B, L, *latent grid]``, ``features [B, S', *latent grid]``, of operators
     on fields the padded fields in the place of latents; normalised ``fields [B, T + 1, C, *grid]``,
-    ``static [B, S, *grid]``; ``trajectory`` and ``frame [B]`` name the samples.
+    ``static [B, S, *grid]``; ``trajectory`` and ``frame [B]`` name the samples; ``conditions [B, N]`` of an operator
+    that is told some.
     """
 
     past: Tensor
@@ -74,6 +75,7 @@ class ProbeBatch(NamedTuple):
     static: Tensor
     trajectory: list[int]
     frame: list[int]
+    conditions: Tensor | None = None
 
 
 def trained_regimes(evaluator: Evaluator) -> list[ProbeRegime]:
@@ -100,7 +102,8 @@ def left_out_regimes(
     for name, path in paths.items():
         regime = describe_regime(name, path, evaluator.config.data, (maps or {}).get(name))
         data = evaluator.config.data.model_copy(update={"regimes": (regime,)})
-        regimes = open_regimes(evaluator.config.model_copy(update={"data": data}))
+        config, conditions = evaluator.config.model_copy(update={"data": data}), evaluator.regimes.space.conditions
+        regimes = open_regimes(config, conditions=conditions)
         found.append(ProbeRegime(regimes, 0, left_out=True))
     return found
 
@@ -163,6 +166,7 @@ def batches(
         horizon=1,
         stride=data.stride,
         normalizer=regime.regimes.normalizer,
+        conditions=regime.regimes.told(split, data.stride)[regime.number],
     )
     forecaster = regime.forecaster(evaluator)
     rows, size = spread(len(windows), limit), evaluator.config.evaluation.batch
@@ -180,4 +184,7 @@ def batches(
             static=static,
             trajectory=[item["trajectory"] for item in items],
             frame=[item["frame"] for item in items],
+            conditions=torch.stack([item["conditions"] for item in items]).to(evaluator.device)
+            if "conditions" in items[0]
+            else None,
         )
