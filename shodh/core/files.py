@@ -117,8 +117,10 @@ def lock_file(path: Path) -> IO[str]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+")
-    # Who only looks (`lock_owner`) holds it for an instant.
-    if not any(_lock(file, fcntl.LOCK_EX) or time.sleep(0.05) for _ in range(5)):
+    tries = 5  # Who only looks (`lock_owner`) holds it for an instant.
+    while not (locked := _lock(file, fcntl.LOCK_EX)) and (tries := tries - 1):
+        time.sleep(0.05)
+    if not locked:
         file.seek(0)
         owner = file.read().strip() or "another process"
         file.close()

@@ -1,4 +1,4 @@
-"""What a run is doing, or how it ended, told by its folder alone: nothing is written, and the run may write meanwhile."""
+"""What a run is doing, or how it ended, from its folder alone; nothing is written, and the run may write meanwhile."""
 
 from __future__ import annotations
 
