@@ -103,7 +103,7 @@ def describe_scaling(config: RunConfig, cards: int, most: int = MOST_CARDS) -> s
             )
         )
     lines = [
-        f"plan of {config.name}, nodes of {cards} cards, ZeRO {found[0].zero.get('stage', 0)}; ms a step, bytes a rank\n",
+        f"plan of {config.name}, nodes of {cards} cards, ZeRO {found[0].zero.get('stage')}; ms a step, bytes a rank\n",
         _columns([(*head, *more), *rows]),
         "! does not fit; * the run's batch cannot be shared out over so many ranks: the next larger one",
         *(f"- {line}" for line in ASSUMPTIONS),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from contextlib import suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
@@ -55,4 +56,5 @@ def drop_rank_log(handler: logging.Handler) -> None:
     """Close a log."""
     for logger in (logging.getLogger(), file_log):
         logger.removeHandler(handler)
-    handler.close()
+    with suppress(OSError):
+        handler.close()
