@@ -74,11 +74,13 @@ def _memory(
     """
     width, stage = 2 if train.precision == "bf16" else 4, zero.get("stage", 0)
     # Where ZeRO 2 accumulates in float32, a micro-batch's share lies beside the sum of those before it.
-    sums = 2 if stage == 2 and width == 4 and topology.accumulation > 1 else 1
+    alone = topology.accumulation == 1
+    sums = 2 if stage == 2 and width == 4 and not alone else 1
     weights = gradients = optimizer = 0.0
     for count, ranks in ((dense, topology.world_size), (experts / topology.ep_size, topology.expert_replicas)):
         weights += count * width / (ranks if stage >= 3 else 1)
-        gradients += sums * count * 4 / (ranks if stage >= 2 else 1)  # summed in float32
+        # Summed in float32; ZeRO 1 keeps those of other ranks from one micro-batch to the next.
+        gradients += sums * count * 4 / (ranks if stage >= 2 or alone else 1)
         optimizer += count * keptin_gib(train) / ranks
     # Gradients on their way to other ranks: DeepSpeed's defaults where the file says nothing.
     bucket = float(zero.get("reduce_bucket_size", 500_000_000))
