@@ -77,5 +77,11 @@ setup(
     ext_modules=EXT_MODULES,
     cmdclass=CMDCLASS,
     install_requires=REQUIRED,
-    extras_require={"test": TEST, "images": ["tifffile>=2024.1"], "docs": DOCS},
+    extras_require={
+        "test": TEST,
+        "images": ["tifffile>=2024.1"],
+        "wandb": ["wandb>=0.18"],
+        "mlflow": ["mlflow-skinny>=2.14"],
+        "docs": DOCS,
+    },
 )

@@ -25,6 +25,7 @@ log = logging.getLogger("shodh")
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+LOCK = ".lock"  # of a run folder, held by the job that writes there
 BEST = "best"  # what a user calls the checkpoint that `best_checkpoint` finds
 OPTIMIZER = "optimizer"
 _TAG = re.compile(r"step_(\d{8,})")

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     quiet_logs(args.verbose)
     config = load_config(args.config, args.set)
     if args.dry_run:
-        from shodh.train.plan import dry_run
+        from shodh.train.plan_text import dry_run
 
         sys.stdout.write(dry_run(config, args.nodes, args.gpus_per_node))
         return 0

@@ -11,6 +11,7 @@ from shodh.config.base import Batch, Count, Grid, RunName, Section, Seed, Width
 from shodh.config.data import DataConfig
 from shodh.config.operator import OperatorConfig
 from shodh.config.tokenizer import TokenizerConfig
+from shodh.config.trackers import TrackersConfig
 
 
 class ParallelConfig(Section):
@@ -76,6 +77,7 @@ class RunConfig(Section):
     operator: OperatorConfig = OperatorConfig()
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    trackers: TrackersConfig = TrackersConfig()
     family: FamilyConfig | None = Field(None, description="for tools/merge_experts.py; null: no family")
     finetune: FinetuneConfig | None = Field(None, description="train some weights alone; null: all of them")
 

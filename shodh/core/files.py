@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import socket
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -116,25 +117,42 @@ def lock_file(path: Path) -> IO[str]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            return file
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
+    tries = 5  # Who only looks (`lock_owner`) holds it for an instant.
+    while not (locked := _lock(file, fcntl.LOCK_EX)) and (tries := tries - 1):
+        time.sleep(0.05)
+    if not locked:
         file.seek(0)
         owner = file.read().strip() or "another process"
         file.close()
-        raise ConfigError(
-            f"{path.parent} is in use by {owner}; wait until it ends, or choose another --set name=..."
-        ) from None
+        raise ConfigError(f"{path.parent} is in use by {owner}; wait until it ends, or choose another --set name=...")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     # A child would keep the lock when this process is killed.
     os.register_at_fork(after_in_child=bound(_close, weakref.ref(file)))
     return file
+
+
+def lock_owner(path: Path) -> str | None:
+    """The process that holds the lock of `lock_file`, on whatever machine; None if none does. Nothing is written."""
+    try:
+        file = path.open()
+    except FileNotFoundError:
+        return None
+    with file:
+        return None if _lock(file, fcntl.LOCK_SH) else file.read().strip() or "another process"
+
+
+def _lock(file: IO[str], kind: int) -> bool:
+    """Whether a lock was free, and is now held; True also where the file system has none."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
 
 
 def _close(reference: weakref.ref[IO[str]]) -> None:

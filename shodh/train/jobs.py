@@ -35,6 +35,7 @@ from shodh.models.init import initialise
 from shodh.moe.groups import added_weights, freeze_others
 from shodh.schema.normalize import FieldNormalizer
 from shodh.schema.space import Space
+from shodh.train.attempts import attempt
 from shodh.train.callbacks import (
     Averaging,
     Checkpoints,
@@ -59,12 +60,14 @@ from shodh.train.field_task import operator_task
 from shodh.train.opening import kept_space, open_data
 from shodh.train.operator_task import OperatorTask
 from shodh.train.plan import decide_checkpointing, plan_operator, plan_tokenizer
+from shodh.train.rank_logs import keep_rank_log
 from shodh.train.run_folder import RunFolder
 from shodh.train.runtime import start_distributed
 from shodh.train.start import check_memory, check_same_run, claim, device_memory, find_start
 from shodh.train.throughput import Throughput
 from shodh.train.tokenizer_task import TokenizerTask, open_frames
 from shodh.train.tokenizer_weights import fit_basis, publish_tokenizer
+from shodh.train.trackers import check_trackers, openers
 from shodh.train.trainer import Callback, Task, Trainer
 
 log = logging.getLogger("shodh")
@@ -94,6 +97,7 @@ class Job:
         profile: int,
     ) -> Job:
         """Compare with the run that goes on; nothing is written. Errors as `find_start`."""
+        check_trackers(config)
         compiled = compiles(config.compile, deepspeed["zero_optimization"]["stage"])
         start = find_start(folder, resume)
         if start is not None:
@@ -291,7 +295,11 @@ def _run(
             topology.micro_batch,
             topology.accumulation,
         )
-        return trainer.finished or trainer.fit()
+        keep_rank_log(folder.path, trainer.step)
+        if trainer.finished:
+            return True
+        with attempt(folder.path, "tokenizer" if isinstance(task, TokenizerTask) else "operator", trainer):
+            return trainer.fit()
 
 
 def _callbacks(
@@ -300,7 +308,7 @@ def _callbacks(
     """What happens beside the steps, in this order."""
     train, folder, names = job.train, job.folder, regimes.names
     throughput = Throughput(config, job.topology.world_size, device, isinstance(task, TokenizerTask))
-    metrics = StepMetrics(folder.path, train.log_every, throughput)
+    metrics = StepMetrics(folder.path, train.log_every, throughput, partial(openers, config, folder.path))
     checkpoints = Checkpoints(folder, train.checkpoint_every, train.keep_checkpoints)
     routing: list[Callback] = []
     if isinstance(task, OperatorTask):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -15,6 +17,9 @@ from torch import Tensor
 
 from shodh.core.files import UNREADABLE, cut_lines
 from shodh.core.strict_json import dumps
+from shodh.train.trackers import TensorBoard, Tracker
+
+log = logging.getLogger("shodh")
 
 Reduction = Literal["mean", "sum", "max"]
 Metrics = dict[str, tuple[Tensor | float, Reduction]]
@@ -119,9 +124,10 @@ class StepRecord:
 
 
 class MetricWriter:
-    """``metrics.jsonl`` and TensorBoard, on rank 0; a resumed run cuts off what lies after its step.
+    """``metrics.jsonl`` and the trackers of a run, on rank 0; a resumed run cuts off what lies after its step.
 
-    A value that is not finite is ``null`` in the file: JSON has no other way to write it.
+    A value that is not finite is ``null`` in the file: JSON has no other way to write it. A tracker that fails is
+    switched off with one line in the log; the file is what a run needs, and its errors are raised.
 
     Parameters
     ----------
@@ -129,33 +135,56 @@ class MetricWriter:
         Run folder.
     resume_step : int
         First step that will be written; later lines of an earlier attempt are dropped.
+    trackers : mapping, optional
+        By name, what opens a tracker (`shodh.train.trackers`); TensorBoard where nothing is said.
     """
 
-    def __init__(self, folder: Path, resume_step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self, folder: Path, resume_step: int = 0, trackers: Mapping[str, Callable[[], Tracker]] | None = None
+    ) -> None:
+        if trackers is None:
+            trackers = {TensorBoard.name: lambda: TensorBoard(folder / "tensorboard", resume_step)}
         path = folder / "metrics.jsonl"
         cut_lines(path, lambda line: int(json.loads(line)["step"]), resume_step)
         self._file: TextIO = path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
+        self._trackers: list[Tracker] = []
+        for name, opener in trackers.items():
+            with self._guarded(name):
+                self._trackers.append(opener())
+
+    @contextmanager
+    def _guarded(self, name: str) -> Iterator[None]:
+        """Switch a tracker off where it raises."""
+        try:
+            yield
+        except Exception as error:
+            self._trackers = [tracker for tracker in self._trackers if tracker.name != name]
+            what = " ".join(str(error).split())[:300] or type(error).__name__
+            log.warning("%s is switched off, and the run goes on without it: %s", name, what)
+
+    def _track(self, method: str, *arguments: Any) -> None:
+        for tracker in self._trackers:
+            with self._guarded(tracker.name):
+                getattr(tracker, method)(*arguments)
 
     def write(self, step: int, values: Mapping[str, float], when: float | None = None) -> None:
-        """One line of JSON and one scalar a name; ``when`` it was, in seconds of the epoch, if not now."""
-        self._file.write(dumps({"step": step, "time": time.time() if when is None else when, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        """One line of JSON, and the values for the trackers; ``when`` it was, in seconds of the epoch, if not now."""
+        when = time.time() if when is None else when
+        self._file.write(dumps({"step": step, "time": when, **values}) + "\n")
+        self._track("write", step, values, when)
 
     def flush(self) -> None:
-        """Give what was written to the operating system."""
+        """Give what was written to the operating system, and to the trackers."""
         self._file.flush()
+        self._track("flush")
 
     def image(self, step: int, name: str, picture: Any) -> None:
-        """An ``[H, W, 3]`` uint8 array for TensorBoard."""
-        self._board.add_image(name, picture, step, dataformats="HWC")
+        """An ``[H, W, 3]`` uint8 array for the trackers."""
+        self._track("image", step, name, picture)
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        self._track("close")
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

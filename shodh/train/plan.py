@@ -7,6 +7,7 @@ nothing estimated but the engine's own buffers. What a device's library and frag
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,19 +16,18 @@ from typing import Any
 
 import torch
 
-from shodh.config import RunConfig, TrainConfig, dump_config
-from shodh.core.distributed import rank
+from shodh.config import RunConfig, TrainConfig
+from shodh.core.devices import local_world_size
+from shodh.core.distributed import world_size
 from shodh.core.errors import ConfigError, TopologyError
 from shodh.core.topology import Topology, plan_topology
 from shodh.models.factory import build_tokenizer, operator_shapes
-from shodh.models.field_space import FieldSpace
 from shodh.moe.groups import decay_groups, is_routed_expert
+from shodh.train.cluster import CARD_MEMORY, Layout, StepPlan, achieved_rate, plan_step, scaled
 from shodh.train.engine import load_deepspeed_config
 from shodh.train.rehearsal import Rehearsal, rehearse_operator, rehearse_tokenizer
 
-GPU_MEMORY_GIB = 80.0
-PEAK_FLOPS = {"bf16": 989e12, "fp32": 67e12}  # H100 SXM, dense, NVIDIA's data sheet
-ASSUMED_UTILISATION = 0.35
+GPU_MEMORY_GIB = CARD_MEMORY / 2**30
 _REHEARSED: dict[tuple[str, int, bool], Rehearsal] = {}
 
 
@@ -48,7 +48,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything `describe_plan` prints."""
+    """Everything that `shodh.train.plan_text` prints."""
 
     config: RunConfig
     topology: Topology
@@ -61,26 +61,45 @@ class Plan:
     tokens_per_sample: int
     stage: Stage
     tokenizer: Stage | None
-    all_to_all_bytes: float
-    gradient_bytes: float
+    step: StepPlan
 
 
 def _memory(
     zero: Mapping[str, Any], topology: Topology, dense: int, experts: int, train: TrainConfig, activations: int
 ) -> Memory:
-    """Of a rank; ZeRO shards dense weights over all ranks, and experts over the ranks that hold the same ones."""
+    """Of a rank; ZeRO shards dense weights over all ranks, and experts over the ranks that hold the same ones.
+
+    As the engine's tensors were counted (tests/distributed/test_plan_of_engine.py): master weights are float32 and
+    apart, of a float32 run too.
+    """
     width, stage = 2 if train.precision == "bf16" else 4, zero.get("stage", 0)
-    kept = 16 if train.ema else 12  # master weights, two moments and perhaps an average, float32
+    # Where ZeRO 2 accumulates in float32, a micro-batch's share lies beside the sum of those before it.
+    alone = topology.accumulation == 1
+    sums = 2 if stage == 2 and width == 4 and not alone else 1
     weights = gradients = optimizer = 0.0
     for count, ranks in ((dense, topology.world_size), (experts / topology.ep_size, topology.expert_replicas)):
         weights += count * width / (ranks if stage >= 3 else 1)
-        gradients += count * 4 / (ranks if stage >= 2 else 1)  # summed in float32
-        optimizer += count * kept / ranks
+        # Summed in float32; ZeRO 1 keeps those of other ranks from one micro-batch to the next.
+        gradients += sums * count * 4 / (ranks if stage >= 2 or alone else 1)
+        optimizer += count * keptin_gib(train) / ranks
     # Gradients on their way to other ranks: DeepSpeed's defaults where the file says nothing.
-    buckets = 2 if stage < 3 and zero.get("overlap_comm", False) else 1
-    of_bucket = 4 if stage == 1 else width
-    buffers = buckets * of_bucket * float(zero.get("reduce_bucket_size", 500_000_000))
+    bucket = float(zero.get("reduce_bucket_size", 500_000_000))
+    if (
+        stage >= 3
+    ):  # One bucket of sums, and the weights that were gathered: DeepSpeed lets them live to the backward pass.
+        live = min(dense + experts / topology.ep_size, float(zero.get("stage3_max_live_parameters", 1e9)))
+        buffers = 4 * bucket + width * live
+    else:
+        buckets = 2 if zero.get("overlap_comm", False) else 1
+        buffers = buckets * (4 if stage == 1 else width) * bucket
+        if stage == 2 and width == 2:  # They are sent in float32.
+            buffers += 4 * min(bucket, dense + experts / topology.ep_size)
     return Memory(weights, gradients, optimizer, buffers, activations)
+
+
+def keptin_gib(train: TrainConfig) -> int:
+    """Of the optimiser for a parameter: master weight, two moments and perhaps an average, float32."""
+    return 16 if train.ema else 12
 
 
 @dataclass(frozen=True)
@@ -118,6 +137,38 @@ class Stage:
         """Of all ranks, forward and backward, with what is computed again."""
         return float(self.rehearsal.flops) * self.topology.world_size * self.topology.accumulation
 
+    def step(self, cards: int) -> StepPlan:
+        """Bytes and seconds of a step on nodes of so many cards."""
+        return plan_step(self._layout, self.zero, self.topology, cards)
+
+    @property
+    def _layout(self) -> Layout:
+        operator, topology, train = self.config.operator, self.topology, self.train
+        width = 2 if train.precision == "bf16" else 4
+        rate = achieved_rate(self.config, train, self.of_tokenizer)
+        flops = float(self.rehearsal.flops) * topology.accumulation
+        again = not self.of_tokenizer and checkpoints(self.config)
+        rows = layers = shared = 0
+        if self.expert_parameters:
+            model = operator_shapes(self.config)
+            passes = topology.accumulation * operator.unroll.steps
+            layers = passes * operator.depth
+            tokens = passes * topology.micro_batch * math.prod(model.token_grid)
+            rows = tokens * operator.depth * operator.experts.top_k * operator.dim * width
+            shared = tokens * sum(p.numel() for n, p in model.named_parameters() if ".shared_experts." in n)
+        return Layout(
+            flops,
+            rate,
+            self.dense_parameters,
+            self.expert_parameters,
+            rows,
+            layers,
+            again,
+            (8 if again else 6) * shared,
+            width,
+            keptin_gib(train),
+        )
+
     def fits(self, memory: float = GPU_MEMORY_GIB * 2**30) -> bool:
         """Whether a tenth of a device's memory is left, for its library, fragments and what other ranks send."""
         return self.memory.total < 0.9 * memory
@@ -126,7 +177,7 @@ class Stage:
         """A setting with which it would fit on a card; the first of the cheapest that does."""
         for name, changed in self._alternatives():
             if changed.fits():
-                return f"{name} would ({_bytes(changed.memory.total)})"
+                return f"{name} would ({in_gib(changed.memory.total)})"
         return "no micro_batch, activation_checkpointing or ZeRO stage would: more GPUs, or a smaller model"
 
     def _alternatives(self) -> Iterator[tuple[str, Stage]]:
@@ -145,6 +196,11 @@ class Stage:
             again = replace(self, config=config, topology=topology)
             yield f"{name}.train.micro_batch={size}{with_it}", again
         yield "ZeRO 3 with all of that", replace(again, zero={**self.zero, "stage": 3})
+
+
+def in_gib(count: float) -> str:
+    """Bytes, for people."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.2f} MiB"
 
 
 def checkpoints(config: RunConfig) -> bool:
@@ -191,9 +247,14 @@ def plan_tokenizer(config: RunConfig, world: int) -> tuple[Topology, dict[str, A
 def operator_stage(config: RunConfig, world: int) -> Stage:
     """The operator's training on so many ranks. Errors as `make_plan`."""
     topology, deepspeed = plan_operator(config, world)
+    return Stage(config, topology, deepspeed["zero_optimization"], *_sizes(config))
+
+
+def _sizes(config: RunConfig) -> tuple[int, int]:
+    """Parameters of an operator on every rank, and in routed experts."""
     sizes = {name: p.numel() for name, p in operator_shapes(config).named_parameters()}
     routed = sum(n for name, n in sizes.items() if is_routed_expert(name))
-    return Stage(config, topology, deepspeed["zero_optimization"], sum(sizes.values()) - routed, routed)
+    return sum(sizes.values()) - routed, routed
 
 
 def tokenizer_stage(config: RunConfig, world: int) -> Stage:
@@ -204,18 +265,25 @@ def tokenizer_stage(config: RunConfig, world: int) -> Stage:
     return Stage(config, topology, deepspeed["zero_optimization"], size, 0, of_tokenizer=True)
 
 
+def planned_ranks(config: RunConfig, nodes: int | None, gpus_per_node: int | None) -> tuple[int, int]:
+    """Ranks, and those of a node: as asked for, else as a launcher started them, else as configured."""
+    if nodes is None and gpus_per_node is None and "WORLD_SIZE" in os.environ:
+        return world_size(), local_world_size() or min(world_size(), config.parallel.gpus_per_node)
+    gpus = gpus_per_node or config.parallel.gpus_per_node
+    return (nodes or config.parallel.nodes) * gpus, gpus
+
+
 def make_plan(config: RunConfig, nodes: int | None = None, gpus_per_node: int | None = None) -> Plan:
-    """Plan the training of a run for a cluster (by default the one in ``config.parallel``).
+    """Plan the training of a run for a cluster: by default the ranks that a launcher started, or ``config.parallel``.
 
     Raises
     ------
     TopologyError, ConfigError
         As the run itself would.
     """
-    gpus = gpus_per_node or config.parallel.gpus_per_node
+    world, gpus = planned_ranks(config, nodes, gpus_per_node)
     operator, experts = config.operator, config.operator.experts
     train = operator.train
-    world = (nodes or config.parallel.nodes) * gpus
     config = decide_checkpointing(config, world, GPU_MEMORY_GIB * 2**30)
     stage = operator_stage(config, world)
     topology, dense, routed = stage.topology, stage.dense_parameters, stage.expert_parameters
@@ -234,9 +302,6 @@ def make_plan(config: RunConfig, nodes: int | None = None, gpus_per_node: int | 
         }
         groups += [(name, len(ps), sum(p.numel() for p in ps)) for name, ps in split.items() if ps]
     tokens = math.prod(model.token_grid)
-    width = 2 if train.precision == "bf16" else 4
-    rank_tokens = tokens * topology.micro_batch * topology.accumulation * operator.unroll.steps
-    away = (topology.ep_size - 1) / topology.ep_size
     return Plan(
         config=config,
         topology=topology,
@@ -249,123 +314,27 @@ def make_plan(config: RunConfig, nodes: int | None = None, gpus_per_node: int | 
         tokens_per_sample=tokens,
         stage=stage,
         tokenizer=tokenizer,
-        all_to_all_bytes=4.0 * away * operator.depth * rank_tokens * experts.top_k * operator.dim * width,
-        gradient_bytes=2.0 * 4 * (dense + routed / topology.ep_size),
+        step=stage.step(gpus),
     )
 
 
-def dry_run(
-    config: RunConfig, nodes: int | None = None, gpus_per_node: int | None = None, *, of_tokenizer: bool = False
-) -> str:
-    """The plan and every setting, as text; nothing on ranks but the first. Errors as `make_plan`.
+def plan_scaling(config: RunConfig, most: int) -> list[Stage]:
+    """The training of an operator on 1, 2, 4 ... cards, up to ``most``; its batch grows where it cannot be shared out.
 
-    Parameters
-    ----------
-    of_tokenizer : bool
-        Refuse what the training of the tokenizer would refuse, too.
+    Raises
+    ------
+    ConfigError
+        As the run itself would.
     """
-    if of_tokenizer:
-        parallel = config.parallel
-        tokenizer_stage(config, (nodes or parallel.nodes) * (gpus_per_node or parallel.gpus_per_node))
-    plan = describe_plan(make_plan(config, nodes, gpus_per_node))
-    return f"{plan}\nsettings, every default written out\n\n{dump_config(config)}" if rank() == 0 else ""
-
-
-def _size(count: float) -> str:
-    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count:.0f}"
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.2f} MiB"
-
-
-def _memory_lines(title: str, stage: Stage) -> list[str]:
-    memory = stage.memory
-    again = not stage.of_tokenizer and checkpoints(stage.config)
-    lacking = "" if stage.fits() else f": does NOT fit in {GPU_MEMORY_GIB:.0f} GB; {stage.remedy()}"
-    return [
-        title,
-        f"  weights               {_bytes(memory.weights)}",
-        f"  gradients             {_bytes(memory.gradients)}",
-        f"  optimiser             {_bytes(memory.optimizer)}",
-        f"  buffers of gradients  {_bytes(memory.buffers)}",
-        f"  activations           {_bytes(memory.activations)} for {stage.topology.micro_batch} samples"
-        + (", blocks computed again" if again else ""),
-        f"  sum                   {_bytes(memory.total)}{lacking}",
-        "",
-    ]
-
-
-def _group_lines(topology: Topology) -> list[str]:
-    ep, replicas = topology.ep_size, topology.expert_replicas
-    first = ", ".join(str(r) for r in range(min(ep, 8))) + (", ..." if ep > 8 else "")
-    same = ", ".join(str(r * ep) for r in range(min(replicas, 4))) + (", ..." if replicas > 4 else "")
-    return [
-        f"  data parallel         1 group of {topology.world_size}: every rank its own samples",
-        f"  expert parallel       {replicas} groups of {ep}: [{first}] ...: all-to-all of tokens",
-        f"  expert data parallel  {ep} groups of {replicas}: [{same}] ...: gradients of one share of the experts",
-    ]
-
-
-def _describe_space(config: RunConfig) -> str:
-    """Cells and channels of the fields, and what the operator is given instead of them."""
-    if not config.has_tokenizer:
-        space = FieldSpace.of(config)
-        return f"{' x '.join(map(str, space.grid))}, {space.channels} channels, {space.static} static"
-    latent = " x ".join(map(str, config.latent_grid))
-    return f"{' x '.join(map(str, config.data.cells))} -> latents {config.tokenizer.latent_channels} x {latent}"
-
-
-def describe_plan(plan: Plan) -> str:
-    """The plan as text."""
-    config, topology, flops = plan.config, plan.topology, plan.stage.flops_per_step
-    train = config.operator.train
-    experts = config.operator.experts
-    nodes = max(1, topology.world_size // plan.gpus_per_node)
-    step_s = flops / (topology.world_size * PEAK_FLOPS[train.precision] * ASSUMED_UTILISATION)
-    utilisation = f"{ASSUMED_UTILISATION:.0%} of {PEAK_FLOPS[train.precision] / 1e12:.0f}"
-    total = plan.dense_parameters + plan.expert_parameters
-    feed_forward = "dense feed-forward of equal active size" if config.has_tokenizer else "dense"
-    if experts.num_experts:
-        feed_forward = (
-            f"{experts.num_experts} routed experts, top-{experts.top_k}, {experts.num_shared} shared, "
-            f"router {experts.router.kind} with {experts.router.score} scores"
-        )
-    lines = [
-        f"plan of {config.name}: {nodes} x {plan.gpus_per_node} = {topology.world_size} ranks, EP {topology.ep_size}, "
-        f"ZeRO {plan.zero_stage}, {train.precision}",
-        "",
-        f"  fields                {_describe_space(config)}, history {config.data.history}",
-        f"  operator              {config.operator.kind}, {config.operator.depth} blocks, dim {config.operator.dim}, "
-        f"{feed_forward}",
-        f"  parameters            {_size(total)} in all: {_size(plan.dense_parameters)} on every rank, "
-        f"{_size(plan.expert_parameters)} in experts; {_size(plan.active_parameters)} active per token",
-        f"  batch                 {topology.global_batch} samples = {topology.world_size} ranks x "
-        f"{topology.micro_batch} x {topology.accumulation} accumulated",
-        f"  tokens                {plan.tokens_per_sample} a sample, "
-        f"{_size(plan.tokens_per_sample * topology.global_batch)} a step, "
-        f"{_size(plan.tokens_per_sample * topology.global_batch * train.steps)} in {train.steps} steps",
-        "",
-        *_memory_lines("memory of a rank", plan.stage),
-        *(
-            []
-            if plan.tokenizer is None
-            else _memory_lines("memory of a rank that trains the tokenizer", plan.tokenizer)
-        ),
-        "work and traffic of a step",
-        f"  floating point        {flops / 1e12:.2f} TFLOP, forward and backward, with what is computed again",
-        f"  all-to-all            {_bytes(plan.all_to_all_bytes)} sent by a rank",
-        f"  gradients             {_bytes(plan.gradient_bytes)} sent by a rank",
-        f"  time                  {1e3 * step_s:.1f} ms a step, {step_s * train.steps / 3600:.2f} h in all, if H100s",
-        f"                        reach {utilisation} TFLOP/s (assumed, not measured)",
-        "",
-        "optimiser groups",
-        *(f"  {name:<21} {tensors} tensors, {_size(count)} parameters" for name, tensors, count in plan.groups),
-        "",
-        "process groups",
-        *_group_lines(topology),
-    ]
-    return "\n".join(lines) + "\n"
+    train, experts = config.operator.train, config.operator.experts.num_experts
+    alone = plan_topology(1, 1, experts, train.global_batch, train.micro_batch)
+    zero = load_deepspeed_config(config.deepspeed, train, alone)["zero_optimization"]
+    sizes = _sizes(config)
+    found = []
+    for world in (2**power for power in range(most.bit_length())):
+        stage = Stage(config, scaled(alone, world, config.parallel.ep_size, experts), zero, *sizes)
+        if config.operator.activation_checkpointing == "auto":
+            stage = replace(stage, config=with_checkpointing(config, False))
+            stage = stage if stage.fits() else replace(stage, config=with_checkpointing(config, True))
+        found.append(stage)
+    return found

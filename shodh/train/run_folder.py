@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from shodh.checkpoint.description import is_converted
-from shodh.checkpoint.folder import is_checkpoint, latest_checkpoint
+from shodh.checkpoint.folder import LOCK, is_checkpoint, latest_checkpoint
 from shodh.checkpoint.run_files import START, started_from
 from shodh.config import RunConfig, dump_config, load_kept_config
 from shodh.core.environment import describe_environment
 from shodh.core.errors import ConfigError
 from shodh.core.files import lock_file, write_atomically
 from shodh.core.strict_json import dumps, write_json
-
-LOCK = ".lock"
 
 
 class RunFolder:

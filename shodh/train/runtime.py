@@ -18,6 +18,7 @@ import torch.distributed as dist
 from shodh.core.cli import EXIT_USAGE, error_line
 from shodh.core.devices import CardsError, check_ranks, count_cards, local_rank, local_world_size, uses_cuda
 from shodh.core.distributed import SharedError, rank, world_size
+from shodh.train.rank_logs import file_log
 
 log = logging.getLogger("shodh")
 
@@ -93,9 +94,12 @@ def start_distributed() -> torch.device:
 
 
 def quiet_logs(verbose: bool = False) -> None:
-    """Our own log on rank 0, DeepSpeed's only from warnings up."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    log.setLevel(logging.DEBUG if verbose else logging.INFO if rank() == 0 else logging.ERROR)
+    """On the screen our own log on rank 0, DeepSpeed's only from warnings up; files of ranks also have the others'."""
+    screen = logging.StreamHandler()
+    if rank() != 0 and not verbose:
+        screen.addFilter(lambda record: record.name != log.name or record.levelno >= logging.ERROR)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[screen])
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     # DeepSpeed calls collectives under names that torch is about to drop; it is not for our users to mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
@@ -117,6 +121,7 @@ def run_ranks(main: Callable[[], int]) -> None:
         code = 130
     except Exception as error:
         line = error_line(error)
+        file_log.error(line or traceback.format_exc())
         if line is None:
             traceback.print_exc()
         else:

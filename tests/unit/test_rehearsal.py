@@ -15,7 +15,8 @@ from shodh.config import RunConfig, load_config
 from shodh.core.errors import ConfigError, TopologyError
 from shodh.models.factory import build_operator, operator_space
 from shodh.models.init import initialise
-from shodh.train.plan import Stage, decide_checkpointing, describe_plan, make_plan, operator_stage
+from shodh.train.plan import Stage, decide_checkpointing, make_plan, operator_stage
+from shodh.train.plan_text import describe_plan
 from shodh.train.rehearsal import FLOPS, rehearse_operator, rehearse_tokenizer
 from shodh.train.throughput import Throughput, product_rate
 

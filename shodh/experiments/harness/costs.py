@@ -12,7 +12,7 @@ from shodh.experiments.harness.run import Run
 from shodh.experiments.harness.settings import StudySettings
 from shodh.experiments.harness.sizes import model_size
 from shodh.report.page import Table, text_table
-from shodh.train.plan import ASSUMED_UTILISATION, PEAK_FLOPS
+from shodh.train.cluster import achieved_rate
 
 
 def describe_costs(
@@ -38,7 +38,7 @@ def describe_costs(
         size, flops = known[key]
         total = flops * run.steps
         work += total
-        seconds += total / (PEAK_FLOPS[run.config.operator.train.precision] * ASSUMED_UTILISATION)
+        seconds += total / achieved_rate(run.config, run.config.operator.train)
         sizes = {"M parameters": size["total_parameters"] / 1e6, "M active": size["active_parameters"] / 1e6}
         state = {"TFLOP": total / 1e12, "state": "finished" if run.finished else "to do"}
         row = {"run": run.name, **columns(run), "steps": run.steps, **sizes, **state}
@@ -47,8 +47,8 @@ def describe_costs(
     return (
         f"study {study.name}: {study.question}\n{study.folder}: {len(runs)} runs, {study.seeds} seeds, base {base}\n\n"
         f"{text_table(Table(header, rows))}\n\n"
-        f"{work / 1e15:.3g} PFLOP of training in all: {seconds / 3600:.3g} H100 hours at {ASSUMED_UTILISATION:.0%} of "
-        "the peak (assumed, not measured)\n"
+        f"{work / 1e15:.3g} PFLOP of training in all: {seconds / 3600:.3g} hours of one H100, at the "
+        "rates of shodh plan\n"
     )
 
 

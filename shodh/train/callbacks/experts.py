@@ -48,9 +48,14 @@ class Experts(Callback):
         if trainer.due(self._every):
             whole = sum_over_ranks(table).cpu()
             trainer.metrics.update(routing_metrics(whole))
-            if self._metrics.writer is not None:
+            if self._metrics.writer is not None and self._picture_due(trainer):
                 picture = share_picture(whole, self._regimes)
                 self._metrics.writer.image(trainer.step - 1, "moe/expert_shares", picture)
+
+    def _picture_due(self, trainer: Trainer) -> bool:
+        """At the 1st, 2nd, 4th, 8th ... log: pictures are few thousand bytes each, and must not outgrow the metrics."""
+        number = -(-trainer.step // self._every)
+        return number & (number - 1) == 0 or trainer.finished
 
 
 def regime_table(routing: Sequence[Routing], regime: Tensor, num_regimes: int) -> Tensor:

@@ -1,11 +1,11 @@
-"""Metrics of steps: kept on the device, and written to ``metrics.jsonl``, TensorBoard and the terminal."""
+"""Metrics of steps: kept on the device, and written to ``metrics.jsonl``, the trackers and the terminal."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from shodh.core.distributed import rank
 from shodh.train.compiling import CompileCount
 from shodh.train.metrics import Metrics, MetricWriter, StepRecord, mean_over_ranks, reduce_metrics
 from shodh.train.throughput import Throughput
+from shodh.train.trackers import Tracker
 from shodh.train.trainer import Callback, Trainer
 
 log = logging.getLogger("shodh")
@@ -26,11 +27,17 @@ log = logging.getLogger("shodh")
 class StepMetrics(Callback):
     """Loss, gradient norm, rate and skip of every step; of every ``log_every``-th also what tasks and callbacks report.
 
-    Rank 0 writes.
+    Rank 0 writes. ``trackers`` gives the openers of `MetricWriter` for a run that goes on from a step.
     """
 
-    def __init__(self, run: Path, log_every: int, throughput: Throughput | None = None) -> None:
-        self._run, self._every, self._throughput = run, log_every, throughput
+    def __init__(
+        self,
+        run: Path,
+        log_every: int,
+        throughput: Throughput | None = None,
+        trackers: Callable[[int], Mapping[str, Callable[[], Tracker]]] | None = None,
+    ) -> None:
+        self._run, self._every, self._throughput, self._trackers = run, log_every, throughput, trackers
         self._record = StepRecord()
         self.writer: MetricWriter | None = None
         self._bar: tqdm[Any] | None = None
@@ -39,7 +46,8 @@ class StepMetrics(Callback):
 
     def start(self, trainer: Trainer) -> None:
         if rank() == 0:
-            self.writer = MetricWriter(self._run, trainer.step)
+            trackers = None if self._trackers is None else self._trackers(trainer.step)
+            self.writer = MetricWriter(self._run, trainer.step, trackers)
         hidden = rank() != 0 or not sys.stderr.isatty()
         self._bar = tqdm(total=trainer.train.steps, initial=trainer.step, unit="step", disable=hidden)
         self._clock = _Clock(trainer)
