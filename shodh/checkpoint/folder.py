@@ -44,6 +44,12 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted(ours, key=lambda path: int(path.name.removeprefix("step_")))
 
 
+def checkpoints_before(checkpoint: Path) -> list[Path]:
+    """The published checkpoints of the same run with lower steps, by step."""
+    found = checkpoints_of(checkpoint.parent.parent)
+    return found[: found.index(checkpoint)] if checkpoint in found else []
+
+
 def published_folders(run: Path) -> list[Path]:
     """What lies under the names of checkpoints in a run folder, damaged ones too."""
     found = (run / "checkpoints").glob("step_*")
@@ -57,13 +63,20 @@ def latest_checkpoint(run: Path) -> Path | None:
         tag = read_text(file, "name of a checkpoint", CheckpointError).strip() if file.is_file() else ""
     except CheckpointError:
         tag = "?"
-    if tag and Path(tag).name == tag and (folder / tag / MANIFEST).is_file():
+    if tag and Path(tag).name == tag and _described(folder / tag):
         return folder / tag
     whole = next((path for path in reversed(checkpoints_of(run)) if _is_whole(path)), None)
     if whole is not None:
-        what = f"{file} names {tag!r}, which is no checkpoint" if tag else f"{file} is missing or empty"
+        what = f"{file} names {tag!r}, which is no whole checkpoint" if tag else f"{file} is missing or empty"
         _warn_once(f"{what}; the newest whole one is taken, {whole.name}")
     return whole
+
+
+def _described(checkpoint: Path) -> bool:
+    try:
+        return bool(read_manifest(checkpoint))
+    except CheckpointError:
+        return False
 
 
 @cache
@@ -201,9 +214,9 @@ def make_room(run: Path, needed: int) -> None:
     CheckpointError
         There is too little even then; nothing was dropped.
     """
-    found = checkpoints_of(run)
-    best = best_of(read_manifest(found[-1])) if found else None
-    old = [path for path in found[:-1] if path.name != best]
+    newest = latest_checkpoint(run)
+    best = None if newest is None else best_of(read_manifest(newest))
+    old = [path for path in checkpoints_of(run) if path != newest and path.name != best]
     free = shutil.disk_usage(run).free
     sizes = [sum(f.stat().st_blocks * 512 for f in path.rglob("*") if f.stat().st_nlink == 1) for path in old]
     if free + sum(sizes) < needed:

@@ -15,6 +15,7 @@ from pathlib import Path
 from shodh.core.errors import ConfigError, ShodhError
 
 EXIT_USAGE = 2
+EXIT_FAULT = 4  # a fault of the machine, not of the run: the same command with --resume auto goes on
 EXIT_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 
 
