@@ -280,11 +280,8 @@ def refuse_steps(engine: Any, refuses: Callable[[float], bool]) -> None:
 
         def norm_groups() -> list[Any]:
             groups = groups_of()
-            return (
-                [torch.full_like(torch.as_tensor(groups[0]), math.inf)]
-                if judged(combine_grad_norm_groups(groups))
-                else groups
-            )
+            infinite = [torch.full_like(torch.as_tensor(groups[0]), math.inf)]
+            return infinite if judged(combine_grad_norm_groups(groups)) else groups
 
         zero._get_norm_groups = norm_groups
     else:

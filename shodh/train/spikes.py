@@ -1,4 +1,4 @@
-"""Spikes: a loss, or a gradient norm, far above those of the last steps. The same judgement on all ranks, and on resume.
+"""Spikes: a loss, or a gradient norm, far above those of the last steps; judged alike on all ranks, and on resume.
 
 Compared are only steps that the optimiser took, as plain float64 numbers that a checkpoint holds to the last bit.
 """

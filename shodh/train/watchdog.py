@@ -62,11 +62,12 @@ class Watchdog:
         self._places = gather(f"rank {rank()} (process {os.getpid()} on {socket.gethostname()})")
         work: list[Callable[[], None]] = [self._watch]
         if world_size() > 1:
-            store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store().clone())
-            gather(self._tell(store, 0))  # Every key is there before anybody asks for it.
+            ours: Any = dist.distributed_c10d._get_default_store()
+            store = dist.PrefixStore("watchdog", ours.clone())  # It may hang without holding up the groups.
+            self._tell(store, 0)
             if rank() == 0:
                 store.set("job", dumps(self._job))
-            gather(None)
+            gather(None)  # Every key is there before anybody asks for it.
             work.append(lambda: self._talk(store))
         self._threads = [threading.Thread(target=target, name="watchdog", daemon=True) for target in work]
         for thread in self._threads:
@@ -126,9 +127,8 @@ class Watchdog:
         self._alarmed = True
         self._within(PATIENCE, lambda: faulthandler.dump_traceback(sys.stderr))
         self._within(PATIENCE, self._write_stacks)
-        self._ended.wait(
-            min(PATIENCE, 3 * self._poll)
-        )  # A launcher ends all ranks at the first: let them come to this.
+        # A launcher ends all ranks at the first that ends: let the others come to this, too.
+        self._ended.wait(min(PATIENCE, 3 * self._poll))
         silent, behind = set(self._job["silent"]), set(self._job["behind"])
         if rank() != 0 and self._clock - self._heard > 5 * self._poll:
             silent = {0}
@@ -142,9 +142,8 @@ class Watchdog:
 
     def _speak(self, quiet: float, blamed: list[int], silent: bool) -> None:
         names = ", ".join(self._places[other] for other in blamed[:4]) + (" and more" if len(blamed) > 4 else "")
-        what = (
-            f"no sign of life from {names}" if silent else f"{names} behind the others" if blamed else "all ranks wait"
-        )
+        what = f"{names} behind the others" if blamed else "none is behind the others"
+        what = f"no sign of life from {names}" if silent else what
         step = self._step()
         sys.stderr.write(
             f"error: the job stands still: {quiet:.0f} s without a sign of work in step {step}; {what}; stacks in "

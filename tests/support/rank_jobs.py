@@ -145,11 +145,11 @@ def pretrain_with_slow_writing(config_path: Path, overrides: list[str], save: in
     last, seen = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1, {}
     latest = load_config(config_path, overrides).run_dir / "latest"
 
-    def write(snapshot: Snapshot, weights: Path, fragments: Path) -> None:
+    def write(snapshot: Snapshot, weights: Path, fragments: Path) -> Any:
         calls[0] += 1
         if calls[0] == save and last:
             assert reached.wait(60), "the training waits for what is written"
-        original(snapshot, weights, fragments)
+        return original(snapshot, weights, fragments)
 
     def after_step(callback: StopSignal, trainer: Trainer) -> None:
         step(callback, trainer)

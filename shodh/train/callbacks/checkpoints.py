@@ -108,9 +108,7 @@ class Checkpoints(Callback):
                 record_event(self._folder.path, "save failed", trainer.step, why=str(error), lenient=lenient)
             if not lenient:
                 raise SaveError(line) from error
-            log.warning(
-                "step %d, a save failed: %s; the run goes on without it (failed_save: continue)", trainer.step, line
-            )
+            log.warning("step %d: %s; the run goes on without this save (failed_save: continue)", trainer.step, line)
 
     def finish(self, trainer: Trainer) -> None:
         with self._failing(trainer, lenient=False):

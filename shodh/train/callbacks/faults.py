@@ -77,9 +77,8 @@ class SkippedSteps(Callback):
         self._record("skipped", step, why=why, in_row=row)
         if row < train.max_skipped_steps:
             return
-        line = (
-            f"{row} steps in a row up to step {step} were skipped, max_skipped_steps={train.max_skipped_steps}: {why}"
-        )
+        most = train.max_skipped_steps
+        line = f"{row} steps in a row up to step {step} were skipped, train.max_skipped_steps={most}: {why}"
         start = self._checkpoints.newest()
         if start is not None and trainer.returns(start) < train.max_rollbacks:
             log.warning("%s; back to %s, and on with other batches", line, start)
