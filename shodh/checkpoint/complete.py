@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+from shodh.core.distributed import rank
 from shodh.core.errors import CheckpointError
 from shodh.core.files import read_parts
 
@@ -53,7 +54,8 @@ def wait_for(path: Path, size: int | None = None) -> None:
     while not path.exists() or (size is not None and path.stat().st_size != size):
         if time.monotonic() > end:
             found = f"{path.stat().st_size} bytes" if path.exists() else "nothing"
-            raise CheckpointError(_elsewhere(path, f"here is {found}, and {size or 'it'} was written"))
+            made = "a folder was made" if size is None else f"{size} bytes were written"
+            raise CheckpointError(_elsewhere(path, f"{made}, and rank {rank()} sees {found}"))
         time.sleep(0.2)
 
 

@@ -31,7 +31,7 @@ from shodh.checkpoint.shares import check_cover, check_masters
 from shodh.checkpoint.snapshot import Ranges, Snapshot
 from shodh.core.distributed import SharedError, gather, rank, together
 from shodh.core.errors import CheckpointError
-from shodh.core.files import PARTIAL_SUFFIX, sync_to_disk
+from shodh.core.files import PARTIAL_SUFFIX, naming, sync_to_disk
 from shodh.core.weights import AVERAGED, WEIGHTS, open_file
 
 POLL = 5.0  # seconds after which a rank that waits for a disk meets the others: no collective waits longer
@@ -166,8 +166,9 @@ class Written(NamedTuple):
 
 def _write(snapshot: Snapshot, folder: Path) -> Written:
     own = folder / share_of(rank())
-    shared = snapshot.write(folder / WEIGHTS, own)
-    return Written({share_of(rank()): describe_file(own)}, shared, snapshot.layout.size)
+    with naming(folder):
+        shared = snapshot.write(folder / WEIGHTS, own)
+        return Written({share_of(rank()): describe_file(own)}, shared, snapshot.layout.size)
 
 
 def load_checkpoint(engine: Any, checkpoint: Path, average: WeightAverage | None = None) -> dict[str, Any]:

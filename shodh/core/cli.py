@@ -138,7 +138,8 @@ def error_line(error: BaseException) -> str | None:
     if isinstance(error, BrokenPipeError | ConnectionError | ChildProcessError | ProcessLookupError):
         return None
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
-        place = error.filename if error.filename is not None else (_NAME.search(text) or [None, None])[1]
+        place = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        place = place if place is not None else (_NAME.search(text) or [None, None])[1]
         return _system_error(error.errno, os.strerror(error.errno), place)
     foreign = isinstance(error, OSError) or type(error).__name__ in ("SafetensorError", "DistNetworkError")
     if foreign and (found := _NUMBER.search(text)):

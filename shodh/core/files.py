@@ -61,6 +61,17 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     sync_to_disk(target.parent)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the operating system that names no file name this one: writing to an open file names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a small file whole or not at all."""
     with atomic_path(path) as temporary:

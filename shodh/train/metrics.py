@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shodh.core.files import UNREADABLE, cut_lines
+from shodh.core.files import UNREADABLE, cut_lines, naming
 from shodh.core.strict_json import dumps
 
 Reduction = Literal["mean", "sum", "max"]
@@ -134,7 +135,8 @@ class MetricWriter:
     def __init__(self, folder: Path, resume_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        path = folder / "metrics.jsonl"
+        threading.excepthook = _leave_to_writer
+        path = self._path = folder / "metrics.jsonl"
         cut_lines(path, lambda line: int(json.loads(line)["step"]), resume_step)
         self._file: TextIO = path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
@@ -147,15 +149,23 @@ class MetricWriter:
 
     def flush(self) -> None:
         """Give what was written to the operating system."""
-        self._file.flush()
+        with naming(self._path):
+            self._file.flush()
 
     def image(self, step: int, name: str, picture: Any) -> None:
         """An ``[H, W, 3]`` uint8 array for TensorBoard."""
         self._board.add_image(name, picture, step, dataformats="HWC")
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
         self._board.close()
+
+
+def _leave_to_writer(error: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread shows a traceback of a full disk, and gives the error to whoever writes next, too."""
+    if not isinstance(error.exc_value, OSError) or type(error.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(error)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -387,8 +387,30 @@ def held_by_engine(engine: Any) -> dict[str, torch.Tensor]:
     return held
 
 
+def pretrain_with_a_rank_that_stops(config_path: Path, overrides: list[str], step: int) -> dict[str, Any]:
+    """As `pretrain`; the last rank is stopped by the system after ``step``."""
+    from shodh.train.callbacks import StopSignal
+    from shodh.train.trainer import Trainer
+
+    after_step = StopSignal.after_step
+
+    def stop(callback: StopSignal, trainer: Trainer) -> None:
+        after_step(callback, trainer)
+        if trainer.step == step and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    StopSignal.after_step = stop  # type: ignore[method-assign]
+    return pretrain(config_path, overrides)
+
+
 def pretrain_with_bad_steps(
-    config_path: Path, overrides: list[str], steps: list[int], where: str, value: float, resume: str | None = None
+    config_path: Path,
+    overrides: list[str],
+    steps: list[int],
+    where: str,
+    value: float,
+    resume: str | None = None,
+    once: bool = False,
 ) -> dict[str, Any]:
     """As `pretrain`; in some steps the last rank alone has ``value`` in the gradient of a parameter, or as its loss.
 
@@ -396,6 +418,8 @@ def pretrain_with_bad_steps(
     ----------
     where : str
         End of the parameter's name, or ``loss``, or ``target`` for the data of the first sample.
+    once : bool
+        Not in a step that the run goes back to.
     """
     from shodh.train.operator_task import OperatorTask
     from shodh.train.trainer import Trainer
@@ -414,6 +438,8 @@ def pretrain_with_bad_steps(
         named = dict(trainer.engine.module.named_parameters())
         chosen = [p for name, p in named.items() if name.endswith(where)][:1]
         now = trainer.step
+        if once and trainer.rollbacks:
+            steps.clear()
         hooks = [p.register_hook(poison) for p in chosen if bad and now in steps]
         before = held_by_engine(trainer.engine)
         take_step(trainer, *arguments)

@@ -1,12 +1,13 @@
 """Do to a training on several ranks what a cluster does, start it again each time, compare it with an undisturbed run.
 
 faults: `rank`, `launcher`: kill -9. `stop`: SIGSTOP of a rank, which the watchdog must notice. `flip`: kill -9 of all,
-and a bit of the newest checkpoint flips. `full`: the file system of the run (a tmpfs) is full. `share`: one rank sees an
-empty folder where the others see the runs. The last two need root, and are left out, which is said, without it.
+and a bit of the newest checkpoint flips. `full`: the file system of the run (a tmpfs) is full. `share`: one rank sees
+an empty folder where the others see the runs. The last two need root, and are left out, which is said, without it.
 
-Every fault is aimed at a random moment: anywhere, while a checkpoint is written, when it is published. At the end metrics
-but those of the clock, traces, weights and the optimiser's state must be the undisturbed run's, bit by bit. Prints a line
-a fault, and ends with one line of JSON; exit code 1 if something differs, or a fault ends otherwise than it must.
+Every fault is aimed at a random moment: anywhere, while a checkpoint is written, when it is published. At the end
+metrics but those of the clock, traces, weights and the optimiser's state must be the undisturbed run's, bit by bit.
+Prints a line a fault, and ends with one line of JSON; exit code 1 if something differs, or a fault ends otherwise than
+it must.
 
 example:
   python tools/bench/faults.py --faults 50 --ranks 4
@@ -168,9 +169,8 @@ class Trial:
         elif target == "publishing":
             known = self.newest()
             until(lambda: self.newest() > known)
-        time.sleep(
-            self.moments.uniform(0.0, {"anywhere": 6.0, "writing": 1.0, "publishing": 0.1}[target] * self.seconds)
-        )
+        spread = {"anywhere": 6.0, "writing": 1.0, "publishing": 0.1}[target]
+        time.sleep(self.moments.uniform(0.0, spread * self.seconds))
 
     def inject(self, job: Job, kind: str) -> int | None:
         """Do it, and wait until it was noticed; the exit code."""
