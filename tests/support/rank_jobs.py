@@ -131,6 +131,54 @@ def pretrain_with_failing_save(config_path: Path, overrides: list[str], save: in
     return pretrain(config_path, overrides)
 
 
+def pretrain_on_another_disk(config_path: Path, overrides: list[str], save: int, loses: str) -> dict[str, Any]:
+    """As `pretrain`; of checkpoint ``save`` (from 1) nobody sees what the last rank wrote: its ``file``, or its
+    ``ranges`` of the shared one."""
+    from shodh.checkpoint import complete, training
+    from shodh.checkpoint.snapshot import Snapshot
+
+    complete.PATIENCE = 0.5
+    calls, write, last = [0], Snapshot.write, int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    describe = training.describe_file
+
+    def elsewhere(snapshot: Snapshot, weights: Path, fragments: Path) -> Any:
+        calls[0] += 1
+        if not last or calls[0] != save:
+            return write(snapshot, weights, fragments)
+        own = weights.with_name("node1") if loses == "ranges" else weights
+        written = write(snapshot, own, fragments)
+        written = {weights.name: written[own.name]}
+        if loses == "ranges":
+            own.unlink()
+        return written
+
+    def describe_and_lose(path: Path) -> dict[str, Any]:
+        found = describe(path)
+        if last and calls[0] == save and loses == "file":
+            path.unlink()
+        return found
+
+    Snapshot.write, training.describe_file = elsewhere, describe_and_lose  # type: ignore[method-assign]
+    return pretrain(config_path, overrides)
+
+
+def pretrain_on_a_node_without(
+    config_path: Path, overrides: list[str], checkpoint: Path, resume: str
+) -> dict[str, Any]:
+    """As `pretrain`; the last rank sees nothing of a checkpoint's files."""
+    from shodh.checkpoint.folder import verify_checkpoint
+    from shodh.core.errors import CheckpointError
+    from shodh.train import start
+
+    def verify(path: Path, share: tuple[int, int]) -> dict[str, Any]:
+        if path == checkpoint and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            raise CheckpointError(f"checkpoint file {path} is missing")
+        return verify_checkpoint(path, share)
+
+    start.verify_checkpoint = verify
+    return pretrain(config_path, overrides, resume)
+
+
 def pretrain_with_slow_writing(config_path: Path, overrides: list[str], save: int, until: int) -> dict[str, Any]:
     """As `pretrain`; the last rank writes checkpoint number ``save`` (from 1) when ``until`` steps are done.
 
