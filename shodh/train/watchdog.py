@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from shodh.train.events import record_event
 log = logging.getLogger("shodh")
 
 STACKS = "stacks"  # folder of a run: a file a rank
+STDERR = 2  # not Python's stream, whose lock the thread that hangs may hold
 PATIENCE = 10.0  # seconds that a dying rank waits for a disk
 
 
@@ -116,7 +116,7 @@ class Watchdog:
             passed, last = min(now - last, 2 * self._poll), now
             quiet, self._clock = quiet + passed, self._clock + passed
             # Should Python itself stand still, a thread without Python shows where.
-            faulthandler.dump_traceback_later(self.limit + 10 * self._poll, file=sys.stderr)
+            faulthandler.dump_traceback_later(self.limit + 10 * self._poll, file=STDERR)
             if (found := (signs(), int(self._job["signs"]))) != seen:
                 seen, quiet = found, 0.0
             if quiet > self.limit or self._job["alarm"]:
@@ -125,7 +125,7 @@ class Watchdog:
     def _end(self, quiet: float) -> None:
         """Show the stacks, name who is to blame, and end this process; whatever hangs is left hanging."""
         self._alarmed = True
-        self._within(PATIENCE, lambda: faulthandler.dump_traceback(sys.stderr))
+        self._within(PATIENCE, lambda: faulthandler.dump_traceback(STDERR))
         self._within(PATIENCE, self._write_stacks)
         # A launcher ends all ranks at the first that ends: let the others come to this, too.
         self._ended.wait(min(PATIENCE, 3 * self._poll))
@@ -145,11 +145,11 @@ class Watchdog:
         what = f"{names} behind the others" if blamed else "none is behind the others"
         what = f"no sign of life from {names}" if silent else what
         step = self._step()
-        sys.stderr.write(
+        line = (
             f"error: the job stands still: {quiet:.0f} s without a sign of work in step {step}; {what}; stacks in "
             f"{self._run / STACKS}; --resume auto goes on from the last checkpoint\n"
         )
-        sys.stderr.flush()
+        os.write(STDERR, line.encode())
         record_event(self._run, "stood still", step, why=what, seconds=round(quiet, 1))
 
     def _write_stacks(self) -> None:

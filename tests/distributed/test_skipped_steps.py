@@ -126,6 +126,7 @@ def events(run: Path) -> list[tuple[str, int]]:
     [
         (1, "target", "a spike, loss "),
         (3, EXPERT, "a spike, grad_norm "),
+        pytest.param(3, "nan", "gradients, of finite errors, are not finite", marks=pytest.mark.exhaustive),
         pytest.param(2, EXPERT, "a spike, grad_norm ", marks=pytest.mark.exhaustive),
         pytest.param(3, "target", "a spike, loss ", marks=pytest.mark.exhaustive),
     ],
@@ -137,7 +138,8 @@ def test_a_spike_of_one_rank_is_skipped_by_all_and_a_resume_judges_alike(
     name = f"spike-{stage}-{where}"
     settings = ["operator.train.steps=12", "operator.train.spikes={window: 8, sigma: 20}"]
     overrides = laboratory.overrides(name, 2, stage, *settings)
-    job = (laboratory.config, overrides, [10], where, 300.0)
+    bad = (EXPERT, math.nan) if where == "nan" else (where, 300.0)
+    job = (laboratory.config, overrides, [10], *bad)
     for rank in run_ranks(2, rank_jobs.pretrain_with_bad_steps, *job):
         assert [step for step, names in rank["changed"].items() if not names] == [10]
     run = laboratory.load(overrides).run_dir

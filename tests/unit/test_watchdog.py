@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +39,7 @@ def be_suspended() -> None:
 
 
 def watched(run: Path, task: Callable[[], None]) -> None:
-    sys.stderr = (run / "stderr").open("w")
+    os.dup2(os.open(run / "stderr", os.O_WRONLY | os.O_CREAT), 2)
     dog = Watchdog(run, 0.6, 0.02, lambda: 17)
     dog.start()
     task()
