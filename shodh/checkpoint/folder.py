@@ -20,6 +20,7 @@ from shodh.core.errors import CheckpointError
 from shodh.core.files import PARTIAL_SUFFIX, checksum, sync_to_disk, write_atomically
 from shodh.core.reading import read_object, read_text
 from shodh.core.strict_json import write_json
+from shodh.core.weights import WEIGHTS
 
 log = logging.getLogger("shodh")
 
@@ -28,6 +29,7 @@ LATEST = "latest"
 LOCK = ".lock"  # of a run folder, held by the job that writes there
 BEST = "best"  # what a user calls the checkpoint that `best_checkpoint` finds
 OPTIMIZER = "optimizer"
+FORMAT = 2
 _TAG = re.compile(r"step_(\d{8,})")
 _OLD_SUFFIX = ".old"
 _LEFTOVER = re.compile(rf"\.({_TAG.pattern})({re.escape(PARTIAL_SUFFIX)}|{re.escape(_OLD_SUFFIX)})")
@@ -43,6 +45,12 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted(ours, key=lambda path: int(path.name.removeprefix("step_")))
 
 
+def checkpoints_before(checkpoint: Path) -> list[Path]:
+    """The published checkpoints of the same run with lower steps, by step."""
+    found = checkpoints_of(checkpoint.parent.parent)
+    return found[: found.index(checkpoint)] if checkpoint in found else []
+
+
 def published_folders(run: Path) -> list[Path]:
     """What lies under the names of checkpoints in a run folder, damaged ones too."""
     found = (run / "checkpoints").glob("step_*")
@@ -56,13 +64,20 @@ def latest_checkpoint(run: Path) -> Path | None:
         tag = read_text(file, "name of a checkpoint", CheckpointError).strip() if file.is_file() else ""
     except CheckpointError:
         tag = "?"
-    if tag and Path(tag).name == tag and (folder / tag / MANIFEST).is_file():
+    if tag and Path(tag).name == tag and _described(folder / tag):
         return folder / tag
     whole = next((path for path in reversed(checkpoints_of(run)) if _is_whole(path)), None)
     if whole is not None:
-        what = f"{file} names {tag!r}, which is no checkpoint" if tag else f"{file} is missing or empty"
+        what = f"{file} names {tag!r}, which is no whole checkpoint" if tag else f"{file} is missing or empty"
         _warn_once(f"{what}; the newest whole one is taken, {whole.name}")
     return whole
+
+
+def _described(checkpoint: Path) -> bool:
+    try:
+        return bool(read_manifest(checkpoint))
+    except CheckpointError:
+        return False
 
 
 @cache
@@ -181,11 +196,50 @@ def prune(run: Path, newest: str, keep: int) -> None:
     best = best_of(read_manifest(run / "checkpoints" / newest))
     old = [p for p in found if p.name != newest][: max(0, len(found) - keep)]
     for path in [p for p in old if p.name != best]:
-        # First the name, then the files: a process that is killed leaves no half of a checkpoint under its name.
-        hidden = partial_folder(run, path.name)
-        _remove(hidden)
-        path.rename(hidden)
-        _remove(hidden)
+        _drop(path)
+
+
+def _drop(checkpoint: Path) -> None:
+    # First the name, then the files: a process that is killed leaves no half of a checkpoint under its name.
+    hidden = partial_folder(checkpoint.parent.parent, checkpoint.name)
+    _remove(hidden)
+    checkpoint.rename(hidden)
+    _remove(hidden)
+
+
+def make_room(run: Path, needed: int) -> None:
+    """Drop checkpoints, oldest first, until there is room for one of ``needed`` bytes; the newest and the best stay.
+
+    Raises
+    ------
+    CheckpointError
+        There is too little even then; nothing was dropped.
+    """
+    newest = latest_checkpoint(run)
+    best = None if newest is None else best_of(read_manifest(newest))
+    old = [path for path in checkpoints_of(run) if path != newest and path.name != best]
+    free = shutil.disk_usage(run).free
+    sizes = [sum(f.stat().st_blocks * 512 for f in path.rglob("*") if f.stat().st_nlink == 1) for path in old]
+    if free + sum(sizes) < needed:
+        raise CheckpointError(
+            f"no disk space left for a checkpoint in {run}: it needs {needed / 2**20:.4g} MiB, and {free / 2**20:.4g} "
+            f"are free{', older checkpoints counted' if sizes else ''}; free some, and run the same command again"
+        )
+    for path, size in zip(old, sizes, strict=True):
+        if free >= needed:
+            break
+        log.warning("%s is dropped early, to make room for the next checkpoint", path)
+        _drop(path)
+        free += size
+
+
+def set_aside(run: Path, damaged: Path, newest: Path) -> Path:
+    """Take a damaged checkpoint out of the way of ``newest``, the newest whole one, which is kept; its new name."""
+    write_atomically(run / LATEST, newest.name + "\n")
+    aside = damaged.with_name(f"damaged_{damaged.name}")
+    _remove(aside)
+    damaged.rename(aside)
+    return aside
 
 
 def remove_leftovers(run: Path) -> None:
@@ -253,9 +307,25 @@ def verify_checkpoint(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> dict
         Names the file that is missing, truncated or changed.
     """
     manifest = read_manifest(checkpoint)
+    missing = required_files(manifest) - manifest["files"].keys()
+    if missing:
+        raise CheckpointError(f"{checkpoint / MANIFEST} does not list {', '.join(sorted(missing)[:3])}")
     for name in sorted(manifest["files"])[share[0] :: share[1]]:
         verify_file(checkpoint, name, manifest)
     return manifest
+
+
+def required_files(manifest: dict[str, Any]) -> set[str]:
+    """What a checkpoint must hold: the weights of all ranks and experts, and each rank's share of the optimiser."""
+    world = manifest["topology"].get("world_size")
+    if manifest.get("format") != FORMAT or not isinstance(world, int):
+        return set()  # An older version's, or a model alone.
+    return {WEIGHTS, *(share_of(rank) for rank in range(world))}
+
+
+def share_of(rank: int) -> str:
+    """Name of the file that a rank writes in a checkpoint."""
+    return f"{OPTIMIZER}/rank_{rank:05d}.safetensors"
 
 
 def verify_model(folder: Path, unread: Collection[str] = ()) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import zlib
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ from shodh.checkpoint.optimizer_state import MOMENTS
 from shodh.checkpoint.shares import flat_tensors, places, shares
 from shodh.core.distributed import rank
 from shodh.core.files import sync_to_disk
+from shodh.core.progress import get_on
 from shodh.core.strict_json import dumps
 from shodh.core.weights import AVERAGED, Layout, StoredTensor, persistent_buffers, plan_file, write_file
 
 Range = tuple[str, int, Tensor]
+Ranges = list[tuple[int, int, int]]  # of a file that all ranks write to: first byte, bytes, CRC-32
 
 
 @dataclass(frozen=True)
@@ -75,31 +79,44 @@ class Snapshot:
         updates = sorted({_updates(optimizer, flat) for flat in flat_tensors(engine)})
         return cls(_layout(engine), buffers, weights, averages, moments_of, starts, updates)
 
-    def write(self, weights: Path, fragments: Path) -> None:
+    @property
+    def size(self) -> int:
+        """Bytes of the whole checkpoint, of all ranks, but for headers and what describes it."""
+        return self.layout.size * (1 if self.averages is None else 2) + len(MOMENTS) * self.layout.size
+
+    def write(self, weights: Path, fragments: Path) -> dict[str, Ranges]:
         """Write into ``weights``, which all ranks write to, and ``fragments``, this rank's own; both reach the disk.
 
-        An average of the weights has a file as ``weights``, beside it, with the same buffers.
+        An average of the weights has a file as ``weights``, beside it, with the same buffers. Returns what this rank
+        has written of these two, by name.
         """
-        self._write_ranges(weights, self.weights)
+        written = {weights.name: self._write_ranges(weights, self.weights)}
         if self.averages is not None:
-            self._write_ranges(weights.with_name(AVERAGED), self.averages)
+            written[AVERAGED] = self._write_ranges(weights.with_name(AVERAGED), self.averages)
         stored = {name: StoredTensor.of(moment, fragments) for name, moment in self.moments.items()}
         metadata = {"starts": dumps(self.starts), "updates": dumps(self.updates)}
-        write_file(fragments, stored, dict.fromkeys(stored, torch.float32), metadata)
+        write_file(fragments, stored, dict.fromkeys(stored, torch.float32), metadata, progress=lambda done: get_on())
+        return written
 
-    def _write_ranges(self, path: Path, ranges: list[Range]) -> None:
+    def _write_ranges(self, path: Path, ranges: list[Range]) -> Ranges:
+        offsets, written = self.layout.offsets, []
+        buffers = self.buffers or {}
+        parts = chain(
+            [(0, self.layout.header)] if self.buffers is not None else [],
+            ((offsets[name], _bytes(buffer)) for name, buffer in buffers.items()),
+            ((offsets[name] + 4 * start, _bytes(numbers.float())) for name, start, numbers in ranges),
+        )
         # Whoever comes first makes the file; nobody cuts it off.
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
             if self.buffers is not None:
                 file.truncate(self.layout.size)
-                file.write(self.layout.header)
-            for name, buffer in (self.buffers or {}).items():
-                file.seek(self.layout.offsets[name])
-                file.write(_bytes(buffer))
-            for name, start, numbers in ranges:
-                file.seek(self.layout.offsets[name] + 4 * start)
-                file.write(_bytes(numbers.float()))
+            for offset, content in parts:
+                file.seek(offset)
+                file.write(content)
+                written.append((offset, len(content), zlib.crc32(content)))
+                get_on()
         sync_to_disk(path)
+        return written
 
 
 def _to_host(tensor: Tensor) -> Tensor:

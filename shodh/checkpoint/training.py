@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shodh.checkpoint.average import WeightAverage
+from shodh.checkpoint.complete import check_there, describe_shared, wait_for
 from shodh.checkpoint.folder import (
+    FORMAT,
     MANIFEST,
     OPTIMIZER,
     describe_file,
+    make_room,
     partial_folder,
     prune,
     publish,
     read_manifest,
+    share_of,
     tag_of,
 )
 from shodh.checkpoint.optimizer_state import Fragments, check_weights_fit, load_training_state
 from shodh.checkpoint.run_files import link_description
 from shodh.checkpoint.shares import check_cover, check_masters
-from shodh.checkpoint.snapshot import Snapshot
+from shodh.checkpoint.snapshot import Ranges, Snapshot
 from shodh.core.distributed import SharedError, gather, rank, together
 from shodh.core.errors import CheckpointError
-from shodh.core.files import sync_to_disk
+from shodh.core.files import PARTIAL_SUFFIX, naming, sync_to_disk
 from shodh.core.weights import AVERAGED, WEIGHTS, open_file
 
-FORMAT = 2
+POLL = 5.0  # seconds after which a rank that waits for a disk meets the others: no collective waits longer
+
+
+class SaveError(SharedError):
+    """A checkpoint could not be written or published; those before it are as they were."""
 
 
 class CheckpointWriter:
@@ -46,15 +56,15 @@ class CheckpointWriter:
 
     Raises
     ------
-    SharedError
-        From each of the three: a disk is full, or a file cannot be written; the run's other checkpoints are as they
-        were.
+    SaveError
+        From each of the three: a disk is full, a file cannot be written, or rank 0 does not see what another rank
+        wrote. What was written is removed; the run's other checkpoints are as they were.
     """
 
     def __init__(self, run: Path, keep: int) -> None:
         self._run, self._keep = run, keep
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._work: Future[dict[str, Any]] | None = None
+        self._work: Future[Any] | None = None  # what it gives: `Written`, then nothing
         self._described: list[str] = []  # files that make the folder a whole model, beside the weights
         self._record: dict[str, Any] | None = None  # None: it is being published already
 
@@ -77,12 +87,16 @@ class CheckpointWriter:
         with together():
             check_masters(engine)
         check_cover(engine)
-        with together():
+        with self._saving():
             if rank() == 0:
                 shutil.rmtree(folder, ignore_errors=True)
                 (folder / OPTIMIZER).mkdir(parents=True)
                 self._described = link_description(self._run, folder)
+        with self._saving():
             snapshot = Snapshot.take(engine, average)
+            if rank() == 0:
+                make_room(self._run, snapshot.size)
+            wait_for(folder / OPTIMIZER)
         self._record = record
         self._work = self._thread.submit(_write, snapshot, folder)
 
@@ -90,13 +104,9 @@ class CheckpointWriter:
         """Publish what all ranks have written; fail, on all, where one could not."""
         if self._work is None:
             return
-        try:
-            with together():
-                done = self._work.done()
-                written = self._work.result() if done else {}
-        except SharedError:
-            self._work = None
-            raise
+        with self._saving():
+            done = self._work.done()
+            written = self._work.result() if done else None
         parts = gather((done, written))
         if not all(ready for ready, _ in parts):
             return
@@ -104,35 +114,61 @@ class CheckpointWriter:
         if record is None:
             self._work = None
             return
-        files = {name: entry for _, part in parts for name, entry in part.items()}
-        publishing = partial(self._publish, record, files) if rank() == 0 else dict
+        publishing = partial(self._publish, record, [part for _, part in parts]) if rank() == 0 else dict
         self._work = self._thread.submit(publishing)
 
     def join(self) -> None:
         """Wait until the last save is published."""
         while self._work is not None:
-            wait([self._work])
+            wait([self._work], POLL)
             self.advance()
 
-    def _publish(self, record: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """`together`; after an error nothing is left of what was being written."""
+        try:
+            with together():
+                yield
+        except SharedError as error:
+            work, self._work = self._work, None
+            while not all(gather(work is None or work.done())):  # Others may be writing still.
+                wait([work] if work is not None else [], POLL)
+            if rank() == 0:
+                for leftover in (self._run / "checkpoints").glob(f".step_*{PARTIAL_SUFFIX}"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+            raise SaveError(str(error)) from error
+
+    def _publish(self, record: dict[str, Any], parts: list[Written]) -> None:
+        """Nothing is published unless this machine sees all that every rank wrote."""
         folder, tag = partial_folder(self._run, _tag(record)), _tag(record)
-        averaged = [AVERAGED] if (folder / AVERAGED).exists() else []
-        files |= {name: describe_file(folder / name) for name in (WEIGHTS, *averaged, *self._described)}
+        files = {name: entry for part in parts for name, entry in part.own.items()}
+        check_there(folder, files)
+        for name in parts[0].shared:
+            ranges = [r for part in parts for r in part.shared[name]]
+            files[name] = describe_shared(folder / name, parts[0].size, ranges)
+        files |= {name: describe_file(folder / name) for name in self._described}
         sync_to_disk(folder / OPTIMIZER)
         publish(folder, self._run, tag, {"format": FORMAT, "tag": tag, "files": files, **record})
         prune(self._run, tag, self._keep)
-        return {}
 
 
 def _tag(record: dict[str, Any]) -> str:
     return tag_of(record["state"]["step"])
 
 
-def _write(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
-    """Write a rank's share; returns what the manifest says of its own file."""
-    own = f"{OPTIMIZER}/rank_{rank():05d}.safetensors"
-    snapshot.write(folder / WEIGHTS, folder / own)
-    return {own: describe_file(folder / own)}
+class Written(NamedTuple):
+    """What a rank wrote: its own file as the manifest says it, and its ranges of the shared ones, of ``size`` bytes."""
+
+    own: dict[str, Any]
+    shared: dict[str, Ranges]
+    size: int
+
+
+def _write(snapshot: Snapshot, folder: Path) -> Written:
+    own = folder / share_of(rank())
+    with naming(folder):
+        shared = snapshot.write(folder / WEIGHTS, own)
+        return Written({share_of(rank()): describe_file(own)}, shared, snapshot.layout.size)
 
 
 def load_checkpoint(engine: Any, checkpoint: Path, average: WeightAverage | None = None) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from shodh.config.reading import (
     to_dict,
 )
 from shodh.config.routers import RouterConfig, TemperatureSchedule
-from shodh.config.run import EvaluationConfig, FamilyConfig, FinetuneConfig, ParallelConfig, RunConfig
+from shodh.config.run import EvaluationConfig, FamilyConfig, FinetuneConfig, ParallelConfig, RunConfig, WatchdogConfig
 from shodh.config.tokenizer import TokenizerConfig, TokenizerLoss
-from shodh.config.training import BestConfig, TrainConfig
+from shodh.config.training import BestConfig, SpikeConfig, TrainConfig
 
 __all__ = [
     "BalanceConfig",
@@ -38,11 +38,13 @@ __all__ = [
     "RouterConfig",
     "RunConfig",
     "Section",
+    "SpikeConfig",
     "TemperatureSchedule",
     "TokenizerConfig",
     "TokenizerLoss",
     "TrainConfig",
     "UnrollConfig",
+    "WatchdogConfig",
     "apply_overrides",
     "config_from_dict",
     "dump_config",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from shodh.config.base import Batch, Count, Grid, RunName, Section, Seed, Width
 from shodh.config.data import DataConfig
@@ -20,6 +20,16 @@ class ParallelConfig(Section):
     ep_size: Width = Field(1, description="ranks that share one set of experts")
     nodes: Width = Field(1, description="planned nodes: --dry-run plans for these; the launcher decides")
     gpus_per_node: Width = Field(1, description="planned GPUs of a node")
+
+
+class WatchdogConfig(Section):
+    """When a job that stands still is ended."""
+
+    steps: PositiveFloat = Field(10.0, description="median steps without a sign of work from any rank")
+    least: PositiveFloat = Field(120.0, description="seconds, if that is more; a step has several signs")
+    startup: PositiveFloat = Field(
+        1800.0, description="seconds in the first steps and the first validation, and for collectives before these"
+    )
 
 
 class EvaluationConfig(Section):
@@ -76,6 +86,9 @@ class RunConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     operator: OperatorConfig = OperatorConfig()
     parallel: ParallelConfig = ParallelConfig()
+    watchdog: WatchdogConfig | None = Field(
+        WatchdogConfig(), description="end a job that stands still, so that it can be started again; null: never"
+    )
     evaluation: EvaluationConfig = EvaluationConfig()
     trackers: TrackersConfig = TrackersConfig()
     family: FamilyConfig | None = Field(None, description="for tools/merge_experts.py; null: no family")

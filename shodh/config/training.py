@@ -20,6 +20,15 @@ class BestConfig(Section):
     patience: Count = Field(0, description="validations in a row without a better one at which the run ends; 0: none")
 
 
+class SpikeConfig(Section):
+    """Which steps are spikes: loss or gradient norm above what the last steps had; the optimiser does not take them."""
+
+    sigma: PositiveFloat = Field(6.0, description="standard deviations above the mean of the window")
+    window: Annotated[int, Field(ge=8, le=4096)] = Field(
+        128, description="steps, taken by the optimiser, that are compared with; until there are as many, none is one"
+    )
+
+
 class TrainConfig(Section):
     """One training stage."""
 
@@ -36,8 +45,14 @@ class TrainConfig(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     clip: PositiveFloat = Field(1.0, description="largest global gradient norm")
     max_skipped_steps: PositiveInt = Field(
-        10, description="steps in a row, skipped because loss or gradients were not finite, at which the run stops"
+        10,
+        description="steps in a row, skipped because loss or gradients were not finite or a spike, at which the run "
+        "goes back to its last checkpoint",
     )
+    max_rollbacks: Count = Field(
+        1, description="times in a row it goes back, with other batches, before it stops; a new checkpoint ends the row"
+    )
+    spikes: SpikeConfig | None = Field(None, description="skip steps that are spikes; null: those not finite alone")
     precision: Literal["fp32", "bf16"] = "fp32"
     ema: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="decay of the exponential moving average of the weights, for example 0.999; 0: none is kept"
@@ -47,6 +62,11 @@ class TrainConfig(Section):
     valid_batches: PositiveInt = 4
     checkpoint_every: Count = Field(0, description="steps between checkpoints; 0: only at the end")
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints that are kept, and the best one")
+    failed_save: Literal["stop", "continue"] = Field(
+        "stop",
+        description="what a run does that cannot write a checkpoint: end with exit code 2; or go on and try again at "
+        "the next one, the last excepted",
+    )
     best: BestConfig | None = Field(None, description="keep the best checkpoint by a validation; null: newest alone")
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ from pathlib import Path
 from shodh.core.errors import ConfigError, ShodhError
 
 EXIT_USAGE = 2
+EXIT_FAULT = 4  # a fault of the machine, not of the run: the same command with --resume auto goes on
 EXIT_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 
 
@@ -114,10 +115,10 @@ REMEDIES = {
 }
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|storage size calculation overflow", re.I)
-# How libraries tell an error of the operating system without its number: h5py, safetensors, torch's sockets.
-_NUMBER = re.compile(r"(?:errno = |\bcode: -?|\(os error )(\d+)")
+# How libraries tell an error of the operating system without its number: h5py, safetensors, torch's sockets, NCCL.
+_NUMBER = re.compile(r"(?:errno = |\bcode: -?|\(os error |shared memory segment .*, error: [^(]*\()(\d+)")
 _TORCH_SAVE = re.compile(r"PytorchStreamWriter failed|inline_container\.cc.*unexpected pos|iostream error")
-_NAME = re.compile(r"(?:file)?name = '([^']+)'|\b(port: \d+)")
+_NAME = re.compile(r"(?:file)?name = '([^']+)'|\b(port: \d+)|(/dev/shm\S*)")
 
 
 def _system_error(number: int, reason: str, place: object) -> str:
@@ -125,6 +126,12 @@ def _system_error(number: int, reason: str, place: object) -> str:
         return f"no disk space left{f' while writing {place}' if place else ''}; {REMEDIES[number]}"
     text = f"{reason}: {place}" if place else reason
     return f"{text}; {REMEDIES[number]}" if number in REMEDIES else text
+
+
+def _named(text: str) -> str | None:
+    """The file or port that the message of a library names."""
+    found = _NAME.search(text)
+    return found and next(name for name in found.groups() if name)
 
 
 def error_line(error: BaseException) -> str | None:
@@ -137,12 +144,13 @@ def error_line(error: BaseException) -> str | None:
     if isinstance(error, BrokenPipeError | ConnectionError | ChildProcessError | ProcessLookupError):
         return None
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
-        place = error.filename if error.filename is not None else (_NAME.search(text) or [None, None])[1]
+        place = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        place = place if place is not None else _named(text)
         return _system_error(error.errno, os.strerror(error.errno), place)
-    foreign = isinstance(error, OSError) or type(error).__name__ in ("SafetensorError", "DistNetworkError")
-    if foreign and (found := _NUMBER.search(text)):
-        number, named = int(found[1]), _NAME.search(text)
-        return _system_error(number, os.strerror(number), named and (named[1] or named[2]))
+    foreign = ("SafetensorError", "DistNetworkError", "DistBackendError")
+    if (isinstance(error, OSError) or type(error).__name__ in foreign) and (found := _NUMBER.search(text)):
+        number = int(found[1])
+        return _system_error(number, os.strerror(number), _named(text))
     if isinstance(error, RuntimeError) and _TORCH_SAVE.search(text):
         return f"a file could not be written ({text[:200]}): is the disk full, or a limit on files reached?"
     return None

@@ -9,19 +9,22 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial as bound
 from pathlib import Path
 from typing import IO
 
 from shodh.core.errors import ConfigError
+from shodh.core.progress import get_on
 
 log = logging.getLogger("shodh")
 
 PARTIAL_SUFFIX = ".partial"
+PART = 2**22  # bytes of a file that are read at once
 #: What reading a number out of a damaged line may raise: no JSON, no number in it, infinity, or a thousand brackets.
 UNREADABLE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -57,6 +60,17 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     sync_to_disk(target.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the operating system that names no file name this one: writing to an open file names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
@@ -163,8 +177,23 @@ def _close(reference: weakref.ref[IO[str]]) -> None:
 
 def checksum(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for part in read_parts(path):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def read_parts(path: Path, stops: Iterable[int] = ()) -> Iterator[memoryview]:
+    """The bytes of a file in order, at most `PART` at once and never across one of the ascending ``stops``.
+
+    Each part is a sign of work (`shodh.core.progress`) and holds until the next is asked for.
+    """
+    buffer = memoryview(bytearray(PART))
+    with path.open("rb", buffering=0) as file:
+        for stop in (*stops, sys.maxsize):
+            while (wanted := min(PART, stop - file.tell())) > 0 and (count := file.readinto(buffer[:wanted])):
+                yield buffer[:count]
+                get_on()
 
 
 def sync_to_disk(path: Path) -> None:

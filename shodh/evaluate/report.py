@@ -14,6 +14,7 @@ from shodh.report import figures
 from shodh.report.page import Headline, Section, Table, text_table, write_page
 from shodh.report.published import SHODH_MOE
 from shodh.schema.measures import MEASURES
+from shodh.train.events import read_events
 from shodh.train.metrics import read_metrics
 from shodh.train.run_folder import RunFolder, describe_environment
 
@@ -48,6 +49,10 @@ CONSERVED_NOTE = (
     "Change since the last given frame, relative to the root mean square (mean) and the mean square of the field "
     "before, in physical units: the mean is the mass of a scalar or the momentum of a velocity, the square its energy. "
     "What the truth keeps is conserved, and a model should drift as the truth does. Persistence has no drift."
+)
+EVENT_NOTE = (
+    "Steps that the optimiser did not take, returns to a checkpoint, saves that failed, and ends of a job that stood "
+    "still, in the order in which they came; a run that was killed may have met one twice."
 )
 ALL_ROWS = 10**6  # the tables of an evaluation are its result: shown whole
 KINDS = ("model", "persistence", "tokenizer")
@@ -97,6 +102,12 @@ def divergence_table(metrics: dict[str, Any]) -> Table:
                 numbers = (values["max"], values["rms"], values["max_over_gradient"])
                 rows.append([name, mode, *numbers])
     return Table(header, rows)
+
+
+def event_table(folder: RunFolder) -> Table | None:
+    """What the training met; None if there was nothing."""
+    rows = [[event["step"], event["kind"], event.get("why", "")] for event in read_events(folder.path)]
+    return Table(["step", "event", "why"], rows) if rows else None
 
 
 def rollout_table(metrics: dict[str, Any]) -> Table | None:
@@ -230,6 +241,7 @@ def write_report(folder: RunFolder, evaluation: Evaluation) -> str:
     if metrics["routing"] is not None:
         shares = figures.expert_shares(metrics["routing"])
         sections.append(_section("routing", "Routing", routing_table(metrics), ROUTING_NOTE, expert_shares=shares))
+    sections.append(_section("events", "Faults of the training", event_table(folder), EVENT_NOTE))
     known = [section for section in sections if section is not None]
     averaged = ", average of the weights" if metrics.get("weights") == "ema" else ""
     title = f"{folder.path.name}: checkpoint {metrics['checkpoint']}{averaged}, {metrics['split']} split"

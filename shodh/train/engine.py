@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -258,6 +259,39 @@ def find_nonfinite(engine: Any, more: Iterable[tuple[str, torch.Tensor]] = ()) -
         return []
     finite = torch.stack([tensor.detach().isfinite().all() for _, tensor in floats]).tolist()
     return sorted({name for (name, _), fine in zip(floats, finite, strict=True) if not fine})
+
+
+def refuse_steps(engine: Any, refuses: Callable[[float], bool]) -> None:
+    """Let the optimiser skip each step of whose gradient norm, before clipping, ``refuses`` says yes.
+
+    It must say the same on all ranks, may be collective, and is not asked where a gradient is not finite. DeepSpeed
+    skips a step whose norm is infinite: ZeRO 1 and 2 ask `scaled_global_norm` for it, ZeRO 3 the norms of its groups.
+    """
+    from deepspeed.runtime.utils import combine_grad_norm_groups
+
+    zero = engine.optimizer
+
+    def judged(norm: Any) -> bool:
+        value = float(norm) / float(zero.loss_scale)
+        return math.isfinite(value) and value >= 0 and refuses(value)
+
+    if engine.zero_optimization_stage() == 3:
+        groups_of = zero._get_norm_groups
+
+        def norm_groups() -> list[Any]:
+            groups = groups_of()
+            infinite = [torch.full_like(torch.as_tensor(groups[0]), math.inf)]
+            return infinite if judged(combine_grad_norm_groups(groups)) else groups
+
+        zero._get_norm_groups = norm_groups
+    else:
+        norm_of = zero.scaled_global_norm
+
+        def norm(*arguments: Any, **options: Any) -> Any:
+            found = norm_of(*arguments, **options)
+            return torch.full_like(torch.as_tensor(found), math.inf) if judged(found) else found
+
+        zero.scaled_global_norm = norm
 
 
 @contextmanager

@@ -48,8 +48,11 @@ from shodh.train.callbacks import (
     StepMetrics,
     StopSignal,
     Validation,
+    Watching,
 )
+from shodh.train.callbacks.checkpoints import go_back
 from shodh.train.callbacks.checkpoints import resume as resume_from
+from shodh.train.callbacks.faults import RollBack
 from shodh.train.callbacks.selection import check_measure
 from shodh.train.compiling import compile_run, compiles
 from shodh.train.data_identity import kept_choice
@@ -115,7 +118,7 @@ def train_tokenizer(config: RunConfig, resume: str | None = None, profile: int =
     train, folder = config.tokenizer.train, RunFolder(config.tokenizer_dir)
     job = Job.of(config, train, topology, deepspeed, folder, resume, profile)
     device = start_distributed()
-    claim(folder, resume, job.start)
+    job = replace(job, start=claim(folder, resume, job.start))
     with together():
         kept, choose = None, None
         if job.start is not None:
@@ -188,7 +191,7 @@ def pretrain(
     if init_from is not None:
         read_initial_weights(init_from, kind)  # Mapped, not read: what cannot be used is refused before ranks connect.
     device = start_distributed()
-    claim(folder, resume, job.start)
+    job = replace(job, start=claim(folder, resume, job.start))
     regimes, trained, open_split = open_data(config, None if job.start is None else folder, device, init_from)
     with together():
         task = operator_task(config, regimes, open_split("train"), None if trained is None else trained.model)
@@ -296,10 +299,13 @@ def _run(
             topology.accumulation,
         )
         keep_rank_log(folder.path, trainer.step)
-        if trainer.finished:
-            return True
-        with attempt(folder.path, "tokenizer" if isinstance(task, TokenizerTask) else "operator", trainer):
-            return trainer.fit()
+        while not trainer.finished:
+            try:
+                with attempt(folder.path, "tokenizer" if isinstance(task, TokenizerTask) else "operator", trainer):
+                    return trainer.fit()
+            except RollBack as back:
+                go_back(trainer, *back.args)
+        return True
 
 
 def _callbacks(
@@ -309,14 +315,15 @@ def _callbacks(
     train, folder, names = job.train, job.folder, regimes.names
     throughput = Throughput(config, job.topology.world_size, device, isinstance(task, TokenizerTask))
     metrics = StepMetrics(folder.path, train.log_every, throughput, partial(openers, config, folder.path))
-    checkpoints = Checkpoints(folder, train.checkpoint_every, train.keep_checkpoints)
+    checkpoints = Checkpoints(folder, train)
     routing: list[Callback] = []
     if isinstance(task, OperatorTask):
         experts = Experts(config.operator.experts, names, train.log_every, metrics)
         routing = [experts, RoutingTrace(config, names, job.topology, folder.routing)]
-    faults = [FirstStep(), SkippedSteps(names, checkpoints)]
+    faults = [FirstStep(), SkippedSteps(names, folder.path, checkpoints)]
     validation: list[Callback] = [Averaging(), Validation(task.measured, held_out.iterate, names, metrics)]
     if train.best is not None:
         validation.append(Selection(train.best))
     profile = [Profile(folder.path, job.profile)] if job.profile else []
-    return [*routing, metrics, *faults, *validation, StopSignal(), checkpoints, *profile]
+    watching = [Watching(config.watchdog, folder.path)] if config.watchdog is not None else []
+    return [*watching, *routing, metrics, *faults, *validation, StopSignal(), checkpoints, *profile]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shodh.core.files import UNREADABLE, cut_lines
+from shodh.core.files import UNREADABLE, cut_lines, naming
 from shodh.core.strict_json import dumps
 from shodh.train.trackers import TensorBoard, Tracker
 
@@ -144,7 +145,8 @@ class MetricWriter:
     ) -> None:
         if trackers is None:
             trackers = {TensorBoard.name: lambda: TensorBoard(folder / "tensorboard", resume_step)}
-        path = folder / "metrics.jsonl"
+        threading.excepthook = _leave_to_writer
+        path = self._path = folder / "metrics.jsonl"
         cut_lines(path, lambda line: int(json.loads(line)["step"]), resume_step)
         self._file: TextIO = path.open("a")
         self._trackers: list[Tracker] = []
@@ -175,7 +177,8 @@ class MetricWriter:
 
     def flush(self) -> None:
         """Give what was written to the operating system, and to the trackers."""
-        self._file.flush()
+        with naming(self._path):
+            self._file.flush()
         self._track("flush")
 
     def image(self, step: int, name: str, picture: Any) -> None:
@@ -183,8 +186,15 @@ class MetricWriter:
         self._track("image", step, name, picture)
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
         self._track("close")
+
+
+def _leave_to_writer(error: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread shows a traceback of a full disk, and gives the error to whoever writes next, too."""
+    if not isinstance(error.exc_value, OSError) or type(error.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(error)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

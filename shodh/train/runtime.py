@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -15,7 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from shodh.core.cli import EXIT_USAGE, error_line
+from shodh.core.cli import EXIT_FAULT, EXIT_USAGE, error_line
 from shodh.core.devices import CardsError, check_ranks, count_cards, local_rank, local_world_size, uses_cuda
 from shodh.core.distributed import SharedError, rank, world_size
 from shodh.train.rank_logs import file_log
@@ -23,6 +24,8 @@ from shodh.train.rank_logs import file_log
 log = logging.getLogger("shodh")
 
 
+#: What collectives raise on a rank whose neighbours have ended, or stand still.
+_LOST = re.compile(r"Connection (closed|reset) by peer|Timed out waiting|Application timeout caused|NCCL.*remote", re.I)
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # who started the ranks listens on the port, and they must not
 
 
@@ -122,7 +125,12 @@ def run_ranks(main: Callable[[], int]) -> None:
     except Exception as error:
         line = error_line(error)
         file_log.error(line or traceback.format_exc())
-        if line is None:
+        if _LOST.search(str(error)) and dist.is_initialized():
+            # Whoever was lost has said why; who was killed cannot.
+            sys.stderr.write(f"[rank {rank()}] lost contact with another rank ({str(error)[:300]!r})\n")
+            time.sleep(2.0)
+            code = EXIT_FAULT
+        elif line is None:
             traceback.print_exc()
         else:
             _speak(line, error)

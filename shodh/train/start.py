@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from shodh.checkpoint.folder import published_folders, read_manifest, remove_leftovers, verify_checkpoint
+from shodh.checkpoint.folder import (
+    checkpoints_before,
+    published_folders,
+    read_manifest,
+    remove_leftovers,
+    set_aside,
+    verify_checkpoint,
+)
 from shodh.config import RunConfig, to_dict
-from shodh.core.distributed import rank, together, world_size
+from shodh.core.distributed import SharedError, gather, rank, together, world_size
 from shodh.core.errors import CheckpointError, ConfigError
 from shodh.data.identity import RECORD
 from shodh.train.run_folder import RunFolder
+
+log = logging.getLogger("shodh")
 
 
 def find_start(folder: RunFolder, resume: str | None) -> Path | None:
@@ -45,13 +55,16 @@ def find_start(folder: RunFolder, resume: str | None) -> Path | None:
     return None if tag is None else folder.checkpoints / tag
 
 
-def claim(folder: RunFolder, resume: str | None, start: Path | None) -> None:
+def claim(folder: RunFolder, resume: str | None, start: Path | None) -> Path | None:
     """Make this job the only one that writes to the run folder, and check what it goes on from. Collective.
+
+    Returns ``start``; or, where that is damaged and ``resume`` is ``auto``, the newest older checkpoint that is whole.
+    What is damaged is then said and set aside.
 
     Raises
     ------
     SharedError
-        Another job is at work there, or a file of the checkpoint is missing or damaged.
+        Another job is at work there, or a file of the checkpoint is missing or damaged and no other can be used.
     """
     with together():
         if rank() == 0 and folder.path.exists():  # A new folder is made, and owned, when all is checked.
@@ -59,9 +72,52 @@ def claim(folder: RunFolder, resume: str | None, start: Path | None) -> None:
             remove_leftovers(folder.path)
             if find_start(folder, resume) != start:
                 raise CheckpointError(f"{folder.path} changed while this job started; run the same command again")
+    if start is None:
+        return None
+    older = gather([path for path in reversed(checkpoints_before(start)) if resume == "auto"])[0]
+    damaged: list[tuple[Path, str]] = []
+    for path in [start, *older]:
+        damage = _damage(path)
+        if damage is None:
+            break
+        damaged.append((path, damage))
+    else:
+        raise SharedError(damaged[0][1] + ("; no checkpoint before it is whole" if resume == "auto" else ""))
     with together():
-        if start is not None:
-            verify_checkpoint(start, (rank(), world_size()))
+        if rank() == 0:
+            for wrong, damage in damaged:
+                log.warning("%s; kept as %s", damage, set_aside(folder.path, wrong, path).name)
+    if damaged:
+        log.warning("the run goes on from %s, the newest checkpoint that is whole", path)
+    return path
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, the same on all ranks. Collective.
+
+    Raises
+    ------
+    SharedError
+        Some rank finds damage where rank 0 finds none: it sees other files.
+    """
+    found = gather(_verified(checkpoint, (rank(), world_size())))
+    if not any(found):
+        return None
+    damage, whose = gather(_verified(checkpoint, (0, 1)) if rank() == 0 else None)[0], [bool(line) for line in found]
+    if damage is None:
+        raise SharedError(
+            f"rank {whose.index(True)} does not see the checkpoint that rank 0 sees: {next(filter(None, found))}; the "
+            "run folder must be the same one on all nodes"
+        )
+    return str(damage)
+
+
+def _verified(checkpoint: Path, share: tuple[int, int]) -> str | None:
+    try:
+        verify_checkpoint(checkpoint, share)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def check_same_run(config: RunConfig, folder: RunFolder) -> None:

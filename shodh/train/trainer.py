@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,8 +15,10 @@ from shodh.checkpoint.average import WeightAverage
 from shodh.config import TrainConfig
 from shodh.core.topology import Topology
 from shodh.moe.routing import Routing
-from shodh.train.metrics import Metrics
+from shodh.train.engine import refuse_steps
+from shodh.train.metrics import Metrics, reduce_metrics
 from shodh.train.schedule import learning_rate
+from shodh.train.spikes import Usual
 
 Batch = dict[str, Tensor]
 
@@ -135,7 +138,13 @@ class Trainer:
     step : int
         Steps that are done, skipped ones too; while one is at work, its number.
     skipped, skipped_in_row : int
-        Steps that the optimiser did not take, because a gradient somewhere was not finite.
+        Steps that the optimiser did not take, because a gradient somewhere was not finite, or of a spike.
+    passed : int
+        Batches that the run has passed over, because it went back: step n sees batch n + passed.
+    rollbacks : int
+        Times that it went back to a checkpoint.
+    usual : Usual, optional
+        Losses and gradient norms of the last steps, where spikes are skipped.
     applied : bool
         Whether the optimiser took the last step.
     rate : float
@@ -172,7 +181,7 @@ class Trainer:
     ) -> None:
         self.engine, self.task, self.batches = engine, task, batches
         self.train, self.topology, self.seed, self.callbacks = train, topology, seed, callbacks
-        self.step = self.skipped = self.skipped_in_row = 0
+        self.step = self.skipped = self.skipped_in_row = self.passed = self.rollbacks = 0
         self.applied, self.stopping, self.meeting = True, False, True
         self.rate = self.waited = 0.0
         self.average: WeightAverage | None = None
@@ -181,6 +190,29 @@ class Trainer:
         self.stale, self.improved = 0, False
         self.ended: str | None = None
         self.metrics: Metrics = {}
+        self._returns: tuple[Path | None, int] = (None, 0)
+        self.usual: Usual | None = None
+        if train.spikes is not None:
+            self.usual = Usual(train.spikes)
+            refuse_steps(engine, self._is_spike)
+
+    def _is_spike(self, norm: float) -> bool:
+        """Whether the step at work, of this gradient norm, is a spike; all ranks agree. Collective."""
+        assert self.usual is not None
+        loss, device = self.metrics["train/loss"][0], self.engine.device
+        values = reduce_metrics({"loss": (loss, "mean"), "grad_norm": (norm, "max")}, device)
+        return self.usual.judge(values)
+
+    def returns(self, checkpoint: Path) -> int:
+        """How often, in a row, the run went back to a checkpoint."""
+        return self._returns[1] if self._returns[0] == checkpoint else 0
+
+    def go_back(self, checkpoint: Path, resume: Callable[[], object]) -> None:
+        """Let ``resume`` restore a checkpoint, and go on with batches that follow those of the step that failed."""
+        batch, rollbacks, returns = self.step + self.passed, self.rollbacks + 1, self.returns(checkpoint) + 1
+        resume()
+        self.passed, self.rollbacks, self.skipped_in_row = batch - self.step, rollbacks, 0
+        self._returns = (checkpoint, returns)
 
     @property
     def finished(self) -> bool:
@@ -197,7 +229,8 @@ class Trainer:
 
     def fit(self) -> bool:
         """Train to the last step; False if the run was interrupted."""
-        batches = self.batches(self.step, self.train.steps)
+        batches = self.batches(self.step + self.passed, self.train.steps + self.passed)
+        self.applied, self.stopping, self.meeting = True, False, True
         try:
             self.call("start")
             while not self.finished and not self.stopping:
@@ -222,10 +255,12 @@ class Trainer:
             batch = self._next(batches)
             outcome = self.task.loss(self.engine, batch, self.step)
             self.call("after_loss", batch, outcome)
+            self._add({"train/loss": (outcome.loss.detach(), "mean"), **outcome.metrics})
             self.engine.backward(_poisoned(outcome.loss))
             self.engine.step()
-            self._add({"train/loss": (outcome.loss.detach(), "mean"), **outcome.metrics})
         self.applied = bool(self.engine.was_step_applied())
+        if self.usual is not None:
+            self.usual.finish(self.applied)
         self.step += 1
 
     def _next(self, batches: Iterator[Batch]) -> Batch:

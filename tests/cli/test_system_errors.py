@@ -107,6 +107,17 @@ def test_lack_of_memory_is_no_traceback() -> None:
     assert "memory" in refused(lambda: torch.empty((2**40, 2**40), device="meta"))
 
 
+def test_full_shared_memory_of_nccl_is_one_line() -> None:
+    """As torch 2.10 passes it on, of NCCL 2.27."""
+    text = (
+        "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled system error, NCCL version 2.27.5 ncclSystemError: System "
+        "call (e.g. socket, malloc) or external library call failed or device error. Last error: Error while creating "
+        "shared memory segment /dev/shm/nccl-Vx2f1a (size 9637888), error: No space left on device (28)"
+    )
+    line = error_line(torch.distributed.DistBackendError(text))
+    assert line is not None and line.startswith("no disk space left while writing /dev/shm/nccl-Vx2f1a")
+
+
 def test_hdf5_file_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert str(tmp_path) in refused(lambda: h5py.File(tmp_path / "file" / "a.hdf5", "w"))

@@ -13,6 +13,7 @@ from laboratory import MORE_STAGES, Laboratory, Run
 
 from shodh.checkpoint.folder import verify_checkpoint
 from shodh.moe.trace import read_trace
+from shodh.train.events import read_events
 from shodh.train.run_folder import RunFolder
 
 pytestmark = pytest.mark.distributed
@@ -143,6 +144,58 @@ def test_damaged_checkpoint_is_refused_by_all_ranks(laboratory: Laboratory) -> N
         run_ranks(2, rank_jobs.pretrain, laboratory.config, run.overrides, "auto")
     assert str(caught.value).count(f"SharedError: {victim} is damaged: its checksum") == 2
     assert sorted(p.name for p in run.path.rglob("*")) == before, "nothing may be lost or added"
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used_and_the_run_is_the_same(laboratory: Laboratory) -> None:
+    whole = laboratory.run(2, 2, 1)
+    run = laboratory.copy(whole, "fallen")
+    victim = run.checkpoint(10) / "optimizer" / "rank_00001.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.raises(RankError, match=f"SharedError: {victim} has"):
+        run_ranks(2, rank_jobs.pretrain, laboratory.config, run.overrides, str(run.checkpoint(10)))
+    assert run.checkpoint(10).is_dir(), "who names a checkpoint is given no other"
+    run_ranks(2, rank_jobs.pretrain, laboratory.config, run.overrides, "auto")
+    assert_bitwise_equal(run.path, whole)
+    assert (run.path / "checkpoints" / f"damaged_{run.checkpoint(10).name}" / "manifest.json").is_file()
+
+
+def test_a_rank_that_sees_other_files_damages_nothing(laboratory: Laboratory) -> None:
+    run = laboratory.copy(laboratory.run(2, 2, 1), "unseen")
+    with pytest.raises(RankError, match="SharedError: rank 1 does not see the checkpoint that rank 0 sees"):
+        run_ranks(2, rank_jobs.pretrain_on_a_node_without, laboratory.config, run.overrides, run.checkpoint(10), "auto")
+    assert (run.path / "latest").read_text() == "step_00000010\n"
+    verify_checkpoint(run.checkpoint(10))
+
+
+@pytest.mark.parametrize("loses", ["ranges", "file"])
+def test_what_another_node_wrote_elsewhere_is_not_published(laboratory: Laboratory, loses: str) -> None:
+    """The last rank's disk takes what it writes; rank 0 sees nothing of it."""
+    overrides = laboratory.overrides(f"elsewhere-{loses}", 2, 1)
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, rank_jobs.pretrain_on_another_disk, laboratory.config, overrides, 2, loses)
+    assert str(caught.value).count("the run folder must be the same one on all nodes; nothing is published") >= 2
+    folder = laboratory.load(overrides).run_dir
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_00000005"]
+    verify_checkpoint(folder / "checkpoints" / "step_00000005")
+
+
+def test_a_run_goes_on_without_a_save_that_failed_where_it_is_to(laboratory: Laboratory) -> None:
+    overrides = laboratory.overrides("lenient", 2, 1, "operator.train.failed_save=continue")
+    run_ranks(2, rank_jobs.pretrain_with_failing_save, laboratory.config, overrides, 1, "write")
+    folder = laboratory.load(overrides).run_dir
+    assert_bitwise_equal(folder, laboratory.run(2, 2, 1))
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_00000010"]
+    assert [event["kind"] for event in read_events(folder)] == ["save failed"]
+
+
+def test_ranks_that_wait_for_a_stopped_one_end_and_show_their_stacks(laboratory: Laboratory) -> None:
+    overrides = laboratory.overrides("stopped", 2, 1, "watchdog.least=3", "operator.train.steps=1000")
+    with pytest.raises(RankError, match="rank 0 died"):
+        run_ranks(2, rank_jobs.pretrain_with_a_rank_that_stops, laboratory.config, overrides, 8, timeout=60)
+    folder = laboratory.load(overrides).run_dir
+    (event,) = read_events(folder)
+    assert event["kind"] == "stood still" and "rank 1 (process" in event["why"]
+    assert "trainer.py" in (folder / "stacks" / "rank_00000.txt").read_text()
 
 
 def test_fewer_ranks_go_on_and_every_step_is_traced_once(laboratory: Laboratory) -> None:

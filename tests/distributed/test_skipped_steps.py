@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import rank_jobs
@@ -12,6 +14,7 @@ from laboratory import MORE_STAGES, Laboratory, Run
 
 from shodh.checkpoint.folder import read_manifest
 from shodh.core.weights import load_weights
+from shodh.train.events import read_events
 from shodh.train.schedule import learning_rate
 
 pytestmark = pytest.mark.distributed
@@ -112,3 +115,63 @@ def test_no_number_comes_from_memory_that_nobody_wrote(laboratory: Laboratory, s
     assert found.training("train/loss") == pytest.approx(expected.training("train/loss"), rel=1e-4)
     assert found.training("train/grad_norm") == pytest.approx(expected.training("train/grad_norm"), rel=1e-3)
     assert read_manifest(found.checkpoint(10))["state"]["skipped"] == 0
+
+
+def events(run: Path) -> list[tuple[str, int]]:
+    return [(event["kind"], event["step"]) for event in read_events(run)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "where", "named"),
+    [
+        (1, "target", "a spike, loss "),
+        (3, EXPERT, "a spike, grad_norm "),
+        pytest.param(3, "nan", "gradients, of finite errors, are not finite", marks=pytest.mark.exhaustive),
+        pytest.param(2, EXPERT, "a spike, grad_norm ", marks=pytest.mark.exhaustive),
+        pytest.param(3, "target", "a spike, loss ", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_spike_of_one_rank_is_skipped_by_all_and_a_resume_judges_alike(
+    laboratory: Laboratory, stage: int, where: str, named: str
+) -> None:
+    """The run is lost after step 5; the eight steps that are compared with lie on both sides."""
+    name = f"spike-{stage}-{where}"
+    settings = ["operator.train.steps=12", "operator.train.spikes={window: 8, sigma: 20}"]
+    overrides = laboratory.overrides(name, 2, stage, *settings)
+    bad = (EXPERT, math.nan) if where == "nan" else (where, 300.0)
+    job = (laboratory.config, overrides, [10], *bad)
+    for rank in run_ranks(2, rank_jobs.pretrain_with_bad_steps, *job):
+        assert [step for step, names in rank["changed"].items() if not names] == [10]
+    run = laboratory.load(overrides).run_dir
+    assert events(run) == [("skipped", 11)] and named in read_events(run)[0]["why"]
+    state = read_manifest(run / "checkpoints" / "step_00000012")["state"]
+    assert state["skipped"] == 1 and len(state["usual"]["loss"]) == 8
+    if stage == 1:
+        whole = {p.name: p.read_bytes() for p in (run / "checkpoints" / "step_00000012").glob("*.safetensors")}
+        shutil.rmtree(run / "checkpoints" / "step_00000012")
+        shutil.rmtree(run / "checkpoints" / "step_00000010")
+        (run / "latest").write_text("step_00000005\n")
+        run_ranks(2, rank_jobs.pretrain_with_bad_steps, *job, "auto")
+        again = run / "checkpoints" / "step_00000012"
+        assert {p.name: p.read_bytes() for p in again.glob("*.safetensors")} == whole
+        assert read_manifest(again)["state"] == state and events(run) == [("skipped", 11)] * 2
+
+
+def test_a_run_that_goes_back_is_one_that_was_resumed_with_other_batches(laboratory: Laboratory) -> None:
+    overrides = laboratory.overrides("back", 2, 2, "operator.train.max_skipped_steps=3")
+    job = (laboratory.config, overrides, [6, 7, 8], "target", math.nan, None, True)
+    assert all(rank["finished"] for rank in run_ranks(2, rank_jobs.pretrain_with_bad_steps, *job))
+    run = laboratory.load(overrides).run_dir
+    assert events(run) == [("skipped", 7), ("skipped", 8), ("skipped", 9), ("rolled back", 9)]
+    state = read_manifest(run / "checkpoints" / "step_00000010")["state"]
+    assert [state[k] for k in ("skipped", "skipped_in_row", "passed", "rollbacks")] == [0, 0, 4, 1]
+    lines = Run(run, [], []).lines()
+    assert not any(line.get("train/skipped") for line in lines)
+    # A process that starts at the checkpoint, four batches on, comes to the same bits.
+    other = laboratory.copy(laboratory.run(2, 2, 2), "forward", until=5)
+    manifest = other.checkpoint(5) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"passed": 0', '"passed": 4'))
+    run_ranks(2, rank_jobs.pretrain, laboratory.config, other.overrides, "auto")
+    assert other.lines() == lines
+    name = "model.safetensors"
+    assert (other.checkpoint(10) / name).read_bytes() == (run / "checkpoints" / "step_00000010" / name).read_bytes()

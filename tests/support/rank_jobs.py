@@ -133,6 +133,54 @@ def pretrain_with_failing_save(config_path: Path, overrides: list[str], save: in
     return pretrain(config_path, overrides)
 
 
+def pretrain_on_another_disk(config_path: Path, overrides: list[str], save: int, loses: str) -> dict[str, Any]:
+    """As `pretrain`; of checkpoint ``save`` (from 1) nobody sees what the last rank wrote: its ``file``, or its
+    ``ranges`` of the shared one."""
+    from shodh.checkpoint import complete, training
+    from shodh.checkpoint.snapshot import Snapshot
+
+    complete.PATIENCE = 0.5
+    calls, write, last = [0], Snapshot.write, int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    describe = training.describe_file
+
+    def elsewhere(snapshot: Snapshot, weights: Path, fragments: Path) -> Any:
+        calls[0] += 1
+        if not last or calls[0] != save:
+            return write(snapshot, weights, fragments)
+        own = weights.with_name("node1") if loses == "ranges" else weights
+        written = write(snapshot, own, fragments)
+        written = {weights.name: written[own.name]}
+        if loses == "ranges":
+            own.unlink()
+        return written
+
+    def describe_and_lose(path: Path) -> dict[str, Any]:
+        found = describe(path)
+        if last and calls[0] == save and loses == "file":
+            path.unlink()
+        return found
+
+    Snapshot.write, training.describe_file = elsewhere, describe_and_lose  # type: ignore[method-assign]
+    return pretrain(config_path, overrides)
+
+
+def pretrain_on_a_node_without(
+    config_path: Path, overrides: list[str], checkpoint: Path, resume: str
+) -> dict[str, Any]:
+    """As `pretrain`; the last rank sees nothing of a checkpoint's files."""
+    from shodh.checkpoint.folder import verify_checkpoint
+    from shodh.core.errors import CheckpointError
+    from shodh.train import start
+
+    def verify(path: Path, share: tuple[int, int]) -> dict[str, Any]:
+        if path == checkpoint and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            raise CheckpointError(f"checkpoint file {path} is missing")
+        return verify_checkpoint(path, share)
+
+    start.verify_checkpoint = verify
+    return pretrain(config_path, overrides, resume)
+
+
 def pretrain_with_slow_writing(config_path: Path, overrides: list[str], save: int, until: int) -> dict[str, Any]:
     """As `pretrain`; the last rank writes checkpoint number ``save`` (from 1) when ``until`` steps are done.
 
@@ -147,11 +195,11 @@ def pretrain_with_slow_writing(config_path: Path, overrides: list[str], save: in
     last, seen = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1, {}
     latest = load_config(config_path, overrides).run_dir / "latest"
 
-    def write(snapshot: Snapshot, weights: Path, fragments: Path) -> None:
+    def write(snapshot: Snapshot, weights: Path, fragments: Path) -> Any:
         calls[0] += 1
         if calls[0] == save and last:
             assert reached.wait(60), "the training waits for what is written"
-        original(snapshot, weights, fragments)
+        return original(snapshot, weights, fragments)
 
     def after_step(callback: StopSignal, trainer: Trainer) -> None:
         step(callback, trainer)
@@ -389,8 +437,30 @@ def held_by_engine(engine: Any) -> dict[str, torch.Tensor]:
     return held
 
 
+def pretrain_with_a_rank_that_stops(config_path: Path, overrides: list[str], step: int) -> dict[str, Any]:
+    """As `pretrain`; the last rank is stopped by the system after ``step``."""
+    from shodh.train.callbacks import StopSignal
+    from shodh.train.trainer import Trainer
+
+    after_step = StopSignal.after_step
+
+    def stop(callback: StopSignal, trainer: Trainer) -> None:
+        after_step(callback, trainer)
+        if trainer.step == step and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    StopSignal.after_step = stop  # type: ignore[method-assign]
+    return pretrain(config_path, overrides)
+
+
 def pretrain_with_bad_steps(
-    config_path: Path, overrides: list[str], steps: list[int], where: str, value: float, resume: str | None = None
+    config_path: Path,
+    overrides: list[str],
+    steps: list[int],
+    where: str,
+    value: float,
+    resume: str | None = None,
+    once: bool = False,
 ) -> dict[str, Any]:
     """As `pretrain`; in some steps the last rank alone has ``value`` in the gradient of a parameter, or as its loss.
 
@@ -398,6 +468,8 @@ def pretrain_with_bad_steps(
     ----------
     where : str
         End of the parameter's name, or ``loss``, or ``target`` for the data of the first sample.
+    once : bool
+        Not in a step that the run goes back to.
     """
     from shodh.train.operator_task import OperatorTask
     from shodh.train.trainer import Trainer
@@ -416,6 +488,8 @@ def pretrain_with_bad_steps(
         named = dict(trainer.engine.module.named_parameters())
         chosen = [p for name, p in named.items() if name.endswith(where)][:1]
         now = trainer.step
+        if once and trainer.rollbacks:
+            steps.clear()
         hooks = [p.register_hook(poison) for p in chosen if bad and now in steps]
         before = held_by_engine(trainer.engine)
         take_step(trainer, *arguments)

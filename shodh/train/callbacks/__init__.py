@@ -8,6 +8,7 @@ from shodh.train.callbacks.selection import Averaging, Selection
 from shodh.train.callbacks.step_metrics import StepMetrics
 from shodh.train.callbacks.trace import RoutingTrace
 from shodh.train.callbacks.validation import Validation
+from shodh.train.callbacks.watching import Watching
 
 __all__ = [
     "Averaging",
@@ -21,4 +22,5 @@ __all__ = [
     "StepMetrics",
     "StopSignal",
     "Validation",
+    "Watching",
 ]

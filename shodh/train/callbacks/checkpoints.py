@@ -5,21 +5,28 @@ from __future__ import annotations
 import logging
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shodh.checkpoint.folder import MANIFEST, read_manifest, tag_of
-from shodh.checkpoint.training import CheckpointWriter, load_checkpoint
-from shodh.core.distributed import SharedError, gather, rank
+from shodh.checkpoint.folder import MANIFEST, read_manifest, tag_of, verify_checkpoint
+from shodh.checkpoint.training import CheckpointWriter, SaveError, load_checkpoint
+from shodh.config import TrainConfig
+from shodh.core.distributed import SharedError, gather, rank, together
 from shodh.core.errors import ShodhError
 from shodh.train.callbacks.selection import reason_to_end
 from shodh.train.engine import find_nonfinite
+from shodh.train.events import record_event
 from shodh.train.metrics import reduce_metrics
 from shodh.train.run_folder import RunFolder, describe_environment
 from shodh.train.trainer import Best, Callback, Trainer
 
 log = logging.getLogger("shodh")
+
+COUNTS = ("skipped", "skipped_in_row", "passed", "rollbacks")  # of the trainer, that a run goes on with
 
 
 class StopSignal(Callback):
@@ -67,23 +74,45 @@ class Checkpoints(Callback):
     """Save every so many steps, after the best validation so far and the last step, and where the run is stopped.
 
     A save holds the training while this rank's share is copied to host memory; the rest is written beside the steps
-    that follow, and an error of it ends the run at the next one.
+    that follow. An error of it ends the run at the next one; or (``train.failed_save: continue``) is reported, and the
+    run tries again at the next save. What is saved last must succeed.
     """
 
-    def __init__(self, folder: RunFolder, every: int, keep: int) -> None:
-        self._folder, self._every = folder, every
-        self._writer = CheckpointWriter(folder.path, keep)
+    def __init__(self, folder: RunFolder, train: TrainConfig) -> None:
+        self._folder, self._every = folder, train.checkpoint_every
+        self._writer = CheckpointWriter(folder.path, train.keep_checkpoints)
+        self._lenient = train.failed_save == "continue"
         self._environment = describe_environment() if rank() == 0 else {}
 
     def after_step(self, trainer: Trainer) -> None:
-        if trainer.due(self._every) or trainer.improved or trainer.stopping:
+        last = trainer.finished or trainer.stopping
+        if trainer.due(self._every) or trainer.improved or last:
             trainer.call("flush")
-            self.save(trainer)
+            with self._failing(trainer, self._lenient):  # Of the save before.
+                self._writer.join()
+            with self._failing(trainer, self._lenient and not last):
+                self.save(trainer)
         elif trainer.meeting:
-            self._writer.advance()
+            with self._failing(trainer, self._lenient):
+                self._writer.advance()
+
+    @contextmanager
+    def _failing(self, trainer: Trainer, lenient: bool) -> Iterator[None]:
+        """Report a save that failed; raises `SaveError`, with the checkpoint that there is, if that ends the run."""
+        try:
+            yield
+        except SaveError as error:
+            path = self.newest()
+            line = f"{error}; " + ("no checkpoint yet" if path is None else f"the last good checkpoint is {path}")
+            if rank() == 0:
+                record_event(self._folder.path, "save failed", trainer.step, why=str(error), lenient=lenient)
+            if not lenient:
+                raise SaveError(line) from error
+            log.warning("step %d: %s; the run goes on without this save (failed_save: continue)", trainer.step, line)
 
     def finish(self, trainer: Trainer) -> None:
-        self._writer.join()
+        with self._failing(trainer, lenient=False):
+            self._writer.join()
         if trainer.stopping:
             log.info("stopped at step %d by a signal; the same command with --resume auto goes on", trainer.step)
 
@@ -108,14 +137,26 @@ class Checkpoints(Callback):
         }
         self._writer.save(trainer.engine, record, trainer.average)
 
+    def newest(self) -> Path | None:
+        """The newest checkpoint, once that at work is published, as rank 0 sees it. Collective."""
+        with suppress(SaveError):
+            self._writer.join()
+        tag: str | None = gather(self._folder.latest() if rank() == 0 else None)[0]
+        return None if tag is None else self._folder.checkpoints / tag
+
     def way_back(self) -> str:
         """What to do after a fault: from where the run can go on. Collective."""
-        self._writer.join()
-        tag = self._folder.latest()
-        if tag is None:
+        path = self.newest()
+        if path is None:
             return "there is no checkpoint yet: look at the data, or lower train.lr, and start again"
-        path = self._folder.checkpoints / tag
         return f"the last good checkpoint is {path}: lower train.lr, and go on with --resume auto"
+
+
+def go_back(trainer: Trainer, checkpoint: Path) -> None:
+    """Take up a checkpoint of the same run again, after steps that could not be taken. Collective."""
+    with together():
+        verify_checkpoint(checkpoint, (rank(), trainer.topology.world_size))
+    trainer.go_back(checkpoint, partial(resume, trainer, checkpoint))
 
 
 def resume(trainer: Trainer, checkpoint: Path, checkpoints: Path | None = None) -> None:
@@ -128,7 +169,10 @@ def resume(trainer: Trainer, checkpoint: Path, checkpoints: Path | None = None) 
         raise ShodhError(f"{checkpoint} was trained with seed {state['seed']}, and this run has seed {trainer.seed}")
     written = load_checkpoint(trainer.engine, checkpoint, trainer.average)["topology"]
     trainer.step = int(state["step"])
-    trainer.skipped, trainer.skipped_in_row = (int(state.get(k, 0)) for k in ("skipped", "skipped_in_row"))
+    for count in COUNTS:
+        setattr(trainer, count, int(state.get(count, 0)))
+    if trainer.usual is not None:
+        trainer.usual.load(state.get("usual"))
     log.info("resumed from %s at step %d of %d", checkpoint, trainer.step, trainer.train.steps)
     kept = state.get("ema") is not None
     if trainer.average is not None and not kept:
@@ -148,7 +192,9 @@ def resume(trainer: Trainer, checkpoint: Path, checkpoints: Path | None = None) 
 
 def _state(trainer: Trainer) -> dict[str, Any]:
     """What the loop goes on from."""
-    state = {k: getattr(trainer, k) for k in ("step", "seed", "skipped", "skipped_in_row")}
+    state = {k: getattr(trainer, k) for k in ("step", "seed", *COUNTS)}
+    if trainer.usual is not None:
+        state["usual"] = trainer.usual.state()
     if trainer.average is not None:
         state["ema"] = {"decay": trainer.average.decay, "updates": trainer.average.updates}
     if trainer.train.best is not None:

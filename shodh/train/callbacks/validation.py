@@ -52,8 +52,8 @@ class Validation(Callback):
             errors, routing = self._measure(trainer.engine, batch)
             for name, (values, regime) in errors.items():
                 means.add(name, values, regime)
+            trainer.call("after_validation", batch, routing)
             if routing:
-                trainer.call("after_validation", batch, routing)
                 counts = regime_table(routing, batch["regime"], len(self._regimes))
                 table = counts if table is None else table + counts
         metrics = means.reduce("valid")

@@ -1,0 +1,35 @@
+"""What a run met: a line of ``events.jsonl`` each, which nothing cuts off when the run goes back."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from shodh.core.files import UNREADABLE
+from shodh.core.strict_json import dumps
+
+EVENTS = "events.jsonl"
+
+
+def record_event(run: Path, kind: str, step: int, **what: Any) -> None:
+    """Add an event; for rank 0, or the one rank that speaks. Where the disk is full the log alone has it."""
+    try:
+        with (run / EVENTS).open("a") as file:
+            file.write(dumps({"time": time.time(), "kind": kind, "step": step, **what}) + "\n")
+    except OSError:
+        pass
+
+
+def read_events(run: Path) -> list[dict[str, Any]]:
+    """The events of a run in order; damaged lines are left out."""
+    path = run / EVENTS
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            event = json.loads(line)
+            found.append({"kind": str(event["kind"]), "step": int(event["step"]), **event})
+        except UNREADABLE:
+            continue
+    return found
