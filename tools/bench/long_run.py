@@ -3,8 +3,8 @@
 A tiny operator is trained for many steps with all that a run has beside them: metrics, TensorBoard, traces, logs,
 validations, checkpoints, loader's workers. Growth is that from the first to the last fifth of the samples after a tenth
 of the steps, medians, over the thousands of steps between. Ends with one line of JSON; exit code 1 if something grows
-that must not: memory by more than 1 MiB per 1,000 steps and 1 % in all, descriptors, threads, files, or TensorBoard faster
-than ``metrics.jsonl``.
+that must not: memory by more than 1 MiB per 1,000 steps and 1 % in all, descriptors, threads, files, or TensorBoard
+faster than ``metrics.jsonl``.
 
 example:
   python tools/bench/long_run.py --steps 20000 --json tools/bench/results/long_run_cpu.json
