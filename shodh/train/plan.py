@@ -60,7 +60,11 @@ class Plan:
     tokens_per_sample: int
     stage: Stage
     tokenizer: Stage | None
-    step: StepPlan
+
+    @cached_property
+    def step(self) -> StepPlan:
+        """Bytes and seconds of a step; rehearses it."""
+        return self.stage.step(self.gpus_per_node)
 
 
 def _memory(
@@ -314,7 +318,6 @@ def make_plan(config: RunConfig, nodes: int | None = None, gpus_per_node: int | 
         tokens_per_sample=tokens,
         stage=stage,
         tokenizer=tokenizer,
-        step=stage.step(gpus),
     )
 
 
