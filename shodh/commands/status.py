@@ -58,6 +58,10 @@ def _values(values: dict[str, float], prefix: str = "") -> str:
     return ", ".join(f"{name.removeprefix(prefix)} {_number(value)}" for name, value in values.items())
 
 
+def _counts(events: dict[str, int]) -> str:
+    return "".join(f", {count} {kind}" for kind, count in events.items())
+
+
 def describe(s: Status) -> str:
     """One run, in lines."""
     state = s.state + (f" ({s.owner})" if s.owner else f": {s.why}" if s.why else "")
@@ -68,7 +72,7 @@ def describe(s: Status) -> str:
         ("step", f"{_steps(s)}{share}; newest line {duration(s.silent_s)} ago; to go {duration(s.eta_s)}"),
         ("loss", f"{_number(s.loss)}, gradient norm {_number(s.grad_norm)}"),
         ("speed", f"{_number(s.samples_per_s)} samples/s{compute}, {_number(s.step_s)} s a step"),
-        ("faults", f"{s.skipped} steps skipped, {_number(s.restarts, 'd')} restarts"),
+        ("faults", f"{s.skipped} steps skipped, {_number(s.restarts, 'd')} restarts" + _counts(s.events)),
         ("checkpoint", f"{s.checkpoint}, {duration(s.checkpoint_age_s)} ago" if s.checkpoint else "none yet"),
     ]
     if s.experts:

@@ -49,11 +49,16 @@ def attempt(folder: Path, stage: str, trainer: Trainer) -> Iterator[None]:
             _add(folder, {"event": "end", "step": trainer.step, "how": how, "why": why})
 
 
-def read_attempts(folder: Path) -> list[dict[str, Any]]:
-    """The lines, oldest first, but damaged ones; none of a run of an older version."""
-    path, found = folder / ATTEMPTS, []
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a file of JSON lines, oldest first, with the step of each; damaged ones are left out."""
+    found = []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with suppress(*UNREADABLE):
             line = json.loads(text)
             found.append({**line, "step": int(line["step"]), "time": float(line["time"])})
     return found
+
+
+def read_attempts(folder: Path) -> list[dict[str, Any]]:
+    """The attempts of a run; none of a run of an older version."""
+    return read_lines(folder / ATTEMPTS)

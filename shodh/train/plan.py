@@ -7,7 +7,6 @@ nothing estimated but the engine's own buffers. What a device's library and frag
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -61,7 +60,11 @@ class Plan:
     tokens_per_sample: int
     stage: Stage
     tokenizer: Stage | None
-    step: StepPlan
+
+    @cached_property
+    def step(self) -> StepPlan:
+        """Bytes and seconds of a step; rehearses it."""
+        return self.stage.step(self.gpus_per_node)
 
 
 def _memory(
@@ -267,8 +270,9 @@ def tokenizer_stage(config: RunConfig, world: int) -> Stage:
 
 def planned_ranks(config: RunConfig, nodes: int | None, gpus_per_node: int | None) -> tuple[int, int]:
     """Ranks, and those of a node: as asked for, else as a launcher started them, else as configured."""
-    if nodes is None and gpus_per_node is None and "WORLD_SIZE" in os.environ:
-        return world_size(), local_world_size() or min(world_size(), config.parallel.gpus_per_node)
+    here = local_world_size()
+    if nodes is None and gpus_per_node is None and (here is not None or world_size() > 1):
+        return world_size(), here or min(world_size(), config.parallel.gpus_per_node)
     gpus = gpus_per_node or config.parallel.gpus_per_node
     return (nodes or config.parallel.nodes) * gpus, gpus
 
@@ -314,7 +318,6 @@ def make_plan(config: RunConfig, nodes: int | None = None, gpus_per_node: int | 
         tokens_per_sample=tokens,
         stage=stage,
         tokenizer=tokenizer,
-        step=stage.step(gpus),
     )
 
 

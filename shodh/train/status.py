@@ -6,7 +6,7 @@ import json
 import socket
 import statistics
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from shodh.checkpoint.folder import LATEST, LOCK, published_folders, read_manife
 from shodh.config import RunConfig, load_kept_config
 from shodh.core.errors import ConfigError, ShodhError
 from shodh.core.files import UNREADABLE, lock_owner
-from shodh.train.attempts import read_attempts
+from shodh.train.attempts import read_attempts, read_lines
 
 RECENT = 200  # steps of which the time of a step is taken
 SILENCE = 120.0  # seconds without a word after which a run on another machine, whose lock is not seen, is not running
@@ -39,6 +39,8 @@ class Status:
         Seconds of a step, validation and checkpoints included; seconds to the end.
     silent_s : float
         Seconds since the newest line of metrics.
+    events : dict
+        How often each kind of fault was met (``events.jsonl``).
     """
 
     path: Path
@@ -58,6 +60,7 @@ class Status:
     silent_s: float | None = None
     skipped: int = 0
     restarts: int | None = None
+    events: dict[str, int] = field(default_factory=dict)
     checkpoint: str | None = None
     checkpoint_age_s: float | None = None
     experts: dict[str, float] = field(default_factory=dict)
@@ -100,6 +103,7 @@ def read_status(path: Path) -> Status:
     since = starts[-1]["time"] if starts else 0.0
     _read_metrics(status, since)
     _read_checkpoints(status)
+    status.events = dict(Counter(str(line.get("kind")) for line in read_lines(path / "events.jsonl")))
     status.owner = lock_owner(path / LOCK)
     status.state = _state(status, last, starts[-1].get("host") if starts else None)
     if config is not None:

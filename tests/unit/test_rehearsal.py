@@ -26,6 +26,7 @@ CASES = {
     "dense": ("demo", ["operator.experts.num_experts=0", "parallel.ep_size=1"]),
     "bf16": ("demo", ["operator.train.precision=bf16"]),
     "checkpointed": ("demo", ["operator.activation_checkpointing=true"]),
+    "hash": ("demo", ["operator.experts.router={kind: hash}", "operator.depth=2"]),
     "deep": ("demo", ["operator.depth=5", "operator.dim=64"]),
     "decoded": ("demo", ["operator.metric=decoded", "operator.decoded_every=2", "data.grid=[16, 16, 16]"]),
     "unrolled": ("demo", ["operator.unroll.steps=3", "operator.depth=1"]),

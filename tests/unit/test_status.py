@@ -74,6 +74,7 @@ def make(tmp_path: Path) -> Callable[..., Path]:
 
 def test_a_running_run_says_where_it_is_and_when_it_will_be_done(make: Callable[..., Path]) -> None:
     run = make("run", 60)
+    (run / "events.jsonl").write_text('{"kind": "spike", "step": 3, "time": 1.0}\n' * 2 + "7\n")
     with lock_file(run / LOCK), (run / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 60, "time": 1')  # at work on a line
         metrics.flush()
@@ -81,7 +82,7 @@ def test_a_running_run_says_where_it_is_and_when_it_will_be_done(make: Callable[
         assert (found.state, found.step, found.steps, found.stage) == ("running", 60, STEPS, "operator")
         assert found.owner is not None and str(os.getpid()) in found.owner
     assert found.step_s == pytest.approx(2.0) and found.eta_s == pytest.approx(80.0, rel=1e-3)
-    assert (found.loss, found.skipped, found.restarts) == (1 / 60, 2, 1)
+    assert (found.loss, found.skipped, found.restarts, found.events) == (1 / 60, 2, 1, {"spike": 2})
     assert (found.samples_per_s, found.mfu) == (8.0, 0.25)
     assert found.experts == {"entropy": 0.9, "dead_experts": 1.0}
     assert found.validation == {"valid/nmse": 0.3, "valid/nmse/a": 0.2} and found.validation_step == 60

@@ -3,8 +3,8 @@
 A tiny operator is trained for many steps with all that a run has beside them: metrics, TensorBoard, traces, logs,
 validations, checkpoints, loader's workers. Growth is that from the first to the last fifth of the samples after a tenth
 of the steps, medians, over the thousands of steps between. Ends with one line of JSON; exit code 1 if something grows
-that must not: memory by more than 1 MiB per 1,000 steps, descriptors, threads, files, or TensorBoard faster than
-``metrics.jsonl``.
+that must not: memory by more than 1 MiB per 1,000 steps and 1 % in all, descriptors, threads, files, or TensorBoard
+faster than ``metrics.jsonl``.
 
 example:
   python tools/bench/long_run.py --steps 20000 --json tools/bench/results/long_run_cpu.json
@@ -107,7 +107,12 @@ def main() -> int:
         for name in ("rss", "descriptors", "threads")
     }
     grown |= {name: round(growth(settled, name), 2) for name in (*KINDS, "others", "files", "shared_memory_files")}
-    bad = [f"memory of rank {i}" for i, value in enumerate(grown["rss"]) if value > MIB]
+    largest = [0.01 * max((s["rss"][i] for s in settled), default=0) for i in range(len(ranks))]
+    bad = [
+        f"memory of rank {i}"
+        for i, value in enumerate(grown["rss"])
+        if value > MIB and value * ended.step / 1000 > largest[i]
+    ]
     bad += [n for n in ("descriptors", "threads") if any(abs(value) > 0.5 for value in grown[n])]
     bad += [name for name in ("files", "shared_memory_files") if grown[name] > 0.5]
     bad += ["tensorboard"] if grown["tensorboard"] > grown["metrics.jsonl"] else []

@@ -36,7 +36,8 @@ class HashRouter(Router):
 
     def _positions(self, tokens: int) -> Tensor:
         """Experts by position ``[tokens, K]``: every run of E positions meets every expert equally often."""
-        key = (tokens, *(int(byte) for byte in self.hash_seed.tolist()))
+        seed = torch.zeros(4) if self.hash_seed.is_meta else self.hash_seed  # Of a rehearsal, that counts alone.
+        key = (tokens, *(int(byte) for byte in seed.tolist()))
         if self._table is None or self._table[0] != key:
             experts = self.num_experts
             runs = torch.rand(-(-tokens // experts), experts, generator=generator("hash", *key[1:])).argsort(1)
