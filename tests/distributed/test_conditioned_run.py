@@ -100,6 +100,9 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one_and_keeps_the_units(decay:
     assert [regime for regime, *_ in rate.ranges] == ["told"]
     with pytest.raises(ConfigError, match="operator.conditions"):
         check_same_run(load_config(decay.config, ["operator.conditions=[time_step]"]), RunFolder(again))
+    Space.load(again).unconditioned().save(again)
+    with pytest.raises(ShodhError, match="one of them was changed"):
+        open_data(load_config(decay.config, whole.overrides), RunFolder(again), torch.device("cpu"))
 
 
 def test_a_run_that_starts_from_weights_keeps_their_units(decay: Decay, whole: Run, tmp_path: Path) -> None:
@@ -107,7 +110,11 @@ def test_a_run_that_starts_from_weights_keeps_their_units(decay: Decay, whole: R
     config = load_config(decay.config, more)
     tuned, *_ = open_data(config, None, torch.device("cpu"), whole.checkpoint(STEPS))
     fresh, *_ = open_data(config, None, torch.device("cpu"))
-    assert tuned.space.conditions == Space.load(whole.path).conditions != fresh.space.conditions
+    kept, own, new = (
+        [(c.mean, c.scale) for c in s.conditions] for s in (Space.load(whole.path), tuned.space, fresh.space)
+    )
+    assert own == kept != new
+    assert tuned.space.conditions[0].range_of("told") == (0.4, 0.4), "the ranges are those of what it learns"
 
 
 def test_evaluation_tells_each_trajectory_its_own_values_at_any_stride(whole: Run) -> None:
