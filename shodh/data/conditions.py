@@ -48,27 +48,36 @@ def trajectory_values(source: RegimeSource, split: Split, name: str) -> np.ndarr
 
 
 def fit_conditions(
-    sources: Sequence[RegimeSource], names: Sequence[str], strides: Sequence[int] = (1,)
+    sources: Sequence[RegimeSource],
+    names: Sequence[str],
+    strides: Sequence[int] = (1,),
+    known: Sequence[Condition] = (),
 ) -> tuple[Condition, ...]:
     """Conditions by name with the constants of the training data, whose windows have these strides.
+
+    Parameters
+    ----------
+    known : sequence of Condition, optional
+        Those of weights that are learned on: where they have the names, they keep their constants.
 
     Raises
     ------
     DataError
-        No regime has a condition of a name; says what the files have.
+        No regime has a condition of a name that is not known; says what the files have.
     """
+    kept = {c.name: c for c in known} if tuple(c.name for c in known) == tuple(names) else {}
     fitted = []
     for name in names:
         found = {source.name: trajectory_values(source, "train", name) for source in sources}
         there = {regime: values for regime, values in found.items() if values is not None}
-        if not there:
+        if not there and name not in kept:
             raise DataError(_nowhere(sources, name))
         if name == TIME_STEP:
             there = {regime: np.outer(strides, values) for regime, values in there.items()}
         for source in (s for s in sources if s.name not in there):
             log.info("regime %s: %s is absent; its parameters are %s", source.name, name, _parameters(source))
-        condition = Condition.fit(name, there)
-        if len({end for _, *ends in condition.ranges for end in ends}) == 1:
+        condition = kept[name].over(there) if name in kept else Condition.fit(name, there)
+        if name not in kept and len({end for _, *ends in condition.ranges for end in ends}) == 1:
             log.warning("%s is %g in all training data: nothing is learned of it", name, condition.ranges[0][1])
         fitted.append(condition)
     return tuple(fitted)

@@ -99,6 +99,8 @@ def _differences(anchor: ModelDescription, expert: ModelDescription) -> Iterator
     for key, what in (("domain", "domains"), ("constants", "normalisation")):
         of = ({r["name"]: r[key] for r in space.to_dict()["regimes"] if r["name"] in known} for space in (ours, theirs))
         yield from _compare(what, key, *of)
+    units = ([(c.name, c.log, c.mean, c.scale) for c in space.conditions] for space in (ours, theirs))
+    yield from _compare("units", "conditions", *units)
     family, other = anchor.config.family, expert.config.family
     if family is not None and other is not None:
         yield from _compare("family", "family.name", family.name, other.name)

@@ -62,8 +62,11 @@ class Condition:
         told = np.log(every) if log else every
         spread = float(told.std())
         scale = spread if spread > 1e-9 * float(np.abs(told).max()) else 1.0
-        ranges = tuple((regime, float(np.min(v)), float(np.max(v))) for regime, v in values.items())
-        return cls(name, log, float(told.mean()), scale, ranges)
+        return cls(name, log, float(told.mean()), scale).over(values)
+
+    def over(self, values: Mapping[str, np.ndarray]) -> Self:
+        """The same units, with the ranges of other training data."""
+        return replace(self, ranges=tuple((name, float(np.min(v)), float(np.max(v))) for name, v in values.items()))
 
     def to_model(self, values: np.ndarray, source: str) -> np.ndarray:
         """Physical -> model units, float32; NaN stays. DataError that names ``source`` for what cannot be."""

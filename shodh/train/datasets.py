@@ -118,11 +118,11 @@ def open_regimes(
     for source in sources:
         _check_constants(source, normalizer)
     opened, names = space_of(sources, normalizer), config.operator.conditions
-    kept = space.conditions if isinstance(space, Space) else conditions or ()
-    if names and tuple(c.name for c in kept) == names:
-        opened = replace(opened, conditions=tuple(kept))
+    if names and isinstance(space, Space) and space.condition_names == names:
+        opened = replace(opened, conditions=space.only(opened.names).conditions)
     elif names:
-        opened = replace(opened, conditions=fit_conditions(sources, names, config.data.training_strides))
+        fitted = fit_conditions(sources, names, config.data.training_strides, conditions or ())
+        opened = replace(opened, conditions=fitted)
     if isinstance(space, Space):
         for name, now, then in zip(opened.names, opened.domains, space.only(opened.names).domains, strict=True):
             _check_domain(name, now, then)

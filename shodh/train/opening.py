@@ -107,6 +107,11 @@ def open_run_data(
         The tokenizer is missing, damaged, or another one than the run was begun with; a run that was begun without one
         does not say what its numbers mean.
     """
+    if isinstance(space, Space) and space.condition_names != config.operator.conditions:
+        raise CheckpointError(
+            f"{run}: operator.conditions are {list(config.operator.conditions)} in its configuration and "
+            f"{list(space.condition_names)} in its {SPACE_FILE}; one of them was changed"
+        )
     conditions = None
     if weights is not None and config.operator.conditions and (theirs := _space_of_weights(config, weights)):
         conditions = theirs.conditions

@@ -123,6 +123,8 @@ def test_an_unknown_scale_is_refused(tmp_path: Path) -> None:
         (["study.prefix=3"], "trajectories have 7 frames, and history 2, prefix 3 and rollout 3 need 8"),
         (["data.history=3"], "history 3, prefix 2 and rollout 3 need 8"),
         (["data.stride=2"], r"data\.stride must be 1"),
+        (["data.strides=[1, 2]"], r"data\.stride must be 1"),
+        (["operator.conditions=[time_step]"], r"leave out operator\.conditions"),
         (["data.regimes.0.name=waves"], r"the one regime 'vorticity_2d', not \['waves'\]"),
         (["operator.kind=latent_transformer", "operator.loss=mse"], "needs a tokenizer; use one on fields"),
     ],

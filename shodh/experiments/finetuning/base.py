@@ -85,7 +85,7 @@ def _unpack_tokenizer(base: Base, folder: Path) -> None:
         raise CheckpointError(f"{base.path} holds an operator on latents without its tokenizer; convert its run again")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "config.yaml", dump_config(base.config))
-    write_tokenizer(folder, base.config, description.space, state)
+    write_tokenizer(folder, base.config, description.space.unconditioned(), state)
 
 
 def check_regime(regime: RegimeConfig, base: Base) -> None:
