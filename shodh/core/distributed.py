@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
@@ -16,6 +17,13 @@ from shodh.core.errors import ShodhError
 
 S = TypeVar("S")
 T = TypeVar("T")
+_DIVISIONS = itertools.count()  # alike on all ranks
+
+
+class Share(Protocol):
+    """Who does which work: `each`, or `divide` among all ranks."""
+
+    def __call__(self, items: Sequence[S], work: Callable[[S], T], /) -> list[T]: ...
 
 
 class SharedError(ShodhError):
@@ -42,8 +50,10 @@ def gather(value: Any) -> list[Any]:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def together(shared: bool = True) -> Iterator[None]:
     """All ranks succeed in the block, or all raise what failed, and where; so nobody waits in a later collective.
+
+    ``shared=False`` is for a rank that is at work alone: errors are its own.
 
     Raises
     ------
@@ -54,7 +64,11 @@ def together() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if not shared:
+            raise
         caught = error
+    if not shared:
+        return
     line = None if caught is None else error_line(caught)
     if caught is not None and line is None:
         raise caught
@@ -88,26 +102,40 @@ def from_first(make: Callable[[], T]) -> T:
     return answer[0]  # type: ignore[no-any-return]
 
 
-def divide(items: Sequence[S], work: Callable[[S], T], seconds: float = 30.0) -> list[T]:
+def each(items: Sequence[S], work: Callable[[S], T]) -> list[T]:
+    """``work`` of every item: what `divide` does, by this process alone."""
+    return [work(item) for item in items]
+
+
+def divide(items: Sequence[S], work: Callable[[S], T]) -> list[T]:
     """``work`` of every item, each done by one rank; all ranks get all answers, in order. Collective.
 
-    However long it takes, no rank waits in a collective for longer than one item and ``seconds``.
+    However long it takes, nobody waits in a collective, whose time is limited: ranks that are done ask the store.
 
     Raises
     ------
     SharedError
-        As `together`.
+        As `together`; the others end after the item that they are at.
     """
-    size = dist.get_world_size() if dist.is_initialized() else 1
-    own = items[dist.get_rank() :: size] if size > 1 else items
+    if not dist.is_initialized() or (size := dist.get_world_size()) == 1:
+        return each(items, work)
+    store, key = dist.distributed_c10d._get_default_store(), f"shodh/divide/{next(_DIVISIONS)}"
     done: list[T] = []
-    finished = False
-    while not finished:
-        with together() if size > 1 else nullcontext():
-            end = time.monotonic() + seconds
-            while len(done) < len(own) and (size == 1 or time.monotonic() < end):
-                done.append(work(own[len(done)]))
-        finished = all(gather(len(done) == len(own)))
+    with together():
+        try:
+            for item in items[dist.get_rank() :: size]:
+                if store.add(f"{key}/failed", 0):
+                    break
+                done.append(work(item))
+        except BaseException:
+            store.add(f"{key}/failed", 1)
+            raise
+        finally:
+            store.add(key, 1)
+        pause = 0.001
+        while store.add(key, 0) < size:
+            time.sleep(pause)
+            pause = min(1.0, 2 * pause)
     parts = gather(done)
     return [parts[n % size][n // size] for n in range(len(items))]
 

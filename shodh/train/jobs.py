@@ -132,7 +132,8 @@ def train_tokenizer(config: RunConfig, resume: str | None = None, profile: int =
         kept, choose = None, None
         if job.start is not None:
             kept, choose = _space_of_start(config, folder.path), kept_choice(folder.path)
-        regimes = open_regimes(config, kept, choose=choose)
+    regimes = open_regimes(config, kept, choose=choose, shared=True)
+    with together():
         require_history(config, regimes)
         loaders = open_loaders(config, partial(open_frames, regimes), topology)
         task, record = TokenizerTask(config, regimes), partial(regimes.space.save, folder.path)

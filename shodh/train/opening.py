@@ -79,6 +79,7 @@ def open_run_data(
     space: Space | FieldNormalizer | None = None,
     choose: Choose | None = None,
     run: Path | None = None,
+    shared: bool = False,
 ) -> tuple[Regimes, TrainedTokenizer | None]:
     """Data of an operator's run and its tokenizer, checked against each other; None for an operator on fields.
 
@@ -88,6 +89,8 @@ def open_run_data(
         As `open_regimes`; by default a tokenizer's constants.
     run : Path, optional
         The folder of a run that was begun, with the tokenizer that it was begun with.
+    shared : bool
+        As `open_regimes`.
 
     Raises
     ------
@@ -96,9 +99,18 @@ def open_run_data(
         does not say what its numbers mean.
     """
     if not config.has_tokenizer:
-        if run is not None and space is None:
-            raise CheckpointError(f"{run} is no run of an operator on fields: it has no {SPACE_FILE}")
-        return open_regimes(config, space, choose=choose), None
+        with together(shared):
+            if run is not None and space is None:
+                raise CheckpointError(f"{run} is no run of an operator on fields: it has no {SPACE_FILE}")
+        return open_regimes(config, space, choose=choose, shared=shared), None
+    with together(shared):
+        trained = _tokenizer_of(config, run)
+    constants = space or normalizer_for(config, trained, choose, shared)
+    return open_regimes(config, constants, choose=choose, shared=shared), trained
+
+
+def _tokenizer_of(config: RunConfig, run: Path | None) -> TrainedTokenizer:
+    """The tokenizer of a run; CheckpointError where it is not the one that the run was begun with."""
     trained = load_tokenizer(config)
     kept = None if run is None else run / TOKENIZER_WEIGHTS
     if kept is not None and kept.is_file() and not kept.samefile(trained.weights):
@@ -107,7 +119,7 @@ def open_run_data(
                 f"{trained.weights} is not the tokenizer that {run} was begun with ({kept}): latents would mean "
                 "something else; start a new run with --set name=..., or put the old tokenizer back"
             )
-    return open_regimes(config, space or normalizer_for(config, trained, choose), choose=choose), trained
+    return trained
 
 
 def open_data(
@@ -127,7 +139,8 @@ def open_data(
             choose = new_choice(config, init_from)
             if config.family is not None and init_from is not None and not config.has_tokenizer:
                 space = inherited_normalizer(config, init_from)
-        regimes, trained = open_run_data(config, space, choose, run)
+    regimes, trained = open_run_data(config, space, choose, run, shared=True)
+    with together():
         require_history(config, regimes)
     if trained is None:
         windows: Callable[..., Sequence[SampleDataset]] = partial(open_windows, config, regimes)
