@@ -37,7 +37,7 @@ data:
   history: 1
   fields: [{{name: heat}}]
   regimes: [{{name: box, path: {data}}}]
-operator: {{kind: fno, loss: relative_l2, random_shifts: false, experts: {{num_experts: 0}}, dim: 4, depth: 1, train: {{steps: 1, global_batch: 32}}}}
+operator: {{kind: fno, loss: relative_l2, random_shifts: false, experts: {{num_experts: 0}}, modes: 2, dim: 8, depth: 1, train: {{steps: 1, global_batch: 32}}}}
 """
 
 
@@ -66,18 +66,18 @@ def start(rank: int, world: int, port: int, began: float, config: str, shared: b
 
     start_distributed()
     with together():
-        connected = time.time()
+        connected, spent = time.time(), time.process_time()
     regimes = open_regimes(load_config(Path(config), []), shared=shared)
     files = describe_source(regimes.sources[0])
     with together():
-        answers.put((rank, connected - began, time.time() - connected, len(files)))
+        answers.put((len(files), connected - began, time.time() - connected, time.process_time() - spent))
         answers.close()
         answers.join_thread()
     os._exit(0)
 
 
 def measure(world: int, config: Path, shared: bool) -> dict[str, float]:
-    """Seconds of the slowest rank."""
+    """Seconds of the slowest rank until it is connected, and from there until data are open; of processors, of all."""
     context = processes.get_context("fork")
     answers = context.Queue()
     store = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
@@ -86,11 +86,11 @@ def measure(world: int, config: Path, shared: bool) -> dict[str, float]:
     ranks = [context.Process(target=start, args=(rank, *arguments)) for rank in range(world)]
     for process in ranks:
         process.start()
-    found = [answers.get(timeout=1200) for _ in ranks]
+    counts, connected, opened, spent = zip(*(answers.get(timeout=1200) for _ in ranks), strict=True)
     for process in ranks:
         process.join()
-    assert len({count for *_, count in found}) == 1
-    return {"connect_s": round(max(c for _, c, _, _ in found), 2), "open_s": round(max(o for _, _, o, _ in found), 2)}
+    assert len(set(counts)) == 1, "all ranks have the same files"
+    return {"connect_s": max(connected), "open_s": max(opened), "open_cpu_s": sum(spent)}
 
 
 def main() -> int:
@@ -108,14 +108,15 @@ def main() -> int:
         make_data(root / "box", args.files)
         config = root / "startup.yaml"
         config.write_text(CONFIG.format(out=root / "runs", data=root / "box"))
+        load_config(config, [])
         for world in args.ranks:
             for mode in args.modes:
                 row = {"ranks": world, "files": args.files, "mode": mode, **measure(world, config, mode == "shared")}
-                rows.append(row)
-                sys.stdout.write(json.dumps(row) + "\n")
+                rows.append({name: round(v, 2) if isinstance(v, float) else v for name, v in row.items()})
+                sys.stdout.write(json.dumps(rows[-1]) + "\n")
                 sys.stdout.flush()
     if args.out is not None:
-        write_json(args.out, {"env": describe_environment(), "rows": rows}, indent=2)
+        write_json(args.out, {**describe_environment(), "load": os.getloadavg(), "rows": rows}, indent=2)
     return 0
 
 
