@@ -149,10 +149,11 @@ def test_the_same_command_goes_on_at_other_ranks(
     assert (lost.path / "config.yaml").read_text().partition("parallel")[2] == asked.partition("parallel")[2]
     if layout["world_size"] * layout["micro_batch"] == 8:
         assert deviation(lost.lines(), source.lines(), "train/grad_norm") < ROUNDING
-    regimes = [
-        {name: {r: sum(c) for r, c in cell.items()} for name, cell in run.counts().items()} for run in (lost, source)
-    ]
-    assert regimes[0] == regimes[1], "the samples of every step"
+    ours, theirs = (
+        {key: {regime: sum(counts) for regime, counts in cell.items()} for key, cell in run.counts().items()}
+        for run in (lost, source)
+    )
+    assert ours == theirs, "the samples of every step"
 
 
 def test_ranks_that_do_not_divide_the_batch_are_told_which_do(laboratory: Laboratory) -> None:

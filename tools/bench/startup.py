@@ -37,7 +37,9 @@ data:
   history: 1
   fields: [{{name: heat}}]
   regimes: [{{name: box, path: {data}}}]
-operator: {{kind: fno, loss: relative_l2, random_shifts: false, experts: {{num_experts: 0}}, modes: 2, dim: 8, depth: 1, train: {{steps: 1, global_batch: 32}}}}
+operator:
+  {{kind: fno, modes: 2, dim: 8, depth: 1, loss: relative_l2, random_shifts: false, experts: {{num_experts: 0}},
+    train: {{steps: 1, global_batch: 32}}}}
 """
 
 
