@@ -47,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     quiet_logs()
     device = start_distributed() if world_size() > 1 else torch.device(pick_device(args.device))
-    with together():
-        evaluator = open_run(args.run, args.checkpoint, device, args.weights, args.precision)
+    evaluator = open_run(args.run, args.checkpoint, device, args.weights, args.precision, shared=world_size() > 1)
     evaluation = evaluate(evaluator, args.split or evaluator.config.evaluation.split)
     with together():
         if rank() == 0:

@@ -298,9 +298,13 @@ def name_short(config: RunConfig, regimes: Regimes, split: Split, horizon: int) 
 
 
 def mixture_loader(
-    datasets: Sequence[SampleDataset], config: RunConfig, topology: Topology, seed: int
+    datasets: Sequence[SampleDataset],
+    config: RunConfig,
+    topology: Topology,
+    seed: int,
+    workers_of: MixtureLoader | None = None,
 ) -> MixtureLoader:
-    """This rank's micro-batches of a mixture with the configured shares of the regimes."""
+    """This rank's micro-batches of a mixture with the configured shares of the regimes; see `MixtureLoader`."""
     sizes = [len(d) for d in datasets]
     shares = temperature_shares(sizes, [r.share for r in config.data.regimes], config.data.mixture_temperature)
     sampler = MixtureSampler(seed, sizes, shares, topology.global_batch)
@@ -312,6 +316,7 @@ def mixture_loader(
         num_micro=topology.accumulation,
         num_workers=config.data.workers,
         pin_memory=uses_cuda(),
+        workers_of=workers_of,
     )
 
 
@@ -328,5 +333,9 @@ def require_history(config: RunConfig, regimes: Regimes) -> None:
 
 
 def open_loaders(config: RunConfig, open_split: OpenSplit, topology: Topology) -> dict[Split, MixtureLoader]:
-    """The loaders of the splits that a training job reads."""
-    return {split: mixture_loader(open_split(split), config, topology, seed) for split, seed in training_splits(config)}
+    """The loaders of the splits that a training job reads; all have the workers of the first."""
+    loaders: dict[Split, MixtureLoader] = {}
+    for split, seed in training_splits(config):
+        first = next(iter(loaders.values()), None)
+        loaders[split] = mixture_loader(open_split(split), config, topology, seed, first)
+    return loaders
