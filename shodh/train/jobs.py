@@ -109,12 +109,16 @@ class Job:
         device = start_distributed()
         more = [path for path in inputs.values() if path is not None]
         decision = from_first(lambda: decide(asked, folder, resume, more, device, of_tokenizer))
-        arguments = {"resume": resume, "profile": profile, **inputs}
-        preflight(asked, arguments, decision, device)
         config = laid_out(asked, decision.topology, of_tokenizer)
-        with together():
-            topology, deepspeed = (plan_tokenizer if of_tokenizer else plan_operator)(config, world_size())
-            compiled = compiles(config.compile, deepspeed["zero_optimization"]["stage"])
+        try:
+            with together():
+                topology, deepspeed = (plan_tokenizer if of_tokenizer else plan_operator)(config, world_size())
+                compiled = compiles(config.compile, deepspeed["zero_optimization"]["stage"])
+            arguments = {"resume": resume, "profile": profile, "deepspeed": deepspeed, **inputs}
+            preflight(asked, arguments, decision, device)
+        finally:
+            if rank() == 0:
+                decision.token.unlink(missing_ok=True)
         claim(folder, resume, decision.start)
         train = (config.tokenizer if of_tokenizer else config.operator).train
         return cls(asked, config, train, topology, deepspeed, folder, decision.start, device, compiled, profile)

@@ -6,6 +6,7 @@ depend on that of ranks, and hashes are exchanged, not contents: 1,024 ranks tak
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import math
@@ -25,7 +26,7 @@ import torch.distributed as dist
 
 import shodh
 from shodh.config import RunConfig, to_dict
-from shodh.core.distributed import describe_ranks, from_first, gather, rank, together
+from shodh.core.distributed import describe_ranks, from_first, gather, together
 from shodh.core.environment import PACKAGES, installed_version
 from shodh.core.errors import ConfigError, DataError
 from shodh.core.files import PARTIAL_SUFFIX, checksum
@@ -111,13 +112,9 @@ def preflight(config: RunConfig, asked: Mapping[str, Any], decision: Decision, d
         One line, with rank and host, of what differs, is missing, or does not work.
     """
     started = time.perf_counter()
-    try:
-        with together():
-            _check_files(decision)
-            speed = _card_speed(device) if device.type == "cuda" else 0.0
-    finally:
-        if rank() == 0:
-            decision.token.unlink(missing_ok=True)
+    with together():
+        _check_files(decision)
+        speed = _card_speed(device) if device.type == "cuda" else 0.0
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     settings = {"config": to_dict(config), **asked}
@@ -136,13 +133,17 @@ def preflight(config: RunConfig, asked: Mapping[str, Any], decision: Decision, d
 def sources() -> dict[str, str]:
     """SHA-256 of every source file of the package, by its place in it."""
     root = Path(shodh.__file__).parent
-    files = (p for suffix in ("py", "cpp", "cu", "h", "yaml", "json") for p in root.rglob(f"*.{suffix}"))
-    return {file.relative_to(root).as_posix(): checksum(file) for file in sorted(files)}
+    kinds = {".py", ".cpp", ".cu", ".h", ".yaml", ".json"}
+    files = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+    return {f.relative_to(root).as_posix(): checksum(f) for f in sorted(files) if f.suffix in kinds}
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
+    """The folder, or the nearest one above it that is there; NotADirectoryError where a file has the name of one."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    return there
 
 
 def _check_files(decision: Decision) -> None:

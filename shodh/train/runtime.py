@@ -141,6 +141,6 @@ def _speak(line: str, error: Exception) -> None:
     first = local_rank() == count_cards() if isinstance(error, CardsError) else rank() == 0
     if common and not first:
         time.sleep(2.0 if local_rank() == 0 else 4.0)
-    if first or not isinstance(error, SharedError):
+    if first or not isinstance(error, SharedError | CardsError):
         where = f"[{where_am_i()}] " if world_size() > 1 and not (first and common) else ""
         sys.stderr.write(f"{where}error: {line}\n")

@@ -3,7 +3,8 @@
     python tools/bench/startup.py --files 10000 --ranks 1 4 16 32 --out tools/bench/results/startup_cpu.json
 
 ``alone``: every rank opens all files by itself, and describes them. ``shared``: the ranks do it together. Both with
-``stats.yaml`` beside the data, as the generator leaves it; ``connect`` is the time until the ranks are connected.
+``stats.yaml`` beside the data, as the generator leaves it. ``connect``: until the ranks are connected; ``preflight``:
+the checks before a run; ``cpu``: of all ranks together, which does not depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -64,22 +65,33 @@ def start(rank: int, world: int, port: int, began: float, config: str, shared: b
     from shodh.core.distributed import together
     from shodh.data.identity import describe_source
     from shodh.train.datasets import open_regimes
+    from shodh.train.jobs import Job
     from shodh.train.runtime import start_distributed
 
+    asked, times = load_config(Path(config), []), [began]
+
+    def lap() -> None:
+        with together():
+            times.append(time.time())
+
     start_distributed()
-    with together():
-        connected, spent = time.time(), time.process_time()
-    regimes = open_regimes(load_config(Path(config), []), shared=shared)
+    lap()
+    Job.begin(asked, None, 0, {})
+    lap()
+    spent = time.process_time()
+    regimes = open_regimes(asked, shared=shared)
     files = describe_source(regimes.sources[0])
+    spent = time.process_time() - spent
+    lap()
     with together():
-        answers.put((len(files), connected - began, time.time() - connected, time.process_time() - spent))
+        answers.put((len(files), *np.diff(times).tolist(), spent))
         answers.close()
         answers.join_thread()
     os._exit(0)
 
 
 def measure(world: int, config: Path, shared: bool) -> dict[str, float]:
-    """Seconds of the slowest rank until it is connected, and from there until data are open; of processors, of all."""
+    """Seconds of the slowest rank in each phase, and of processors, of all ranks, for the last one."""
     context = processes.get_context("fork")
     answers = context.Queue()
     store = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
@@ -88,11 +100,11 @@ def measure(world: int, config: Path, shared: bool) -> dict[str, float]:
     ranks = [context.Process(target=start, args=(rank, *arguments)) for rank in range(world)]
     for process in ranks:
         process.start()
-    counts, connected, opened, spent = zip(*(answers.get(timeout=1200) for _ in ranks), strict=True)
+    counts, connected, checked, opened, spent = zip(*(answers.get(timeout=1200) for _ in ranks), strict=True)
     for process in ranks:
         process.join()
     assert len(set(counts)) == 1, "all ranks have the same files"
-    return {"connect_s": max(connected), "open_s": max(opened), "open_cpu_s": sum(spent)}
+    return {"connect_s": max(connected), "preflight_s": max(checked), "open_s": max(opened), "open_cpu_s": sum(spent)}
 
 
 def main() -> int:
