@@ -103,9 +103,9 @@ def refit(config: RunConfig, written: Mapping[str, Any], device: torch.device, o
         if not (tokenizer_stage if of_tokenizer else operator_stage)(planned, world_size()).fits(memory):
             topology = refit_topology(*fixed, held)
     if topology.ep_size != sizes[0]:
-        log.warning("parallel.ep_size=%d does not fit %d ranks: %d", sizes[0], world_size(), topology.ep_size)
+        log.warning("parallel.ep_size=%d does not fit %d ranks; it is %d now", sizes[0], world_size(), topology.ep_size)
     if topology.micro_batch != (train.micro_batch or topology.micro_batch):
-        log.warning("micro_batch=%d does not fit %d samples a rank: %d, %d times a step", train.micro_batch,
+        log.warning("micro_batch=%d does not fit %d samples a rank; it is %d now, %d times a step", train.micro_batch,
                     train.global_batch // world_size(), topology.micro_batch, topology.accumulation)  # fmt: skip
     return topology
 

@@ -131,9 +131,9 @@ def test_configured_decay_betas_and_rate_take_effect(laboratory: Laboratory, mov
 @pytest.mark.parametrize(
     ("world", "more", "layout"),
     [
-        (1, (), {"world_size": 1, "ep_size": 1, "micro_batch": 8, "accumulation": 1}),
-        (1, ("operator.train.micro_batch=4",), {"world_size": 1, "ep_size": 1, "micro_batch": 4, "accumulation": 2}),
-        (4, ("operator.train.micro_batch=4",), {"world_size": 4, "ep_size": 2, "micro_batch": 2, "accumulation": 1}),
+        (1, (), {"world_size": 1, "ep_size": 1, "micro_batch": 8}),
+        (1, ("operator.train.micro_batch=4",), {"world_size": 1, "ep_size": 1, "micro_batch": 4}),
+        (4, ("operator.train.micro_batch=4",), {"world_size": 4, "ep_size": 2, "micro_batch": 2}),
     ],
 )
 def test_the_same_command_goes_on_at_other_ranks(
