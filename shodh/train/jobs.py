@@ -100,19 +100,22 @@ class Job:
 
         Raises
         ------
-        CardsError
-            See `start_distributed`.
+        CardsError, TopologyError, ConfigError
+            See `start_distributed` and `plan_operator`; told before the ranks connect.
         SharedError
             As `decide`, `preflight` and `claim`; nothing of the run was written.
         """
         folder = RunFolder(asked.tokenizer_dir if of_tokenizer else asked.run_dir)
+        plan = plan_tokenizer if of_tokenizer else plan_operator
+        if resume is None:
+            plan(asked, world_size())  # What does not fit together is told before ranks connect.
         device = start_distributed()
         more = [path for path in inputs.values() if path is not None]
         decision = from_first(lambda: decide(asked, folder, resume, more, device, of_tokenizer))
         config = laid_out(asked, decision.topology, of_tokenizer)
         try:
             with together():
-                topology, deepspeed = (plan_tokenizer if of_tokenizer else plan_operator)(config, world_size())
+                topology, deepspeed = plan(config, world_size())
                 compiled = compiles(config.compile, deepspeed["zero_optimization"]["stage"])
             arguments = {"resume": resume, "profile": profile, "deepspeed": deepspeed, **inputs}
             preflight(asked, arguments, decision, device)
