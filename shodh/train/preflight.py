@@ -272,7 +272,10 @@ def _refuse(name: str, ours: Mapping[str, str]) -> None:
     with together():
         keys = sorted(k for k in {*ours, *first} if ours.get(k) != first.get(k))
         if keys:
-            shown = [k if name == "sources" else f"{k} {ours.get(k)}, there {first.get(k)}" for k in keys[:3]]
+            shown = [
+                k if name == "sources" else f"{k} {ours.get(k, 'missing'):.60}, there {first.get(k, 'missing'):.60}"
+                for k in keys[:3]
+            ]
             raise ConfigError(
                 f"other {name} than rank 0: {'; '.join(shown)}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}; "
                 "let all nodes have the same installation, configuration and command line"

@@ -114,7 +114,9 @@ def main() -> int:
     parser.add_argument("--modes", nargs="+", choices=("alone", "shared"), default=["alone", "shared"])
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()
-    import deepspeed  # noqa: F401  forked ranks need not import it again
+    import deepspeed  # noqa: F401  forked ranks need not import it, nor what a model on the meta device needs, again
+
+    from shodh.models.factory import operator_shapes
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -122,15 +124,15 @@ def main() -> int:
         make_data(root / "box", args.files)
         config = root / "startup.yaml"
         config.write_text(CONFIG.format(out=root / "runs", data=root / "box"))
-        load_config(config, [])
+        operator_shapes(load_config(config, []))
         for world in args.ranks:
             for mode in args.modes:
                 row = {"ranks": world, "files": args.files, "mode": mode, **measure(world, config, mode == "shared")}
                 rows.append({name: round(v, 2) if isinstance(v, float) else v for name, v in row.items()})
                 sys.stdout.write(json.dumps(rows[-1]) + "\n")
                 sys.stdout.flush()
-    if args.out is not None:
-        write_json(args.out, {**describe_environment(), "load": os.getloadavg(), "rows": rows}, indent=2)
+                if args.out is not None:
+                    write_json(args.out, {**describe_environment(), "load": os.getloadavg(), "rows": rows}, indent=2)
     return 0
 
 

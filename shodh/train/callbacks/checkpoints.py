@@ -11,7 +11,7 @@ from typing import Any
 
 from shodh.checkpoint.folder import MANIFEST, read_manifest, tag_of
 from shodh.checkpoint.training import CheckpointWriter, load_checkpoint
-from shodh.core.distributed import SharedError, gather, rank
+from shodh.core.distributed import SharedError, from_first, gather, rank
 from shodh.core.errors import ShodhError
 from shodh.train.callbacks.selection import reason_to_end
 from shodh.train.engine import find_nonfinite
@@ -168,7 +168,7 @@ def _resume_selection(trainer: Trainer, state: dict[str, Any], checkpoints: Path
             best = Best(**stored)
         except TypeError as error:
             raise ShodhError(f"a {MANIFEST} in {checkpoints} is damaged: the best is {stored!r}") from error
-        at_hand = (checkpoints / tag_of(best.step) / MANIFEST).is_file()
+        at_hand = from_first(lambda: (checkpoints / tag_of(best.step) / MANIFEST).is_file())
         if best.measure == config.measure and at_hand:
             trainer.best = best
         else:
