@@ -91,7 +91,7 @@ class MixtureLoader:
                 "timeout": timeout,
                 "multiprocessing_context": multiprocessing_context,
             }
-        self._workers = _Workers(options) if workers_of is None else workers_of._workers
+        self._workers: _Workers = _Workers(options) if workers_of is None else workers_of._workers
         self._stream = self._workers.add(datasets, sampler.global_batch // (world * num_micro))
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
