@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     quiet_logs()
     device = start_distributed() if world_size() > 1 else torch.device(pick_device(args.device))
-    with together():
-        evaluator = open_run(args.run, args.checkpoint, device, args.weights, args.precision, args.stride)
+    shared = world_size() > 1
+    evaluator = open_run(args.run, args.checkpoint, device, args.weights, args.precision, args.stride, shared)
     evaluation = evaluate(evaluator, args.split or evaluator.config.evaluation.split)
     with together():
         if rank() == 0:

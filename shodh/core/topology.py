@@ -72,10 +72,7 @@ def plan_topology(
         raise TopologyError(
             f"num_experts={num_experts} is not divisible by ep_size={ep_size}; use parallel.ep_size in {fitting}"
         )
-    if global_batch % world_size:
-        raise TopologyError(
-            f"global_batch={global_batch} is not divisible by {world_size} ranks; use a multiple of {world_size}"
-        )
+    _check_batch(world_size, global_batch)
     per_rank = global_batch // world_size
     micro = per_rank if micro_batch is None else micro_batch
     if per_rank % micro:
@@ -84,3 +81,37 @@ def plan_topology(
             f"use micro_batch in {_divisors(per_rank)}"
         )
     return Topology(world_size, ep_size, micro, per_rank // micro)
+
+
+def refit_topology(
+    world_size: int, ep_size: int, num_experts: int, global_batch: int, micro_batch: int | None, most: int | None = None
+) -> Topology:
+    """The layout of a run that goes on, at any number of ranks that divides its global batch.
+
+    The expert degree is the nearest one that fits. A micro-batch that does not divide a rank's samples becomes the next
+    smaller one that does; without one, it is all samples of a rank, but not more than ``most``.
+
+    Raises
+    ------
+    TopologyError
+        The ranks do not divide the global batch: names the nearest numbers that do.
+    """
+    _check_batch(world_size, global_batch)
+    per_rank = global_batch // world_size
+    fitting = [d for d in _divisors(world_size) if num_experts % d == 0] if num_experts else [1]
+    near = min(fitting, key=lambda d: (max(d, ep_size) / min(d, ep_size), -d))
+    wanted = micro_batch or most or per_rank
+    return plan_topology(
+        world_size, near, num_experts, global_batch, max(d for d in _divisors(per_rank) if d <= wanted)
+    )
+
+
+def _check_batch(world_size: int, global_batch: int) -> None:
+    if global_batch % world_size == 0:
+        return
+    divisors = _divisors(global_batch)
+    near = [*[d for d in divisors if d < world_size][-1:], *[d for d in divisors if d > world_size][:1]]
+    raise TopologyError(
+        f"global_batch={global_batch} is not divisible by {world_size} ranks; start {' or '.join(map(str, near))} "
+        f"ranks, or a new run whose global_batch is a multiple of {world_size}"
+    )

@@ -33,6 +33,8 @@ def describe_source(source: RegimeSource) -> dict[str, Any]:
 
     Trajectories by their numbers in the file; of one that is split in time, ``frames: {split: [first, end]}``.
     """
+    if source.described is not None:
+        return source.described
     folder = data_folder(source.path)
     files: dict[str, Any] = {}
     for split in SPLITS:

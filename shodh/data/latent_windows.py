@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from shodh.data.latents import latent_path, read_manifest, static_path
+from shodh.data.latents import LatentShapes, latent_path, read_manifest, static_path
 from shodh.data.windows import WindowIndex, require_windows, told
 from shodh.core.errors import DataError
 
@@ -28,13 +28,15 @@ class LatentWindowDataset(Dataset[dict[str, Any]]):
     folder : path-like
         From `split_folder`.
     stems : sequence of str
-        Stems of the files of fields, in order: `file_stems`.
+        Names of the chunks, in order: `file_stems`.
     history, horizon, stride : int
         As for `WindowDataset`.
     regime : int
         Number of the regime in the items.
     conditions : Tensor [trajectories, N], optional
         As for `WindowDataset`.
+    shapes : sequence of LatentShapes, optional
+        Of each chunk; read from their manifests if omitted.
 
     Raises
     ------
@@ -52,12 +54,13 @@ class LatentWindowDataset(Dataset[dict[str, Any]]):
         stride: int = 1,
         regime: int = 0,
         conditions: torch.Tensor | None = None,
+        shapes: Sequence[LatentShapes] | None = None,
     ) -> None:
         self.folder, self.stems, self.conditions = Path(folder), list(stems), conditions
         self.length, self.stride, self.regime = history + horizon, stride, regime
         if not self.stems:
             raise DataError(f"{self.folder}: there are no files of fields, hence no latents")
-        self.shapes = [read_manifest(self.folder, stem) for stem in self.stems]
+        self.shapes = list(shapes or [read_manifest(self.folder, stem) for stem in self.stems])
         for stem, shape in zip(self.stems, self.shapes):
             if (shape.latents[2:], shape.static[1:]) != (self.shapes[0].latents[2:], self.shapes[0].static[1:]):
                 raise DataError(

@@ -1,10 +1,10 @@
 """The latent cache: every snapshot encoded once by the tokenizer, so that operator training reads no full fields.
 
-Layout, one set of files per file of fields, under ``<root>/<key>/<regime>/<split>/``::
+Layout, one set of files per chunk of trajectories (`Chunk`), under ``<root>/<key>/<regime>/<split>/``::
 
-    <stem>.npy          float32 latents [B, T, L, *latent grid]
-    <stem>.static.npy   float32 static features of the operator [B, S, *latent grid]
-    <stem>.json         shapes and checksums; written last, so that it marks the other two as whole
+    <name>.npy          float32 latents [B, T, L, *latent grid]
+    <name>.static.npy   float32 static features of the operator [B, S, *latent grid]
+    <name>.json         shapes and checksums; written last, so that it marks the other two as whole
 
 The key is a digest of the tokenizer and of the data: another of either gets another folder, and a stale cache is
 never read.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from shodh.schema.normalize import FieldNormalizer
 from shodh.data.formats import TrajectoryFile
 from shodh.data.identity import describe_source
 from shodh.data.source import RegimeSource, Split
+from shodh.core.distributed import Share, each
 from shodh.core.errors import DataError
 from shodh.core.files import atomic_path, checksum
 from shodh.core.strict_json import dumps
@@ -35,6 +37,7 @@ from shodh.core.reading import read_json
 
 Encode = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]
 FORMAT_VERSION = 2
+CHUNK_FRAMES = 256  # of a file that are encoded, and lost if the process is killed, at once
 log = logging.getLogger("shodh")
 
 
@@ -72,6 +75,49 @@ def split_folder(root: str | os.PathLike[str], key: str, regime: str, split: Spl
     return Path(root) / key / regime / split
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive trajectories of one file, which are encoded, and kept, together.
+
+    Attributes
+    ----------
+    name : str
+        Of the files of its latents: that of the file of fields, and where that has several chunks the number of the
+        first trajectory.
+    first : int
+        Number of the first trajectory in the split.
+    """
+
+    name: str
+    file: TrajectoryFile
+    first: int
+    trajectories: int
+
+
+def chunks_of(source: RegimeSource, split: Split) -> list[Chunk]:
+    """The chunks of a split, of at least one trajectory and up to `CHUNK_FRAMES`, in order.
+
+    Raises
+    ------
+    DataError
+        Files of one name.
+    """
+    chunks: list[Chunk] = []
+    start = 0
+    for file in source.files[split]:
+        count, most = file.num_trajectories, max(1, CHUNK_FRAMES // file.num_frames)
+        for local in range(0, count, most):
+            name = file.path.stem if count <= most else f"{file.path.stem}.{local:05d}"
+            chunks.append(Chunk(name, file, start + local, min(most, count - local)))
+        start += count
+    repeated = sorted(name for name, number in Counter(chunk.name for chunk in chunks).items() if number > 1)
+    if repeated:
+        raise DataError(
+            f"regime {source.name!r}: several files of the split {split!r} are called {repeated[:5]}; rename some"
+        )
+    return chunks
+
+
 def write_latents(
     folder: str | os.PathLike[str],
     source: RegimeSource,
@@ -80,14 +126,11 @@ def write_latents(
     *,
     normalizer: FieldNormalizer | None = None,
     batch_size: int = 8,
-    rank: int = 0,
-    world: int = 1,
-    progress: Callable[[float], None] | None = None,
+    share: Share = each,
 ) -> int:
-    """Encode a split; files that are complete already are left as they are.
+    """Encode a split; chunks that are complete already are left as they are.
 
-    Every rank does its own share of the files; there is no communication, so put a barrier after it. Files appear
-    whole or not at all, and a run that was killed is finished by calling this again.
+    The files of a chunk appear whole or not at all, and a run that was killed is finished by calling this again.
 
     Parameters
     ----------
@@ -103,14 +146,13 @@ def write_latents(
         Applied to the fields first.
     batch_size : int
         Frames in a call of ``encode``.
-    rank, world : int
-    progress : callable, optional
-        Called with the fraction of this rank's files that is done.
+    share : callable
+        Who encodes which chunks: `each`, or `divide` among all ranks.
 
     Returns
     -------
     int
-        Files that were encoded by this call.
+        Chunks that were encoded.
 
     Raises
     ------
@@ -119,23 +161,20 @@ def write_latents(
     OSError
         If the disk is full.
     """
-    _check_stems(source, split)
-    mine = list(enumerate(source.files[split]))[rank::world]
-    first = np.cumsum([0] + [f.num_trajectories for f in source.files[split]])
-    encoded = 0
-    for done, (number, file) in enumerate(mine):
-        if not _is_complete(Path(folder), file):
-            frames = _FrameReader(source, split, normalizer, batch_size)
-            _encode_file(Path(folder), file, int(first[number]), frames, encode)
-            encoded += 1
-        if progress is not None:
-            progress((done + 1) / len(mine))
-    return encoded
+    frames = _FrameReader(source, split, normalizer, batch_size)
+
+    def write(chunk: Chunk) -> bool:
+        if _is_complete(Path(folder), chunk):
+            return False
+        _encode_chunk(Path(folder), chunk, frames, encode)
+        return True
+
+    return sum(share(chunks_of(source, split), write))
 
 
 def file_stems(source: RegimeSource, split: Split) -> list[str]:
-    """Stems of the files of a split, in order."""
-    return [file.path.stem for file in source.files[split]]
+    """Names of the chunks of a split, in order."""
+    return [chunk.name for chunk in chunks_of(source, split)]
 
 
 @dataclass(frozen=True)
@@ -175,15 +214,15 @@ class _FrameReader:
             yield fields, static.expand(len(frames), *static.shape)
 
 
-def _encode_file(folder: Path, file: TrajectoryFile, first: int, frames: _FrameReader, encode: Encode) -> None:
-    """Encode the trajectories ``first`` .. of a file. Written front to back: a full disk raises, a map would crash."""
-    stem = file.path.stem
-    with atomic_path(latent_path(folder, stem)) as latent_file, atomic_path(static_path(folder, stem)) as static_file:
+def _encode_chunk(folder: Path, chunk: Chunk, frames: _FrameReader, encode: Encode) -> None:
+    """Encode a chunk. Written front to back: a full disk raises, a map would crash."""
+    file, name, count = chunk.file, chunk.name, chunk.trajectories
+    with atomic_path(latent_path(folder, name)) as latent_file, atomic_path(static_path(folder, name)) as static_file:
         with open(latent_file, "wb") as latent_stream, open(static_file, "wb") as static_stream:
-            latents = _ArrayWriter(latent_stream, (file.num_trajectories, file.num_frames), f"{file.path}: latents")
-            static = _ArrayWriter(static_stream, (file.num_trajectories,), f"{file.path}: static features")
-            for trajectory in range(file.num_trajectories):
-                for number, (fields, masks) in enumerate(frames.batches(first + trajectory, file.num_frames)):
+            latents = _ArrayWriter(latent_stream, (count, file.num_frames), f"{file.path}: latents")
+            static = _ArrayWriter(static_stream, (count,), f"{file.path}: static features")
+            for trajectory in range(chunk.first, chunk.first + count):
+                for number, (fields, masks) in enumerate(frames.batches(trajectory, file.num_frames)):
                     result = encode(fields, masks)
                     batch, features = result if isinstance(result, tuple) else (result, result[:, :0])
                     latents.append(batch)
@@ -192,7 +231,7 @@ def _encode_file(folder: Path, file: TrajectoryFile, first: int, frames: _FrameR
             sizes = (latent_stream.tell(), static_stream.tell())
             whole = (latents.close(), static.close())
         shapes = LatentShapes(*whole, *sizes, checksum(latent_file), checksum(static_file))
-    with atomic_path(manifest_path(folder, stem)) as temporary:
+    with atomic_path(manifest_path(folder, name)) as temporary:
         temporary.write_text(dumps({"version": FORMAT_VERSION, **asdict(shapes)}))
 
 
@@ -260,23 +299,14 @@ def read_manifest(folder: Path, stem: str) -> LatentShapes:
     return shapes
 
 
-def _is_complete(folder: Path, file: TrajectoryFile) -> bool:
+def _is_complete(folder: Path, chunk: Chunk) -> bool:
+    name = chunk.name
     try:
-        shapes = read_manifest(folder, file.path.stem)
+        shapes = read_manifest(folder, name)
     except DataError:
         return False
-    stem = file.path.stem
-    sums = {latent_path(folder, stem): shapes.latent_sha256, static_path(folder, stem): shapes.static_sha256}
+    sums = {latent_path(folder, name): shapes.latent_sha256, static_path(folder, name): shapes.static_sha256}
     if damaged := [path for path, expected in sums.items() if checksum(path) != expected]:
         log.warning("%s is damaged: its checksum is not the one that was written; it is encoded again", damaged[0])
         return False
-    return shapes.latents[:2] == (file.num_trajectories, file.num_frames)
-
-
-def _check_stems(source: RegimeSource, split: Split) -> None:
-    stems = file_stems(source, split)
-    repeated = sorted({s for s in stems if stems.count(s) > 1})
-    if repeated:
-        raise DataError(
-            f"regime {source.name!r}: several files of the split {split!r} are called {repeated}; rename some"
-        )
+    return shapes.latents[:2] == (chunk.trajectories, chunk.file.num_frames)

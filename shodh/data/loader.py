@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,6 +53,8 @@ class MixtureLoader:
         Seconds after which a worker that gives nothing counts as stuck; 0 waits for ever.
     multiprocessing_context : str, optional
         "fork", "spawn" or "forkserver"; the platform's default if omitted.
+    workers_of : MixtureLoader, optional
+        A loader, not yet iterated, whose workers load these batches too; then its options hold.
 
     Raises
     ------
@@ -75,51 +78,47 @@ class MixtureLoader:
         pin_memory: bool = False,
         timeout: float = 600.0,
         multiprocessing_context: str | None = None,
+        workers_of: MixtureLoader | None = None,
     ) -> None:
         _check_fit(datasets, sampler)
         sampler.local_batch(0, rank, world, 0, num_micro)
-        self._plan = _Plan(sampler, rank, world, num_micro)
-        self._dataset = _Mixture(datasets)
-        self._options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self._sampler, self._place, self._num_micro = sampler, (rank, world), num_micro
+        options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
         if num_workers > 0:
-            self._options |= {
+            options |= {
                 "persistent_workers": True,
                 "prefetch_factor": prefetch,
                 "timeout": timeout,
                 "multiprocessing_context": multiprocessing_context,
             }
-        self._loader: DataLoader[Any] | None = None
+        self._workers: _Workers = _Workers(options) if workers_of is None else workers_of._workers
+        self._stream = self._workers.add(datasets, sampler.global_batch // (world * num_micro))
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
         """Micro-batches of the steps ``start`` .. ``stop - 1``: tensors stacked along a new first axis.
 
-        Only one iteration can be under way; a new one ends the former.
+        Of one loader only one iteration can be under way; a new one ends the former. Loaders with the same workers
+        take turns: the batches of the last one that began are made first.
         """
-        if self._loader is None:
-            self._dataset.ring = self._plan.ring = self._make_ring()
-            self._loader = DataLoader(self._dataset, batch_sampler=self._plan, collate_fn=_keep, **self._options)
-        self._plan.start, self._plan.stop = start, stop
-        batches = iter(self._loader)
-        while (batch := _next(batches)) is not None:
-            if isinstance(batch, _Failure):
-                del batches  # the error's traceback must not keep the workers alive
-                self.close()
-                raise DataError(batch.message)
-            yield batch
-            del batch  # so that its memory can take the next one
+        request = self._workers.begin(self._stream, self._orders(start, stop), (stop - start) * self._num_micro)
+        try:
+            while (batch := self._workers.receive(request)) is not None:
+                if isinstance(batch, _Failure):
+                    self.close()
+                    raise DataError(batch.message)
+                yield batch
+                del batch  # so that its memory can take the next one
+        finally:
+            request.drop()
 
     def close(self) -> None:
-        """End the workers; another `iterate` starts new ones."""
-        self._loader = self._dataset.ring = self._plan.ring = None
+        """End the workers, of all loaders that have them; another `iterate` starts new ones."""
+        self._workers.close()
 
-    def _make_ring(self) -> SharedRing | None:
-        """Memory for the batches that workers hold ready, the one that is being used, and the one before it."""
-        shapes = self._dataset.tensor_shapes()
-        if not self._options["num_workers"] or shapes is None:
-            return None
-        batch = self._plan.batch_size
-        slots = self._options["num_workers"] * self._options["prefetch_factor"] + 2
-        return SharedRing({name: (batch, *shape) for name, shape in shapes.items()}, slots)
+    def _orders(self, start: int, stop: int) -> Iterator[_Order]:
+        for step in range(start, stop):
+            for micro in range(self._num_micro):
+                yield _Order(self._sampler.local_batch(step, *self._place, micro, self._num_micro), self._stream)
 
 
 @dataclass
@@ -129,65 +128,143 @@ class _Failure:
     message: str
 
 
+class _Death(_Failure):
+    """The end of a worker, whatever it was at work on."""
+
+
 class _Order(list[Sample]):
-    """The samples of a batch, and the slot of the ring to put them into, if one is free."""
+    """The samples of a batch, the stream they are of, and the slot of the ring to put them into, if one is free."""
 
-    slot: int | None = None
+    def __init__(self, samples: Iterable[Sample] = (), stream: int = 0) -> None:
+        super().__init__(samples)
+        self.stream = stream
+        self.slot: int | None = None
 
 
-@dataclass
-class _Plan:
-    """Batch sampler of the DataLoader; runs in the main process."""
+@dataclass(eq=False)
+class _Request:
+    """An iteration of a loader: what it has yet to order, and what came while another one was waited for."""
 
-    sampler: MixtureSampler
-    rank: int
-    world: int
-    num_micro: int
-    start: int = 0
-    stop: int = 0
-    ring: SharedRing | None = None
+    stream: int
+    orders: Iterator[_Order]
+    left: int  # batches that its loader has yet to get
+    held: deque[Batch | _Failure] = field(default_factory=deque)
 
-    @property
-    def batch_size(self) -> int:
-        """Samples in a micro-batch of a rank."""
-        return self.sampler.global_batch // (self.world * self.num_micro)
+    def drop(self) -> None:
+        self.orders, self.left = iter(()), 0
+        self.held.clear()
 
-    def __len__(self) -> int:
-        return (self.stop - self.start) * self.num_micro
+
+class _Workers:
+    """A DataLoader and its worker processes, at work for one or several loaders; also its batch sampler."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._dataset = _Mixture()
+        self._requests: list[_Request] = []  # the last one that began first
+        self._sent: deque[_Request] = deque()  # whose batches come next: in the order in which they were ordered
+        self._loader: DataLoader[Any] | None = None
+        self._batches: Iterator[Any] | None = None
+        self._batch_sizes: list[int] = []
+
+    def add(self, datasets: Sequence[SampleDataset], batch_size: int) -> int:
+        """A further stream of samples, before the workers start; returns its number."""
+        assert self._loader is None, "the workers are at work already"
+        self._dataset.streams.append(list(datasets))
+        self._batch_sizes.append(batch_size)
+        return len(self._batch_sizes) - 1
+
+    def begin(self, stream: int, orders: Iterator[_Order], count: int) -> _Request:
+        for former in (r for r in self._requests if r.stream == stream):
+            former.drop()
+        request = _Request(stream, orders, count)
+        self._requests = [request, *(r for r in self._requests if r.left)]
+        return request
+
+    def receive(self, request: _Request) -> Batch | _Failure | None:
+        """The next batch of a request; None when it has them all."""
+        while request.left and not request.held:
+            if self._batches is None:
+                self._batches = self._start()
+            batch = _next(self._batches)
+            if batch is None:  # All orders that there were are done; later ones need a new iteration.
+                self._batches = None
+                continue
+            if isinstance(batch, _Death):
+                return batch
+            owner = self._sent.popleft()
+            if owner.left:
+                owner.held.append(batch)
+            del batch
+        if not request.left:
+            return None
+        request.left -= 1
+        return request.held.popleft()
+
+    def close(self) -> None:
+        for request in self._requests:
+            request.drop()
+        self._requests, self._loader, self._batches, self._dataset.ring = [], None, None, None
 
     def __iter__(self) -> Iterator[_Order]:
-        if self.ring is not None:
-            self.ring.reset()  # the DataLoader has waited for the workers to end the former iteration
-        for step in range(self.start, self.stop):
-            for micro in range(self.num_micro):
-                order = _Order(self.sampler.local_batch(step, self.rank, self.world, micro, self.num_micro))
-                order.slot = self.ring.lend() if self.ring is not None else None
-                yield order
+        self._sent.clear()
+        if self._dataset.ring is not None:
+            self._dataset.ring.reset()  # the DataLoader has waited for the workers to end the former iteration
+        while (found := self._next_order()) is not None:
+            request, order = found
+            if self._dataset.ring is not None and self._fits_ring(order.stream):
+                order.slot = self._dataset.ring.lend()
+            self._sent.append(request)
+            yield order
+
+    def _next_order(self) -> tuple[_Request, _Order] | None:
+        for request in self._requests:
+            if (order := next(request.orders, None)) is not None:
+                return request, order
+        return None
+
+    def _start(self) -> Iterator[Any]:
+        if self._loader is None:
+            self._dataset.ring = self._make_ring()
+            self._loader = DataLoader(self._dataset, batch_sampler=self, collate_fn=_keep, **self._options)  # type: ignore[arg-type]
+        return iter(self._loader)
+
+    def _make_ring(self) -> SharedRing | None:
+        """Memory for the batches that workers hold ready, the one that is being used, and the one before it."""
+        shapes = self._dataset.tensor_shapes(0)
+        if not self._options["num_workers"] or shapes is None:
+            return None
+        slots = self._options["num_workers"] * self._options["prefetch_factor"] + 2
+        return SharedRing({name: (self._batch_sizes[0], *shape) for name, shape in shapes.items()}, slots)
+
+    def _fits_ring(self, stream: int) -> bool:
+        shapes = self._dataset.tensor_shapes
+        return self._batch_sizes[stream] == self._batch_sizes[0] and shapes(stream) == shapes(0)
 
 
 class _Mixture(Dataset[dict[str, Any] | _Failure]):
-    def __init__(self, datasets: Sequence[SampleDataset]) -> None:
-        self.datasets = list(datasets)
+    def __init__(self) -> None:
+        self.streams: list[list[SampleDataset]] = []
         self._buffers = _Buffers()
         self.ring: SharedRing | None = None
 
-    def __getitem__(self, sample: Sample) -> dict[str, Any] | _Failure:
+    def _item(self, stream: int, sample: Sample) -> dict[str, Any] | _Failure:
         regime, index = sample
         try:
-            return self.datasets[regime][index]
+            return self.streams[stream][regime][index]
         except ShodhError as error:
             return _Failure(str(error))
 
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]] | None:
+    def tensor_shapes(self, stream: int) -> dict[str, tuple[int, ...]] | None:
         """Shapes of the tensors of a sample; None if the datasets cannot write into given ones, or differ."""
-        shapes = [getattr(dataset, "tensor_shapes", None) for dataset in self.datasets]
+        shapes = [getattr(dataset, "tensor_shapes", None) for dataset in self.streams[stream]]
         return shapes[0] if all(s == shapes[0] for s in shapes) else None
 
     def __getitems__(self, order: _Order) -> Batch | Filled | _Failure:
         """A batch; datasets that can write into its tensors do so, and nothing is copied."""
-        shapes = self.tensor_shapes()
+        shapes = self.tensor_shapes(order.stream)
         if shapes is None:
-            return _collate([self[sample] for sample in order])
+            return _collate([self._item(order.stream, sample) for sample in order])
         if order.slot is not None and self.ring is not None:
             batch = self.ring.tensors(order.slot)
         else:
@@ -196,7 +273,7 @@ class _Mixture(Dataset[dict[str, Any] | _Failure]):
         for row, (regime, index) in enumerate(order):
             target = {name: tensor[row] for name, tensor in batch.items()}
             try:
-                item = self.datasets[regime].read_into(index, target)  # type: ignore[attr-defined]
+                item = self.streams[order.stream][regime].read_into(index, target)  # type: ignore[attr-defined]
             except ShodhError as error:
                 return _Failure(str(error))
             rest.append({k: v for k, v in item.items() if k not in batch})
@@ -256,13 +333,13 @@ def _check_fit(datasets: Sequence[SampleDataset], sampler: MixtureSampler) -> No
 
 
 def _next(batches: Iterator[Batch | _Failure]) -> Batch | _Failure | None:
-    """The next batch; the death of a worker becomes a `_Failure`, the end of the iteration None."""
+    """The next batch; the death of a worker becomes a `_Death`, the end of the iteration None."""
     try:
         return next(batches, None)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader"):  # raised by code within a worker: a bug, which keeps its traceback
             raise
         reason = str(error).strip().splitlines()[0]
-    return _Failure(
+    return _Death(
         f"a data worker was killed or is stuck (out of memory or of /dev/shm, slow disk?); use fewer workers: {reason}"
     )

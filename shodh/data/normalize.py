@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from shodh.core.distributed import Share, each
 from shodh.core.errors import DataError
-from shodh.data.source import RegimeSource
+from shodh.data.source import Kept, RegimeSource
 from shodh.data.stats import Moments, Statistics
 from shodh.schema.fields import Field, field_slices
 from shodh.schema.normalize import FieldNormalizer, require_positive
@@ -45,19 +46,21 @@ def normalizer_from_statistics(
     return FieldNormalizer(fields, ndim, constants)
 
 
-def fit_normalizer(sources: Sequence[RegimeSource]) -> FieldNormalizer:
-    """From the training statistics of sources with the same vocabulary."""
+def fit_normalizer(
+    sources: Sequence[RegimeSource], share: Share = each, kept: Kept | None = None
+) -> FieldNormalizer:
+    """From the training statistics of sources with the same vocabulary; see `RegimeSource.statistics`."""
     fields, ndim = sources[0].fields, len(sources[0].grid)
     for source in sources:
         if source.fields != fields:
             raise DataError(
                 f"regimes {sources[0].name!r} and {source.name!r} have different vocabularies of fields"
             )
-    statistics = {s.name: s.statistics() for s in sources}
+    statistics = {s.name: s.statistics(share, kept) for s in sources}
     dynamic = normalizer_from_statistics(
         fields, ndim, statistics, {s.name: [f.name for f in s.present] for s in sources}
     ).constants
-    constants = {s.name: {**dynamic[s.name], **_static_constants(s)} for s in sources}
+    constants = {s.name: {**dynamic[s.name], **_static_constants(s, share)} for s in sources}
     units = {s.name: component_units(fields, ndim, statistics[s.name]["std"], dynamic[s.name]) for s in sources}
     return FieldNormalizer(fields, ndim, constants, units)
 
@@ -88,22 +91,29 @@ def power_of_two(value: float) -> float:
     return 2.0 ** round(math.log2(value))
 
 
-def _static_constants(source: RegimeSource) -> dict[str, tuple[float, float]]:
+def _static_constants(source: RegimeSource, share: Share) -> dict[str, tuple[float, float]]:
     """Mean and standard deviation of each scaled static field, or of its logarithm, over the training trajectories."""
     scaled = {f.name: n for n, f in enumerate(source.static) if f.static_scale != "none" and f in source.present}
     if not scaled:
         return {}
-    channels = np.empty((source.num_static_channels, *source.grid), dtype=np.float32)
     ranges = field_slices(source.static, len(source.grid))
-    moments = {name: Moments(1) for name in scaled}
-    for trajectory in range(source.num_trajectories("train")):
+
+    def measure(trajectory: int) -> dict[str, Moments]:
+        channels = np.empty((source.num_static_channels, *source.grid), dtype=np.float32)
         source.read_static("train", trajectory, channels)
+        moments = {name: Moments(1) for name in scaled}
         for name, number in scaled.items():
             values = channels[ranges[name]].astype(np.float64)
             if source.static[number].static_scale == "log":
                 require_positive(bool((values > 0).all()), source.name, source.static[number])
                 values = np.log(values)
             moments[name].add(values)
+        return moments
+
+    moments = {name: Moments(1) for name in scaled}
+    for part in share(range(source.num_trajectories("train")), measure):
+        for name in scaled:
+            moments[name].merge(part[name])
     source.close()
     # A relative change of the values is an absolute one of their logarithm.
     unit = {f.name: 1.0 if f.static_scale == "log" else 0.0 for f in source.static}

@@ -6,8 +6,8 @@ import logging
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
@@ -22,6 +22,7 @@ from shodh.data.formats.splits import Former, Split, find_files, open_splits
 from shodh.data.formats.views import FileView
 from shodh.data.checks import require_constant, require_mask
 from shodh.data.stats import KEYS, WHERE, Statistics, compute_statistics, read_stats
+from shodh.core.distributed import Share, each, from_first
 from shodh.core.errors import ConfigError, DataError
 from shodh.schema.fields import Boundary, Field, Placement, RegimeSchema, field_slices, mask_names
 
@@ -31,6 +32,9 @@ MAX_OPEN_FILES = 64
 
 # Mean and scale of fields by our names; one that is left out is read as it is stored.
 Constants: TypeAlias = Mapping[str, tuple[float, float]]
+
+# From a source, names in its files and what computes them: their statistics, kept from an earlier run or computed.
+Kept: TypeAlias = "Callable[[RegimeSource, Sequence[str], Callable[[], Statistics]], Statistics]"
 
 
 class RegimeSource:
@@ -70,8 +74,9 @@ class RegimeSource:
     parameters : mapping, optional
         ``{name of a condition: parameter of the files}`` where they differ, or its value where the files do not say it,
         or None where there is none.
-    former, leave_out : optional
-        Splits that files keep, and files that are not opened; see `shodh.data.formats.splits.open_splits`.
+    former, leave_out, opened : optional
+        Splits that files keep, files that are not opened, and files that are open already; see
+        `shodh.data.formats.splits.open_splits`.
 
     Raises
     ------
@@ -99,6 +104,7 @@ class RegimeSource:
         parameters: Mapping[str, str | float | None] | None = None,
         former: Former | None = None,
         leave_out: Collection[Path] = (),
+        opened: Mapping[Path, TrajectoryFile] | None = None,
     ) -> None:
         self.name = name
         self.path = Path(path)
@@ -114,8 +120,9 @@ class RegimeSource:
         self._checked_masks: set[tuple[Split, int]] = set()
         self._named: set[tuple[Split, int]] = set()
         self.opening = (format, hints, tuple(split))
+        self.described: dict[str, Any] | None = None  # `describe_source`, where another rank has found it
         self.all_files = open_splits(
-            self.path, format=format, hints=hints, shares=split, former=former, leave_out=leave_out
+            self.path, format=format, hints=hints, shares=split, former=former, leave_out=leave_out, opened=opened
         )
         self.files = dict(self.all_files)
         if not self.files["train"]:
@@ -276,13 +283,20 @@ class RegimeSource:
         counted = self._first.timeless and (hints is None or hints.time_step is None)
         return None if counted else self.time_step
 
-    def statistics(self) -> Statistics:
+    def statistics(self, share: Share = each, kept: Kept | None = None) -> Statistics:
         """Statistics of the training split, by our field names.
 
         Taken from ``stats.yaml`` beside the data; computed from the training files, and logged, where that is missing
         or lacks a field. Of a part of the files that are called training files it is always computed, from this part
         alone. A vector that is averaged onto faces on reading has the statistics of the stored one. Mean and std of a
         masked scalar are those of the cells where it exists.
+
+        Parameters
+        ----------
+        share : callable
+            Who reads which trajectories.
+        kept : Kept, optional
+            Where computed ones are kept. All ranks call it together then.
 
         Raises
         ------
@@ -291,19 +305,25 @@ class RegimeSource:
         """
         wanted = {f.name: stored for f in self.present if (stored := self._stored_name[f.name]) is not None}
         masks = {f.name: wanted[f.masked_by] for f in self.present if f.masked_by in wanted}
-        whole = self._trains_on_all()
         path = self.path / "stats.yaml"
-        statistics: Statistics = {key: {} for key in (*KEYS, WHERE)}
-        if whole and path.is_file():
-            statistics = read_stats(path)
+
+        def given() -> tuple[bool, Statistics]:
+            whole = self._trains_on_all()
+            return whole, read_stats(path) if whole and path.is_file() else {key: {} for key in (*KEYS, WHERE)}
+
+        def compute(names: Sequence[str]) -> Statistics:
+            work = partial(compute_statistics, self.files["train"], names, share=share)
+            return work() if kept is None else kept(self, names, work)
+
+        whole, statistics = given() if kept is None else from_first(given)
         if any(stored not in statistics[key] for stored in wanted.values() for key in ("mean", "std")):
             if whole:
                 log.warning("%s: no statistics of %s; computing them from the training files", path, sorted(wanted))
-            statistics = compute_statistics(self.files["train"], list(wanted.values()))
+            statistics = compute(list(wanted.values()))
         where = statistics[WHERE]
         if any(wanted[name] not in where.get(mask, {}).get("std", {}) for name, mask in masks.items()):
             log.warning("%s: no statistics of where %s exist; computing them from the training files", path, sorted(masks))
-            where = compute_statistics(self.files["train"], [*(wanted[n] for n in masks), *set(masks.values())])[WHERE]
+            where = compute([*(wanted[n] for n in masks), *sorted(set(masks.values()))])[WHERE]
         found = {
             key: {ours: statistics[key][stored] for ours, stored in wanted.items() if stored in statistics[key]}
             for key in KEYS

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import yaml
 
 from shodh.data.formats import TrajectoryFile, open_file
+from shodh.core.distributed import Share, each
 from shodh.core.errors import DataError
 from shodh.schema.fields import Field, RegimeSchema
 from shodh.core.files import atomic_path
@@ -33,11 +36,16 @@ class Moments:
     def add(self, values: np.ndarray) -> None:
         """Add a block ``[C, ...]``."""
         block = values.reshape(len(values), -1)
-        if not block.shape[1]:
-            return
-        count = block.shape[1]
-        mean = block.mean(axis=1, dtype=np.float64)
-        squares = np.square(block - mean[:, None]).sum(axis=1)
+        if block.shape[1]:
+            mean = block.mean(axis=1, dtype=np.float64)
+            self._merge(block.shape[1], mean, np.square(block - mean[:, None]).sum(axis=1))
+
+    def merge(self, other: Moments) -> None:
+        """Add what others were made of."""
+        if other.count:
+            self._merge(other.count, other.mean, other.squares)
+
+    def _merge(self, count: int, mean: np.ndarray, squares: np.ndarray) -> None:
         total = self.count + count
         shift = mean - self.mean
         self.squares += squares + shift**2 * (self.count * count / total)
@@ -55,6 +63,7 @@ def compute_statistics(
     fields: RegimeSchema | Sequence[str] | None = None,
     *,
     progress: Callable[[float], None] | None = None,
+    share: Share = each,
 ) -> Statistics:
     """Mean and standard deviation of fields and of their change from frame to frame.
 
@@ -70,6 +79,8 @@ def compute_statistics(
         Fields to treat, by their names in the files; all of them if omitted.
     progress : callable, optional
         Called with the fraction done.
+    share : callable
+        Who reads which trajectories. The numbers do not depend on it: those of trajectories are merged in their order.
 
     Returns
     -------
@@ -86,26 +97,31 @@ def compute_statistics(
     if not opened:
         raise DataError("statistics need at least one file")
     names = [f.name for f in fields.fields] if isinstance(fields, RegimeSchema) else list(fields or opened[0].fields)
+    items = [(file, trajectory) for file in opened for trajectory in range(file.num_trajectories)]
+    done = itertools.count(1)
+
+    def measure(item: tuple[TrajectoryFile, int]) -> dict[str, _Sums]:
+        sums = _sums_of(*item, names)
+        if progress is not None:
+            progress(next(done) / len(items))
+        return sums
+
+    parts = share(items, measure)
+    masks = [name for name in names if all(part[name].is_mask for part in parts)]
     statistics: Statistics = {key: {} for key in KEYS}
-    masks = [name for name in names if all(_is_mask(file, name) for file in opened)]
     statistics[WHERE] = {mask: {"mean": {}, "std": {}} for mask in masks}
-    steps = len(names) * len(opened)
-    for number, name in enumerate(names):
+    for name in names:
         field = opened[0].field(name)
         components = field.num_components(len(opened[0].grid))
-        values, deltas = Moments(components), Moments(components)
-        existing = {mask: Moments(1) for mask in masks if field.kind == "scalar" and not field.static}
-        for position, file in enumerate(opened):
-            _add_file(file, name, components, values, deltas, existing)
-            file.close()
-            if progress is not None:
-                progress((number * len(opened) + position + 1) / steps)
+        values = _merged(components, (part[name].values for part in parts))
         statistics["mean"][name] = _plain(field, values.mean)
         statistics["std"][name] = _plain(field, values.std)
         if not field.static:
+            deltas = _merged(components, (part[name].deltas for part in parts))
             statistics["mean_delta"][name] = _plain(field, deltas.mean)
             statistics["std_delta"][name] = _plain(field, deltas.std)
-        for mask, moments in existing.items():
+        for mask in masks if field.kind == "scalar" and not field.static else ():
+            moments = _merged(1, (part[name].existing[mask] for part in parts))
             if moments.count:
                 statistics[WHERE][mask]["mean"][name] = _plain(field, moments.mean)
                 statistics[WHERE][mask]["std"][name] = _plain(field, moments.std)
@@ -142,41 +158,47 @@ def read_stats(path: str | os.PathLike[str]) -> Statistics:
     return statistics
 
 
-def _is_mask(file: TrajectoryFile, name: str) -> bool:
-    """Whether a field is a static scalar of zeros and ones."""
-    if not file.field(name).static or file.field(name).kind != "scalar":
-        return False
-    return all(bool(((m == 0) | (m == 1)).all()) for m in (_mask(file, name, n) for n in range(file.num_trajectories)))
+@dataclass
+class _Sums:
+    """Of one field of one trajectory: its values, its changes, and its values where each mask is 0."""
+
+    values: Moments
+    deltas: Moments
+    existing: dict[str, Moments]
+    is_mask: bool = False
 
 
-def _mask(file: TrajectoryFile, name: str, trajectory: int) -> np.ndarray:
-    values = np.empty((1, *file.grid), dtype=np.float32)
-    file.read(name, trajectory, range(1), values)
-    return values[0]
-
-
-def _add_file(
-    file: TrajectoryFile,
-    name: str,
-    components: int,
-    values: Moments,
-    deltas: Moments,
-    existing: Mapping[str, Moments],
-) -> None:
-    """Add the values of a field, its changes, and its values where each of the masks of ``existing`` is 0."""
-    static = file.field(name).static
-    current = np.empty((components, *file.grid), dtype=np.float32)
-    previous = np.empty_like(current)
-    for trajectory in range(file.num_trajectories):
-        exists = {mask: _mask(file, mask, trajectory) == 0 for mask in existing}
-        for frame in range(1 if static else file.num_frames):
-            file.read(name, trajectory, range(frame, frame + 1), current if static else current[None])
-            values.add(current)
+def _sums_of(file: TrajectoryFile, trajectory: int, names: Sequence[str]) -> dict[str, _Sums]:
+    """Of one trajectory, by field; masks are static scalars of zeros and ones. Closes the file."""
+    sums: dict[str, _Sums] = {}
+    exists: dict[str, np.ndarray] = {}
+    for name in sorted(names, key=lambda n: not file.field(n).static):  # Masks before what they mask.
+        field = file.field(name)
+        components = field.num_components(len(file.grid))
+        existing = {mask: Moments(1) for mask in exists if field.kind == "scalar" and not field.static}
+        sums[name] = own = _Sums(Moments(components), Moments(components), existing)
+        current = np.empty((components, *file.grid), dtype=np.float32)
+        previous = np.empty_like(current)
+        for frame in range(1 if field.static else file.num_frames):
+            file.read(name, trajectory, range(frame, frame + 1), current if field.static else current[None])
+            own.values.add(current)
             for mask, moments in existing.items():
                 moments.add(current[:, exists[mask]])
             if frame > 0:
-                deltas.add(current.astype(np.float64) - previous)
+                own.deltas.add(current.astype(np.float64) - previous)
             current, previous = previous, current
+        own.is_mask = field.static and field.kind == "scalar" and bool(((previous == 0) | (previous == 1)).all())
+        if own.is_mask:
+            exists[name] = previous[0] == 0
+    file.close()
+    return sums
+
+
+def _merged(components: int, parts: Iterable[Moments]) -> Moments:
+    whole = Moments(components)
+    for part in parts:
+        whole.merge(part)
+    return whole
 
 
 def _plain(field: Field, value: np.ndarray) -> float | list[float]:

@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from shodh.checkpoint.folder import find_checkpoint
 from shodh.checkpoint.run_files import is_tokenizer
 from shodh.checkpoint.weights import kind_of, read_initial_weights
 from shodh.config import RunConfig
-from shodh.core.distributed import gather, rank, together, world_size
+from shodh.core.distributed import from_first, gather, rank, together, world_size
 from shodh.core.errors import CheckpointError
 from shodh.core.precision import Precision, float32_products, ieee_float32
 from shodh.core.weights import load_into
@@ -70,6 +71,7 @@ def open_run(
     kind: Kind | None = None,
     precision: Precision = "fp32",
     stride: int | None = None,
+    shared: bool = False,
 ) -> Evaluator:
     """Open a run folder with its newest, its best, or a named checkpoint (`find_checkpoint`).
 
@@ -81,24 +83,33 @@ def open_run(
         Of the networks.
     stride : int, optional
         Frames between two model steps, where they are not to be those of the run; the report has a folder of its own.
+    shared : bool
+        All ranks open it together, the checkpoint that the first one finds.
 
     Raises
     ------
     ConfigError, CheckpointError, DataError
-        One line that names what is missing or does not fit.
+        One line that names what is missing or does not fit; a `SharedError` where ranks open it together.
     """
     folder = RunFolder(run)
-    config = folder.config()
-    if is_tokenizer(run):
-        raise CheckpointError(f"{run} is the run of a tokenizer; give the run of an operator, of launch/pretrain.py")
+    with together(shared):
+        config = folder.config()
+        if is_tokenizer(run):
+            raise CheckpointError(
+                f"{run} is the run of a tokenizer; give the run of an operator, of launch/pretrain.py"
+            )
     if stride is not None and stride != config.data.stride:
         if TIME_STEP not in config.operator.conditions and stride not in config.data.strides:
             log.warning("%s was not trained at stride %d, and is not told the time step", run, stride)
         folder.report = run / f"report-stride{stride}"
         config = config.model_copy(update={"data": config.data.model_copy(update={"stride": stride})})
-    source = find_checkpoint(run, checkpoint)
-    regimes, trained = open_run_data(config, kept_space(config, source, run), kept_choice(run), run)
-    opened = _opened(config, folder, source.name, regimes, trained, source, device, kind)
+    find = partial(find_checkpoint, run, checkpoint)
+    source = from_first(find) if shared else find()
+    with together(shared):
+        space, choose = kept_space(config, source, run), kept_choice(run)
+    regimes, trained = open_run_data(config, space, choose, run, shared=shared)
+    with together(shared):
+        opened = _opened(config, folder, source.name, regimes, trained, source, device, kind)
     return replace(opened, precision=precision)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +32,7 @@ from shodh.schema.fields import AXES
 from shodh.schema.measures import MEASURES, Truth, component_vrmse, mean_over, mean_square_error
 from shodh.train.datasets import Regimes
 from shodh.train.field_task import open_windows
-from shodh.train.latents import TrainedTokenizer, open_latents
+from shodh.train.latents import LatentCache, TrainedTokenizer, open_latents
 from shodh.train.operator_task import CONDITIONS
 from shodh.train.run_folder import RunFolder
 
@@ -99,11 +98,11 @@ class RegimeEvaluation:
 
     Parameters
     ----------
-    cache : Path, optional
+    cache : LatentCache, optional
         Of latents (`prepare_latents`); without one, states are made of the fields as they are read.
     """
 
-    def __init__(self, evaluator: Evaluator, number: int, split: Split, cache: Path | None = None) -> None:
+    def __init__(self, evaluator: Evaluator, number: int, split: Split, cache: LatentCache | None = None) -> None:
         self.e, self.number, self.split, self.cache = evaluator, number, split, cache
         self.forecaster, space = evaluator.forecaster, evaluator.regimes.space
         self.history = self.forecaster.history

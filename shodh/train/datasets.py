@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import math
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from shodh.config import RegimeConfig, RunConfig
 from shodh.core.devices import uses_cuda
-from shodh.core.distributed import rank
-from shodh.core.errors import DataError
+from shodh.core.distributed import divide, each, from_first, rank, together
+from shodh.core.errors import DataError, ShodhError
+from shodh.core.strict_json import dumps
 from shodh.core.topology import Topology
 from shodh.data import MixtureLoader, MixtureSampler, RegimeSource, Split
 from shodh.data.checks import check_masks
 from shodh.data.conditions import condition_table, fit_conditions
-from shodh.data.formats import FileHints
-from shodh.data.identity import Choose
+from shodh.data.formats import FileHints, TrajectoryFile, open_file
+from shodh.data.formats.fingerprints import identify, remember
+from shodh.data.formats.splits import list_files
+from shodh.data.identity import Choose, describe_source
 from shodh.data.loader import SampleDataset
 from shodh.data.mixture import temperature_shares
 from shodh.data.normalize import fit_normalizer
+from shodh.data.stats import Statistics, read_stats, write_stats
 from shodh.data.windows import WindowIndex, require_windows
 from shodh.schema.conditions import Condition
 from shodh.schema.domain import Domain
@@ -29,6 +38,10 @@ from shodh.schema.fields import Boundary, Field
 from shodh.schema.normalize import FieldNormalizer
 from shodh.schema.space import Space
 
+log = logging.getLogger("shodh")
+
+STATISTICS = ".statistics"  # in the folder of all runs: what was computed of data that have no stats.yaml
+STATISTICS_VERSION = 1
 OpenSplit = Callable[[Split], Sequence[SampleDataset]]  # the samples of a split, a data set a regime
 
 
@@ -91,6 +104,7 @@ def open_regimes(
     *,
     choose: Choose | None = None,
     conditions: Sequence[Condition] | None = None,
+    shared: bool = False,
 ) -> Regimes:
     """Open the data of every regime and check that it fits the configuration.
 
@@ -104,29 +118,91 @@ def open_regimes(
     conditions : sequence of Condition, optional
         Those of the weights that a new run starts from, whose constants it keeps; by default they are made from the
         training data, and those of a Space are its own.
+    shared : bool
+        All ranks open the data together: each file is opened, and each trajectory read for statistics, by one of them.
 
     Raises
     ------
     DataError
         Data is missing, damaged, or of another grid, other fields or another domain, or has no such parameters; names
         the file or folder.
+    SharedError
+        The same, where all ranks open the data together.
     """
-    sources = open_sources(config, choose=choose)
+    sources = open_together(config, choose) if shared else open_checked(config, choose)
+    if isinstance(space, Space):
+        normalizer = space.normalizer
+    else:
+        kept = partial(kept_statistics, config.out / STATISTICS) if shared else None
+        normalizer = space or fit_normalizer(sources, divide if shared else each, kept)
+    with together(shared):
+        for source in sources:
+            _check_constants(source, normalizer)
+        opened, names = space_of(sources, normalizer), config.operator.conditions
+        if names and isinstance(space, Space) and space.condition_names == names:
+            opened = replace(opened, conditions=space.only(opened.names).conditions)
+        elif names:
+            fitted = fit_conditions(sources, names, config.data.training_strides, conditions or ())
+            opened = replace(opened, conditions=fitted)
+        if isinstance(space, Space):
+            for name, now, then in zip(opened.names, opened.domains, space.only(opened.names).domains, strict=True):
+                _check_domain(name, now, then)
+    return Regimes(sources, opened)
+
+
+def open_checked(
+    config: RunConfig, choose: Choose | None, opened: Mapping[Path, TrajectoryFile] | None = None
+) -> list[RegimeSource]:
+    """`open_sources`, with a look at their masks."""
+    sources = open_sources(config, choose=choose, opened=opened)
     for source in sources:
         check_masks(source)
-    normalizer = space.normalizer if isinstance(space, Space) else space or fit_normalizer(sources)
-    for source in sources:
-        _check_constants(source, normalizer)
-    opened, names = space_of(sources, normalizer), config.operator.conditions
-    if names and isinstance(space, Space) and space.condition_names == names:
-        opened = replace(opened, conditions=space.only(opened.names).conditions)
-    elif names:
-        fitted = fit_conditions(sources, names, config.data.training_strides, conditions or ())
-        opened = replace(opened, conditions=fitted)
-    if isinstance(space, Space):
-        for name, now, then in zip(opened.names, opened.domains, space.only(opened.names).domains, strict=True):
-            _check_domain(name, now, then)
-    return Regimes(sources, opened)
+    return sources
+
+
+def open_together(config: RunConfig, choose: Choose | None) -> list[RegimeSource]:
+    """As `open_checked`, by all ranks: each opens its share of the files, and the first one makes sources of them."""
+    regimes = config.data.regimes
+    files = from_first(lambda: [(n, path) for n, r in enumerate(regimes) for path in list_files(r.path)])
+
+    def look(item: tuple[int, Path]) -> bytes:
+        number, path = item
+        given = opening(regimes[number])
+        try:
+            return pickle.dumps((open_file(path, given["format"], given["hints"]), identify(path)))
+        except ShodhError:
+            return pickle.dumps((None, {}))  # Whoever needs this file will say what is wrong with it.
+
+    found = divide(files, look)
+
+    def make() -> list[RegimeSource]:
+        opened: dict[Path, TrajectoryFile] = {}
+        for (_, path), stored in zip(files, found, strict=True):
+            file, known = pickle.loads(stored)
+            remember(known)
+            if file is not None:
+                opened[path] = file
+        sources = open_checked(config, choose, opened)
+        for source in sources:
+            source.described = describe_source(source)
+        return sources
+
+    return from_first(make)
+
+
+def kept_statistics(
+    folder: Path, source: RegimeSource, names: Sequence[str], compute: Callable[[], Statistics]
+) -> Statistics:
+    """Statistics that an earlier run computed of the same data, or that this one computes and keeps. Collective."""
+    what = [STATISTICS_VERSION, sorted(names), source.trajectories, describe_source(source)]
+    path = folder / f"{hashlib.sha256(dumps(what, sort_keys=True).encode()).hexdigest()[:16]}.yaml"
+    kept = from_first(lambda: read_stats(path) if path.is_file() else None)
+    if kept is not None:
+        log.info("regime %s: statistics of %s", source.name, path)
+        return kept
+    computed = compute()
+    from_first(lambda: write_stats(path, computed))
+    return computed
 
 
 def space_of(sources: Sequence[RegimeSource], normalizer: FieldNormalizer) -> Space:
@@ -136,7 +212,9 @@ def space_of(sources: Sequence[RegimeSource], normalizer: FieldNormalizer) -> Sp
     return Space.of(constants, sources[0].fields, domains)
 
 
-def open_sources(config: RunConfig, *, choose: Choose | None = None) -> list[RegimeSource]:
+def open_sources(
+    config: RunConfig, *, choose: Choose | None = None, opened: Mapping[Path, TrajectoryFile] | None = None
+) -> list[RegimeSource]:
     """The data of every regime, without its statistics; arguments and errors as `open_regimes`.
 
     A tokenizer reads two space dimensions as equal layers of three; operators on fields do not.
@@ -161,6 +239,7 @@ def open_sources(config: RunConfig, *, choose: Choose | None = None) -> list[Reg
             parameters=regime.parameters,
             former=former,
             leave_out=leave_out,
+            opened=opened,
             **opening(regime),
         )
         if source.grid != config.cells:
@@ -241,9 +320,13 @@ def name_short(config: RunConfig, regimes: Regimes, split: Split, horizon: int, 
 
 
 def mixture_loader(
-    datasets: Sequence[SampleDataset], config: RunConfig, topology: Topology, seed: int
+    datasets: Sequence[SampleDataset],
+    config: RunConfig,
+    topology: Topology,
+    seed: int,
+    workers_of: MixtureLoader | None = None,
 ) -> MixtureLoader:
-    """This rank's micro-batches of a mixture with the configured shares of the regimes."""
+    """This rank's micro-batches of a mixture with the configured shares of the regimes; see `MixtureLoader`."""
     sizes = [len(d) for d in datasets]
     shares = temperature_shares(sizes, [r.share for r in config.data.regimes], config.data.mixture_temperature)
     sampler = MixtureSampler(seed, sizes, shares, topology.global_batch)
@@ -255,6 +338,7 @@ def mixture_loader(
         num_micro=topology.accumulation,
         num_workers=config.data.workers,
         pin_memory=uses_cuda(),
+        workers_of=workers_of,
     )
 
 
@@ -272,5 +356,9 @@ def require_history(config: RunConfig, regimes: Regimes) -> None:
 
 
 def open_loaders(config: RunConfig, open_split: OpenSplit, topology: Topology) -> dict[Split, MixtureLoader]:
-    """The loaders of the splits that a training job reads."""
-    return {split: mixture_loader(open_split(split), config, topology, seed) for split, seed in training_splits(config)}
+    """The loaders of the splits that a training job reads; all have the workers of the first."""
+    loaders: dict[Split, MixtureLoader] = {}
+    for split, seed in training_splits(config):
+        first = next(iter(loaders.values()), None)
+        loaders[split] = mixture_loader(open_split(split), config, topology, seed, first)
+    return loaders

@@ -23,7 +23,7 @@ from shodh.checkpoint.run_files import describe_operator_run, is_tokenizer, open
 from shodh.checkpoint.weights import read_initial_weights, source_checksum
 from shodh.config import RunConfig, TrainConfig
 from shodh.core.devices import local_world_size
-from shodh.core.distributed import gather, rank, together, world_size
+from shodh.core.distributed import from_first, gather, rank, together, world_size
 from shodh.core.errors import CheckpointError
 from shodh.core.precision import ieee_float32, keep_ieee
 from shodh.core.topology import Topology
@@ -63,10 +63,11 @@ from shodh.train.field_task import operator_task
 from shodh.train.opening import kept_space, open_data
 from shodh.train.operator_task import OperatorTask
 from shodh.train.plan import decide_checkpointing, plan_operator, plan_tokenizer
+from shodh.train.preflight import preflight
 from shodh.train.rank_logs import keep_rank_log
 from shodh.train.run_folder import RunFolder
 from shodh.train.runtime import start_distributed
-from shodh.train.start import check_memory, check_same_run, claim, device_memory, find_start
+from shodh.train.start import check_memory, claim, decide, device_memory, laid_out
 from shodh.train.throughput import Throughput
 from shodh.train.tokenizer_task import TokenizerTask, open_frames
 from shodh.train.tokenizer_weights import fit_basis, publish_tokenizer
@@ -78,34 +79,59 @@ log = logging.getLogger("shodh")
 
 @dataclass(frozen=True)
 class Job:
-    """A training before its ranks connect: what is asked, where it is kept, and the checkpoint it goes on from."""
+    """A training that all ranks have agreed on: what is asked, where it is kept, and the checkpoint it goes on from."""
 
+    asked: RunConfig
+    config: RunConfig  # as asked, with the layout of these ranks
     train: TrainConfig
     topology: Topology
     deepspeed: dict[str, Any]
     folder: RunFolder
     start: Path | None
+    device: torch.device
     compile: bool
     profile: int
 
     @classmethod
-    def of(
+    def begin(
         cls,
-        config: RunConfig,
-        train: TrainConfig,
-        topology: Topology,
-        deepspeed: dict[str, Any],
-        folder: RunFolder,
+        asked: RunConfig,
         resume: str | None,
         profile: int,
+        inputs: Mapping[str, Path | None],
+        *,
+        of_tokenizer: bool = False,
     ) -> Job:
-        """Compare with the run that goes on; nothing is written. Errors as `find_start`."""
-        check_trackers(config)
-        compiled = compiles(config.compile, deepspeed["zero_optimization"]["stage"])
-        start = find_start(folder, resume)
-        if start is not None:
-            check_same_run(config, folder)
-        return cls(train, topology, deepspeed, folder, start, compiled, profile)
+        """Connect the ranks, follow rank 0's decision, check that they are alike, and lock the run folder. Collective.
+
+        Raises
+        ------
+        CardsError, TopologyError, ConfigError
+            See `start_distributed` and `plan_operator`; told before the ranks connect.
+        SharedError
+            As `decide`, `preflight` and `claim`; nothing of the run was written.
+        """
+        folder = RunFolder(asked.tokenizer_dir if of_tokenizer else asked.run_dir)
+        plan = plan_tokenizer if of_tokenizer else plan_operator
+        check_trackers(asked)
+        if resume is None:
+            plan(asked, world_size())  # What does not fit together is told before ranks connect.
+        device = start_distributed()
+        more = [path for path in inputs.values() if path is not None]
+        decision = from_first(lambda: decide(asked, folder, resume, more, device, of_tokenizer))
+        config = laid_out(asked, decision.topology, of_tokenizer)
+        try:
+            with together():
+                topology, deepspeed = plan(config, world_size())
+                compiled = compiles(config.compile, deepspeed["zero_optimization"]["stage"])
+            arguments = {"resume": resume, "profile": profile, "deepspeed": deepspeed, **inputs}
+            preflight(asked, arguments, decision, device)
+        finally:
+            if rank() == 0:
+                decision.token.unlink(missing_ok=True)
+        start = claim(folder, resume, decision.start)
+        train = (config.tokenizer if of_tokenizer else config.operator).train
+        return cls(asked, config, train, topology, deepspeed, folder, start, device, compiled, profile)
 
 
 @ieee_float32()
@@ -114,17 +140,15 @@ def train_tokenizer(config: RunConfig, resume: str | None = None, profile: int =
 
     Returns False if a signal stopped it early.
     """
-    topology, deepspeed = plan_tokenizer(config, world_size())
-    train, folder = config.tokenizer.train, RunFolder(config.tokenizer_dir)
-    job = Job.of(config, train, topology, deepspeed, folder, resume, profile)
-    device = start_distributed()
-    job = replace(job, start=claim(folder, resume, job.start))
+    job = Job.begin(config, resume, profile, {}, of_tokenizer=True)
+    config, train, folder, topology, device = job.config, job.train, job.folder, job.topology, job.device
     with together():
         kept, choose = None, None
         if job.start is not None:
             kept, choose = _space_of_start(config, folder.path), kept_choice(folder.path)
-        regimes = open_regimes(config, kept, choose=choose)
-        regimes = replace(regimes, space=regimes.space.unconditioned())
+    regimes = open_regimes(config, kept, choose=choose, shared=True)
+    regimes = replace(regimes, space=regimes.space.unconditioned())
+    with together():
         require_history(config, regimes)
         loaders = open_loaders(config, partial(open_frames, regimes), topology)
         task, record = TokenizerTask(config, regimes), partial(regimes.space.save, folder.path)
@@ -185,13 +209,12 @@ def pretrain(
     kind : {"ema", "raw"}, optional
         Weights of ``init_from``: `shodh.checkpoint.description.read_pretrained`.
     """
-    train, folder = config.operator.train, RunFolder(config.run_dir)
-    topology, deepspeed = plan_operator(config, world_size())
-    job = Job.of(config, train, topology, deepspeed, folder, resume, profile)
-    if init_from is not None:
-        read_initial_weights(init_from, kind)  # Mapped, not read: what cannot be used is refused before ranks connect.
-    device = start_distributed()
-    job = replace(job, start=claim(folder, resume, job.start))
+    inputs = {"init_from": init_from, "tokenizer": config.tokenizer_dir if config.has_tokenizer else None}
+    job = Job.begin(config, resume, profile, inputs)
+    config, train, folder, topology, device = job.config, job.train, job.folder, job.topology, job.device
+    with together():
+        if init_from is not None:
+            read_initial_weights(init_from, kind)  # Mapped, not read: what cannot be used is refused at once.
     regimes, trained, open_split = open_data(config, None if job.start is None else folder, device, init_from)
     with together():
         task = operator_task(config, regimes, open_split("train"), None if trained is None else trained.model)
@@ -208,7 +231,7 @@ def pretrain(
         if job.start is None:
             folder.record_start(None if init_from is None else source_checksum(init_from, kind))
         tokenizer = None if trained is None else trained.weights
-        describe_operator_run(folder.path, config, regimes.space, tokenizer, folder.started_from())
+        describe_operator_run(folder.path, job.asked, regimes.space, tokenizer, folder.started_from())
 
     return _run(config, job, model.to(device), task, regimes, loaders, record, weights)
 
@@ -283,7 +306,7 @@ def _run(
             resume_from(trainer, job.start, folder.checkpoints)
         with together():
             if rank() == 0:
-                folder.create(config, job.deepspeed)
+                folder.create(job.asked, job.deepspeed)
                 DataRecord.of(regimes.sources, folder.path).save()
                 record()
         log.info(

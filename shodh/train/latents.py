@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from shodh.checkpoint.run_files import is_tokenizer, open_tokenizer
 from shodh.config import RunConfig
-from shodh.core.distributed import rank, together, world_size
+from shodh.core.distributed import divide, from_first, rank, together
 from shodh.core.errors import CheckpointError
 from shodh.core.files import checksum
 from shodh.core.precision import ieee_float32
 from shodh.core.weights import load_into
 from shodh.data import LatentWindowDataset, Split, file_stems, latent_key, split_folder, write_latents
 from shodh.data.identity import Choose
+from shodh.data.latents import LatentShapes, read_manifest
 from shodh.models.factory import build_tokenizer
 from shodh.models.forecaster import Forecaster
 from shodh.models.tokenizer import Tokenizer
@@ -91,7 +92,9 @@ def load_tokenizer(config: RunConfig) -> TrainedTokenizer:
     return TrainedTokenizer(model.eval().requires_grad_(False), space, stored.file, checksum(stored.file))
 
 
-def normalizer_for(config: RunConfig, trained: TrainedTokenizer, choose: Choose | None = None) -> FieldNormalizer:
+def normalizer_for(
+    config: RunConfig, trained: TrainedTokenizer, choose: Choose | None = None, shared: bool = False
+) -> FieldNormalizer:
     """The tokenizer's constants, with the regimes of this run in their order; of unseen regimes, their own."""
     theirs = trained.space.normalizer
     known, units = theirs.constants, theirs.units
@@ -99,20 +102,31 @@ def normalizer_for(config: RunConfig, trained: TrainedTokenizer, choose: Choose 
     if unseen:
         data = config.data.model_copy(update={"regimes": unseen})
         plain = config.operator.model_copy(update={"conditions": ()})
-        own = open_regimes(config.model_copy(update={"data": data, "operator": plain}), choose=choose)
+        changed = config.model_copy(update={"data": data, "operator": plain})
+        own = open_regimes(changed, choose=choose, shared=shared)
         known, units = {**known, **own.normalizer.constants}, {**units, **own.normalizer.units}
     constants = {r.name: known[r.name] for r in config.data.regimes}
     return FieldNormalizer([f.build() for f in config.data.fields], 3, constants, units)
 
 
-@ieee_float32()
-def prepare_latents(config: RunConfig, regimes: Regimes, trained: TrainedTokenizer, device: torch.device) -> Path:
-    """Write the latent cache of all regimes and splits, each file once; returns its folder. Collective.
+@dataclass(frozen=True)
+class LatentCache:
+    """A complete latent cache: its folder, and what the manifests of its chunks say, by regime and split."""
 
-    The folder is named by the tokenizer's checksum, the data and the normalisation, so a stale cache is never read.
+    folder: Path
+    shapes: Mapping[tuple[str, Split], Sequence[LatentShapes]]
+
+
+@ieee_float32()
+def prepare_latents(
+    config: RunConfig, regimes: Regimes, trained: TrainedTokenizer, device: torch.device
+) -> LatentCache:
+    """Write the latent cache of all regimes and splits, each chunk once, by any of the ranks. Collective.
+
+    Its folder is named by the tokenizer's checksum, the data and the normalisation, so a stale cache is never read.
     """
     space = regimes.space.unconditioned()  # Latents are those of any conditions.
-    key = latent_key(trained.checksum, regimes.sources, {"space": space.checksum})
+    key = from_first(lambda: latent_key(trained.checksum, regimes.sources, {"space": space.checksum}))
     root = config.tokenizer_dir / "latents"
     forecaster = Forecaster.of(config, regimes.space, None, trained.model.to(device))
 
@@ -128,27 +142,21 @@ def prepare_latents(config: RunConfig, regimes: Regimes, trained: TrainedTokeniz
     with together():
         if rank() == 0 and not (root / key / SPACE_FILE).exists():
             space.save(root / key)
-        encoded = 0
-        for i, split in tqdm(jobs, desc="latents", unit="split", disable=hidden):
-            source = regimes.sources[i]
-            encoded += write_latents(
-                split_folder(root, key, source.name, split),
-                source,
-                split,
-                partial(encode, regime=i),
-                normalizer=regimes.normalizer,
-                rank=rank(),
-                world=world_size(),
-            )
-    if dist.is_initialized():
-        dist.barrier()
+    encoded = 0
+    shapes: dict[tuple[str, Split], list[LatentShapes]] = {}
+    for i, split in tqdm(jobs, desc="latents", unit="split", disable=hidden):
+        source = regimes.sources[i]
+        folder = split_folder(root, key, source.name, split)
+        normalizer = regimes.normalizer
+        encoded += write_latents(folder, source, split, partial(encode, regime=i), normalizer=normalizer, share=divide)
+        shapes[source.name, split] = divide(file_stems(source, split), partial(read_manifest, folder))
     if encoded:
-        log.info("latent cache %s: encoded %d files on this rank", root / key, encoded)
-    return root / key
+        log.info("latent cache %s: encoded %d chunks", root / key, encoded)
+    return LatentCache(root / key, shapes)
 
 
 def open_latents(
-    config: RunConfig, regimes: Regimes, cache: Path, split: Split, horizon: int = 1, stride: int | None = None
+    config: RunConfig, regimes: Regimes, cache: LatentCache, split: Split, horizon: int = 1, stride: int | None = None
 ) -> list[LatentWindowDataset]:
     """Windows of ``history`` latents and the ``horizon`` next ones, a dataset a regime, at a stride."""
     stride = stride or config.data.stride
@@ -156,13 +164,14 @@ def open_latents(
         name_short(config, regimes, split, horizon, stride)
     return [
         LatentWindowDataset(
-            split_folder(cache.parent, cache.name, source.name, split),
+            split_folder(cache.folder.parent, cache.folder.name, source.name, split),
             file_stems(source, split),
             history=config.data.history,
             horizon=horizon,
             stride=stride,
             regime=i,
             conditions=told,
+            shapes=cache.shapes.get((source.name, split)),
         )
         for i, (source, told) in enumerate(zip(regimes.sources, regimes.told(split, stride), strict=True))
     ]

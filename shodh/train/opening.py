@@ -89,6 +89,7 @@ def open_run_data(
     choose: Choose | None = None,
     run: Path | None = None,
     weights: Path | None = None,
+    shared: bool = False,
 ) -> tuple[Regimes, TrainedTokenizer | None]:
     """Data of an operator's run and its tokenizer, checked against each other; None for an operator on fields.
 
@@ -100,6 +101,8 @@ def open_run_data(
         The folder of a run that was begun, with the tokenizer that it was begun with.
     weights : Path, optional
         What a new run starts from: its conditions keep their constants, as the weights know them in these units.
+    shared : bool
+        As `open_regimes`.
 
     Raises
     ------
@@ -107,18 +110,28 @@ def open_run_data(
         The tokenizer is missing, damaged, or another one than the run was begun with; a run that was begun without one
         does not say what its numbers mean.
     """
-    if isinstance(space, Space) and space.condition_names != config.operator.conditions:
-        raise CheckpointError(
-            f"{run}: operator.conditions are {list(config.operator.conditions)} in its configuration and "
-            f"{list(space.condition_names)} in its {SPACE_FILE}; one of them was changed"
-        )
-    conditions = None
-    if weights is not None and config.operator.conditions and (theirs := _space_of_weights(config, weights)):
-        conditions = theirs.conditions
+    with together(shared):
+        if isinstance(space, Space) and space.condition_names != config.operator.conditions:
+            raise CheckpointError(
+                f"{run}: operator.conditions are {list(config.operator.conditions)} in its configuration and "
+                f"{list(space.condition_names)} in its {SPACE_FILE}; one of them was changed"
+            )
+        conditions = None
+        if weights is not None and config.operator.conditions and (theirs := _space_of_weights(config, weights)):
+            conditions = theirs.conditions
     if not config.has_tokenizer:
-        if run is not None and space is None:
-            raise CheckpointError(f"{run} is no run of an operator on fields: it has no {SPACE_FILE}")
-        return open_regimes(config, space, choose=choose, conditions=conditions), None
+        with together(shared):
+            if run is not None and space is None:
+                raise CheckpointError(f"{run} is no run of an operator on fields: it has no {SPACE_FILE}")
+        return open_regimes(config, space, choose=choose, conditions=conditions, shared=shared), None
+    with together(shared):
+        trained = _tokenizer_of(config, run)
+    constants = space or normalizer_for(config, trained, choose, shared)
+    return open_regimes(config, constants, choose=choose, conditions=conditions, shared=shared), trained
+
+
+def _tokenizer_of(config: RunConfig, run: Path | None) -> TrainedTokenizer:
+    """The tokenizer of a run; CheckpointError where it is not the one that the run was begun with."""
     trained = load_tokenizer(config)
     kept = None if run is None else run / TOKENIZER_WEIGHTS
     if kept is not None and kept.is_file() and not kept.samefile(trained.weights):
@@ -127,8 +140,7 @@ def open_run_data(
                 f"{trained.weights} is not the tokenizer that {run} was begun with ({kept}): latents would mean "
                 "something else; start a new run with --set name=..., or put the old tokenizer back"
             )
-    constants = space or normalizer_for(config, trained, choose)
-    return open_regimes(config, constants, choose=choose, conditions=conditions), trained
+    return trained
 
 
 def open_data(
@@ -148,7 +160,8 @@ def open_data(
             choose = new_choice(config, init_from)
             if config.family is not None and init_from is not None and not config.has_tokenizer:
                 space = inherited_normalizer(config, init_from)
-        regimes, trained = open_run_data(config, space, choose, run, init_from)
+    regimes, trained = open_run_data(config, space, choose, run, init_from, shared=True)
+    with together():
         require_history(config, regimes)
     if trained is None:
         windows: Callable[..., Sequence[SampleDataset]] = partial(open_windows, config, regimes)

@@ -136,6 +136,11 @@ class Stage:
         return _memory(self.zero, self.topology, *sizes, self.train, self.rehearsal.peak)
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """Of a checkpoint on disk: weights and two moments in float32, and perhaps an average."""
+        return (16 if self.train.ema else 12) * (self.dense_parameters + self.expert_parameters)
+
+    @property
     def flops_per_step(self) -> float:
         """Of all ranks, forward and backward, with what is computed again."""
         return float(self.rehearsal.flops) * self.topology.world_size * self.topology.accumulation

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from shodh.core.cli import EXIT_FAULT, EXIT_USAGE, error_line
 from shodh.core.devices import CardsError, check_ranks, count_cards, local_rank, local_world_size, uses_cuda
-from shodh.core.distributed import SharedError, rank, world_size
+from shodh.core.distributed import SharedError, rank, where_am_i, world_size
 from shodh.train.rank_logs import file_log
 
 log = logging.getLogger("shodh")
@@ -113,9 +113,9 @@ def quiet_logs(verbose: bool = False) -> None:
 def run_ranks(main: Callable[[], int]) -> None:
     """`shodh.core.cli.run_main` for a program that may run on many ranks.
 
-    Bad input ends every rank with exit code 2, and one rank prints the line. Before the ranks are connected they all
-    meet the same error, and rank 0 speaks (of too few cards, the first rank of a machine that has none); afterwards a
-    `SharedError` is spoken by rank 0, and an error of one rank alone by that rank. The launcher ends the other ranks.
+    Bad input ends every rank with exit code 2, and one rank prints the line. Before the ranks are connected most errors
+    are those of all, and rank 0 speaks first (of too few cards, the first rank of a machine that has none); afterwards
+    a `SharedError` is spoken by rank 0, and an error of one rank alone by that rank. The launcher ends the other ranks.
     """
     code = 1
     try:
@@ -145,11 +145,15 @@ def run_ranks(main: Callable[[], int]) -> None:
 
 
 def _speak(line: str, error: Exception) -> None:
-    """Print the error line on the rank whose business it is."""
+    """Print the error line, with the rank and host whose it is.
+
+    The launcher ends all ranks at the first that fails. So where all may have met the same error, rank 0 speaks at
+    once, then the first of each host, then the others: none that failed alone is silent.
+    """
     common = isinstance(error, SharedError) or not dist.is_initialized()
     first = local_rank() == count_cards() if isinstance(error, CardsError) else rank() == 0
-    if first or not common:
-        where = f"[rank {rank()}] " if world_size() > 1 and not common else ""
+    if common and not first:
+        time.sleep(2.0 if local_rank() == 0 else 4.0)
+    if first or not isinstance(error, SharedError | CardsError):
+        where = f"[{where_am_i()}] " if world_size() > 1 and not (first and common) else ""
         sys.stderr.write(f"{where}error: {line}\n")
-    else:
-        time.sleep(2.0)  # The launcher ends all ranks at the first that fails: let the one that speaks be first.

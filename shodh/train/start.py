@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from shodh.checkpoint.folder import (
+    MANIFEST,
     checkpoints_before,
     published_folders,
     read_manifest,
@@ -21,7 +23,10 @@ from shodh.checkpoint.folder import (
 from shodh.config import RunConfig, to_dict
 from shodh.core.distributed import SharedError, gather, rank, together, world_size
 from shodh.core.errors import CheckpointError, ConfigError
+from shodh.core.topology import Topology, refit_topology
 from shodh.data.identity import RECORD
+from shodh.train.plan import decide_checkpointing, operator_stage, plan_operator, plan_tokenizer, tokenizer_stage
+from shodh.train.preflight import Decision, check_space, inputs_of, put_token
 from shodh.train.run_folder import RunFolder
 
 log = logging.getLogger("shodh")
@@ -53,6 +58,75 @@ def find_start(folder: RunFolder, resume: str | None) -> Path | None:
             "remove them to begin anew, or choose another --set name=..."
         )
     return None if tag is None else folder.checkpoints / tag
+
+
+def decide(
+    config: RunConfig,
+    folder: RunFolder,
+    resume: str | None,
+    more: Iterable[Path],
+    device: torch.device,
+    of_tokenizer: bool,
+) -> Decision:
+    """Where the run goes on and how its ranks are laid out, and what all ranks must see; for rank 0.
+
+    Raises
+    ------
+    CheckpointError, ConfigError, TopologyError
+        As `find_start` and `check_same_run`; ranks, experts and batch do not fit; the disk is too full.
+    """
+    plan, stage = (plan_tokenizer, tokenizer_stage) if of_tokenizer else (plan_operator, operator_stage)
+    start = find_start(folder, resume)
+    if start is None:
+        topology, _ = plan(config, world_size())
+    else:
+        check_same_run(config, folder)
+        topology = refit(config, read_manifest(start)["topology"], device, of_tokenizer)
+    planned = laid_out(config, topology, of_tokenizer)
+    check_space(folder.path, stage(planned, world_size()).checkpoint_bytes)
+    needed = [*more, *([] if start is None else [start / MANIFEST])]
+    return Decision(start, topology, inputs_of(config, needed), put_token(folder.path))
+
+
+def refit(config: RunConfig, written: Mapping[str, Any], device: torch.device, of_tokenizer: bool) -> Topology:
+    """The layout of a run that goes on (`refit_topology`); errors and changes are named.
+
+    Without ``micro_batch`` a rank holds all its samples at once, as before, unless they are more than the checkpoint's
+    ranks held and a card has no memory for them.
+    """
+    train, experts = (config.tokenizer if of_tokenizer else config.operator).train, config.operator.experts
+    sizes = (1, 0) if of_tokenizer else (config.parallel.ep_size, experts.num_experts)
+    fixed = (world_size(), *sizes, train.global_batch, train.micro_batch)
+    topology = refit_topology(*fixed)
+    held = written.get("micro_batch")
+    if (
+        device.type == "cuda"
+        and train.micro_batch is None
+        and isinstance(held, int)
+        and topology.micro_batch > held > 0
+    ):
+        planned, memory = laid_out(config, topology, of_tokenizer), device_memory(device)
+        if not of_tokenizer:
+            planned = decide_checkpointing(planned, world_size(), memory)
+        if not (tokenizer_stage if of_tokenizer else operator_stage)(planned, world_size()).fits(memory):
+            topology = refit_topology(*fixed, held)
+    if topology.ep_size != sizes[0]:
+        log.warning("parallel.ep_size=%d does not fit %d ranks; it is %d now", sizes[0], world_size(), topology.ep_size)
+    if topology.micro_batch != (train.micro_batch or topology.micro_batch):
+        log.warning("micro_batch=%d does not fit %d samples a rank; it is %d now, %d times a step", train.micro_batch,
+                    train.global_batch // world_size(), topology.micro_batch, topology.accumulation)  # fmt: skip
+    return topology
+
+
+def laid_out(config: RunConfig, topology: Topology, of_tokenizer: bool) -> RunConfig:
+    """The configuration with the expert degree and micro-batch of a layout."""
+    name = "tokenizer" if of_tokenizer else "operator"
+    section = getattr(config, name)
+    train = section.train.model_copy(update={"micro_batch": topology.micro_batch})
+    changed: dict[str, Any] = {name: section.model_copy(update={"train": train})}
+    if not of_tokenizer:
+        changed["parallel"] = config.parallel.model_copy(update={"ep_size": topology.ep_size})
+    return config.model_copy(update=changed)
 
 
 def claim(folder: RunFolder, resume: str | None, start: Path | None) -> Path | None:

@@ -263,7 +263,9 @@ def on_ranks(world: int, *arguments: Any, **environment: str) -> list[Finished]:
 def test_one_rank_speaks_and_all_end(script: str, setting: str, expected: str, config: Path) -> None:
     first, second = on_ranks(2, script, "--config", config, "--set", setting)
     assert_one_line(first, expected)
-    assert (second.code, second.stderr) == (2, "")
+    connected = script == TOKENIZER  # Before, a rank that nobody ends may be the only one that failed: it speaks later.
+    assert second.code == 2 and (second.stderr == "") == connected
+    assert connected or (second.stderr.startswith("[rank 1 on ") and expected in second.stderr)
 
 
 @pytest.mark.parametrize("local_size", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -25,7 +26,9 @@ from shodh.data import (
     write_latents,
     write_trajectories,
 )
+from shodh.core.distributed import each
 from shodh.core.errors import DataError
+from shodh.data import latents
 
 GRID = (4, 6, 8)
 
@@ -85,14 +88,21 @@ def test_complete_files_are_kept_and_only_they(source, tmp_path):
         assert (folder / f"{first}.npy").read_bytes() == content
 
 
-def test_ranks_share_the_files(source, tmp_path):
-    assert write_latents(tmp_path / "c", source, "train", encode, rank=0, world=2) == 1
+def test_ranks_share_the_chunks_of_a_file(source, tmp_path, monkeypatch):
+    """Also those within a file: what is done is not done again, and the cache is that of whole files."""
+    write_latents(tmp_path / "whole", source, "train", encode)
+    whole = open_latents(tmp_path / "whole", source)
+    monkeypatch.setattr(latents, "CHUNK_FRAMES", source.num_frames("train")[0])
+    assert len(file_stems(source, "train")) == source.num_trajectories("train") > len(source.files["train"])
+    of_first = partial(write_latents, tmp_path / "c", source, "train", share=lambda items, work: each(items[::2], work))
+    assert of_first(encode) > of_first(fail) == 0
     with pytest.raises(DataError, match="not .completely. encoded"):
         open_latents(tmp_path / "c", source)
-    assert write_latents(tmp_path / "c", source, "train", encode, rank=1, world=2) == 1
-    write_latents(tmp_path / "whole", source, "train", encode)
-    ours, whole = open_latents(tmp_path / "c", source), open_latents(tmp_path / "whole", source)
-    assert all(torch.equal(ours[i]["latents"], whole[i]["latents"]) for i in range(len(whole)))
+    assert write_latents(tmp_path / "c", source, "train", encode) == source.num_trajectories("train") // 2
+    ours = open_latents(tmp_path / "c", source)
+    assert len(ours) == len(whole)
+    for one, other in zip(map(ours.__getitem__, range(len(ours))), map(whole.__getitem__, range(len(whole)))):
+        assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in other)
 
 
 def test_an_encoder_that_fails_leaves_no_file_of_that_name(source, tmp_path):

@@ -78,6 +78,29 @@ def test_workers_and_resumption_change_nothing(datasets, sampler):
     assert_equal(collect(MixtureLoader(datasets, sampler, num_workers=1), 9, 12), expected[9:])
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("size", [8, 4])
+def test_loaders_share_workers_and_change_nothing(datasets, sampler, num_workers, size):
+    """Also where an iteration begins in the middle, at the end, or after that of the other one, or is given up."""
+    small = MixtureSampler(6, [len(d) for d in datasets], [1, 1], size)
+    ours, theirs = (collect(MixtureLoader(datasets, s), 0, 12) for s in (sampler, small))
+    train = MixtureLoader(datasets, sampler, num_workers=num_workers)
+    valid = MixtureLoader(datasets, small, num_workers=num_workers, workers_of=train)
+    before, found = set(multiprocessing.active_children()), []
+    for step, batch in enumerate(train.iterate(0, 12)):
+        found.append({name: tensor.clone() for name, tensor in batch.items()})
+        if step in (0, 5, 10, 11):
+            assert_equal(collect(valid, 0, 4), theirs[:4])
+        if step == 7:
+            given_up = valid.iterate(3, 9)
+            assert_equal([next(given_up)], theirs[3:4])
+    assert_equal(found, ours)
+    assert_equal(collect(valid, 2, 12), theirs[2:])
+    assert_equal(collect(train, 9, 12), ours[9:])
+    assert len(set(multiprocessing.active_children()) - before) == num_workers
+    train.close()
+
+
 def test_spawned_workers_read_the_same(datasets, sampler):
     loader = MixtureLoader(datasets, sampler, num_workers=1, multiprocessing_context="spawn")
     assert_equal(collect(loader, 1, 3), collect(MixtureLoader(datasets, sampler), 1, 3))

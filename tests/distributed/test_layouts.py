@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import rank_jobs
 import torch
-from helper import run_ranks
+from helper import RankError, run_ranks
 from laboratory import Laboratory, Run
 from safetensors.torch import load_file
 
-from shodh.checkpoint.folder import OPTIMIZER
+from shodh.checkpoint.folder import OPTIMIZER, read_manifest
 from shodh.checkpoint.optimizer_state import MOMENTS, Fragments
 from shodh.core.weights import WEIGHTS
 
@@ -126,6 +126,41 @@ def test_configured_decay_betas_and_rate_take_effect(laboratory: Laboratory, mov
     assert answer["settings"] == {(0.5, (0.5, 0.6)), (0.0, (0.5, 0.6))}
     assert deviation(answer["lines"], source.lines(), "train/lr") > 0.5
     assert deviation(answer["lines"], source.lines(), "train/latent_nmse") > 10 * ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("world", "more", "layout"),
+    [
+        (1, (), {"world_size": 1, "ep_size": 1, "micro_batch": 8}),
+        (1, ("operator.train.micro_batch=4",), {"world_size": 1, "ep_size": 1, "micro_batch": 4}),
+        (4, ("operator.train.micro_batch=4",), {"world_size": 4, "ep_size": 2, "micro_batch": 2}),
+    ],
+)
+def test_the_same_command_goes_on_at_other_ranks(
+    laboratory: Laboratory, world: int, more: tuple[str, ...], layout: dict[str, int]
+) -> None:
+    """The batches of every step are the same; so are the steps, where as many samples are balanced at once."""
+    source = laboratory.run(2, 2, 1, *more)
+    lost = laboratory.copy(source, f"elastic-{world}-{len(more)}", until=5)
+    asked = (lost.path / "config.yaml").read_text()
+    run_ranks(world, rank_jobs.pretrain, laboratory.config, lost.overrides, "auto")
+    written = read_manifest(lost.checkpoint(10))["topology"]
+    assert {name: written[name] for name in layout} == layout
+    assert (lost.path / "config.yaml").read_text().partition("parallel")[2] == asked.partition("parallel")[2]
+    if layout["world_size"] * layout["micro_batch"] == 8:
+        assert deviation(lost.lines(), source.lines(), "train/grad_norm") < ROUNDING
+    ours, theirs = (
+        {key: {regime: sum(counts) for regime, counts in cell.items()} for key, cell in run.counts().items()}
+        for run in (lost, source)
+    )
+    assert ours == theirs, "the samples of every step"
+
+
+def test_ranks_that_do_not_divide_the_batch_are_told_which_do(laboratory: Laboratory) -> None:
+    lost = laboratory.copy(laboratory.run(2, 2, 1), "elastic-3", until=5)
+    with pytest.raises(RankError, match="SharedError: global_batch=8 is not divisible by 3 ranks; start 2 or 4 ranks"):
+        run_ranks(3, rank_jobs.pretrain, laboratory.config, lost.overrides, "auto")
+    assert not lost.checkpoint(10).exists()
 
 
 @pytest.mark.exhaustive

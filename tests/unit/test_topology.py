@@ -8,7 +8,7 @@ import re
 import pytest
 
 from shodh.core.errors import TopologyError
-from shodh.core.topology import plan_topology
+from shodh.core.topology import plan_topology, refit_topology
 
 
 def test_every_accepted_layout_covers_the_batch_and_the_experts() -> None:
@@ -59,3 +59,33 @@ def test_degree_suggested_for_too_few_ranks_is_accepted() -> None:
         plan_topology(6, 8, 8, 12)
     suggested = re.search(r"--set parallel.ep_size=(\d+)", str(caught.value))
     assert suggested is not None and plan_topology(6, int(suggested[1]), 8, 12).ep_size == 2
+
+
+def test_a_run_that_goes_on_keeps_its_batch_at_any_ranks_that_divide_it() -> None:
+    accepted = 0
+    for world, ep, experts, batch, micro, most in itertools.product(
+        range(1, 13), (1, 2, 4, 8), (0, 4, 8, 24), (8, 24), (None, 2, 3), (None, 4)
+    ):
+        if batch % world:
+            with pytest.raises(TopologyError) as caught:
+                refit_topology(world, ep, experts, batch, micro, most)
+            near = [int(n) for n in re.findall(r"\d+", re.search(r"start ([\d or]+) ranks", str(caught.value))[1])]  # type: ignore[index]
+            assert near and all(batch % n == 0 for n in near)
+            assert not any(batch % n == 0 for n in range(min([*near, world]) + 1, max([*near, world])) if n not in near)
+            continue
+        plan = refit_topology(world, ep, experts, batch, micro, most)
+        assert plan.global_batch == batch and (experts == 0 or experts % plan.ep_size == 0)
+        assert plan.micro_batch <= (micro or most or batch)
+        if experts and world % ep == 0 and experts % ep == 0:
+            assert plan.ep_size == ep, "what fits is kept"
+        if micro is not None and (batch // world) % micro == 0:
+            assert plan.micro_batch == micro
+        accepted += 1
+    assert accepted > 100
+
+
+@pytest.mark.parametrize(
+    ("world", "ep", "experts", "expected"), [(12, 8, 24, 6), (6, 4, 8, 2), (1, 8, 8, 1), (4, 3, 8, 4)]
+)
+def test_the_nearest_expert_degree_is_taken(world: int, ep: int, experts: int, expected: int) -> None:
+    assert refit_topology(world, ep, experts, 24, None).ep_size == expected

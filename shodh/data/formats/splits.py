@@ -20,9 +20,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
 
@@ -74,7 +76,8 @@ def list_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     folder = data_folder(path)
-    inner = {f: _data_files(f) for f in (folder.iterdir() if folder.is_dir() else ()) if f.is_dir()}
+    with os.scandir(folder) if folder.is_dir() else nullcontext(()) as entries:
+        inner = {f: _data_files(f) for f in (folder / e.name for e in entries if e.is_dir())}
     states = any(found and stated_split(f.relative_to(folder) / "x") for f, found in inner.items())
     return [*_data_files(folder), *(file for found in inner.values() for file in found if states)]
 
@@ -139,6 +142,7 @@ def open_splits(
     shares: Sequence[float] = (0.8, 0.1, 0.1),
     former: Former | None = None,
     leave_out: Collection[Path] = (),
+    opened: Mapping[Path, TrajectoryFile] | None = None,
 ) -> dict[Split, list[TrajectoryFile]]:
     """Open all files of a regime, by split; see the module's docstring.
 
@@ -154,6 +158,8 @@ def open_splits(
         Splits that files were given before, which they keep.
     leave_out : paths, optional
         Files that are not opened.
+    opened : mapping, optional
+        Files that are open already.
 
     Raises
     ------
@@ -166,14 +172,15 @@ def open_splits(
             f"{', '.join(map(str, paths))}: no training files; the names state {' and '.join(map(str, found))} alone: "
             f"{_shown([file for files in found.values() for file in files])}"
         )
-    opened = {s: [open_file(p, format, hints) for p in files] for s, files in found.items()}
+    ready = opened or {}
+    files = {s: [ready.get(p) or open_file(p, format, hints) for p in paths] for s, paths in found.items()}
     by_split = dict(zip(SPLITS, shares))
-    stated: dict[Split, list[TrajectoryFile]] = {s: opened.get(s, []) for s in SPLITS}
-    if None not in opened:
+    stated: dict[Split, list[TrajectoryFile]] = {s: files.get(s, []) for s in SPLITS}
+    if None not in files:
         by_split = {s: v for s, v in by_split.items() if s == "train" or (v > 0 and not stated[s])}
-        if len(by_split) == 1 or not opened:
+        if len(by_split) == 1 or not files:
             return stated
-    dealt = _deal(opened.get(None, stated.pop("train")), by_split, former or {})
+    dealt = _deal(files.get(None, stated.pop("train")), by_split, former or {})
     return {s: dealt.get(s, []) + stated.get(s, []) for s in SPLITS}
 
 

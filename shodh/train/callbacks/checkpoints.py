@@ -15,7 +15,7 @@ from typing import Any
 from shodh.checkpoint.folder import MANIFEST, read_manifest, tag_of, verify_checkpoint
 from shodh.checkpoint.training import CheckpointWriter, SaveError, load_checkpoint
 from shodh.config import TrainConfig
-from shodh.core.distributed import SharedError, gather, rank, together
+from shodh.core.distributed import SharedError, from_first, gather, rank, together
 from shodh.core.errors import ShodhError
 from shodh.train.callbacks.selection import reason_to_end
 from shodh.train.engine import find_nonfinite
@@ -214,7 +214,7 @@ def _resume_selection(trainer: Trainer, state: dict[str, Any], checkpoints: Path
             best = Best(**stored)
         except TypeError as error:
             raise ShodhError(f"a {MANIFEST} in {checkpoints} is damaged: the best is {stored!r}") from error
-        at_hand = (checkpoints / tag_of(best.step) / MANIFEST).is_file()
+        at_hand = from_first(lambda: (checkpoints / tag_of(best.step) / MANIFEST).is_file())
         if best.measure == config.measure and at_hand:
             trainer.best = best
         else:
