@@ -310,4 +310,4 @@ def _callbacks(
     if train.best is not None:
         validation.append(Selection(train.best))
     profile = [Profile(folder.path, job.profile)] if job.profile else []
-    return [*routing, metrics, *faults, *validation, StopSignal(), checkpoints, *profile]
+    return [*routing, metrics, *faults, *validation, StopSignal(folder.path), checkpoints, *profile]

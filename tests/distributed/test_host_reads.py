@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_ranks_meet_after_a_second_or_ten_steps(monkeypatch: Any, seconds: float
     two = SimpleNamespace(world_size=2)
     engine = SimpleNamespace(device=torch.device("cpu"))
     trainer: Any = SimpleNamespace(step=0, topology=two, engine=engine, finished=False, stopping=False, meeting=True)
-    callback = StopSignal()
+    callback = StopSignal(Path("run"))
     callback.start(trainer)
     for _ in range(40):
         trainer.step += 1
