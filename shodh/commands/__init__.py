@@ -39,6 +39,7 @@ COMMANDS = {
     "merge": Command("compose experts of one family into one model"),
     "export": Command("predictions and truth, or a data file, for ParaView or xarray"),
     "study": Command("does sparse routing help? a grid of runs and one report", ranks=True),
+    "launch": Command("start one of these on many ranks, here or over ssh"),
     "ccm": Command("does composition pay for a family? data, models, one report", ranks=True),
 }
 HELP = """usage: shodh COMMAND [OPTION ...]

@@ -82,7 +82,9 @@ class Cluster:
     folder: Path
     environment: dict[str, str]
 
-    def start(self, *command: object, cwd: Path = ROOT, log: Path | None = None, **more: object) -> subprocess.Popen[str]:
+    def start(
+        self, *command: object, cwd: Path = ROOT, log: Path | None = None, **more: object
+    ) -> subprocess.Popen[str]:
         """A command in a group of its own; its output goes to ``log``."""
         path = log or self.folder / "log"
         with path.open("w") as out:
@@ -101,7 +103,9 @@ class Cluster:
             os.killpg(process.pid, signal.SIGKILL)
             raise AssertionError(f"did not end in {timeout:g} s: {log.read_text()[-3000:]}") from None
         finished = Finished(code, log.read_text(), time.monotonic() - began)
-        sys.stdout.write(f"$ {' '.join(map(str, command))}\n{finished.text[-3000:]}\n= {code}, {finished.seconds:.1f} s\n")
+        sys.stdout.write(
+            f"$ {' '.join(map(str, command))}\n{finished.text[-3000:]}\n= {code}, {finished.seconds:.1f} s\n"
+        )
         return finished
 
     def show(self, job: str) -> Mapping[str, str]:

@@ -13,7 +13,18 @@ HOSTS = "node-1:1,node-2:1"
 LAUNCHERS = {
     "srun": ("srun", "-N", 2, "-n", 2, *TRAIN),
     "mpirun": ("mpirun", "-n", 2, *TRAIN),
-    "mpirun on two nodes": ("mpirun", "--host", HOSTS, "-x", "MASTER_ADDR=node-1", "-x", "PYTHONPATH", "-x", "PATH", *TRAIN),
+    "mpirun on two nodes": (
+        "mpirun",
+        "--host",
+        HOSTS,
+        "-x",
+        "MASTER_ADDR=node-1",
+        "-x",
+        "PYTHONPATH",
+        "-x",
+        "PATH",
+        *TRAIN,
+    ),
     "torchrun": ("torchrun", "--nproc_per_node", 2, *TRAIN[1:]),
     "deepspeed": ("deepspeed", "--num_gpus", 2, *TRAIN[1:]),
 }
