@@ -1,4 +1,4 @@
-"""Start a command on many ranks, on this machine or over ssh: DeepSpeed's launcher, with its faults said before it starts.
+"""Start a command on many ranks, here or over ssh: DeepSpeed's launcher, with its faults said before it starts.
 
 What it does not do by itself: refuse a hostfile that is missing or too short, name the nodes that ssh does not reach,
 skip comments in .deepspeed_env, forward NCCL_* from a machine without a GPU, choose a port, and end only this job.

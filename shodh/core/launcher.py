@@ -182,8 +182,8 @@ def _mpi_rank(
     if address is None and world > 1 and here != world:
         if not env.has("SLURM_JOB_NODELIST"):
             raise LauncherError(
-                f"{name} started {world} ranks, {here} of them here, and does not say where rank 0 is: give all of them "
-                "MASTER_ADDR, the name of its machine (mpirun -x MASTER_ADDR=..., mpiexec -genv MASTER_ADDR ...)"
+                f"{name} started {world} ranks, {here} of them here, and does not say where rank 0 is: give all of "
+                "them MASTER_ADDR, the name of its machine (mpirun -x MASTER_ADDR=..., mpiexec -genv MASTER_ADDR ...)"
             )
         address = _first_host(env.all["SLURM_JOB_NODELIST"])
     job = re.sub(r"\D", "", env.all.get("OMPI_MCA_ess_base_jobid") or env.all.get("PMIX_NAMESPACE") or "") or "0"

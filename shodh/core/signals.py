@@ -1,6 +1,6 @@
-"""SIGTERM and SIGUSR1, which schedulers send before the end, from the first second on; imports nothing heavy.
+"""SIGTERM and SIGUSR1, which schedulers send before the end, from the first second on. Imports nothing heavy.
 
-Until a training holds weights worth saving there is nothing to lose: the process ends at once with `STOPPED`, also while
+Until a training holds weights worth saving nothing can be lost: the process ends at once with `STOPPED`, also while
 it imports, waits for other ranks or reads, where Python runs no handler. From `hold` on the training asks `asked` at a
 step's edge.
 
@@ -56,7 +56,11 @@ def catch() -> None:
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(read,), name="signals", daemon=True).start()
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPS),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS),
+        after_in_child=_forget,
+    )
     with contextlib.suppress(LauncherError):  # said later, by whoever asks for the rank
         if read_launch().name not in ("none", "by hand"):
             end_with_parent()
@@ -96,6 +100,7 @@ def _forget() -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 def _ask(*_: object) -> None:

@@ -86,10 +86,10 @@ class Cluster:
         self, *command: object, cwd: Path = ROOT, log: Path | None = None, **more: object
     ) -> subprocess.Popen[str]:
         """A command in a group of its own; its output goes to ``log``."""
-        path = log or self.folder / "log"
+        path, environment = log or self.folder / "log", {name: str(value) for name, value in more.items()}
         with path.open("w") as out:
             return subprocess.Popen(
-                [str(part) for part in command], cwd=cwd, env={**self.environment, **{k: str(v) for k, v in more.items()}},
+                [str(part) for part in command], cwd=cwd, env={**self.environment, **environment},
                 stdout=out, stderr=out, stdin=subprocess.DEVNULL, text=True, start_new_session=True,
             )  # fmt: skip
 

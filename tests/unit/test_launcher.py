@@ -87,7 +87,7 @@ LEFT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **MASTER}  # of anoth
     ("environment", "named"),
     [
         # Incomplete.
-        *((without(TORCHRUN, name), name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")),
+        *((without(TORCHRUN, name), name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *MASTER)),
         *((without(MPIRUN, name), name) for name in MPIRUN if name.startswith("OMPI_COMM")),
         *((without(SRUN, name), name) for name in SRUN if name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")),
         *((without(SRUN, name), name) for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST")),
