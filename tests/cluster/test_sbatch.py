@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ def finish(cluster: Cluster, job: str, seconds: float = 120.0) -> tuple[str, str
     """State, exit code and restarts of a job that has ended; one put back starts without SLURM's delay."""
 
     def ended() -> bool:
-        if cluster.show(job)["JobState"] == "PENDING":
+        shown = cluster.show(job)
+        if (shown["JobState"], shown["Reason"]) == ("PENDING", "BeginTime"):
+            time.sleep(2)  # The node is still ending the attempt before.
             cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
         return cluster.ended(job)
 
@@ -42,7 +45,7 @@ def test_end_of_a_job(
     found = finish(cluster, job)
     log = (tmp_path / f"shodh-{job}.log").read_text()
     assert found == expected, log
-    assert f"{tmp_path} pretrain --config demo --resume auto of 2 2" in log
+    assert f"{tmp_path} pretrain --config demo --resume auto of 2 1" in log
     assert ("error: " in log) is (expected[1] == "3")
     assert not list(tmp_path.glob(".shodh-*.code")) or expected[1] == "3"
 
@@ -78,6 +81,7 @@ def test_training_is_stopped_put_back_and_goes_on(cluster: Cluster, config: Path
     cluster.run("scancel", "--signal=USR1", job)
     wait_for(lambda: cluster.show(job)["Restarts"] == "1", 60)
     (checkpoint,) = runs.glob("*/checkpoints/step_*")
+    time.sleep(2)
     cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
     wait_for(lambda: f"resumed from {checkpoint} at step" in log.read_text(), 200)
     cluster.run("scancel", job)
