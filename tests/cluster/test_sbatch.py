@@ -46,7 +46,7 @@ def test_end_of_a_job(
     log = (tmp_path / f"shodh-{job}.log").read_text()
     assert found == expected, log
     assert f"{tmp_path} pretrain --config demo --resume auto of 2 1" in log
-    assert ("error: " in log) is (expected[1] == "3")
+    assert ("\nerror: " in log) is (expected[1] == "3")
     assert not list(tmp_path.glob(".shodh-*.code")) or expected[1] == "3"
 
 
