@@ -81,8 +81,8 @@ def test_rank_ends_with_its_launcher_and_survives_a_shell(
 @pytest.mark.parametrize(("held", "says"), [(True, "--resume auto"), (False, "same command again")])
 def test_interrupt_says_what_to_type_and_ends_a_rank_that_waits_for_others(held: bool, says: str) -> None:
     code = "signals._PATIENCE = 0.1\n" + "signals.hold()\n" * held
-    code += "lock = ctypes.CDLL(None).pthread_mutex_lock\nmutex = (ctypes.c_char * 64)()\nprint('ready', flush=True)\n"
-    code += "while True:\n try: lock(mutex)\n except KeyboardInterrupt: pass\n"  # the second time for ever
+    code += "lock = ctypes.CDLL(None).pthread_mutex_lock\nmutex = (ctypes.c_char * 64)()\nlock(mutex)\n"
+    code += "while True:\n try: print('ready', flush=True), lock(mutex)\n except KeyboardInterrupt: pass\n"
     process = start(code)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
