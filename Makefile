@@ -12,7 +12,7 @@ RANKS  := $$(python -m shodh.core.devices --ranks 2)
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo gpu test test-all test-fast lint types docs notebooks install clean
+.PHONY: demo gpu test test-all test-fast test-cluster lint types docs notebooks install clean
 
 install: $(STAMP)
 
@@ -46,6 +46,10 @@ test-all: $(STAMP)
 # A minute: no ranks, no commands, no solvers.
 test-fast: $(STAMP)
 	$(PYTEST) tests/unit -m "not slow and not distributed and not exhaustive"
+
+# Launchers, SLURM, ssh and their faults with the real programs, where they are installed; some minutes.
+test-cluster: $(STAMP)
+	PYTHON=$(BIN)/python bash tests/cluster/run.sh
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,7 +1,6 @@
 """The command ``shodh finetune``."""
 
-from shodh.commands.finetune import main
-from shodh.train.runtime import run_ranks
+from shodh.commands import run_command
 
 if __name__ == "__main__":
-    run_ranks(main)
+    run_command("finetune")

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 import shodh
+from shodh.core import signals
 from shodh.core.cli import run_main
 from shodh.core.errors import ConfigError
 
@@ -40,6 +41,7 @@ COMMANDS = {
     "merge": Command("compose experts of one family into one model"),
     "export": Command("predictions and truth, or a data file, for ParaView or xarray"),
     "study": Command("does sparse routing help? a grid of runs and one report", ranks=True),
+    "launch": Command("start one of these on many ranks, here or over ssh"),
     "ccm": Command("does composition pay for a family? data, models, one report", ranks=True),
 }
 HELP = """usage: shodh COMMAND [OPTION ...]
@@ -79,12 +81,20 @@ def main() -> None:
         return
     name, *rest = argv
     sys.argv = [f"shodh {name}", *rest]  # What argparse and the record of a run show.
+    run_command(name, rest)
+
+
+def run_command(name: str, argv: Sequence[str] | None = None) -> None:
+    """Run a subcommand, with these arguments or those of ``sys.argv``, and end the process."""
+    ranks = COMMANDS[name].ranks
+    if ranks:
+        signals.catch()
 
     def run() -> int:
-        code: int = import_module(f"shodh.commands.{name.replace('-', '_')}").main(rest)
+        code: int = import_module(f"shodh.commands.{name.replace('-', '_')}").main(argv)
         return code
 
-    if command.ranks:
+    if ranks:
         from shodh.train.runtime import run_ranks
 
         run_ranks(run)

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 import torch
 
 from shodh.core.errors import ConfigError, TopologyError
+from shodh.core.launcher import read_launch
 
 
 def uses_cuda() -> bool:
@@ -53,14 +54,26 @@ def send(values: Iterable[int], device: torch.device) -> torch.Tensor:
 
 
 def local_rank() -> int:
-    """This rank's number among those of its machine, from the launcher's environment; 0 without a launcher."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """This rank's number among those of its machine, as the launcher says; 0 without a launcher."""
+    return read_launch().local_rank
 
 
 def local_world_size() -> int | None:
-    """Ranks of this machine, as torchrun (or SLURM's script) or DeepSpeed says; None where no launcher does."""
-    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    return int(told) if told else None
+    """Ranks of this machine, as the launcher says; None where none does."""
+    return read_launch().local_size
+
+
+def threads_of_rank(jobs: int = 1) -> int:
+    """Threads of this rank, or of each of its ``jobs`` side by side, on a CPU: its share of the CPUs it may use.
+
+    srun and mpirun may have bound each rank to CPUs of its own, which are not shared any further.
+    """
+    launch, allowed = read_launch(), len(os.sched_getaffinity(0))
+    here = (launch.local_size or launch.world) * jobs
+    if launch.name not in ("srun", "mpirun", "mpiexec"):
+        return max(1, allowed // here)
+    given = int(os.environ.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1)
+    return max(1, min(allowed // jobs, given // here))
 
 
 class CardsError(TopologyError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ import torch.distributed as dist
 
 from shodh.core.cli import error_line
 from shodh.core.errors import ShodhError
+from shodh.core.launcher import read_launch
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -31,13 +31,13 @@ class SharedError(ShodhError):
 
 
 def rank() -> int:
-    """This process's rank, from the launcher's environment; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    """This process's rank, as the launcher says; 0 without a launcher."""
+    return read_launch().rank
 
 
 def world_size() -> int:
-    """Number of ranks, from the launcher's environment; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of ranks, as the launcher says; 1 without a launcher."""
+    return read_launch().world
 
 
 def gather(value: Any) -> list[Any]:

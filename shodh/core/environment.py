@@ -15,6 +15,7 @@ import torch
 
 from shodh import __version__
 from shodh.core.devices import uses_cuda
+from shodh.core.launcher import read_launch
 from shodh.core.precision import float32_products
 
 PACKAGES = ("torch", "deepspeed", "numpy", "h5py", "safetensors", "pydantic")
@@ -53,5 +54,6 @@ def describe_environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "device": torch.cuda.get_device_name() if uses_cuda() else platform.processor() or "cpu",
         "float32_products": float32_products(),
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": read_launch().world,
+        "launcher": read_launch().name,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from shodh.data.mixture import MixtureSampler, Sample
 from shodh.data.ring import Filled, SharedRing
 from shodh.core.errors import DataError, ShodhError
+from shodh.core.signals import STOPS
 
 Batch = dict[str, torch.Tensor]
 
@@ -90,6 +92,7 @@ class MixtureLoader:
                 "prefetch_factor": prefetch,
                 "timeout": timeout,
                 "multiprocessing_context": multiprocessing_context,
+                "worker_init_fn": _ignore_stops,
             }
         self._workers: _Workers = _Workers(options) if workers_of is None else workers_of._workers
         self._stream = self._workers.add(datasets, sampler.global_batch // (world * num_micro))
@@ -319,6 +322,12 @@ def _collate(items: list[dict[str, Any] | _Failure]) -> Batch | _Failure:
 def _keep(batch: Any) -> Any:
     """Batches leave the dataset complete; a function of the module, so that workers can be spawned."""
     return batch
+
+
+def _ignore_stops(_: int) -> None:
+    """Schedulers send SIGTERM and SIGUSR1 to all processes of a job; the last step still needs its batches."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _check_fit(datasets: Sequence[SampleDataset], sampler: MixtureSampler) -> None:

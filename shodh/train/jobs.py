@@ -349,4 +349,4 @@ def _callbacks(
         validation.append(Selection(train.best))
     profile = [Profile(folder.path, job.profile)] if job.profile else []
     watching = [Watching(config.watchdog, folder.path)] if config.watchdog is not None else []
-    return [*watching, *routing, metrics, *faults, *validation, StopSignal(), checkpoints, *profile]
+    return [*watching, *routing, metrics, *faults, *validation, StopSignal(folder.path), checkpoints, *profile]

@@ -79,7 +79,7 @@ def test_setting_that_cannot_be_used(overrides: list[str], expected: list[str], 
 
 
 def test_number_of_experts_that_the_ranks_cannot_share(config: Path, out: Path) -> None:
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     settings = ["parallel.ep_size=4", "operator.experts.num_experts=6"]
     finished = run_script(PRETRAIN, "--config", config, "--set", *settings, environment=ranks)
     assert_one_line(finished, "num_experts=6 is not divisible by ep_size=4", "use parallel.ep_size in [1, 2]")

@@ -129,7 +129,7 @@ def test_port_in_use(write_config: Callable[..., Path], tmp_path: Path) -> None:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        two = {"MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": "0"}
+        two = {"MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
         finished = run_script("launch/train_tokenizer.py", "--config", config, environment=two)
         assert_one_line(finished, f"port: {port}", "MASTER_PORT")
         alone = run_script("launch/train_tokenizer.py", "--config", config, environment={"MASTER_PORT": port})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,18 +34,18 @@ def test_ranks_meet_after_a_second_or_ten_steps(monkeypatch: Any, seconds: float
     """However fast the steps, a signal is heard at most ten steps later; however slow, never later than the next."""
     clock, heard = [0.0], []
     monkeypatch.setattr(checkpoints.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(checkpoints.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(checkpoints.signals, "hold", lambda *_: None)
     monkeypatch.setattr(checkpoints, "reduce_metrics", lambda given, _: {name: v for name, (v, _) in given.items()})
     two = SimpleNamespace(world_size=2)
     engine = SimpleNamespace(device=torch.device("cpu"))
     trainer: Any = SimpleNamespace(step=0, topology=two, engine=engine, finished=False, stopping=False, meeting=True)
-    callback = StopSignal()
+    callback = StopSignal(Path("run"))
     callback.start(trainer)
     for _ in range(40):
         trainer.step += 1
         clock[0] += seconds
         if trainer.step == 22:
-            callback._ask()
+            monkeypatch.setattr(checkpoints.signals, "asked", lambda: True)
         callback.after_step(trainer)
         heard += [trainer.step] * trainer.meeting
         if trainer.stopping:

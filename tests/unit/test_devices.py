@@ -17,6 +17,7 @@ from shodh.core.errors import ConfigError
 from shodh.train.runtime import start_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
+PLACE = {"RANK": "15", "WORLD_SIZE": "16", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -72,9 +73,9 @@ def test_number_of_cards_that_is_none(machine: pytest.MonkeyPatch, value: str) -
 @pytest.mark.parametrize(
     ("cards", "environment", "ranks"),
     [
-        (1, {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}, 2),  # torchrun
-        (2, {"LOCAL_SIZE": "4", "LOCAL_RANK": "1"}, 4),  # deepspeed
-        (1, {"LOCAL_RANK": "1", "WORLD_SIZE": "16"}, 2),  # another launcher: this rank has no card
+        (1, {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0", **PLACE}, 2),  # torchrun
+        (2, {"LOCAL_SIZE": "4", "LOCAL_RANK": "1", **PLACE}, 4),  # deepspeed
+        (1, {"LOCAL_RANK": "1", **PLACE}, 2),  # by hand: this rank has no card
     ],
 )
 def test_more_ranks_than_cards_are_refused_before_they_connect(
@@ -90,7 +91,9 @@ def test_more_ranks_than_cards_are_refused_before_they_connect(
     devices.check_ranks()
 
 
-@pytest.mark.parametrize("environment", [{}, {"LOCAL_SIZE": "8"}, {"LOCAL_RANK": "7", "WORLD_SIZE": "64"}])
+@pytest.mark.parametrize(
+    "environment", [{}, {"LOCAL_SIZE": "8", "LOCAL_RANK": "0", **PLACE}, {"LOCAL_RANK": "7", **PLACE}]
+)
 def test_ranks_that_have_a_card_each_may_start(machine: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
     for name, value in environment.items():
         machine.setenv(name, value)
@@ -118,7 +121,8 @@ def test_process_group_is_bound_to_its_card(machine: pytest.MonkeyPatch) -> None
 
     given: dict[str, Any] = {}
     put_cards(machine, 2)
-    machine.setenv("LOCAL_RANK", "1")
+    for name, number in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "1"}.items():
+        machine.setenv(name, number)
     machine.setattr(torch.cuda, "set_device", lambda device: given.update(current=device))
     machine.setattr(dist, "init_process_group", lambda backend, **kwargs: given.update(backend=backend, **kwargs))
     machine.setattr(deepspeed, "init_distributed", lambda backend, **_: given.update(deepspeed=backend))

@@ -76,8 +76,11 @@ def test_ranks_share_the_windows(world: int, monkeypatch: pytest.MonkeyPatch) ->
     whole = schedule([10] * 5, starts=0)
     monkeypatch.setenv("WORLD_SIZE", str(world))
     seen: list[Any] = []
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
     for rank in range(world):
-        monkeypatch.setenv("RANK", str(rank))
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.setenv(name, str(rank))
         seen += [place for _, part in whole.batches(3) for place in part]
     assert sorted(seen) == sorted(whole.places[4])
 

@@ -100,10 +100,19 @@ def test_side_by_side_and_on_several_ranks_is_refused(tmp_path: Path) -> None:
 
 
 def test_study_on_more_ranks_than_cards_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"SHODH_CARDS": "1", "LOCAL_SIZE": "2", "DS_ACCELERATOR": "cuda"}.items():
+    alone = Ranks()
+    place = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_SIZE": "2",
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "1",
+    }
+    for name, value in {"SHODH_CARDS": "1", "DS_ACCELERATOR": "cuda", **place}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(CardsError, match="^2 ranks .* 1 CUDA device,"):
-        Workers("m", tmp_path, 1, Ranks())
+        Workers("m", tmp_path, 1, alone)
 
 
 @pytest.mark.parametrize(

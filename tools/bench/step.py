@@ -27,6 +27,7 @@ from shodh.config import RunConfig, config_from_dict, load_config, to_dict
 from shodh.config.reading import merge_trees
 from shodh.core.cli import run_main
 from shodh.core.errors import ConfigError
+from shodh.core.launcher import without_launcher
 from shodh.core.strict_json import write_json
 from shodh.experiments.harness.flops import sample_inputs
 from shodh.experiments.harness.sizes import widened_dense
@@ -231,7 +232,7 @@ def make_step_twice(bench: Bench, kind: str) -> None:
 def memory_in_own_process(kind: str) -> float:
     """`measure_memory` in a process of its own: the peak of one model must not hide that of the other."""
     command = [sys.executable, *sys.argv, "--measure-memory", kind]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    environment = without_launcher(os.environ)
     finished = subprocess.run(command, capture_output=True, text=True, env=environment)
     if finished.returncode != 0:
         raise RuntimeError(f"memory of the {kind} model: {finished.stderr.strip().splitlines()[-1]}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from datetime import timedelta
 from typing import Any
 
 from torch.distributed import TCPStore
 
-from shodh.core.devices import local_world_size
+from shodh.core.distributed import rank, world_size
+from shodh.core.launcher import read_launch
 from shodh.core.strict_json import dumps
 from shodh.train.runtime import AGENT_STORE, meet
 
@@ -20,9 +20,7 @@ class Ranks:
     """Agreement between the launcher's ranks, through a store on rank 0; without a launcher, one rank and no store."""
 
     def __init__(self) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        self.world_here = local_world_size() or self.world
+        self.rank, self.world = rank(), world_size()
         self._store = meet(WAIT) if self.world > 1 else None
         self._store_of_job: TCPStore | None = None
 
@@ -42,7 +40,7 @@ class Ranks:
         if self._store is None:
             return {}
         if self.rank == 0:
-            address = os.environ["MASTER_ADDR"]
+            address = read_launch().address or "127.0.0.1"
             self._store_of_job = TCPStore(address, 0, None, is_master=True, timeout=WAIT, wait_for_workers=False)
         port = self.agree(f"{job}/port", self._store_of_job and self._store_of_job.port)
         return {"MASTER_PORT": str(port), AGENT_STORE: "True"}

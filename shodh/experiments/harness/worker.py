@@ -12,6 +12,7 @@ from pkgutil import resolve_name
 import torch
 
 from shodh.checkpoint.folder import prune
+from shodh.core import signals
 from shodh.core.devices import pick_device
 from shodh.core.distributed import rank
 from shodh.core.reading import read_object
@@ -54,6 +55,8 @@ def prune_checkpoints(folder: RunFolder) -> None:
 
 
 def main() -> int:
+    signals.catch()
+    signals.end_with_parent()
     quiet_logs()
     ignore_interrupts()
     job = read_object(Path(sys.argv[1]))

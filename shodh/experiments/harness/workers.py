@@ -21,16 +21,17 @@ from typing import Any
 import torch.distributed as dist
 
 import shodh
-from shodh.core.devices import card_environment, check_ranks
+from shodh.core import signals
+from shodh.core.devices import card_environment, check_ranks, threads_of_rank
 from shodh.core.errors import ConfigError
+from shodh.core.launcher import without_launcher
 from shodh.core.reading import read_object
+from shodh.core.signals import STOPPED
 from shodh.core.strict_json import write_json
 from shodh.experiments.harness.ranks import Ranks
 
 ROOT = Path(shodh.__file__).resolve().parents[1]
 FAILURES = "failures.json"
-#: Exit code of a worker that a signal stopped after it had saved a checkpoint.
-STOPPED = 3
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ class Workers:
         for place in range(jobs):
             self._places.put(place)
         self._children: set[subprocess.Popen[str]] = set()
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signals.hold()
+        for number in (*signals.STOPS, signal.SIGINT):
             signal.signal(number, self._stop)
 
     def _stop(self, *_: object) -> None:
@@ -153,6 +155,8 @@ class Workers:
             code = _wait(child, lambda: self.ranks.failed(name))
             self._children.discard(child)
         self._places.put(place)
+        if code == -signal.SIGTERM and self.stopped.is_set():
+            code = STOPPED  # It had not begun to listen.
         if code == STOPPED:
             self.stopped.set()
         line = None if code == 0 else f"{what_ended(code, log)}; see {log}"
@@ -162,8 +166,7 @@ class Workers:
         environment = {**os.environ, **self.ranks.environment(name)}
         if self.ranks.world == 1:
             environment |= card_environment(place)
-        threads = max(1, (os.cpu_count() or 1) // (self.jobs * self.ranks.world_here))
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
+        environment.setdefault("OMP_NUM_THREADS", str(threads_of_rank(self.jobs)))
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
         return environment
 
@@ -177,7 +180,9 @@ def leave_ranks() -> None:
     """From here on, this process is alone: what follows must not wait for, or share work with, other ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"})
+    alone = without_launcher(os.environ)
+    os.environ.clear()
+    os.environ.update(alone)
 
 
 def _wait(child: subprocess.Popen[str], failed_elsewhere: Callable[[], bool], patience: float = 5.0) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from typing import Any
 from shodh.checkpoint.folder import MANIFEST, read_manifest, tag_of, verify_checkpoint
 from shodh.checkpoint.training import CheckpointWriter, SaveError, load_checkpoint
 from shodh.config import TrainConfig
+from shodh.core import signals
 from shodh.core.distributed import SharedError, from_first, gather, rank, together
 from shodh.core.errors import ShodhError
 from shodh.train.callbacks.selection import reason_to_end
@@ -38,27 +38,26 @@ class StopSignal(Callback):
 
     SECONDS, STEPS = 1.0, 10
 
-    def __init__(self) -> None:
-        self._asked = False
+    def __init__(self, run: Path) -> None:
+        self._run = run
         self._next = self._last = 0
         self._when = 0.0
 
     def start(self, trainer: Trainer) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._ask)
+        signals.hold(f"{self._run} {trainer.step}" if rank() == 0 else "")
         self._next, self._last, self._when = trainer.step + 1, trainer.step, time.perf_counter()
 
-    def _ask(self, *_: object) -> None:
-        self._asked = True
-
     def after_step(self, trainer: Trainer) -> None:
-        asked = float(self._asked)
+        asked = float(signals.asked())
         if trainer.topology.world_size > 1:
             trainer.meeting = trainer.step >= self._next
             if not trainer.meeting:
                 return
             asked = self._meet(trainer, asked)
         trainer.stopping = asked > 0 and not trainer.finished
+
+    def close(self) -> None:
+        signals.release()
 
     def _meet(self, trainer: Trainer, asked: float) -> float:
         """Whether any rank was asked to stop; sets when the ranks meet again. Collective."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, safe_open, save_file
 
+from shodh.core import signals
 from shodh.core.devices import pick_device
 from shodh.core.environment import describe_environment
 from shodh.core.files import atomic_path
@@ -153,10 +154,13 @@ def carry_out(job: dict[str, Any], device: torch.device, stop: Event) -> bool:
 
 
 def main() -> int:
+    signals.catch()
+    signals.end_with_parent()
     quiet_logs()
     ignore_interrupts()
     stop = Event()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    signals.hold()
+    for number in signals.STOPS:
         signal.signal(number, lambda *_: stop.set())
     job = read_object(Path(sys.argv[1]))
     return 0 if carry_out(job, torch.device(pick_device("auto")), stop) else STOPPED

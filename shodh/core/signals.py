@@ -1,0 +1,142 @@
+"""SIGTERM and SIGUSR1, which schedulers send before the end, from the first second on. Imports nothing heavy.
+
+Until a training holds weights worth saving nothing can be lost: the process ends at once with `STOPPED`, also while
+it imports, waits for other ranks or reads, where Python runs no handler. From `hold` on the training asks `asked` at a
+step's edge.
+
+Environment
+-----------
+SHODH_JOB_FILE=PATH
+    A scheduler's script wants to know: the first rank that ends by its own will leaves its exit code in ``PATH.code``,
+    and a training that begins or goes on leaves where it does so in ``PATH.start``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+
+from shodh.core.launcher import LauncherError, read_launch
+
+STOPPED = 3  # Exit code of a process that a signal ended, and that can go on: back into the queue.
+STOPS = (signal.SIGTERM, signal.SIGUSR1)
+INTERRUPTED = 130
+_PATIENCE = 5.0  # seconds for a Ctrl-C to reach Python, before the process is ended
+_PR_SET_PDEATHSIG = 1
+
+
+class _State:
+    asked = False
+    held = False
+    caught = False
+
+
+def asked() -> bool:
+    """Whether a signal to stop came."""
+    return _State.asked
+
+
+def holds() -> bool:
+    """Whether a training holds what must be saved before the end."""
+    return _State.held
+
+
+def catch() -> None:
+    """Take the signals; once, in the main thread, before anything slow is imported."""
+    if _State.caught:
+        return
+    _State.caught = True
+    for number in STOPS:
+        signal.signal(number, _ask)
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(read,), name="signals", daemon=True).start()
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPS),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS),
+        after_in_child=_forget,
+    )
+    with contextlib.suppress(LauncherError):  # said later, by whoever asks for the rank
+        if read_launch().name not in ("none", "by hand"):
+            end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Get SIGTERM when the process that started this one dies, by whatever end."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
+
+def hold(start: str = "") -> None:
+    """From here on a signal only sets `asked`; ``start`` is where the training begins, for `SHODH_JOB_FILE`."""
+    catch()
+    _State.held = True
+    path = os.environ.get("SHODH_JOB_FILE")
+    if path and start:
+        with contextlib.suppress(OSError), open(f"{path}.start", "w") as file:
+            file.write(f"{start}\n")
+
+
+def release() -> None:
+    """What was to be saved is: a signal ends the process at once again."""
+    _State.asked = _State.held = False
+
+
+def leave_code(code: int) -> None:
+    """Leave the code in the job's file, unless another rank ended earlier; those after it are ended by the launcher."""
+    path = os.environ.get("SHODH_JOB_FILE")
+    if path and code:
+        with contextlib.suppress(OSError), open(f"{path}.code", "x") as file:
+            file.write(f"{code}\n")
+
+
+def _forget() -> None:
+    """In a child that is forked: what it gets is not for this process, and a scheduler's signal not for its helpers."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+
+def _ask(*_: object) -> None:
+    _State.asked = True
+
+
+def _watch(descriptor: int) -> None:
+    while numbers := os.read(descriptor, 64):
+        if signal.SIGINT in numbers:
+            _interrupted()
+        stops = [number for number in numbers if number in STOPS]
+        if stops and not _State.held:
+            _say(
+                f"ended by {signal.Signals(stops[0]).name} before there was anything to save; the same command goes on"
+            )
+            leave_code(STOPPED)
+            os._exit(STOPPED)
+
+
+def _interrupted() -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.default_int_handler:
+        return  # Somebody else's: a study hands it on.
+    if _State.held:
+        _say(
+            "interrupted: steps since the last checkpoint are lost; the same command with --resume auto goes on from "
+            "it (kill -TERM, instead of Ctrl-C, saves one first)"
+        )
+    else:
+        _say("interrupted; run the same command again to go on")
+    timer = threading.Timer(_PATIENCE, os._exit, (INTERRUPTED,))  # A rank may wait for others in a collective.
+    timer.daemon = True
+    timer.start()
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(LauncherError, OSError, ValueError):
+        if read_launch().rank == 0:
+            os.write(2, f"{line}\n".encode())
