@@ -12,7 +12,7 @@ EXAMPLES = """examples:
   deepspeed --num_gpus 2 launch/train_tokenizer.py --config launch/configs/demo.yaml
   deepspeed --num_gpus 2 launch/train_tokenizer.py --config launch/configs/demo.yaml --resume auto
   shodh tokenizer --config demo --set tokenizer.train.steps=50
-  deepspeed launch/train_tokenizer.py --config launch/configs/h100_multinode.yaml --dry-run
+  python launch/train_tokenizer.py --config launch/configs/h100_multinode.yaml --dry-run
 """
 
 

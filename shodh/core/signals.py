@@ -83,8 +83,8 @@ def hold(start: str = "") -> None:
 
 
 def release() -> None:
-    """What was to be saved is: a signal ends the process at once again."""
-    _State.asked = _State.held = False
+    """What was to be saved is: the next signal ends the process at once again."""
+    _State.held = False
 
 
 def leave_code(code: int) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from shodh.core import signals
 from shodh.core.cli import EXIT_FAULT
 from shodh.core.distributed import gather, rank, world_size
 from shodh.core.progress import signs
@@ -138,6 +139,7 @@ class Watchdog:
             self._within(PATIENCE, lambda: self._speak(quiet, blamed, bool(silent)))
         else:
             time.sleep(2.0)
+        self._within(PATIENCE, lambda: signals.leave_code(EXIT_FAULT))
         os._exit(EXIT_FAULT)
 
     def _speak(self, quiet: float, blamed: list[int], silent: bool) -> None:
