@@ -58,6 +58,9 @@ TEST = [
 
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "mkdocs-jupyter>=0.25", "nbmake>=1.5", "ipykernel"]
 
+# What tools/bench/peers.py compares with, and what solves four of its data sets.
+PEERS = ["neuraloperator>=2.0", "the-well>=1.2", "pdetransformer>=0.1.11", "exponax>=0.2"]
+
 setup(
     name="shodh",
     version=VERSION.group(1),
@@ -77,5 +80,5 @@ setup(
     ext_modules=EXT_MODULES,
     cmdclass=CMDCLASS,
     install_requires=REQUIRED,
-    extras_require={"test": TEST, "images": ["tifffile>=2024.1"], "docs": DOCS},
+    extras_require={"test": TEST, "images": ["tifffile>=2024.1"], "docs": DOCS, "peers": PEERS},
 )
