@@ -11,30 +11,27 @@ was killed goes on, and the page is made of what there is.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from side_by_side import training
-from side_by_side.models import MODELS, Entry, Shape, Size
+from side_by_side.jobs import run_jobs
+from side_by_side.models import MODELS, Entry, Shape
 from side_by_side.page import write_results
-from side_by_side.results import Results, chosen_rates
+from side_by_side.results import PERSISTENCE, Results, chosen_rates
+from side_by_side.scales import SCALES, Scale
 from side_by_side.sets import SETS, make, path_of, read
 
 from shodh.core.cli import choose_names, positive, run_main
 from shodh.core.environment import describe_environment, git_commit
 from shodh.core.errors import ConfigError
-from shodh.core.files import atomic_path, lock_file
-from shodh.core.precision import ieee_float32
+from shodh.core.files import lock_file
 from shodh.core.reading import read_json
 from shodh.core.strict_json import to_json, write_json
 
@@ -44,71 +41,6 @@ EXAMPLES = """examples:
   python tools/bench/peers.py --out runs/peers --only gray_scott dam_break moe_pot 'neuralop_*'
   python tools/bench/peers.py --out runs/peers --page        # of what is finished, also beside a run
 """
-PERSISTENCE = "persistence"
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What a run costs: grid and trajectories of the data, budgets, sizes of the models."""
-
-    grid: int
-    frames: int
-    counts: Mapping[str, int]
-    batch: int
-    steps: int
-    seconds: float
-    rollout: int
-    starts: tuple[int, ...]
-    size: Size
-    history: int = 4
-    rounds: int = 12
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
-    rate_sets: tuple[str, ...] = ("navier_stokes", "dam_break")
-
-
-def _widths(fno: int, dpot: int, unet: int, pde: int) -> dict[str, int]:
-    same = {"fno": fno, "neuralop_fno": fno, "neuralop_tfno": fno}
-    return {**same, "dpot": dpot, "unet_classic": unet, "unet_convnext": unet, "pde_transformer": pde}
-
-
-SCALES = {
-    "tiny": Scale(
-        grid=16,
-        frames=8,
-        counts={"train": 6, "valid": 2, "test": 2},
-        batch=2,
-        steps=3,
-        seconds=0.05,
-        rollout=3,
-        starts=(0,),
-        size=Size(4, 4, _widths(8, 16, 4, 8)),
-        rounds=1,
-        rates=(1e-3, 1e-2),
-    ),
-    "small": Scale(
-        grid=32,
-        frames=24,
-        counts={"train": 24, "valid": 4, "test": 8},
-        batch=8,
-        steps=120,
-        seconds=15.0,
-        rollout=12,
-        starts=(0, 8),
-        size=Size(8, 4, _widths(24, 64, 8, 16)),
-    ),
-    "h100": Scale(
-        grid=64,
-        frames=24,
-        counts={"train": 48, "valid": 8, "test": 16},
-        batch=16,
-        steps=200,
-        seconds=5.0,
-        rollout=12,
-        starts=(0, 8),
-        size=Size(16, 8, _widths(48, 256, 24, 48)),
-        rounds=20,
-    ),
-}
 
 
 class Cell(NamedTuple):
@@ -142,8 +74,9 @@ class Run:
     def file(self, cell: Cell) -> Path:
         return self.out / "cells" / f"{cell.name}.json"
 
-    def failed(self, name: str) -> Path:
-        return self.out / "failed" / f"{name}.txt"
+    def run(self, what: str, jobs: Mapping[str, Callable[[], None]], at_once: int | None = None) -> list[str]:
+        """Names of the jobs that failed."""
+        return run_jobs(what, jobs, self.out / "failed", at_once or self.jobs)
 
     def shape(self, data: str, channels: int) -> Shape:
         return Shape(self.scale.history, channels, self.scale.grid, SETS[data].periodic)
@@ -238,49 +171,6 @@ def last_frame(history: torch.Tensor) -> torch.Tensor:
     return history[:, -1]
 
 
-def _child(run: Run, name: str, job: Callable[[], None]) -> None:
-    """A job in a process of its own, on one thread; what it says of an error is kept."""
-    torch.set_num_threads(1)
-    try:
-        with open(os.devnull, "w") as nothing, redirect_stderr(nothing), ieee_float32():
-            job()
-    except BaseException:
-        with atomic_path(run.failed(name)) as path:
-            path.write_text(traceback.format_exc())
-        os._exit(1)
-    os._exit(0)
-
-
-def run_jobs(run: Run, what: str, jobs: Mapping[str, Callable[[], None]]) -> list[str]:
-    """Run jobs by name, ``run.jobs`` at a time, with a line each; names of those that failed."""
-    context = multiprocessing.get_context("fork")
-    waiting, active, failed = list(jobs.items()), {}, []
-    started, done = time.monotonic(), 0
-    try:
-        while waiting or active:
-            while waiting and len(active) < run.jobs:
-                name, job = waiting.pop(0)
-                run.failed(name).unlink(missing_ok=True)
-                process = context.Process(target=_child, args=(run, name, job), daemon=True)
-                process.start()
-                active[process.sentinel] = (name, process)
-            for sentinel in multiprocessing.connection.wait(list(active)):
-                name, process = active.pop(sentinel)  # type: ignore[call-overload]
-                process.join()
-                done += 1
-                passed = time.monotonic() - started
-                left = passed / done * (len(jobs) - done)
-                state = "" if process.exitcode == 0 else f" FAILED, see {run.failed(name)}"
-                sys.stderr.write(f"{what} {done}/{len(jobs)} {name}{state} ({left / 60:.0f} min left)\n")
-                sys.stderr.flush()
-                if process.exitcode:
-                    failed.append(name)
-    finally:
-        for _, process in active.values():
-            process.terminate()
-    return failed
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=layout)
@@ -310,9 +200,8 @@ def open_run(args: argparse.Namespace) -> Run:
     asked = {name: getattr(args, name) for name in ("scale", "rates", "residual", "device")}
     for name, value in asked.items():
         if value is not None and known.get(name, value) != value:
-            raise ConfigError(
-                f"--{name} {value}: {args.out} was begun with {known[name]}; leave --{name} out, or choose another --out"
-            )
+            begun = f"{args.out} was begun with {known[name]}"
+            raise ConfigError(f"--{name} {value}: {begun}; leave --{name} out, or choose another --out")
     defaults = {"scale": "small", "rates": "tuned", "residual": False}
     settings = {**defaults, **known, **{name: value for name, value in asked.items() if value is not None}}
     settings.setdefault("device", "cuda" if settings["scale"] == "h100" else "cpu")
@@ -353,7 +242,7 @@ def compare(run: Run, sets: Sequence[str], models: Sequence[str], budgets: Seque
 
     missing = [name for name in dict.fromkeys([*rate_sets, *sets]) if not solved(name)]
     solve = {f"data.{n}": partial(make, run.data, n, scale.grid, scale.frames, scale.counts) for n in missing}
-    failed = run_jobs(run, "data", solve)
+    failed = run.run("data", solve)
     sets = [name for name in sets if solved(name)]
     rate_sets = [name for name in rate_sets if solved(name)]
 
@@ -364,9 +253,8 @@ def compare(run: Run, sets: Sequence[str], models: Sequence[str], budgets: Seque
         measured = read_json(path, "costs")["seconds"] if path.exists() else {}
         if unknown := [model for model in models if model not in measured]:
             shapes.setdefault(channels, (unknown, run.shape(name, channels)))
-    alone = replace(run, jobs=1)
     costs = {f"costs.{n}": partial(measure_costs, run, *job) for n, job in shapes.items()}
-    failed += run_jobs(alone, "costs", costs)
+    failed += run.run("costs", costs, 1)
 
     tuning = {
         Cell(name, model, f"tune-{rate:g}", 0): rate
@@ -391,10 +279,8 @@ def compare(run: Run, sets: Sequence[str], models: Sequence[str], budgets: Seque
 def run_cells(run: Run, what: str, cells: Mapping[Cell, float]) -> list[str]:
     """The cells that have no file yet, with their learning rates."""
     (run.out / "cells").mkdir(exist_ok=True)
-    jobs = {
-        cell.name: partial(run_cell, run, cell, rate) for cell, rate in cells.items() if not run.file(cell).exists()
-    }
-    return run_jobs(run, what, jobs)
+    pending = {cell: rate for cell, rate in cells.items() if not run.file(cell).exists()}
+    return run.run(what, {cell.name: partial(run_cell, run, cell, rate) for cell, rate in pending.items()})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -414,9 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     page = write_results(run.out, scale=run.scale, rates=run.rates)
     sys.stdout.write(f"{page}\n")
     if failed:
-        raise ConfigError(
-            f"{len(failed)} jobs failed, the first is {failed[0]}: see {run.failed(failed[0])}; run again"
-        )
+        raise ConfigError(f"jobs that failed: {len(failed)}; see {run.out}/failed/{failed[0]}.txt, and run again")
     return 0
 
 

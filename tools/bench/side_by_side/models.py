@@ -2,7 +2,7 @@
 
 Every model is a module ``history [B, T, C, n, n] -> next frame [B, C, n, n]`` of normalised fields. What a published
 setting ties to a width or a grid is scaled to the size of a run (`Size`): widths, and patches so that a field has
-``tokens`` of them along an axis. Depths, ratios, heads, modes, activations, norms and initial weights stay as published.
+``tokens`` of them along an axis. Depths, ratios, heads, activations, norms and initial weights stay as published.
 """
 
 from __future__ import annotations

@@ -14,10 +14,12 @@ from shodh.core.strict_json import to_json
 from shodh.report.figures import BASELINE, INK, MARKERS, MODEL
 from shodh.report.page import Headline, Section, Table, format_cell, write_page
 from shodh.report.statistics import RULE, holm, what_seeds_can_show, what_trajectories_can_show
-from side_by_side.models import MODELS
-from side_by_side.results import BUDGETS, PERSISTENCE, TASKS, Duel, Results, chosen_rates, duels, mean, with_interval
-from side_by_side.sets import SETS
 
+from .models import MODELS
+from .results import BUDGETS, PERSISTENCE, TASKS, Duel, Results, chosen_rates, duels, mean, with_interval
+from .sets import SETS
+
+TITLE = "Side by side with the peers"
 COLUMNS = "set budget model ours vrmse low high nrmse rollout_vrmse rollout_low rollout_high rollout_nrmse".split()
 COLUMNS += "seeds trajectories rate steps parameters step_ms cpu_s memory_mib".split()
 
@@ -163,7 +165,7 @@ def write_results(out: Path, *, scale: Any, rates: str) -> Path:
         Section("table", "Everything", "As CSV and Markdown.", files_only=("results",), tables={"results": whole}),
     ]
     missing = [f"{name} ({', '.join(kind.missing)})" for name, kind in (*SETS.items(), *MODELS.items()) if kind.missing]
-    page = out / "page"
+    page, first = out / "page", headline(found, missing)
     env = next((r["env"] for r in reversed(results.cells.values())), None)
     commits = sorted({str(r["env"]["commit"]) for r in results.cells.values()})
     versions = {MODELS[r["model"]].package: r["version"] for r in results.cells.values() if "version" in r}
@@ -173,12 +175,10 @@ def write_results(out: Path, *, scale: Any, rates: str) -> Path:
         "versions": versions,
         "scale": to_json(vars(scale) | {"size": vars(scale.size)}),
         "rates": {"kind": rates, "chosen": chosen_rates(results)},
-        "headline": headline(found, missing).record(),
+        "headline": first.record(),
         "rows": [dict(zip(whole.header, row)) for row in whole.rows],
     }
-    write_page(
-        page, "Side by side with the peers", headline(found, missing), sections, data=data, data_name="peers.json"
-    )
+    write_page(page, TITLE, first, sections, data=data, data_name="peers.json")
     write_atomically(page / "results.md", markdown(whole))
     return page / "index.html"
 
@@ -197,8 +197,8 @@ def _how(results: Results, scale: Any, rates: str) -> Section:
             f"Fields of {scale.grid} x {scale.grid} cells, {scale.counts['train']} training trajectories of "
             f"{scale.frames} frames, {tests} of the test; {scale.history} frames in, the next one out; batches of "
             f"{scale.batch}, mean square error of normalised fields, AdamW with each one's published decay, gradients "
-            f"clipped at 1, a linear rise over a tenth of the steps and half a cosine down. Equal steps: {scale.steps}. "
-            f"Equal seconds: as many steps as take {scale.seconds:g} s. Rates: {rates}. An error above 100, or one "
+            f"clipped at 1, a linear rise over a tenth of the steps, half a cosine down. Equal steps: {scale.steps}, "
+            f"equal seconds as many steps as take {scale.seconds:g} s. Rates: {rates}. An error above 100, or one "
             "that is not finite, counts as 100.",
             what_seeds_can_show(3),
             *what_trajectories_can_show({"each set": tests}),

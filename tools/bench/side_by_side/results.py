@@ -13,8 +13,9 @@ import numpy as np
 
 from shodh.core.reading import read_json
 from shodh.report.statistics import Comparison, Interval, compare, mean_intervals, nested_bootstrap
-from side_by_side.models import MODELS
-from side_by_side.sets import SETS
+
+from .models import MODELS
+from .sets import SETS
 
 PERSISTENCE = "persistence"
 BUDGETS = {"seconds": "equal seconds", "steps": "equal steps"}

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from shodh.core.seeding import generator
 from shodh.schema.measures import MEASURES, Truth, mean_square_error
-from side_by_side.models import Entry
-from side_by_side.sets import Data
+
+from .models import Entry
+from .sets import Data
 
 WARM_UP = 0.1  # of the steps
 CLIP = 1.0  # norm of the gradient
