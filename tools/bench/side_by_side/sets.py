@@ -25,8 +25,9 @@ from shodh.schema.fields import Field, RegimeSchema, Trajectories, field_slices
 
 Solve = Callable[[Sequence[int], int, int], Trajectories]
 
-#: The (feed, kill) of The Well's gray_scott: gliders, bubbles, maze, worms, spirals, spots.
-PATTERNS = ((0.014, 0.054), (0.098, 0.057), (0.029, 0.057), (0.058, 0.065), (0.018, 0.051), (0.030, 0.062))
+#: The (feed, kill) of The Well's gray_scott: gliders, maze, worms, spirals, spots. Its bubbles, (.098, .057), die out from
+#: our initial patches, and a field that does not vary has no VRMSE.
+PATTERNS = ((0.014, 0.054), (0.029, 0.057), (0.058, 0.065), (0.018, 0.051), (0.030, 0.062))
 
 
 def _regime(name: str, parameters: Mapping[str, Any], seeds: Sequence[int], n: int, frames: int) -> Trajectories:
@@ -34,7 +35,7 @@ def _regime(name: str, parameters: Mapping[str, Any], seeds: Sequence[int], n: i
 
 
 def _gray_scott(seeds: Sequence[int], n: int, frames: int) -> Trajectories:
-    """The six patterns in turn, at The Well's spacing (128 cells across a box of 2), in a smaller box."""
+    """Five patterns in turn, at The Well's spacing (128 cells across a box of 2), in a smaller box."""
     box = {"length": n / 64, "patch_size": min(0.2, n / 320)}
     parts = []
     for number, (feed, kill) in enumerate(PATTERNS):
@@ -142,7 +143,9 @@ def _exponax(label: str, recipe: str, scenario: Scenario) -> DataSet:
 
 
 SETS: dict[str, DataSet] = {
-    "gray_scott": DataSet("Gray-Scott", "The Well: its six (F, k), spacing and 10 units a frame", _gray_scott),
+    "gray_scott": DataSet(
+        "Gray-Scott", "The Well: five of its six (F, k), its spacing and 10 units a frame", _gray_scott
+    ),
     "shear_flow": DataSet(
         "shear flow",
         "The Well's shear_flow, reduced: two tanh layers with a tracer, Re 200 of half a layer (there 1e4 to 5e5 of "
