@@ -25,8 +25,8 @@ from shodh.schema.fields import Field, RegimeSchema, Trajectories, field_slices
 
 Solve = Callable[[Sequence[int], int, int], Trajectories]
 
-#: The (feed, kill) of The Well's gray_scott: gliders, maze, worms, spirals, spots. Its bubbles, (.098, .057), die out from
-#: our initial patches, and a field that does not vary has no VRMSE.
+#: The (feed, kill) of The Well's gray_scott: gliders, maze, worms, spirals, spots. Its bubbles, (.098, .057), die out
+#: from our initial patches, and a field that does not vary has no VRMSE.
 PATTERNS = ((0.014, 0.054), (0.029, 0.057), (0.058, 0.065), (0.018, 0.051), (0.030, 0.062))
 
 
@@ -143,9 +143,7 @@ def _exponax(label: str, recipe: str, scenario: Scenario) -> DataSet:
 
 
 SETS: dict[str, DataSet] = {
-    "gray_scott": DataSet(
-        "Gray-Scott", "The Well: five of its six (F, k), its spacing and 10 units a frame", _gray_scott
-    ),
+    "gray_scott": DataSet("Gray-Scott", "The Well: five of its six (F, k), 10 units a frame", _gray_scott),
     "shear_flow": DataSet(
         "shear flow",
         "The Well's shear_flow, reduced: two tanh layers with a tracer, Re 200 of half a layer (there 1e4 to 5e5 of "
