@@ -104,16 +104,19 @@ def results(*records: dict[str, Any]) -> Results:
 
 @pytest.mark.parametrize(("ours", "lost"), [(0.3, True), (0.1, False)])
 def test_a_set_where_a_peer_is_better_is_said_to_be_lost(ours: float, lost: bool) -> None:
+    still = planted("persistence", 0.05)
     models = {"fno": ours, "dpot": 0.9, "unet_classic": 0.2, "pde_transformer": 0.8}
-    found = all_duels(results(*(planted(m, error, seed=s) for m, error in models.items() for s in range(3))))
+    known = results(*(planted(m, error, seed=s) for m, error in models.items() for s in range(3)), still)
+    found = all_duels(known)
     (duel,) = found["seconds", "one_step"]
     assert (duel.ours, duel.theirs) == ("fno", "unet_classic")
     assert duel.ratio == pytest.approx(ours / 0.2)
     assert duel.comparison.verdict == ("higher" if lost else "lower")
     assert len(verdicts([duel], lost=lost).rows) == 1 and not verdicts([duel], lost=not lost).rows
-    first = headline(found, [])
-    assert first.numbers["seconds rollout"] == {"sets": 1, "lost": int(lost), "first_places": int(not lost)}
-    assert f"{int(lost)} of 1" in first.verdict
+    first = headline(known, found, [])
+    assert first.numbers["equal seconds, rollout: lost"] == f"{int(lost)} of 1"
+    assert first.numbers["equal seconds, rollout: first"] == f"{int(not lost)} of 1"
+    assert f"{int(lost)} of 1" in first.verdict and "persistence" in first.text
 
 
 def test_the_rate_with_the_least_validation_error_is_chosen() -> None:

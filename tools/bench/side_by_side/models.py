@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import shodh
 from shodh.config import OperatorConfig
 from shodh.core.environment import installed_version
 from shodh.models.field_space import FieldSpace
@@ -234,7 +235,7 @@ class Entry:
 
     @property
     def version(self) -> str:
-        return installed_version(self.package)
+        return shodh.__version__ if self.ours else installed_version(self.package)
 
 
 _POT = {"package": "shodh", "rate": 1e-3, "decay": 1e-6, "betas": (0.9, 0.9), "scaled": "width, patch"}

@@ -19,6 +19,7 @@ from .models import MODELS
 from .results import BUDGETS, PERSISTENCE, TASKS, Duel, Results, chosen_rates, duels, mean, with_interval
 from .sets import SETS
 
+SEEDS_CHANGE = "Seeds change initial weights and batches; data and split are the same in all."
 TITLE = "Side by side with the peers"
 COLUMNS = "set budget model ours vrmse low high nrmse rollout_vrmse rollout_low rollout_high rollout_nrmse".split()
 COLUMNS += "seeds trajectories rate steps parameters step_ms cpu_s memory_mib".split()
@@ -108,7 +109,7 @@ def ratios(results: Results, budget: str, task: str) -> Figure | None:
     axes.set_xscale("log")
     axes.set_yticks(range(len(table.rows)), [row[0] for row in table.rows], color=INK)
     axes.invert_yaxis()
-    axes.set_xlabel(f"VRMSE of the {TASKS[task]} over the least of the set, {BUDGETS[budget]}; green: ours", color=INK)
+    axes.set_xlabel(f"VRMSE ({TASKS[task]}, {BUDGETS[budget]}) over the least of its set; green: ours", color=INK)
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -118,24 +119,38 @@ def _number(cell: float | str) -> float:
     return float(cell.removesuffix(" *")) if isinstance(cell, str) else cell
 
 
-def headline(found: dict[tuple[str, str], list[Duel]], missing: list[str]) -> Headline:
-    """Where we lose, then where we do not, for each budget and task."""
-    lines, numbers = [], {}
+def headline(results: Results, found: dict[tuple[str, str], list[Duel]], missing: list[str]) -> Headline:
+    """Where we lose, then where we do not, for each budget and task, and where no model is of use."""
+    lines: list[str] = []
+    numbers: dict[str, str] = {}
     for (budget, task), part in found.items():
         lost = [SETS[d.data].label for d in sorted(part, key=lambda d: -d.ratio) if d.ratio > 1]
         firsts = sum(MODELS[d.first].ours for d in part)
-        numbers[f"{budget} {task}"] = {"sets": len(part), "lost": len(lost), "first_places": firsts}
+        numbers |= {
+            f"{BUDGETS[budget]}, {TASKS[task]}: lost": f"{len(lost)} of {len(part)}",
+            f"{BUDGETS[budget]}, {TASKS[task]}: first": f"{firsts} of {len(part)}",
+        }
         where = f" ({', '.join(lost)})" if lost else ""
         lines.append(
             f"{BUDGETS[budget].capitalize()}, {TASKS[task]}: our best model has a higher mean error than the peers' "
             f"best on {len(lost)} of {len(part)} sets{where}; one of ours is first on {firsts}."
         )
+        useless = [SETS[data].label for data in results.sets(budget) if _is_useless(results, data, budget, task)]
+        if useless:
+            lines.append(f"There persistence has a lower error than every model on: {', '.join(useless)}.")
     if missing:
         lines.append(f"Not compared, because not installed: {', '.join(missing)}.")
     first = found.get(("seconds", "one_step"), next(iter(found.values()), []))
     lost = sum(d.ratio > 1 for d in first)
     verdict = f"we lose on {lost} of {len(first)} sets" if first else "nothing to compare yet"
     return Headline(verdict, "\n".join(lines), "bad" if 2 * lost >= len(first) else "fair", numbers, note=RULE)
+
+
+def _is_useless(results: Results, data: str, budget: str, task: str) -> bool:
+    """Whether the last known frame is a better forecast than that of any model."""
+    models = [*results.models(data, budget), PERSISTENCE]
+    errors = {m: mean(results.errors(data, m, budget, task, "vrmse")) for m in models if results.of(data, m, budget)}
+    return min(errors, key=lambda m: float(errors[m])) == PERSISTENCE
 
 
 def write_results(out: Path, *, scale: Any, rates: str) -> Path:
@@ -165,7 +180,7 @@ def write_results(out: Path, *, scale: Any, rates: str) -> Path:
         Section("table", "Everything", "As CSV and Markdown.", files_only=("results",), tables={"results": whole}),
     ]
     missing = [f"{name} ({', '.join(kind.missing)})" for name, kind in (*SETS.items(), *MODELS.items()) if kind.missing]
-    page, first = out / "page", headline(found, missing)
+    page, first = out / "page", headline(results, found, missing)
     env = next((r["env"] for r in reversed(results.cells.values())), None)
     commits = sorted({str(r["env"]["commit"]) for r in results.cells.values()})
     versions = {MODELS[r["model"]].package: r["version"] for r in results.cells.values() if "version" in r}
@@ -200,7 +215,7 @@ def _how(results: Results, scale: Any, rates: str) -> Section:
             f"clipped at 1, a linear rise over a tenth of the steps, half a cosine down. Equal steps: {scale.steps}, "
             f"equal seconds as many steps as take {scale.seconds:g} s. Rates: {rates}. An error above 100, or one "
             "that is not finite, counts as 100.",
-            what_seeds_can_show(3),
+            what_seeds_can_show(3, SEEDS_CHANGE),
             *what_trajectories_can_show({"each set": tests}),
         ]
     )
