@@ -241,7 +241,9 @@ def compare(run: Run, sets: Sequence[str], models: Sequence[str], budgets: Seque
         return all(path_of(run.data, name, split).exists() for split in scale.counts)
 
     missing = [name for name in dict.fromkeys([*rate_sets, *sets]) if not solved(name)]
-    solve = {f"data.{n}": partial(make, run.data, n, scale.grid, scale.frames, scale.counts) for n in missing}
+    solve = {
+        f"data.{n}": partial(make, run.data, n, scale.grid, scale.frames, scale.counts, run.device) for n in missing
+    }
     failed = run.run("data", solve)
     sets = [name for name in sets if solved(name)]
     rate_sets = [name for name in rate_sets if solved(name)]
@@ -263,7 +265,9 @@ def compare(run: Run, sets: Sequence[str], models: Sequence[str], budgets: Seque
         for rate in sorted({*scale.rates, MODELS[model].rate})
     }
     failed += run_cells(run, "rates", tuning)
-    known = chosen_rates(Results.read(run.out)) if rate_sets else {name: MODELS[name].rate for name in models}
+    known = {name: MODELS[name].rate for name in models}
+    if run.rates == "tuned":
+        known = chosen_rates(Results.read(run.out))
     cells = {Cell(name, PERSISTENCE, budget, 0): 0.0 for budget in budgets for name in sets}
     cells |= {
         Cell(name, model, budget, seed): known[model]
@@ -294,7 +298,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = open_run(args)
     failed: list[str] = []
     if not args.page:
-        lock = lock_file(args.out / "lock")
+        try:
+            lock = lock_file(args.out / "lock")
+        except ConfigError:
+            raise ConfigError(f"{args.out} is in use by another run; wait for it, or choose another --out") from None
         failed = compare(run, installed(sets, SETS), installed(models, MODELS), args.budgets, args.seeds)
         lock.close()
     page = write_results(run.out, scale=run.scale, rates=run.rates)

@@ -23,41 +23,44 @@ from shodh.generation.variation import join
 from shodh.physics import get_regime
 from shodh.schema.fields import Field, RegimeSchema, Trajectories, field_slices
 
-Solve = Callable[[Sequence[int], int, int], Trajectories]
+#: ``(seeds, cells along an axis, frames, device)``.
+Solve = Callable[[Sequence[int], int, int, str], Trajectories]
 
 #: The (feed, kill) of The Well's gray_scott: gliders, maze, worms, spirals, spots. Its bubbles, (.098, .057), die out
 #: from our initial patches, and a field that does not vary has no VRMSE.
 PATTERNS = ((0.014, 0.054), (0.029, 0.057), (0.058, 0.065), (0.018, 0.051), (0.030, 0.062))
 
 
-def _regime(name: str, parameters: Mapping[str, Any], seeds: Sequence[int], n: int, frames: int) -> Trajectories:
-    return get_regime(name, **parameters).simulate(seeds, (n, n), frames)
+def _regime(
+    name: str, parameters: Mapping[str, Any], seeds: Sequence[int], n: int, frames: int, device: str
+) -> Trajectories:
+    return get_regime(name, **parameters).simulate(seeds, (n, n), frames, device=device)
 
 
-def _gray_scott(seeds: Sequence[int], n: int, frames: int) -> Trajectories:
+def _gray_scott(seeds: Sequence[int], n: int, frames: int, device: str) -> Trajectories:
     """Five patterns in turn, at The Well's spacing (128 cells across a box of 2), in a smaller box."""
     box = {"length": n / 64, "patch_size": min(0.2, n / 320)}
     parts = []
     for number, (feed, kill) in enumerate(PATTERNS):
         if own := seeds[number :: len(PATTERNS)]:
-            parts.append(_regime("gray_scott_2d", {"feed": feed, "kill": kill, **box}, own, n, frames))
+            parts.append(_regime("gray_scott_2d", {"feed": feed, "kill": kill, **box}, own, n, frames, device))
     return join(parts, {})
 
 
-def _navier_stokes(seeds: Sequence[int], n: int, frames: int) -> Trajectories:
+def _navier_stokes(seeds: Sequence[int], n: int, frames: int, device: str) -> Trajectories:
     """Solved on a grid twice as fine (64 cells at least), of which every second point is kept, as FNO's authors did."""
     step = max(2, 64 // n)
-    solved = _regime("vorticity_2d", {"viscosity": 1e-5}, seeds, step * n, frames)
+    solved = _regime("vorticity_2d", {"viscosity": 1e-5}, seeds, step * n, frames, device)
     values = {"vorticity": solved.values["vorticity"][..., ::step, ::step]}
     return Trajectories(solved.schema, solved.lengths, solved.time, values, solved.parameters, solved.diagnostics)
 
 
 def _plane(
-    name: str, parameters: Mapping[str, Any], depth: float, seeds: Sequence[int], n: int, frames: int
+    name: str, parameters: Mapping[str, Any], depth: float, seeds: Sequence[int], n: int, frames: int, device: str
 ) -> Trajectories:
     """A three-dimensional regime in a slab so thin along y, ``depth`` cells, that it stays two-dimensional."""
     regime = get_regime(name, **parameters, length_y=depth)
-    solved = regime.simulate(seeds, (n, 4, n), frames)
+    solved = regime.simulate(seeds, (n, 4, n), frames, device=device)
     fields, values = [], {}
     for given in solved.schema.dynamic:
         plane = solved.values[given.name][:, :, :, 0]
@@ -88,7 +91,7 @@ class Scenario:
     components: int = 1
     grows: bool = False
 
-    def __call__(self, seeds: Sequence[int], n: int, frames: int) -> Trajectories:
+    def __call__(self, seeds: Sequence[int], n: int, frames: int, device: str) -> Trajectories:
         import exponax
         import jax
         from jax import numpy as jnp
@@ -211,13 +214,13 @@ def path_of(folder: Path, name: str, split: str) -> Path:
     return folder / name / "data" / split / f"{name}.hdf5"
 
 
-def make(folder: Path, name: str, grid: int, frames: int, counts: Mapping[str, int]) -> None:
+def make(folder: Path, name: str, grid: int, frames: int, counts: Mapping[str, int], device: str) -> None:
     """Solve what is missing of a set; each file is whole or absent."""
     for split in SPLITS:
         path = path_of(folder, name, split)
         if not path.exists():
             seeds = [stable_seed("peers", name, split, number) for number in range(counts[split])]
-            write_trajectories(path, SETS[name].solve(seeds, grid, frames))
+            write_trajectories(path, SETS[name].solve(seeds, grid, frames, device))
 
 
 @dataclass(frozen=True)
