@@ -58,6 +58,9 @@ TEST = [
 
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "mkdocs-jupyter>=0.25", "nbmake>=1.5", "ipykernel"]
 
+# What tools/bench/peers.py compares with, and what solves four of its data sets.
+PEERS = ["neuraloperator>=2.0", "the-well>=1.2", "pdetransformer>=0.1.11", "exponax>=0.2"]
+
 setup(
     name="shodh",
     version=VERSION.group(1),
@@ -83,5 +86,6 @@ setup(
         "wandb": ["wandb>=0.18"],
         "mlflow": ["mlflow-skinny>=2.14"],
         "docs": DOCS,
+        "peers": PEERS,
     },
 )
