@@ -147,8 +147,10 @@ def strip(trajectories: pd.DataFrame, regimes: Mapping[str, Any]) -> Figure | No
     panel.tick_params(axis="x", labelsize=8)
     panel.set_xlabel("one-step VRMSE: a dot a trajectory; bar and line: mean and 95 % interval", fontsize=8)
     handles = dict(zip(*panel.get_legend_handles_labels()[::-1], strict=True))
-    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": len(handles)}
-    panel.legend(list(handles.values()), list(handles), fontsize=8, frameon=False, **above)
+    panel.legend(
+        list(handles.values()), list(handles), fontsize=8, frameon=False, loc="lower center",
+        bbox_to_anchor=(0.5, 1.0), ncols=len(handles),
+    )  # fmt: skip
     bare(panel)
     return figure
 

@@ -11,7 +11,7 @@ from shodh.report.figures import INK, bare, style_of
 
 
 def heat_maps(results: MapResults) -> Figure | None:
-    """Transfer index of the dense model by number of regimes and width, a panel a scale of fields; of one place there is none."""
+    """Transfer index of the dense model by number of regimes and width, a panel a scale; None of one place alone."""
     scales = list(dict.fromkeys(point.fields for point in results.points))
     if len(results.points) < 2:
         return None
