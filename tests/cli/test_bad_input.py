@@ -202,7 +202,7 @@ def test_checkpoint_that_is_missing_or_unreadable(config: Path, tmp_path: Path, 
 def test_new_run_never_overwrites_an_old_one(config: Path, out: Path) -> None:
     checkpoint = out / "tiny" / "checkpoints" / "step_00000005"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "manifest.json").write_text('{"files": {}}')
+    (checkpoint / "manifest.json").write_text('{"files": {}, "state": {}, "topology": {}}')
     (out / "tiny" / "latest").write_text("step_00000005\n")
     before = sorted(out.rglob("*"))
     assert_one_line(run_script(PRETRAIN, "--config", config), "already holds a run", "--resume auto")

@@ -88,7 +88,7 @@ def test_a_family_from_nothing_to_a_report(study_file: Path, tmp_path: Path) -> 
     first = run_script(STUDY, "--config", study_file, "--jobs", "2", timeout=600)
     assert first.code == 1
     (line,) = (text for text in first.stderr.splitlines() if text.startswith("failed: "))
-    assert "seed0-low" in line and "File exists" in line
+    assert "seed0-low" in line and "Not a directory" in line
     anchor, high = (folder / "converted" / "seed0" / member for member in ("anchor", "high"))
     assert high.exists() and not (folder / "results").exists()
 

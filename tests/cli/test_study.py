@@ -53,9 +53,9 @@ def test_finished_runs_are_kept_and_a_failed_one_is_named(study_file: Path, tmp_
     first = run_script(STUDY, "--config", study_file, "--jobs", "2")
     assert first.code == 1
     (line,) = (text for text in first.stderr.splitlines() if text.startswith("failed: "))
-    assert "both-dense_active-s0" in line and "File exists" in line
+    assert "both-dense_active-s0" in line and "Not a directory" in line
     summary = json.loads((tmp_path / "runs" / "s" / "report" / "summary.json").read_text())
-    assert "File exists" in summary["missing"]["both-dense_active-s0"]
+    assert "Not a directory" in summary["missing"]["both-dense_active-s0"]
     assert summary["verdict"] == "Not asked" and "Runs without a result, named below: 1 of 2" in summary["answer"]
     kept = runs / "both-sparse-s0" / "result.json"
     _check_result(json.loads(kept.read_text()))
