@@ -73,8 +73,7 @@ def made_once(path: Path, make: Callable[[], T]) -> T:
 
 def _process(target: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
     """A started process that knows of no card; the environment is the fork server's, not that of pytest."""
-    with _STARTING, mock.patch.dict(os.environ, ON_CPU):
-        forkserver.ensure_running()
+    _server()
     process = _context.Process(target=target, args=arguments)
     process.start()
     return process
@@ -189,8 +188,11 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout
     return [value for _, value in answers]
 
 
-def _python_main(script: str, argv: Sequence[str], environment: Mapping[str, str], out: str, err: str) -> None:
+def _python_main(
+    script: str, argv: Sequence[str], environment: Mapping[str, str], out: str, err: str, server: str
+) -> None:
     """``python <script> <argv>``, or ``python -m <script> <argv>`` where it names a module."""
+    _join_server(server)
     for number, path in ((1, out), (2, err)):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, number)
@@ -215,6 +217,20 @@ def _python_main(script: str, argv: Sequence[str], environment: Mapping[str, str
     _leave(code)
 
 
+def _server() -> str:
+    """Where the fork server listens, which runs."""
+    with _STARTING, mock.patch.dict(os.environ, ON_CPU):
+        forkserver._forkserver.ensure_running()
+    return str(forkserver._forkserver._forkserver_address)
+
+
+def _join_server(address: str) -> None:
+    """Have this process's own processes made by the server that made it: a second one imports everything again."""
+    server = forkserver._forkserver
+    server._forkserver_address = address
+    server.ensure_running = lambda: None
+
+
 class _Job:
     """What `subprocess.Popen` is to a study: its jobs too are forks, and need not import everything again."""
 
@@ -223,7 +239,7 @@ class _Job:
     ) -> None:
         interpreter, flag, module, *argv = command
         assert (interpreter, flag, stderr.name, text) == (sys.executable, "-m", stdout.name, True)
-        self._process = _process(_python_main, module, argv, dict(env), stdout.name, stderr.name)
+        self._process = _process(_python_main, module, argv, dict(env), stdout.name, stderr.name, _server())
         self.terminate, self.kill = self._process.terminate, self._process.kill
 
     def poll(self) -> int | None:
@@ -241,7 +257,7 @@ def run_script(
     """Run ``python <script> <argv>`` from the root of the project, in a process of its own, without a launcher."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = f"{folder}/out", f"{folder}/err"
-        arguments = (str(ROOT / script), [str(a) for a in argv], dict(environment or {}), out, err)
+        arguments = (str(ROOT / script), [str(a) for a in argv], dict(environment or {}), out, err, _server())
         process = _process(_python_main, *arguments)
         process.join(timeout)
         if process.is_alive():
