@@ -69,7 +69,8 @@ def test_rows_that_experts_exchange(again: bool, laboratory: Laboratory) -> None
 def test_a_dry_run_plans_the_ranks_of_the_launcher(
     laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in (("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2"), ("RANK", "0")):
+    launcher = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    for name, value in {**launcher, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     given = ["--config", str(laboratory.config), "--dry-run"]
     assert pretrain.main(given) == 0
