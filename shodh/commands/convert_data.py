@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from shodh.commands.hints import add_hints, hints_of
+from shodh.commands._hints import add_hints, hints_of
 
 EPILOG = """examples:
   shodh convert-data 3D_CFD_Rand_M1.0_periodic_Train.hdf5 data/cfd

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shodh.commands.hints import add_hints, hints_of
+from shodh.commands._hints import add_hints, hints_of
 from shodh.core.strict_json import dumps
 
 EPILOG = """examples:

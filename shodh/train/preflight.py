@@ -83,8 +83,9 @@ def inputs_of(config: RunConfig, more: Iterable[Path]) -> list[tuple[Path, int |
 
 def check_space(folder: Path, needed: float) -> None:
     """Refuse a run whose first checkpoint would not fit on the disk of its folder, which need not be there yet."""
-    there, free = _existing(folder), shutil.disk_usage(_existing(folder)).free
-    if free < needed:
+    there = _existing(folder)
+    free, size = (usage := shutil.disk_usage(there)).free, usage.total
+    if free < needed and size:  # One of size zero is no disk, and says itself why nothing can be made there.
         raise ConfigError(
             f"{there}: {free / 2**30:.4g} GiB are free, and a checkpoint of this run takes {needed / 2**30:.4g}; free "
             "some, or choose another folder with --set out=..."

@@ -71,7 +71,7 @@ def test_a_gpu_that_is_not_there(script: str, tmp_path: Path) -> None:
     run = traces(tmp_path / "run")
     (run / "latest").write_text("step_1\n")
     (run / "checkpoints" / "step_1").mkdir(parents=True)
-    (run / "checkpoints" / "step_1" / "manifest.json").write_text("{}")
+    (run / "checkpoints" / "step_1" / "manifest.json").write_text('{"files": {}, "state": {}, "topology": {}}')
     where = [run, "--out", tmp_path / "out"] if "analyze" in script else ["--run", run]
     finished = run_script(script, *where, "--device", "cuda")
     assert finished.code == 2

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
-import importlib.util
+import importlib
 import multiprocessing
 import multiprocessing.process
 import multiprocessing.util
 import os
 import pickle
 import random
+import re
 import runpy
 import socket
 import sys
@@ -269,12 +270,10 @@ def run_script(
 
 
 def main_of(script: str) -> Callable[[list[str]], int]:
-    """``main(argv)`` of a command of the project, to be called in this process."""
-    path = ROOT / script
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_in_process", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """``main(argv)`` of the command that a script runs (``run_command("NAME")``), to be called in this process."""
+    found = re.search(r'run_command\("(.*)"\)|from shodh\.commands\.(\w+) import main', (ROOT / script).read_text())
+    assert found is not None
+    module = importlib.import_module(f"shodh.commands.{(found[1] or found[2]).replace('-', '_')}")
 
     def main(argv: list[str]) -> int:
         with mock.patch.object(sys, "argv", [script, *argv]):
