@@ -95,7 +95,10 @@ def check_space(folder: Path, needed: float) -> None:
 def put_token(folder: Path) -> Path:
     """Leave a file with a name that nobody else has where a run's folder is, or will be."""
     path = _existing(folder) / f".{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
-    path.touch(exist_ok=False)
+    try:
+        path.touch(exist_ok=False)
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}; choose another folder with --set out=...") from error
     return path
 
 
