@@ -32,7 +32,8 @@ from shodh.schema.fields import Boundary, Field, RegimeSchema, Trajectories
 from shodh.schema.space import Space
 from shodh.train.field_task import FieldTask
 from shodh.train.opening import open_data
-from shodh.train.plan import describe_plan, make_plan
+from shodh.train.plan import make_plan
+from shodh.train.plan_text import describe_plan
 from shodh.train.run_folder import RunFolder
 
 pytestmark = pytest.mark.distributed

@@ -8,7 +8,8 @@ import pytest
 
 from shodh.config import RunConfig, load_config
 from shodh.experiments.finetuning.settings import load_tuning
-from shodh.train.plan import describe_plan, make_plan
+from shodh.train.plan import make_plan
+from shodh.train.plan_text import describe_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 GRIDS = ("study_", "ccm_", "finetune_")  # of runs, not runs
