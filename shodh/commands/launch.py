@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shodh.core.errors import ConfigError, TopologyError
+from shodh.core.reading import read_text
 
 EXAMPLES = """examples:
   shodh launch --num_gpus 2 pretrain --config demo --set parallel.ep_size=2          two ranks on this machine
@@ -40,7 +41,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def read_variables(path: Path) -> dict[str, str]:
     """``NAME=VALUE`` of each line of a .deepspeed_env; lines that are empty or begin with # are skipped."""
     found: dict[str, str] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(path, "file of variables").splitlines(), start=1):
         name, equals, value = line.strip().removeprefix("export ").partition("=")
         if not line.strip() or line.lstrip().startswith("#"):
             continue

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from shodh.core.errors import CheckpointError, ConfigError, ShodhError
+from shodh.core.files import UNREADABLE
 from shodh.core.presets import find_preset, presets
 
 MAX_YAML = 1 << 20  # bytes; a configuration has a few thousand
@@ -192,6 +194,16 @@ def read_text(path: Path, what: str = "file", error: ErrorKind = ConfigError, li
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as cause:
         raise error(f"{path} is not UTF-8 text (byte {cause.start}); save it as UTF-8") from cause
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a file of JSON lines, oldest first; lines that are damaged, or not yet whole, are left out."""
+    if path.is_file():
+        with path.open(errors="replace") as file:
+            for text in file:
+                with suppress(*UNREADABLE):
+                    if isinstance(line := json.loads(text), dict):
+                        yield line
 
 
 def read_settings(path: str | Path) -> Any:

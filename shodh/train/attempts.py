@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -12,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shodh.core import reading
 from shodh.core.cli import error_line
 from shodh.core.files import UNREADABLE
 from shodh.core.strict_json import dumps
@@ -52,9 +52,8 @@ def attempt(folder: Path, stage: str, trainer: Trainer) -> Iterator[None]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Objects of a file of JSON lines, oldest first, with the step of each; damaged ones are left out."""
     found = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for line in reading.read_lines(path):
         with suppress(*UNREADABLE):
-            line = json.loads(text)
             found.append({**line, "step": int(line["step"]), "time": float(line["time"])})
     return found
 

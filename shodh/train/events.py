@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from shodh.core.files import UNREADABLE
+from shodh.core.reading import read_lines
 from shodh.core.strict_json import dumps
 
 EVENTS = "events.jsonl"
@@ -24,12 +25,8 @@ def record_event(run: Path, kind: str, step: int, **what: Any) -> None:
 
 def read_events(run: Path) -> list[dict[str, Any]]:
     """The events of a run in order; damaged lines are left out."""
-    path = run / EVENTS
     found = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        try:
-            event = json.loads(line)
-            found.append({"kind": str(event["kind"]), "step": int(event["step"]), **event})
-        except UNREADABLE:
-            continue
+    for event in read_lines(run / EVENTS):
+        with suppress(*UNREADABLE):
+            found.append({**event, "kind": str(event["kind"]), "step": int(event["step"])})
     return found

@@ -249,13 +249,15 @@ def _rate(count: float, seconds: float) -> str:
 
 
 def _versions() -> dict[str, str]:
+    from deepspeed.accelerator import get_accelerator
+
     return {
         "python": platform.python_version(),
         "shodh": shodh.__version__,
         "cuda": str(torch.version.cuda),
         "nccl": str(torch.cuda.nccl.version()) if torch.cuda.is_available() else "none",
         **{name: installed_version(name) for name in PACKAGES},
-        "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", ""),
+        "accelerator": str(get_accelerator().device_name()),  # DeepSpeed's choice, however it came to it
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import statistics
 import time
@@ -15,8 +14,9 @@ from typing import Any
 
 from shodh.checkpoint.folder import LATEST, LOCK, published_folders, read_manifest
 from shodh.config import RunConfig, load_kept_config
-from shodh.core.errors import ConfigError, ShodhError
+from shodh.core.errors import CheckpointError, ConfigError, ShodhError
 from shodh.core.files import UNREADABLE, lock_owner
+from shodh.core.reading import parse_json, read_text
 from shodh.train.attempts import read_attempts, read_lines
 
 RECENT = 200  # steps of which the time of a step is taken
@@ -147,9 +147,9 @@ def _state(status: Status, last: dict[str, Any] | None, host: str | None) -> str
 def _parsed(line: bytes) -> dict[str, Any]:
     """A line of metrics, of which step and time are numbers; {} of one that is damaged, or not yet whole."""
     try:
-        values = json.loads(line)
+        values = parse_json(line.decode(errors="replace"), "line")
         return {**values, "step": int(values["step"]), "time": float(values["time"])}
-    except UNREADABLE:
+    except (ConfigError, *UNREADABLE):
         return {}
 
 
@@ -202,8 +202,8 @@ def _read_checkpoints(status: Status) -> None:
     if broken and len(broken) == len(found):
         broken.append("no checkpoint is whole")
     status.problems += broken
-    with suppress(OSError):
-        named = (status.path / LATEST).read_text(errors="replace").strip()
+    with suppress(CheckpointError):
+        named = read_text(status.path / LATEST, "name of a checkpoint", CheckpointError).strip()
         if found and named not in {path.name for path in published_folders(status.path)}:
             status.problems.append(f"{LATEST} names {named[:80]!r}, which is no checkpoint")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import sys
 import uuid
@@ -85,7 +86,8 @@ def cut_events(folder: Path, stop: int) -> None:
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
 
-    files = sorted(folder.glob("events.out.tfevents.*"))
+    # By the numbers of their names: seconds, process, and how many it opened, of which the tenth follows the ninth.
+    files = sorted(folder.glob("events.out.tfevents.*"), key=lambda path: list(map(int, re.findall(r"\d+", path.name))))
     if files and stop > 0:
         with atomic_path(files[0]) as aside, aside.open("wb") as target:
             for path in files:

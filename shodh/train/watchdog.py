@@ -8,7 +8,6 @@ store in which the ranks met, and learns what the job did; it may hang there wit
 from __future__ import annotations
 
 import faulthandler
-import json
 import logging
 import os
 import socket
@@ -26,6 +25,7 @@ from shodh.core import signals
 from shodh.core.cli import EXIT_FAULT
 from shodh.core.distributed import gather, rank, world_size
 from shodh.core.progress import signs
+from shodh.core.reading import parse_json
 from shodh.core.strict_json import dumps
 from shodh.train.events import record_event
 
@@ -94,7 +94,7 @@ class Watchdog:
                 if self._alarmed:
                     store.set("alarm", "")
                 if rank() == 0:
-                    told = [json.loads(text) for text in store.multi_get(keys)]
+                    told = [parse_json(text.decode(), "sign of life") for text in store.multi_get(keys)]
                     quiet = [0 if n != old else q + 1 for (n, _), old, q in zip(told, known, quiet, strict=True)]
                     known, done = [n for n, _ in told], [d for _, d in told]
                     self._job = {
@@ -105,7 +105,7 @@ class Watchdog:
                     }
                     store.set("job", dumps(self._job))
                 else:
-                    self._job = json.loads(store.get("job"))
+                    self._job = parse_json(store.get("job").decode(), "state of the job")
                 self._heard = self._clock
 
     # What a rank sees

@@ -16,8 +16,7 @@ if launch.rank == 0:
     sys.stdout.flush()
 code = 0
 if act == "error of one":
-    if launch.rank == 0:
-        time.sleep(60)
+    time.sleep(60 if launch.rank == 0 else 2)
     code = 2
 elif act in ("stop", "stop and go on"):
     step = 0 if act == "stop" else int(os.environ.get("SLURM_RESTART_COUNT", "0"))

@@ -35,6 +35,6 @@ def test_two_ranks_of_one_job(name: str, cluster: Cluster, config: Path, tmp_pat
     finished = cluster.run(*LAUNCHERS[name], config)
     assert finished.code == 0, finished.text
     assert "2 ranks" in finished.text
-    (run,) = (tmp_path / "runs").iterdir()
+    (run,) = (tmp_path / "runs").glob("[!.]*")
     found = json.loads((run / "env.json").read_text())
     assert (found["world_size"], found["launcher"]) == (2, name.split()[0])

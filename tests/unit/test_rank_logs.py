@@ -29,8 +29,9 @@ def closed() -> Iterator[None]:
 
 
 def test_lines_name_host_and_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "7")
-    monkeypatch.setenv("WORLD_SIZE", "16")
+    launcher = {"RANK": "7", "WORLD_SIZE": "16", "LOCAL_RANK": "7", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
     keep_rank_log(tmp_path, 40)
     log.info("for all")
     logging.getLogger("other").warning("of a library")

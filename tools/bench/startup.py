@@ -10,7 +10,6 @@ the checks before a run; ``cpu``: of all ranks together, which does not depend o
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -25,7 +24,7 @@ from torch.distributed import TCPStore
 
 from shodh.config import load_config
 from shodh.core.environment import describe_environment
-from shodh.core.strict_json import write_json
+from shodh.core.strict_json import dumps, write_json
 from shodh.data import compute_statistics, write_stats, write_trajectories
 from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
@@ -129,7 +128,7 @@ def main() -> int:
             for mode in args.modes:
                 row = {"ranks": world, "files": args.files, "mode": mode, **measure(world, config, mode == "shared")}
                 rows.append({name: round(v, 2) if isinstance(v, float) else v for name, v in row.items()})
-                sys.stdout.write(json.dumps(rows[-1]) + "\n")
+                sys.stdout.write(dumps(rows[-1]) + "\n")
                 sys.stdout.flush()
                 if args.out is not None:
                     write_json(args.out, {**describe_environment(), "load": os.getloadavg(), "rows": rows}, indent=2)
