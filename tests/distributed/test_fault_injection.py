@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.exhaustive]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_faults_of_every_kind_leave_the_same_run() -> None:
     command = [sys.executable, "tools/bench/faults.py", "--faults", "8", "--ranks", "2", "--steps", "60", "--seed", "1"]
     finished = subprocess.run(
