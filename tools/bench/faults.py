@@ -75,6 +75,7 @@ def _launch(connection: Connection, world: int, arguments: list[str], log: str) 
     for rank in range(world):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, AGENT_STORE: "True", "OMP_NUM_THREADS": 1}
+        place |= {"TORCHELASTIC_RUN_ID": "faults"}  # As torchrun: ranks end with it.
         environment = {name: str(value) for name, value in place.items()}
         target = (str(killing.ROOT / SCRIPT), arguments, environment, log)
         ranks.append(multiprocessing.get_context("fork").Process(target=_enter_rank, args=target))
