@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shodh.core import reading
 from shodh.core.cli import error_line
 from shodh.core.files import UNREADABLE
+from shodh.core.reading import read_lines
 from shodh.core.strict_json import dumps
 
 if TYPE_CHECKING:
@@ -49,15 +49,10 @@ def attempt(folder: Path, stage: str, trainer: Trainer) -> Iterator[None]:
             _add(folder, {"event": "end", "step": trainer.step, "how": how, "why": why})
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a file of JSON lines, oldest first, with the step of each; damaged ones are left out."""
+def read_attempts(folder: Path) -> list[dict[str, Any]]:
+    """The attempts of a run, oldest first, without damaged lines; none of a run of an older version."""
     found = []
-    for line in reading.read_lines(path):
+    for line in read_lines(folder / ATTEMPTS):
         with suppress(*UNREADABLE):
             found.append({**line, "step": int(line["step"]), "time": float(line["time"])})
     return found
-
-
-def read_attempts(folder: Path) -> list[dict[str, Any]]:
-    """The attempts of a run; none of a run of an older version."""
-    return read_lines(folder / ATTEMPTS)

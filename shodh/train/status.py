@@ -7,7 +7,6 @@ import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from shodh.config import RunConfig, load_kept_config
 from shodh.core.errors import CheckpointError, ConfigError, ShodhError
 from shodh.core.files import UNREADABLE, lock_owner
 from shodh.core.reading import parse_json, read_text
-from shodh.train.attempts import read_attempts, read_lines
+from shodh.train.attempts import read_attempts
+from shodh.train.events import read_events
 
 RECENT = 200  # steps of which the time of a step is taken
 SILENCE = 120.0  # seconds without a word after which a run on another machine, whose lock is not seen, is not running
@@ -103,7 +103,7 @@ def read_status(path: Path) -> Status:
     since = starts[-1]["time"] if starts else 0.0
     _read_metrics(status, since)
     _read_checkpoints(status)
-    status.events = dict(Counter(str(line.get("kind")) for line in read_lines(path / "events.jsonl")))
+    status.events = dict(Counter(event["kind"] for event in read_events(path)))
     status.owner = lock_owner(path / LOCK)
     status.state = _state(status, last, starts[-1].get("host") if starts else None)
     if config is not None:
@@ -202,8 +202,13 @@ def _read_checkpoints(status: Status) -> None:
     if broken and len(broken) == len(found):
         broken.append("no checkpoint is whole")
     status.problems += broken
-    with suppress(CheckpointError):
+    if not (status.path / LATEST).is_file():
+        return
+    try:
         named = read_text(status.path / LATEST, "name of a checkpoint", CheckpointError).strip()
+    except CheckpointError as error:
+        status.problems.append(str(error))
+    else:
         if found and named not in {path.name for path in published_folders(status.path)}:
             status.problems.append(f"{LATEST} names {named[:80]!r}, which is no checkpoint")
 

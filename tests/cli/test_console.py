@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from helper import command_of
 
 from shodh.commands import COMMANDS, main, usage
 from shodh.config import load_config
@@ -42,13 +42,6 @@ def test_commands_are_modules_and_scripts_and_no_others() -> None:
     modules = {path.stem.replace("_", "-") for path in (ROOT / "shodh" / "commands").glob("[!_]*.py")}
     assert modules == set(COMMANDS)
     assert sorted(map(command_of, SCRIPTS)) == sorted(COMMANDS.keys() - {"launch"})  # which starts the others
-
-
-def command_of(script: Path) -> str:
-    """The command that a script runs; on many ranks it takes signals before it imports the rest."""
-    found = re.search(r'run_command\("(.*)"\)|from shodh\.commands\.(\w+) import main', script.read_text())
-    assert found is not None
-    return found[1] or found[2].replace("_", "-")
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=[path.stem for path in SCRIPTS])

@@ -269,11 +269,16 @@ def run_script(
         return Finished(process.exitcode, Path(out).read_text(), Path(err).read_text())
 
 
-def main_of(script: str) -> Callable[[list[str]], int]:
-    """``main(argv)`` of the command that a script runs (``run_command("NAME")``), to be called in this process."""
-    found = re.search(r'run_command\("(.*)"\)|from shodh\.commands\.(\w+) import main', (ROOT / script).read_text())
+def command_of(script: Path) -> str:
+    """The command that a script runs; on many ranks it takes signals before it imports the rest."""
+    found = re.search(r'run_command\("(.*)"\)|from shodh\.commands\.(\w+) import main', script.read_text())
     assert found is not None
-    module = importlib.import_module(f"shodh.commands.{(found[1] or found[2]).replace('-', '_')}")
+    return found[1] or found[2].replace("_", "-")
+
+
+def main_of(script: str) -> Callable[[list[str]], int]:
+    """``main(argv)`` of the command that a script runs, to be called in this process."""
+    module = importlib.import_module(f"shodh.commands.{command_of(ROOT / script).replace('-', '_')}")
 
     def main(argv: list[str]) -> int:
         with mock.patch.object(sys, "argv", [script, *argv]):

@@ -124,6 +124,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "no manifest": lambda run: (run / "checkpoints" / tag_of(40) / "manifest.json").unlink(),
     "manifest": lambda run: (run / "checkpoints" / tag_of(40) / "manifest.json").write_bytes(b"\xff\x00{"),
     "latest": lambda run: (run / "latest").write_text("step_99999999\n"),
+    "latest is no text": lambda run: (run / "latest").write_bytes(b"\xff\xfe step"),
     "config": lambda run: (run / "config.yaml").write_text("name: [\n"),
 }
 
