@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from shodh.core.errors import CheckpointError
-from shodh.core.files import PARTIAL_SUFFIX, checksum, sync_to_disk, write_atomically
+from shodh.core.files import PARTIAL_SUFFIX, WEIGHTS, checksum, sync_to_disk, write_atomically
 from shodh.core.reading import read_object, read_text
 from shodh.core.strict_json import write_json
-from shodh.core.weights import WEIGHTS
 
 log = logging.getLogger("shodh")
 

@@ -18,11 +18,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from shodh.core.errors import CheckpointError
-from shodh.core.files import sync_to_disk
+from shodh.core.files import WEIGHTS, sync_to_disk
 from shodh.core.reading import read_object
 from shodh.core.strict_json import dumps
 
-WEIGHTS = "model.safetensors"
 AVERAGED = "ema.safetensors"  # beside `WEIGHTS` in a checkpoint: their average over the training
 INDEX = "model.safetensors.index.json"
 CHUNK = 2**24  # values cast and written at once

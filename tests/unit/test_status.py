@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -189,3 +191,8 @@ def test_to_look_at_a_lock_does_not_keep_a_job_from_it(tmp_path: Path, monkeypat
         fcntl.flock(looking, fcntl.LOCK_SH)
         monkeypatch.setattr("shodh.core.files.time.sleep", lambda _: fcntl.flock(looking, fcntl.LOCK_UN))
         lock_file(path).close()
+
+
+def test_the_status_needs_no_torch() -> None:
+    code = "import sys, shodh.commands.status, shodh.train.status; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
