@@ -10,7 +10,7 @@ Prints a line a fault, and ends with one line of JSON; exit code 1 if something 
 it must.
 
 example:
-  python tools/bench/faults.py --faults 50 --ranks 4
+  python tools/bench/faults.py --faults 50 --ranks 4 --out tools/bench/results/faults_cpu.json
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from torch.distributed import TCPStore
 import shodh.checkpoint.complete
 from shodh.checkpoint.folder import checkpoints_of
 from shodh.core.cli import EXIT_FAULT, EXIT_USAGE
-from shodh.core.strict_json import dumps
+from shodh.core.environment import describe_environment
+from shodh.core.strict_json import dumps, write_json
 from shodh.train.runtime import AGENT_STORE
 
 KINDS = ("rank", "launcher", "stop", "flip", "full", "share")
@@ -237,6 +238,7 @@ def main() -> int:
     parser.add_argument("--least", type=float, default=8.0, help="seconds until the watchdog acts")
     parser.add_argument("--seed", type=int, default=0, help="of faults and moments")
     parser.add_argument("--log", type=Path, help="what the ranks say (default: in the scratch folder)")
+    parser.add_argument("--out", type=Path, help="write the result, every fault, machine and command as JSON")
     args = parser.parse_args()
     moments = random.Random(args.seed)
     shodh.checkpoint.complete.PATIENCE = 2.0  # seconds for a file of another node; the ranks are forks
@@ -311,6 +313,8 @@ def main() -> int:
         "undisturbed_seconds": round(duration, 1),
     }
     sys.stdout.write(dumps(result) + "\n")
+    if args.out is not None:
+        write_json(args.out, {**describe_environment(), **result, "table": table}, indent=2)
     return 1 if different or wrong or unasked else 0
 
 
