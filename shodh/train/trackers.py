@@ -21,6 +21,7 @@ from shodh.core.files import atomic_path
 from shodh.core.reading import read_object
 from shodh.core.strict_json import write_json
 
+JOINED = "events.out.tfevents.0000000000.joined"
 IDENTITIES = "trackers.json"  # under which a resumed run goes on in its trackers
 
 
@@ -81,7 +82,8 @@ def _records(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
 def cut_events(folder: Path, stop: int) -> None:
     """Join event files into one with what lies before a step, as `cut_lines` does for ``metrics.jsonl``.
 
-    So a run that is resumed many times keeps no step twice, and two files at most.
+    So a run that is resumed many times keeps no step twice, and two files at most. TensorBoard reads files in the order
+    of their names, which begin with the time of a node's clock: what is joined gets the first name of all.
     """
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
@@ -89,7 +91,8 @@ def cut_events(folder: Path, stop: int) -> None:
     # By the numbers of their names: seconds, process, and how many it opened, of which the tenth follows the ninth.
     files = sorted(folder.glob("events.out.tfevents.*"), key=lambda path: list(map(int, re.findall(r"\d+", path.name))))
     if files and stop > 0:
-        with atomic_path(files[0]) as aside, aside.open("wb") as target:
+        joined = folder / JOINED
+        with atomic_path(joined) as aside, aside.open("wb") as target:
             for path in files:
                 with path.open("rb") as source:
                     for whole, content in _records(source):
@@ -100,7 +103,7 @@ def cut_events(folder: Path, stop: int) -> None:
                         version = event.HasField("file_version") and not target.tell()
                         if version or (event.step < stop and event.HasField("summary")):
                             target.write(whole)
-        files = files[1:]
+        files = [path for path in files if path != joined]
     for path in files:
         path.unlink()
 
