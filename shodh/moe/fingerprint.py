@@ -5,8 +5,15 @@ factor is transport and dispersion, its modulus growth and decay; the state, whi
 
     2 conj(F u0) F u1 / (|F u0|^2 + |F u1|^2)      and      (|F u1|^2 - |F u0|^2) / (|F u0|^2 + |F u1|^2)
 
-Numerators and denominators are summed over pairs of frames and over waves of like length and direction, so that the
-size depends on neither grid nor history. All features have one scale, and need no statistics to be compared.
+A quadratic term moves waves by others, on the mean of many states in no direction: two Burgers equations of opposite
+flux have one cross-spectrum. What tells them apart is what the square of a state has of the next one, beyond what is
+linear in it::
+
+    conj(F u0^2) (F u1 - h F u0) / sqrt(|F u0^2|^2 |F u1|^2)      with      h = conj(F u0) F u1 / |F u0|^2
+
+Its imaginary part is of fluxes, its real part of sources. Numerators and denominators are summed over pairs of frames
+and over waves of like length and direction, so that the size depends on neither grid nor history. All features have one
+scale, and need no statistics to be compared.
 """
 
 from __future__ import annotations
@@ -28,16 +35,16 @@ _TINY = 1e-30
 
 def fingerprint_size(channels: int, ndim: int) -> int:
     """Features of `fingerprint`."""
-    return min(channels, CHANNELS) * (3 * num_bins(ndim) + 3)
+    return min(channels, CHANNELS) * (5 * num_bins(ndim) + 3)
 
 
 def fingerprint(frames: Tensor, periodic: Tensor, exists: Tensor | None = None) -> Tensor:
     """Features of each sample, all between -1 and 1: ``[B, T, C, *grid] -> [B, F]``, float32.
 
     They do not change when a channel is multiplied by a positive number or, along periodic axes, the sample is moved.
-    Of each channel: real and imaginary part of the cross-spectrum and the growth by direction and band; the mean over
-    its root mean square, by half, because it is of the state; the mean change over the root mean square of the change;
-    and the change over the fluctuation.
+    Of each channel: real and imaginary part of the cross-spectrum, the growth, and real and imaginary part of what the
+    square has, by direction and band; the mean over its root mean square, by half, because it is of the state; the mean
+    change over the root mean square of the change; and the change over the fluctuation.
 
     Parameters
     ----------
@@ -59,20 +66,25 @@ def fingerprint(frames: Tensor, periodic: Tensor, exists: Tensor | None = None) 
     total, moved = varies.sum(1), mean.diff(dim=1)
     there = (total > STILL * square.sum(1)).float()
 
-    spectrum = _spectrum(x, periodic)
+    x = x * (there / total.clamp(min=_TINY)).sqrt().view(len(x), 1, -1, *(1,) * len(axes))
+    square_of_x = x.square() - x.square().mean(axes, keepdim=True)
+    spectrum, of_square = _spectrum(x, periodic), _spectrum(square_of_x, periodic)[:, :-1]
     old, new = spectrum[:, :-1], spectrum[:, 1:]
-    cross, before, after = 2 * (old.conj() * new).sum(1), _energy(old), _energy(new)
-    sums = torch.stack((cross.real, cross.imag, after - before, after + before), 2)
-    sums = sums @ _bins_of_waves(x.ndim - 3, x.device)
-    *parts, energy = _grouped(sums * (there / total.clamp(min=_TINY))[..., None, None]).unbind(2)
-    floor = FLOOR * energy.mean(-1, keepdim=True) + _TINY
+    bins = _bins_of_waves(len(axes), x.device)
+    linear, known, found = (_binned(a.conj() * b, bins) for a, b in ((old, new), (of_square, old), (of_square, new)))
+    before, after, energy = (_binned(part.real.square() + part.imag.square(), bins) for part in (old, new, of_square))
+    quadratic = found - linear / _raised(before) * known
+    quadratic = quadratic / (_raised(energy).sqrt() * _raised(after).sqrt())
+    linear = 2 * linear / _raised(before + after)
+    growth = (after - before) / _raised(before + after)
+    parts = (linear.real, linear.imag, growth, quadratic.real, quadratic.imag)
     rates = (
         0.5 * mean.mean(1) / square.mean(1).clamp(min=_TINY).sqrt(),
         moved.mean(1) / (changes + moved.square() + STILL * square[:, 1:]).mean(1).clamp(min=_TINY).sqrt(),
         (changes.mean(1) / (2 * (varies[:, 1:] + varies[:, :-1])).mean(1).clamp(min=_TINY)).sqrt(),
     )
     means = _grouped(torch.stack(rates, 2) * there.unsqueeze(2)) / _grouped(there.unsqueeze(2)).clamp(min=1.0)
-    return torch.cat((*(part / (energy + floor) for part in parts), means), 2).flatten(1)
+    return torch.cat((*parts, means), 2).flatten(1)
 
 
 def _spectrum(x: Tensor, periodic: Tensor) -> Tensor:
@@ -94,8 +106,13 @@ def _spectrum(x: Tensor, periodic: Tensor) -> Tensor:
     return out.flatten(2).unflatten(1, x.shape[1:3])
 
 
-def _energy(spectrum: Tensor) -> Tensor:
-    return (spectrum.real.square() + spectrum.imag.square()).sum(1)
+def _binned(waves: Tensor, bins: Tensor) -> Tensor:
+    """Sums over pairs of frames, the waves of a bin and grouped channels: ``[B, T, C, W] -> [B, G, bins]``."""
+    return _grouped(waves.sum(1) @ bins.to(waves.dtype))
+
+
+def _raised(energy: Tensor) -> Tensor:
+    return energy + FLOOR * energy.mean(-1, keepdim=True) + _TINY
 
 
 def _grouped(values: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from shodh.config import ExpertsConfig
 from shodh.models.init import initialise
 from shodh.moe.clusters import Clusters, k_means
 from shodh.moe.experts import ExpertLayerReference
+from shodh.moe.fingerprint import fingerprint_size
 from shodh.moe.routers.operator import make_operator_gate
 from shodh.moe.step import finish_step
 
@@ -99,7 +100,7 @@ def test_a_finished_step_feeds_the_clusters_until_they_are_full(by: str) -> None
     def fingerprints() -> Tensor:
         nonlocal calls
         calls += 1
-        return torch.rand(8, 78, generator=draw)
+        return torch.rand(8, fingerprint_size(2, 2), generator=draw)
 
     for _ in range(4):
         finish_step(model, config, lambda: pytest.fail("no counts are needed"), fingerprints)
