@@ -11,7 +11,7 @@ from helper import ROOT, main_of
 
 SCALES = ("tiny", "small", "paper")
 PLANS = [
-    (config, scale)
+    pytest.param(config, scale, marks=[] if scale == "tiny" or config.stem == "demo" else pytest.mark.exhaustive)
     for config in sorted((ROOT / "launch" / "configs").glob("*.yaml"))
     if not config.name.startswith("finetune_")  # It starts from a trained run; a test reads it.
     for scale in (SCALES if config.name.startswith(("study_", "ccm_")) else (None,))
@@ -57,6 +57,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.exhaustive  # Half a minute of imports.
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_command_starts_where_nothing_of_the_project_is_imported(command: Path, started: Path) -> None:
     """Elsewhere commands are forks of a process that has imported everything (`helper.run_script`)."""

@@ -19,6 +19,7 @@ from shodh.core.errors import DataError
 EVERY_PAIR = len(fuzz.ALL) * len(fuzz.DAMAGES)
 
 
+@pytest.mark.exhaustive
 def test_damaged_files_are_read_or_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(fuzz, "TIMEOUT", 6.0)
     result = fuzz.run(EVERY_PAIR, 1, tmp_path)

@@ -39,6 +39,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(laboratory: Laboratory, st
     assert_bitwise_equal(lost.path, whole)
 
 
+@pytest.mark.exhaustive
 def test_unrolled_and_decoded_run_goes_on_bit_for_bit_and_as_on_one_rank(laboratory: Laboratory) -> None:
     """Two forecasts a sample, and every other loss through the decoder, at ZeRO 3, whose weights are gathered twice."""
     settings = ("metric=decoded", "decoded_every=2", "loss=over_persistence", "unroll.steps=2")

@@ -18,6 +18,7 @@ from shodh.ops.grid import Grid
 from shodh.ops.reference import decode_adjoint_reference, decode_exact_reference
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.exhaustive  # A minute of compilers.
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ def test_convolution_is_torchs_and_moves_with_the_field(ndim: int) -> None:
     torch.testing.assert_close(ours(x.roll(shifts, axes)), ours(x).roll(shifts, axes))
 
 
+@pytest.mark.exhaustive
 def test_it_is_compiled_without_a_break() -> None:
     compiled = torch.compile(circular_pad, fullgraph=True, backend="aot_eager")
     x = torch.randn(1, 2, 3, 4, 5, requires_grad=True)

@@ -53,7 +53,9 @@ def gradients(model: LatentTransformer) -> list[torch.Tensor]:
     return [loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["sparse", *(pytest.param(c, marks=pytest.mark.exhaustive) for c in ("dense", "checkpointed"))]
+)
 def test_compiled_model_is_the_model(case: str) -> None:
     plain, compiled = build(case), build(case)
     parts = compile_run(compiled, None, "aot_eager")  # type: ignore[arg-type]
@@ -65,6 +67,7 @@ def test_compiled_model_is_the_model(case: str) -> None:
     assert CompileCount().read() == {"perf/compiled_graphs": 1 if case == "dense" else 2, "perf/graph_breaks": 0}
 
 
+@pytest.mark.exhaustive
 def test_compiled_tokenizer_is_the_tokenizer() -> None:
     plain, compiled = (Tokenizer(TokenizerConfig(widths=(8, 8, 8)), [Field("tracer")], []) for _ in range(2))
     for tokenizer in (plain, compiled):
