@@ -55,8 +55,9 @@ def look(ranks: Sequence[psutil.Process], folder: Path) -> dict[str, Any]:
         family = [rank, *rank.children(recursive=True)]
         rows.append([sum(p.memory_info().rss for p in family), rank.num_fds(), rank.num_threads(), len(family)])
     columns = zip(("rss", "descriptors", "threads", "processes"), zip(*rows, strict=True), strict=True)
-    shared = len(os.listdir("/dev/shm"))
-    return {**{name: list(values) for name, values in columns}, **sizes(folder), "shared_memory_files": shared}
+    maps = (Path(f"/proc/{p.pid}/maps").read_text() for rank in ranks for p in [rank, *rank.children(recursive=True)])
+    shared = {line.split()[5] for text in maps for line in text.splitlines() if " /dev/shm/" in line}
+    return {**{name: list(values) for name, values in columns}, **sizes(folder), "shared_memory_files": len(shared)}
 
 
 def growth(samples: Sequence[dict[str, Any]], name: str, rank: int | None = None) -> float:
@@ -93,7 +94,7 @@ def main() -> int:
             if step >= len(samples) * args.steps / args.samples and step > 0:
                 try:
                     samples.append({"step": step, "seconds": round(time.monotonic() - began, 1), **look(watched, run)})
-                except (psutil.NoSuchProcess, psutil.AccessDenied):
+                except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
                     break
         for process in ranks:
             process.join()
