@@ -13,7 +13,6 @@ example:
 
 from __future__ import annotations
 
-import argparse
 import math
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 
 from shodh.config import load_config
+from shodh.core.cli import command_parser
 from shodh.core.environment import describe_environment
 from shodh.core.reading import read_json
 from shodh.core.strict_json import write_json
@@ -94,7 +94,7 @@ def compare(runs: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from shodh.checkpoint.run_files import write_tokenizer
 from shodh.config import RunConfig, config_from_dict, dump_config
+from shodh.core.cli import command_parser
 from shodh.core.strict_json import dumps
 from shodh.core.weights import expected_shapes, persistent_buffers
 from shodh.models.factory import build_operator, build_tokenizer
@@ -204,9 +205,7 @@ def write_report(path: Path, rows: list[dict[str, Any]], cgroup: Path | None) ->
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument(
         "--depth", type=int, default=5, help="layers of 16 experts, 0.87 GB each (default: %(default)s)"
     )

@@ -8,7 +8,6 @@ call, for long enough that the call is queued before the device gets to it. ``fu
 
 from __future__ import annotations
 
-import argparse
 import platform
 import statistics
 import sys
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from shodh.core.cli import command_parser
 from shodh.core.strict_json import dumps
 from shodh.ops import decode_velocity, divergence
 from shodh.ops.extension import choose_implementation, unavailable_reason
@@ -149,9 +149,7 @@ def describe(device: torch.device) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("--grid", type=int, default=128, help="cells along each axis (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=2, help="samples (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=21, help="interleaved rounds (default: %(default)s)")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from shodh.config import ExpertsConfig
-from shodh.core.cli import run_main
+from shodh.core.cli import command_parser, run_main
 from shodh.core.strict_json import write_json
 from shodh.models.init import initialise
 from shodh.moe.experts import build_dense
@@ -41,9 +41,7 @@ Step = Callable[[], float]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("--experts", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--top-k", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument(

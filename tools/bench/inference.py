@@ -15,7 +15,6 @@ own grid, whose error is zero, is an upper bound of what the model is worth.
 
 from __future__ import annotations
 
-import argparse
 import math
 import resource
 import statistics
@@ -32,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.core.cli import run_main
+from shodh.core.cli import command_parser, run_main
 from shodh.core.devices import pick_device
 from shodh.core.errors import DataError
 from shodh.core.precision import ieee_float32
@@ -205,7 +204,7 @@ def breakeven(training: float, solver: float, model: float) -> float | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, help="JSON (default: RUN/report/inference.json)")
     parser.add_argument("--coarser", type=int, nargs="+", default=[1, 2, 4], metavar="FACTOR", help="grids to solve on")

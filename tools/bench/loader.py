@@ -8,7 +8,6 @@ least; the load is written down.
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import statistics
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from shodh.core.cli import command_parser
 from shodh.core.strict_json import dumps
 from shodh.data import MixtureLoader, MixtureSampler, RegimeSource, WindowDataset, write_trajectories
 from shodh.data.normalize import fit_normalizer
@@ -145,9 +145,7 @@ def contestants(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("--grid", type=int, default=128, help="cells along each axis (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=12, help="samples of a pass (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default: %(default)s)")

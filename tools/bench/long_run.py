@@ -12,7 +12,6 @@ example:
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import statistics
@@ -27,6 +26,7 @@ import psutil
 import torch
 from killing_training import configure, start
 
+from shodh.core.cli import command_parser
 from shodh.core.strict_json import dumps, write_json
 from shodh.train.status import read_status
 
@@ -69,7 +69,7 @@ def growth(samples: Sequence[dict[str, Any]], name: str, rank: int | None = None
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--samples", type=int, default=200, help="looks, spread evenly over the steps")
     parser.add_argument("--workers", type=int, default=1, help="of the loader of each rank")

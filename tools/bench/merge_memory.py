@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from shodh.checkpoint.description import ModelDescription, Source, build_parts, count_parameters, write_pretrained
 from shodh.config import RunConfig, config_from_dict, to_dict
+from shodh.core.cli import command_parser
 from shodh.core.seeding import generator
 from shodh.core.strict_json import dumps
 from shodh.core.weights import LazyWeights, StoredTensor, expected_shapes, target_dtypes
@@ -123,9 +124,7 @@ def write_report(path: Path, rows: list[dict[str, Any]], size: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument(
         "--depth", type=int, default=5, help="layers of 16 experts, 0.87 GB each (default: %(default)s)"
     )

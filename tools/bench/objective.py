@@ -17,7 +17,6 @@ example:
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from torch.utils.data import default_collate
 
 import shodh
 from shodh.config import RunConfig, load_config
+from shodh.core.cli import command_parser
 from shodh.core.environment import describe_environment
 from shodh.core.reading import read_json
 from shodh.core.strict_json import write_json
@@ -178,7 +178,7 @@ def measure(config: RunConfig, regimes: Regimes) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--config", default=str(ROOT / "launch" / "configs" / "demo.yaml"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every run")
     parser.add_argument(

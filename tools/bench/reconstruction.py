@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shodh.checkpoint.run_files import open_tokenizer
 from shodh.config import RunConfig, load_config
-from shodh.core.cli import positive, run_main
+from shodh.core.cli import command_parser, positive, run_main
 from shodh.core.environment import describe_environment
 from shodh.core.strict_json import write_json
 from shodh.core.weights import load_into
@@ -41,9 +41,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument(
         "--config", type=Path, default=DEMO, help="configuration of a run with a tokenizer and its data"
     )

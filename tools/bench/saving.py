@@ -10,7 +10,6 @@ example:
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from torch import nn
 from shodh.checkpoint.snapshot import Snapshot
 from shodh.checkpoint.training import CheckpointWriter
 from shodh.config import TrainConfig
-from shodh.core.cli import run_main
+from shodh.core.cli import command_parser, run_main
 from shodh.core.strict_json import dumps, write_json
 from shodh.core.topology import Topology
 from shodh.moe.groups import decay_groups
@@ -35,7 +34,7 @@ WIDTH = 1000
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--millions", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")

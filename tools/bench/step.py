@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from shodh.config import RunConfig, config_from_dict, load_config, to_dict
 from shodh.config.reading import merge_trees
-from shodh.core.cli import run_main
+from shodh.core.cli import command_parser, run_main
 from shodh.core.errors import ConfigError
 from shodh.core.launcher import without_launcher
 from shodh.core.strict_json import write_json
@@ -51,9 +51,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("--config", type=Path, default=DEMO, help="configuration of a sparse run")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings of the run"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from shodh.config import RunConfig, load_config
-from shodh.core.cli import run_main
+from shodh.core.cli import command_parser, run_main
 from shodh.core.environment import describe_environment
 from shodh.core.strict_json import write_json
 from shodh.models.factory import build_tokenizer
@@ -40,9 +40,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("--config", type=Path, default=DEMO, help="configuration of a run with a tokenizer")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings")
     parser.add_argument("--batch", type=int, help="samples of a step (default: those of one of the planned ranks)")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from shodh.core.cli import run_main
+from shodh.core.cli import command_parser, run_main
 from shodh.core.strict_json import dumps, write_json
 from shodh.routing import find_traces, read_traces
 from shodh.train.run_folder import describe_environment
@@ -29,9 +29,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("--records", type=int, nargs="+", default=[250_000, 2_000_000], help="sizes of traces")
     parser.add_argument("--ranks", type=int, default=1, help="files of a trace, each with so many records")
     parser.add_argument("--regimes", type=int, default=2)
