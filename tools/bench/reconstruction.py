@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +19,7 @@ from torch import Tensor
 from shodh.checkpoint.run_files import open_tokenizer
 from shodh.config import RunConfig, load_config
 from shodh.core.cli import command_parser, positive, run_main
-from shodh.core.environment import describe_environment
-from shodh.core.strict_json import write_json
+from shodh.core.environment import write_record
 from shodh.core.weights import load_into
 from shodh.models.factory import build_tokenizer
 from shodh.models.tokenizer import Tokenizer
@@ -110,9 +108,7 @@ def main() -> int:
             rows.append({"tokenizer": name, "regime": regime, **components})
     header: Sequence[str] = list(dict.fromkeys(key for row in rows for key in row))
     sys.stdout.write(text_table(Table(list(header), [[row.get(key) for key in header] for row in rows])) + "\n")
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, {"date": time.strftime("%Y-%m-%d"), "env": describe_environment(), "vrmse": rows})
+    write_record(args.out, {"vrmse": rows})
     return 0
 
 

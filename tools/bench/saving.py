@@ -23,11 +23,11 @@ from shodh.checkpoint.snapshot import Snapshot
 from shodh.checkpoint.training import CheckpointWriter
 from shodh.config import TrainConfig
 from shodh.core.cli import command_parser, run_main
-from shodh.core.strict_json import dumps, write_json
+from shodh.core.environment import write_record
+from shodh.core.strict_json import dumps
 from shodh.core.topology import Topology
 from shodh.moe.groups import decay_groups
 from shodh.train.engine import build_engine, load_deepspeed_config
-from shodh.train.run_folder import describe_environment
 from shodh.train.runtime import quiet_logs, start_distributed
 
 WIDTH = 1000
@@ -68,11 +68,9 @@ def main() -> int:
         "parameters": WIDTH * WIDTH * args.millions,
         "checkpoint_bytes": size,
         **{f"{name}_seconds": round(statistics.median(values), 3) for name, values in found.items()},
-        "environment": describe_environment(),
     }
-    sys.stdout.write(dumps({name: value for name, value in result.items() if name != "environment"}) + "\n")
-    if args.out is not None:
-        write_json(args.out, result, indent=2)
+    sys.stdout.write(dumps(result) + "\n")
+    write_record(args.out, result)
     return 0
 
 

@@ -23,8 +23,8 @@ from torch.distributed import TCPStore
 
 from shodh.config import load_config
 from shodh.core.cli import command_parser
-from shodh.core.environment import describe_environment
-from shodh.core.strict_json import dumps, write_json
+from shodh.core.environment import write_record
+from shodh.core.strict_json import dumps
 from shodh.data import compute_statistics, write_stats, write_trajectories
 from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
@@ -130,8 +130,7 @@ def main() -> int:
                 rows.append({name: round(v, 2) if isinstance(v, float) else v for name, v in row.items()})
                 sys.stdout.write(dumps(rows[-1]) + "\n")
                 sys.stdout.flush()
-                if args.out is not None:
-                    write_json(args.out, {**describe_environment(), "load": os.getloadavg(), "rows": rows}, indent=2)
+                write_record(args.out, {"load": os.getloadavg(), "rows": rows})
     return 0
 
 
