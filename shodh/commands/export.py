@@ -69,7 +69,7 @@ def from_run(args: argparse.Namespace) -> Iterator[Part]:
 
     evaluator = open_run(args.source, args.checkpoint, torch.device(pick_device("auto")), args.weights)
     regimes = evaluator.regimes
-    unknown = set(args.fields or ()) - {f.name for f in regimes.dynamic}
+    unknown = set(args.fields or ()) - {f.name for f in regimes.space.dynamic}
     if unknown:
         raise ConfigError(f"{args.source}: there are no fields {sorted(unknown)}")
     for example in evaluate(evaluator, evaluator.config.evaluation.split).examples:

@@ -70,7 +70,7 @@ class OperatorTask:
         self._decoded: DecodedError | None = None
         assert (tokenizer is None) == (self.space == "field")
         if tokenizer is not None and self.operator.metric != "whitened":
-            self.measure, self._weights = "nmse", channel_weights(tokenizer, regimes.domains)
+            self.measure, self._weights = "nmse", channel_weights(tokenizer, regimes.space.domains)
         if tokenizer is not None and self.operator.metric == "decoded":
             self._decoded = DecodedError(regimes.space, tokenizer, read_static or static_reader(regimes, "train"))
         #: What persistence loses in each regime, by whether the loss is of decoded fields.
@@ -82,7 +82,7 @@ class OperatorTask:
 
     def _labels(self) -> list[str]:
         """Each regime with its fields, for messages."""
-        fields = (", ".join(f.name for f in self.regimes.fields_of(n)) for n in range(len(self.regimes.names)))
+        fields = (", ".join(f.name for f in self.regimes.space.fields_of(n)) for n in range(len(self.regimes.names)))
         return [f"regime {name!r} (fields {of})" for name, of in zip(self.regimes.names, fields, strict=True)]
 
     def _windows(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -176,7 +176,7 @@ class OperatorTask:
         shifts: list[int] = []
         for key in sample_names(batch):
             draw = torch.rand(len(reach), generator=generator(self.config.seed, "shift", step, *key)).tolist()
-            boundary = self.regimes.domains[key[0]].boundary[: len(reach)]
+            boundary = self.regimes.space.domains[key[0]].boundary[: len(reach)]
             shifts += [int(u * n) if b == "periodic" else 0 for u, n, b in zip(draw, reach, boundary, strict=True)]
         by_sample = send(shifts, frames.device).view(-1, len(reach))
         return roll_samples(frames, by_sample), roll_samples(static, by_sample), by_sample

@@ -95,7 +95,7 @@ def agreement(run: Path, regimes: Regimes, samples: int, probes: int = 4) -> dic
     forecaster, past = model.forecaster, model.config.data.history
     assert forecaster.tokenizer is not None
     draw = torch.Generator().manual_seed(0)
-    weights = channel_weights(forecaster.tokenizer, regimes.domains)
+    weights = channel_weights(forecaster.tokenizer, regimes.space.domains)
     rows: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
     pulled = torch.zeros_like(weights)
     for number, data in enumerate(open_windows(model.config, regimes, "valid")):

@@ -74,8 +74,8 @@ def errors(model: Tokenizer, regimes: Regimes, every: int) -> Iterator[tuple[str
         slices, rows = regimes.space.channels(number), []
         index = torch.tensor([number])
         for item in (frames[n] for n in range(0, len(frames), every)):
-            fields, geometry = item["fields"], add_walls(item["static"][None], regimes.domains[number])
-            found, _ = model(fields, geometry, regimes.domains, index)
+            fields, geometry = item["fields"], add_walls(item["static"][None], regimes.space.domains[number])
+            found, _ = model(fields, geometry, regimes.space.domains, index)
             exists = model.exists(geometry).expand_as(fields) > 0
             rows.append(_by_component(found, fields, exists, slices))
         mean = torch.stack([torch.tensor(list(row.values())) for row in rows]).mean(0).tolist()
