@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from shodh.config import RunConfig
-from shodh.core.devices import send
+from shodh.core.devices import resident, send
 from shodh.core.errors import DataError
 from shodh.core.noise import normal
 from shodh.core.seeding import generator, stable_seed
@@ -95,16 +95,8 @@ class OperatorTask:
         Of latents ``mse``, or ``nmse`` where channels count by their variance: the mean square of the error before
         whitening over the mean variance.
         """
-        weights = None if self._weights is None else self._once("_weights", regime)[regime]
+        weights = None if self._weights is None else resident(self._weights, regime.device)[regime]
         return weighted_square(prediction, target, weights)
-
-    def _once(self, name: str, like: Tensor) -> Tensor:
-        """A table of this task where a batch lies, copied there once: each copy would wait for it."""
-        table: Tensor = getattr(self, name)
-        if table.device != like.device:
-            table = table.to(like.device)
-            setattr(self, name, table)
-        return table
 
     @torch.no_grad()
     def _change(self, item: dict[str, Any], decoded: bool) -> Tensor:
@@ -229,7 +221,8 @@ class OperatorTask:
         errors = [measure(o.latent, target) for o, target in zip(outputs, targets, strict=True)]
         error = torch.stack(errors).mean(0)
         metrics = self._reported(errors, outputs[0].latent, frames, regime, static, decoded)
-        loss = (error / self._changes[decoded].to(error.device)[regime] if self._changes else error).mean()
+        scale = resident(self._changes[decoded], error.device)[regime] if self._changes else 1.0
+        loss = (error / scale).mean()
         routing = outputs[0].routing
         if routing:
             joined = [join_decisions(layer) for layer in zip(*(o.routing for o in outputs), strict=True)]

@@ -15,7 +15,7 @@ def model_size(config: RunConfig) -> dict[str, int]:
     """Weights of the operator, and those that a token meets."""
     plan = make_plan(config.model_copy(update={"parallel": ParallelConfig()}))
     return {
-        "total_parameters": plan.dense_parameters + plan.expert_parameters,
+        "total_parameters": plan.stage.dense_parameters + plan.stage.expert_parameters,
         "active_parameters": plan.active_parameters,
     }
 
