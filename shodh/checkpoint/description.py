@@ -167,6 +167,11 @@ def is_pretrained(path: Path) -> bool:
         return True  # A damaged one is to be named, not taken for something else.
 
 
+def says_its_model(path: Path) -> bool:
+    """Whether a folder describes a model, or a lone file of weights does."""
+    return METADATA_KEY in read_metadata(path) if path.is_file() else is_pretrained(path)
+
+
 def is_converted(path: Path) -> bool:
     """Whether a folder was written by a conversion: it describes a model, and is neither a run nor a checkpoint."""
     return is_pretrained(path) and not (path / "config.yaml").exists() and not is_checkpoint(path)
