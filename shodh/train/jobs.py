@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from shodh.checkpoint.average import WeightAverage
 from shodh.checkpoint.description import Kind
 from shodh.checkpoint.optimizer_state import set_masters
-from shodh.checkpoint.run_files import describe_operator_run, is_tokenizer, open_tokenizer
+from shodh.checkpoint.run_files import describe_operator_run, is_tokenizer, open_tokenizer, started_from
 from shodh.checkpoint.weights import read_initial_weights, source_checksum
 from shodh.config import RunConfig, TrainConfig
 from shodh.core.devices import local_world_size
@@ -230,7 +230,7 @@ def pretrain(
         if job.start is None:
             folder.record_start(None if init_from is None else source_checksum(init_from, kind))
         tokenizer = None if trained is None else trained.weights
-        describe_operator_run(folder.path, job.asked, regimes.space, tokenizer, folder.started_from())
+        describe_operator_run(folder.path, job.asked, regimes.space, tokenizer, started_from(folder.path))
 
     return _run(config, job, model.to(device), task, regimes, loaders, record, weights)
 

@@ -20,7 +20,7 @@ from shodh.core.devices import local_world_size
 from shodh.core.distributed import world_size
 from shodh.core.errors import ConfigError, TopologyError
 from shodh.core.topology import Topology, plan_topology
-from shodh.models.factory import build_tokenizer, operator_shapes
+from shodh.models.factory import build_tokenizer, count_parameters, operator_shapes
 from shodh.moe.groups import decay_groups, is_routed_expert
 from shodh.train.cluster import CARD_MEMORY, Layout, StepPlan, achieved_rate, plan_step, scaled
 from shodh.train.engine import load_deepspeed_config
@@ -254,9 +254,8 @@ def _sizes(config: RunConfig, of_tokenizer: bool = False) -> tuple[int, int]:
     """Parameters of a model on every rank, and in routed experts."""
     with torch.device("meta"):
         model = build_tokenizer(config) if of_tokenizer else operator_shapes(config)
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    routed = sum(n for name, n in sizes.items() if is_routed_expert(name))
-    return sum(sizes.values()) - routed, routed
+    counts = count_parameters(model, config.operator.experts)
+    return counts.total - counts.routed, counts.routed
 
 
 def planned_ranks(config: RunConfig, nodes: int | None, gpus_per_node: int | None) -> tuple[int, int]:
@@ -280,22 +279,18 @@ def make_plan(config: RunConfig, nodes: int | None = None, gpus_per_node: int | 
     experts, train = config.operator.experts, config.operator.train
     config = decide_checkpointing(config, world, GPU_MEMORY_GIB * 2**30)
     stage = stage_of(config, world)
-    topology, dense, routed = stage.topology, stage.dense_parameters, stage.expert_parameters
     tokenizer = None
     if config.has_tokenizer:
         with suppress(TopologyError):  # It may be trained on fewer ranks.
             tokenizer = stage_of(config, world, of_tokenizer=True)
     model = operator_shapes(config)
-    active = dense + (routed * experts.top_k // experts.num_experts if experts.num_experts else 0)
     names = {id(p): name for name, p in model.named_parameters()}
     groups: list[tuple[str, int, int]] = []
     for group in decay_groups(model, train.weight_decay):
-        split = {
-            group["name"]: [p for p in group["params"] if not is_routed_expert(names[id(p)])],
-            f"experts (ep_size_{topology.ep_size})": [p for p in group["params"] if is_routed_expert(names[id(p)])],
-        }
-        groups += [(name, len(ps), sum(p.numel() for p in ps)) for name, ps in split.items() if ps]
-    return Plan(stage, tokenizer, gpus, active, groups, math.prod(model.token_grid))
+        for routed, name in ((False, group["name"]), (True, f"experts (ep_size_{stage.topology.ep_size})")):
+            own = [p.numel() for p in group["params"] if is_routed_expert(names[id(p)]) == routed]
+            groups += [(name, len(own), sum(own))] if own else []
+    return Plan(stage, tokenizer, gpus, count_parameters(model, experts).active, groups, math.prod(model.token_grid))
 
 
 def plan_scaling(config: RunConfig, most: int) -> list[Stage]:

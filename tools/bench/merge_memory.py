@@ -19,7 +19,7 @@ from memory import large_run, peak_memory, plain_space, read_counters
 from processes import answer_of
 from tqdm import tqdm
 
-from shodh.checkpoint.description import ModelDescription, Source, build_parts, count_parameters, write_pretrained
+from shodh.checkpoint.description import ModelDescription, Source, build_parts, describe_size, write_pretrained
 from shodh.config import RunConfig, to_dict
 from shodh.core.cli import command_parser
 from shodh.core.environment import write_record
@@ -52,7 +52,7 @@ def write_expert(folder: Path, config: RunConfig, name: str, shard: int) -> int:
         dtype="fp32",
         space=plain_space(config),
         run=to_dict(config),
-        parameters=count_parameters(config, parts),
+        parameters=describe_size(config, parts),
         versions={},
         source=Source(name=name, sha256=name, init_from=start),
     )

@@ -13,13 +13,14 @@ from shodh.data.fresh import FreshRegime
 from shodh.experiments.harness.learning import gradients_of, take_step
 from shodh.experiments.transfer.map.runs import MapRun
 from shodh.experiments.transfer.map.settings import OBSERVED
+from shodh.models.factory import count_parameters
 from shodh.models.init import initialise
 from shodh.models.kernels import adamw
 from shodh.models.operator import LatentTransformer, OperatorOutput
 from shodh.moe.balance import GlobalBalance
 from shodh.moe.clusters import Clusters
 from shodh.moe.fingerprint import fingerprint
-from shodh.moe.groups import decay_groups, is_routed_expert
+from shodh.moe.groups import decay_groups
 from shodh.moe.routers.operator import make_operator_gate
 from shodh.moe.routing import count_by_regime, regime_information
 from shodh.moe.step import router_arguments
@@ -114,11 +115,8 @@ class Learner:
                 counts.append(torch.stack(rows))
             if (found := self._places(held_out[name])) is not None:
                 places[name] = found
-        parameters = sum(p.numel() for p in self.model.parameters())
-        routed = sum(p.numel() for n, p in self.model.named_parameters() if is_routed_expert(n))
-        experts = max(1, self.run.operator.experts.num_experts)
-        active = parameters - routed + routed * self.run.operator.experts.top_k // experts
-        values: dict[str, Any] = {"errors": errors, "parameters": parameters, "active": active}
+        size = count_parameters(self.model, self.run.operator.experts)
+        values: dict[str, Any] = {"errors": errors, "parameters": size.total, "active": size.active}
         if counts:
             tables = torch.stack(counts).sum(0)
             values["tables"] = tables.tolist()
