@@ -49,8 +49,7 @@ from shodh.core.weights import (
     target_dtypes,
     write_weights,
 )
-from shodh.models.factory import build_operator, build_tokenizer
-from shodh.moe.groups import is_routed_expert
+from shodh.models.factory import build_operator, build_tokenizer, count_parameters
 from shodh.schema.space import SPACE_FILE, Space
 
 CONFIG = "config.json"
@@ -165,6 +164,11 @@ def is_pretrained(path: Path) -> bool:
         return read_object(path / CONFIG).get("format") == "shodh"
     except CheckpointError:
         return True  # A damaged one is to be named, not taken for something else.
+
+
+def says_its_model(path: Path) -> bool:
+    """Whether a folder describes a model, or a lone file of weights does."""
+    return METADATA_KEY in read_metadata(path) if path.is_file() else is_pretrained(path)
 
 
 def is_converted(path: Path) -> bool:
@@ -285,17 +289,11 @@ def written_dtypes(config: RunConfig, parts: tuple[Part, ...], tensors: LazyWeig
     return target_dtypes(tensors, dtype, keep)
 
 
-def count_parameters(config: RunConfig, parts: tuple[Part, ...]) -> dict[str, int]:
-    """``total``, and ``active``: what one token uses, ``top_k`` of the routed experts. Buffers do not count."""
+def describe_size(config: RunConfig, parts: tuple[Part, ...]) -> dict[str, int]:
+    """Parameters of a model's parts: ``total``, and ``active``, what one token uses (`count_parameters`)."""
     with torch.device("meta"):
-        model = build_parts(config, parts)
-    experts = config.operator.experts
-    total = active = 0
-    for name, parameter in model.named_parameters():
-        count = parameter.numel()
-        total += count
-        active += count * experts.top_k // experts.num_experts if is_routed_expert(name) else count
-    return {"total": total, "active": active}
+        counts = count_parameters(build_parts(config, parts), config.operator.experts)
+    return {"total": counts.total, "active": counts.active}
 
 
 def write_pretrained(
@@ -339,7 +337,7 @@ def describe_run(
         parts=parts,
         dtype="fp32",
         run=to_dict(config),
-        parameters=count_parameters(config, parts),
+        parameters=describe_size(config, parts),
         versions={"shodh": environment["shodh"], "python": environment["python"], **environment["packages"]},
         source=source,
         weights=weights,

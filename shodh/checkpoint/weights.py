@@ -7,12 +7,11 @@ from pathlib import Path
 from torch import Tensor
 
 from shodh.checkpoint.description import (
-    METADATA_KEY,
     Kind,
     find_pretrained,
-    is_pretrained,
     read_description,
     read_part,
+    says_its_model,
 )
 from shodh.checkpoint.folder import MANIFEST, checksum, read_manifest, verify_file
 from shodh.core.errors import CheckpointError
@@ -23,7 +22,6 @@ from shodh.core.weights import (
     StoredTensor,
     open_file,
     open_weights,
-    read_metadata,
 )
 
 
@@ -59,7 +57,7 @@ def read_initial_weights(path: Path, kind: Kind | None = None) -> dict[str, Tens
         Names the file that is missing or damaged; DeepSpeed's own folders are to be converted first.
     """
     path = find_pretrained(path)
-    if is_pretrained(path) or (path.is_file() and METADATA_KEY in read_metadata(path)):
+    if says_its_model(path):
         chosen = {name: stored.read() for name, stored in read_part(path, "operator", kind).items()}
         if not chosen:
             raise CheckpointError(f"{path} holds a tokenizer alone; expected the weights of an operator")
@@ -86,7 +84,7 @@ def read_initial_weights(path: Path, kind: Kind | None = None) -> dict[str, Tens
 def kind_of(path: Path, kind: Kind | None = None) -> Kind:
     """Which weights `read_initial_weights` gives."""
     path = find_pretrained(path)
-    if is_pretrained(path) or (path.is_file() and METADATA_KEY in read_metadata(path)):
+    if says_its_model(path):
         return "ema" if read_description(path, kind).source.ema else "raw"
     averaged = (path / MANIFEST).is_file() and AVERAGED in read_manifest(path)["files"]
     return "ema" if averaged and kind != "raw" else "raw"
@@ -99,7 +97,7 @@ def source_checksum(path: Path, kind: Kind | None = None) -> str:
     the file, or of the index of shards.
     """
     path = find_pretrained(path)
-    if is_pretrained(path) or (path.is_file() and METADATA_KEY in read_metadata(path)):
+    if says_its_model(path):
         return read_description(path, kind).source.sha256
     if path.is_dir():
         path = next(file for name in (MANIFEST, WEIGHTS, INDEX) if (file := path / name).exists())

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from shodh.core.cli import add_weights, field_maps, named_paths
+from shodh.core.cli import add_weights, command_parser, field_maps, named_paths
 from shodh.core.devices import pick_device
 from shodh.core.errors import ConfigError
 from shodh.evaluate.evaluation import open_run
@@ -37,8 +37,7 @@ run folder with a checkpoint are probed on held-out data too (about a minute for
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=layout)
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, folder of traces, or trace")
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
     parser.add_argument("--split", help="split to analyse (default: held-out samples where traced, else training)")

@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from shodh.core.cli import add_weights
+from shodh.core.cli import add_weights, command_parser
 from shodh.core.strict_json import write_json
 
 EXAMPLES = """examples:
@@ -27,9 +27,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("source", metavar="SRC", type=Path, help="what to convert")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="default: %(default)s")

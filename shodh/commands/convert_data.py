@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shodh.commands._hints import add_hints, hints_of
+from shodh.core.cli import command_parser
 
 EPILOG = """examples:
   shodh convert-data 3D_CFD_Rand_M1.0_periodic_Train.hdf5 data/cfd
@@ -23,9 +24,7 @@ EPILOG = """examples:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EPILOG)
     parser.add_argument("source", nargs="+", type=Path, help="files or folders of one regime")
     parser.add_argument("out", type=Path, help="folder of the regime")
     parser.add_argument("--name", help="name of the data set (default: of the first source)")

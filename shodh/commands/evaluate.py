@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from shodh.checkpoint.folder import BEST, latest_checkpoint, read_manifest, tag_of
-from shodh.core.cli import add_weights, positive
+from shodh.core.cli import add_weights, command_parser, positive
 from shodh.core.devices import pick_device
 from shodh.core.distributed import rank, together, world_size
 from shodh.evaluate.evaluation import evaluate, open_run
@@ -26,9 +26,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("--run", required=True, type=Path, help="run folder; the report is written to RUN/report")
     parser.add_argument("--checkpoint", metavar="TAG", help="a checkpoint by its tag, or best (default: the newest)")
     add_weights(parser)

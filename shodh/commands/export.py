@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shodh.core.cli import add_weights
+from shodh.core.cli import add_weights, command_parser
 
 EPILOG = """examples:
   shodh export data/demo/open_channel/data/test/open_channel_00000.hdf5 --out vtk
@@ -25,9 +25,7 @@ Part = tuple[str, dict[str, np.ndarray], np.ndarray, tuple[float, ...]]  # stem,
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EPILOG)
     parser.add_argument("source", type=Path, help="data file or run folder")
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
     parser.add_argument("--format", choices=("vtk", "netcdf"), default="vtk")
@@ -71,7 +69,7 @@ def from_run(args: argparse.Namespace) -> Iterator[Part]:
 
     evaluator = open_run(args.source, args.checkpoint, torch.device(pick_device("auto")), args.weights)
     regimes = evaluator.regimes
-    unknown = set(args.fields or ()) - {f.name for f in regimes.dynamic}
+    unknown = set(args.fields or ()) - {f.name for f in regimes.space.dynamic}
     if unknown:
         raise ConfigError(f"{args.source}: there are no fields {sorted(unknown)}")
     for example in evaluate(evaluator, evaluator.config.evaluation.split).examples:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shodh.core.cli import command_parser
 from shodh.core.errors import ConfigError, DataError
 from shodh.core.files import atomic_path
 from shodh.core.reading import read_object
@@ -123,8 +124,7 @@ def read_rock(archive: Path, name: str) -> np.ndarray:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=layout)
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("--rock", nargs="+", default=["bentheimer"], choices=sorted(ROCKS), metavar="NAME",
                         help=f"of {', '.join(ROCKS)} (default: bentheimer)")  # fmt: skip
     parser.add_argument("--size", type=int, default=64, help="edge of the cubes (default: 64)")

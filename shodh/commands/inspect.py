@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shodh.commands._hints import add_hints, hints_of
+from shodh.core.cli import command_parser
 from shodh.core.strict_json import dumps
 
 EPILOG = """examples:
@@ -26,9 +27,7 @@ EPILOG = """examples:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EPILOG)
     parser.add_argument("path", type=Path, help="file or folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--all", action="store_true", help="read every frame of every file")

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from shodh.core.cli import command_parser
 from shodh.core.errors import ConfigError, TopologyError
 from shodh.core.reading import read_text
 
@@ -113,13 +114,8 @@ def adapt(runner: Any, variables: Mapping[str, str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     if not given or given[0] in ("-h", "--help"):
-        help_of = argparse.ArgumentParser(
-            usage="shodh launch [OPTION OF deepspeed ...] COMMAND [ARGUMENT ...]",
-            description=__doc__,
-            epilog=EXAMPLES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        help_of.parse_args(["--help"])
+        usage = "shodh launch [OPTION OF deepspeed ...] COMMAND [ARGUMENT ...]"
+        command_parser(__doc__, EXAMPLES, usage=usage).parse_args(["--help"])
     options, command = split(given)
     from deepspeed.launcher import runner
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shodh.core.cli import command_parser
 from shodh.core.errors import ConfigError
 from shodh.core.strict_json import write_json
 
@@ -38,8 +39,7 @@ METHODS = ("compose", "wrong_sign", "random_direction", "average", "task_arithme
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=layout)
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("--anchor", required=True, type=Path, help="converted folder of the anchor")
     parser.add_argument("--low", type=Path, help="expert of the low parameter")
     parser.add_argument("--high", type=Path, help="expert of the high parameter")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from shodh.config import load_config
-from shodh.core.cli import positive
+from shodh.core.cli import command_parser, positive
 
 EXAMPLES = """examples:
   shodh plan --config launch/configs/h100_multinode.yaml
@@ -20,9 +20,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override settings")
     parser.add_argument("--cards", type=positive, default=1024, help="largest number to plan for (default: 1024)")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from shodh.core.cli import command_parser
 from shodh.core.errors import ConfigError
 from shodh.report.gallery import COLUMNS, draw_contact_sheet
 
@@ -22,9 +22,7 @@ test files are preferred). Three-dimensional data are cut in the middle of the s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("data", nargs="+", type=Path, metavar="DATA")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     parser.add_argument("--field", nargs="+", default=[], metavar="NAME", help="the first of these that a regime has")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from shodh.core.cli import positive
+from shodh.core.cli import command_parser, positive
 from shodh.core.strict_json import dumps
 from shodh.train.status import Status, find_runs, read_status
 
@@ -27,9 +27,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("runs", nargs="*", type=Path, default=[Path("runs")], help="run folders, or folders of them")
     parser.add_argument("--json", action="store_true", help="a list with an object a run, in one line")
     parser.add_argument("--watch", type=positive, metavar="SECONDS", help="again and again, until Ctrl-C")

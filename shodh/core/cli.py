@@ -11,6 +11,7 @@ import select
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from shodh.core.errors import ConfigError, ShodhError
 
@@ -19,11 +20,15 @@ EXIT_FAULT = 4  # a fault of the machine, not of the run: the same command with 
 EXIT_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 
 
+def command_parser(description: str | None, examples: str | None = None, **options: Any) -> argparse.ArgumentParser:
+    """A parser whose help shows description and examples line by line, as they stand."""
+    layout = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, epilog=examples, formatter_class=layout, **options)
+
+
 def training_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
     """The arguments that every training command has."""
-    parser = argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(description, examples)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override settings")
     parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")

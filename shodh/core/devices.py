@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 
@@ -51,6 +52,12 @@ def send(values: Iterable[int], device: torch.device) -> torch.Tensor:
     """A few whole numbers of the host on a device, int64; nothing waits for the copy."""
     held = torch.tensor(list(values), dtype=torch.int64)
     return held.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else held.to(device)
+
+
+@lru_cache(maxsize=256)
+def resident(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A constant table where it is computed with, copied there once: each copy would wait for the device."""
+    return table.to(device)
 
 
 def local_rank() -> int:

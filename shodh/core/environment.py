@@ -6,6 +6,9 @@ import os
 import platform
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +20,7 @@ from shodh import __version__
 from shodh.core.devices import uses_cuda
 from shodh.core.launcher import read_launch
 from shodh.core.precision import float32_products
+from shodh.core.strict_json import write_json
 
 PACKAGES = ("torch", "deepspeed", "numpy", "h5py", "safetensors", "pydantic")
 
@@ -42,6 +46,16 @@ def installed_version(package: str) -> str:
         return "missing"
 
 
+@cache
+def processor() -> str:
+    """The model of this machine's processor, or its architecture where it does not say."""
+    with suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "cpu"
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions, machine, command line and commit: what a run needs to explain itself."""
     return {
@@ -52,8 +66,15 @@ def describe_environment() -> dict[str, Any]:
         "packages": {name: installed_version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if uses_cuda() else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name() if uses_cuda() else processor(),
         "float32_products": float32_products(),
         "world_size": read_launch().world,
         "launcher": read_launch().name,
     }
+
+
+def write_record(path: Path | None, content: Mapping[str, Any]) -> None:
+    """Write what was measured as JSON, with the day and `describe_environment` of now; None: nowhere."""
+    now = {"date": time.strftime("%Y-%m-%d"), "env": describe_environment()}
+    if path is not None:
+        write_json(path, {**now, **content, **now})

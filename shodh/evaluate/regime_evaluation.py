@@ -271,7 +271,7 @@ class RegimeEvaluation:
         if self.solid is None or self.divergence is None:
             return {}
         solid, values = static[:, self.solid], {}
-        for f in self.e.regimes.fields_of(self.number):
+        for f in self.e.regimes.space.fields_of(self.number):
             if f.solenoidal:
                 speed = prediction[:, self.slices[f.name]].square().sum(1)
                 inside = (speed * solid).flatten(1).sum(1) / solid.flatten(1).sum(1).clamp(min=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -11,7 +12,7 @@ from shodh.evaluate.evaluation import Evaluation
 from shodh.evaluate.plots import interval_cell
 from shodh.evaluate.rows import VALID
 from shodh.report import figures
-from shodh.report.page import Headline, Section, Table, text_table, write_page
+from shodh.report.page import Headline, Section, Table, filled, text_table, write_page
 from shodh.report.published import SHODH_MOE
 from shodh.schema.measures import MEASURES
 from shodh.train.events import read_events
@@ -104,14 +105,14 @@ def divergence_table(metrics: dict[str, Any]) -> Table:
     return Table(header, rows)
 
 
-def event_table(folder: RunFolder) -> Table | None:
-    """What the training met; None if there was nothing."""
+def event_table(folder: RunFolder) -> Table:
+    """What the training met."""
     rows = [[event["step"], event["kind"], event.get("why", "")] for event in read_events(folder.path)]
-    return Table(["step", "event", "why"], rows) if rows else None
+    return Table(["step", "event", "why"], rows)
 
 
-def rollout_table(metrics: dict[str, Any]) -> Table | None:
-    """Errors by autoregressive step; None without rollouts."""
+def rollout_table(metrics: dict[str, Any]) -> Table:
+    """Errors by autoregressive step."""
     rows: list[list[Any]] = []
     for name, regime in metrics["regimes"].items():
         for label, key in (("VRMSE", "rollout"), ("L2RE", "rollout_l2re")):
@@ -120,15 +121,13 @@ def rollout_table(metrics: dict[str, Any]) -> Table | None:
     return _by_step(["regime", "error", "of"], rows)
 
 
-def _by_step(header: list[str], rows: list[list[Any]]) -> Table | None:
-    if not rows:
-        return None
-    longest, fixed = max(map(len, rows)), len(header)
+def _by_step(header: list[str], rows: list[list[Any]]) -> Table:
+    longest, fixed = max(map(len, rows), default=0), len(header)
     steps = [f"step {i + 1}" for i in range(longest - fixed)]
     return Table([*header, *steps], [[*row, *[None] * (longest - len(row))] for row in rows])
 
 
-def valid_time_table(metrics: dict[str, Any]) -> Table | None:
+def valid_time_table(metrics: dict[str, Any]) -> Table:
     """First step above the threshold of each field, with its interval and the share of rollouts that have none."""
     header = ["regime", "field", "of", "valid time (steps)", "95 % interval", "censored"]
     rows = [
@@ -137,10 +136,10 @@ def valid_time_table(metrics: dict[str, Any]) -> Table | None:
         for field, kinds in r.get("valid_time", {}).items()
         for of, value in kinds.items()
     ]
-    return Table(header, rows) if rows else None
+    return Table(header, rows)
 
 
-def band_table(metrics: dict[str, Any]) -> Table | None:
+def band_table(metrics: dict[str, Any]) -> Table:
     """Error by band over the truth's energy there, at the first and the last step."""
     rows = []
     for name, regime in metrics["regimes"].items():
@@ -152,10 +151,10 @@ def band_table(metrics: dict[str, Any]) -> Table | None:
                     ratio = energies["model"][band] / energy if energy else None
                     rows.append([name, field, int(step), band, energy, ratio, *shares])
     header = ["regime", "field", "step", "band", "energy of truth", "energy of model / truth"]
-    return Table([*header, *(f"error of {of} / truth" for of in KINDS)], rows) if rows else None
+    return Table([*header, *(f"error of {of} / truth" for of in KINDS)], rows)
 
 
-def conserved_table(metrics: dict[str, Any]) -> Table | None:
+def conserved_table(metrics: dict[str, Any]) -> Table:
     """Drift of the mean and the mean square of each field, the truth's own beside the model's."""
     rows = []
     for name, regime in metrics["regimes"].items():
@@ -165,11 +164,9 @@ def conserved_table(metrics: dict[str, Any]) -> Table | None:
     return _by_step(["regime", "quantity", "of"], rows)
 
 
-def routing_table(metrics: dict[str, Any]) -> Table | None:
+def routing_table(metrics: dict[str, Any]) -> Table:
     """Shares of each regime's tokens by expert, with U and NMI, layer by layer."""
     routing = metrics["routing"]
-    if routing is None:
-        return None
     header = ["layer", "U", "NMI", *(f"{regime}: share of each expert" for regime in routing["layers"][0]["shares"])]
     rows = []
     for number, layer in enumerate(routing["layers"]):
@@ -258,9 +255,7 @@ def write_report(folder: RunFolder, evaluation: Evaluation) -> str:
     return f"{title}\n{top.text}\n\n{text}\n"
 
 
-def _section(key: str, title: str, table: Table | None, text: str, **drawn: Figure | None) -> Section | None:
-    """None without a table; a figure may be None."""
-    if table is None or not table.rows:
-        return None
-    shown = {stem: figure for stem, figure in drawn.items() if figure is not None}
-    return Section(key, title, text, tables={key: table}, figures=shown, rows_shown=ALL_ROWS)
+def _section(key: str, title: str, table: Table, text: str, **drawn: Figure | None) -> Section | None:
+    """None of a table without rows; its rows are shown whole."""
+    section = filled(key, title, text, {key: table}, (), **drawn)
+    return section and replace(section, rows_shown=ALL_ROWS)

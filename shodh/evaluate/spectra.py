@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from shodh.core.devices import resident
 from shodh.schema.fields import Boundary
 
 
@@ -48,24 +49,11 @@ class Shells:
         self._weight = weight.flatten() / math.prod(self.grid)
         self.count = int(self._shell.max()) + 1
 
-    @cached_property
-    def _cosines(self) -> dict[tuple[int, torch.device], Tensor]:
-        return {}
-
-    def _cosine(self, cells: int, device: torch.device) -> Tensor:
-        """Orthonormal DCT-II as a matrix ``[cells, modes]``."""
-        if (cells, device) not in self._cosines:
-            places, modes = torch.arange(cells).double() + 0.5, torch.arange(cells).double()
-            matrix = (math.pi / cells * places[:, None] * modes).cos() * math.sqrt(2 / cells)
-            matrix[:, 0] = math.sqrt(1 / cells)
-            self._cosines[cells, device] = matrix.float().to(device)
-        return self._cosines[cells, device]
-
     def transform(self, values: Tensor) -> Tensor:
         """Orthonormal coefficients of ``[B, C, *grid]``; complex with a periodic axis, and half of the last one."""
         for axis, (cells, kind) in enumerate(zip(self.grid, self.boundary, strict=True), 2):
             if kind != "periodic":
-                values = (values.movedim(axis, -1) @ self._cosine(cells, values.device)).movedim(-1, axis)
+                values = (values.movedim(axis, -1) @ resident(_cosine(cells), values.device)).movedim(-1, axis)
         return torch.fft.rfftn(values, dim=self._periodic, norm="ortho") if self._periodic else values
 
     def energy(self, coefficients: Tensor) -> Tensor:
@@ -74,9 +62,17 @@ class Shells:
             torch.view_as_real(coefficients).square().sum(-1) if coefficients.is_complex() else coefficients.square()
         )
         power = parts.mean(1).flatten(1)
-        if self._shell.device != power.device:
-            self._shell, self._weight = self._shell.to(power.device), self._weight.to(power.device)
-        return power.new_zeros(len(power), self.count).index_add_(1, self._shell, power * self._weight)
+        shell, weight = (resident(table, power.device) for table in (self._shell, self._weight))
+        return power.new_zeros(len(power), self.count).index_add_(1, shell, power * weight)
+
+
+@cache
+def _cosine(cells: int) -> Tensor:
+    """Orthonormal DCT-II as a matrix ``[cells, modes]``."""
+    places, modes = torch.arange(cells).double() + 0.5, torch.arange(cells).double()
+    matrix = (math.pi / cells * places[:, None] * modes).cos() * math.sqrt(2 / cells)
+    matrix[:, 0] = math.sqrt(1 / cells)
+    return matrix.float()
 
 
 def octaves(count: int) -> list[tuple[str, slice]]:

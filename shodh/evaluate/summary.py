@@ -20,7 +20,6 @@ BY_STEP = {
     "drift_mean": "drift_mean",
     "drift_square": "drift_square",
 }
-SPECTRA = ("energy", "error_energy")
 
 
 def summarise(means: pd.DataFrame, steps: int) -> dict[str, Any]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
 
-from shodh.config import RunConfig
+import torch
+from torch import nn
+
+from shodh.config import ExpertsConfig, RunConfig
 from shodh.models.field_space import FieldSpace
 from shodh.models.kernels import Kernels
 from shodh.models.operator import ExpertLayerFactory, LatentTransformer
 from shodh.models.registry import FieldOperator, build_field_operator
 from shodh.models.tokenizer import Tokenizer
 from shodh.moe.experts import ExpertLayerReference
+from shodh.moe.groups import is_routed_expert
 from shodh.schema.domain import num_static_features
 
 
@@ -32,6 +36,21 @@ def build_operator(
     return LatentTransformer(
         config.operator, given.channels, given.static, (x, y, z), given.history, expert_layer, kernels
     )
+
+
+class Counts(NamedTuple):
+    """Parameters of a model: all, those of routed experts, and those that a token meets (``top_k`` of its experts)."""
+
+    total: int
+    routed: int
+    active: int
+
+
+def count_parameters(model: nn.Module, experts: ExpertsConfig) -> Counts:
+    """Of a model with such experts; buffers do not count."""
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    total, routed = sum(sizes.values()), sum(n for name, n in sizes.items() if is_routed_expert(name))
+    return Counts(total, routed, total - routed + routed * experts.top_k // max(1, experts.num_experts))
 
 
 _SHAPES: dict[str, LatentTransformer | FieldOperator] = {}

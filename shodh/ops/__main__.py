@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
 
 import torch
 
+from shodh.core.cli import command_parser
 from shodh.ops import build
 from shodh.ops.extension import unavailable_reason
 
@@ -79,12 +79,7 @@ def compile_check(backends: list[str], arch: str, include: Path | None) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m shodh.ops",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__, EXAMPLES, prog="python -m shodh.ops")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument(
         "--build", nargs="?", const="all", choices=["all", *build.BACKENDS], help="build in place for this machine"

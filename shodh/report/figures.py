@@ -205,3 +205,29 @@ def lines(
     _note_rest(figure, total)
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=7, frameon=False)
     return figure
+
+
+def ratios(series: Mapping[str, Sequence[Sequence[float]]], places: Sequence[str], y: str) -> Figure | None:
+    """Points with their ends, a group a place and side by side in it, and a line at 1; None without a point.
+
+    Parameters
+    ----------
+    series : mapping
+        Name -> (number of the place, value, lower end, upper end) of each point.
+    """
+    names = list(series)
+    if not any(series.values()):
+        return None
+    figure = Figure(figsize=(max(6.0, 1.5 + 0.31 * len(places) * len(names)), 3.8), layout="constrained")
+    panel = figure.subplots()
+    for number, name in enumerate(names):
+        place, value, low, high = np.array(series[name], float).reshape(-1, 4).T
+        x = place + 0.75 * ((number + 0.5) / len(names) - 0.5)
+        ends, style = (value - low, high - value), style_of(name, names)
+        panel.errorbar(x, value, yerr=ends, linestyle="", capsize=3, markersize=5, label=name, **style)
+    panel.axhline(1, color=INK, linewidth=0.8)
+    panel.set_xticks(range(len(places)), places, fontsize=8)
+    panel.set_ylabel(y)
+    figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=min(5, len(names)))
+    bare(panel)
+    return figure

@@ -73,7 +73,7 @@ def filled(
     files_only: tuple[str, ...] = (),
     **figures: Figure | None,
 ) -> Section | None:
-    """A section of a study's page without tables that have no rows; None if all are such."""
+    """A section without tables that have no rows, and figures that are None; None if all tables are such."""
     known = {stem: table for stem, table in tables.items() if table.rows}
     if not known:
         return None

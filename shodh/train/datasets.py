@@ -34,7 +34,7 @@ from shodh.data.stats import Statistics, read_stats, write_stats
 from shodh.data.windows import WindowIndex, require_windows
 from shodh.schema.conditions import Condition
 from shodh.schema.domain import Domain
-from shodh.schema.fields import Boundary, Field
+from shodh.schema.fields import Boundary
 from shodh.schema.normalize import FieldNormalizer
 from shodh.schema.space import Space
 
@@ -55,32 +55,6 @@ class Regimes:
     @property
     def names(self) -> list[str]:
         return list(self.space.names)
-
-    @property
-    def ndim(self) -> int:
-        """Space dimensions of the samples."""
-        return self.space.ndim
-
-    @property
-    def dynamic(self) -> tuple[Field, ...]:
-        """Fields of the vocabulary that change in time, in the order of the channels."""
-        return self.space.dynamic
-
-    @property
-    def domains(self) -> tuple[Domain, ...]:
-        return self.space.domains
-
-    @property
-    def normalizer(self) -> FieldNormalizer:
-        return self.space.normalizer
-
-    def fields_of(self, number: int) -> tuple[Field, ...]:
-        """Fields that change in time and exist in one regime."""
-        return self.space.fields_of(number)
-
-    def presence(self, index: Tensor) -> Tensor:
-        """`Space.presence`."""
-        return self.space.presence(index)
 
     def told(self, split: Split, stride: int) -> list[Tensor | None]:
         """`condition_table` of each regime for windows of a stride."""

@@ -99,7 +99,7 @@ def with_fields(config: RunConfig, regimes: Regimes, open_split: OpenSplit) -> O
         latents = open_split(split)
         if split != "valid":
             return latents
-        normalizer, stride = regimes.normalizer, config.data.stride
+        normalizer, stride = regimes.space.normalizer, config.data.stride
         fields = [
             WindowDataset(source, split, history=1, horizon=1, stride=stride, normalizer=normalizer)
             for source in regimes.sources

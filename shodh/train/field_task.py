@@ -34,7 +34,7 @@ def open_windows(
             history=config.data.history,
             horizon=horizon,
             stride=stride,
-            normalizer=regimes.normalizer,
+            normalizer=regimes.space.normalizer,
             conditions=told,
         )
         for source, told in zip(regimes.sources, regimes.told(split, stride), strict=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from shodh.checkpoint.average import WeightAverage
 from shodh.checkpoint.description import Kind
 from shodh.checkpoint.optimizer_state import set_masters
-from shodh.checkpoint.run_files import describe_operator_run, is_tokenizer, open_tokenizer
+from shodh.checkpoint.run_files import describe_operator_run, is_tokenizer, open_tokenizer, started_from
 from shodh.checkpoint.weights import read_initial_weights, source_checksum
 from shodh.config import RunConfig, TrainConfig
 from shodh.core.devices import local_world_size
@@ -61,8 +61,7 @@ from shodh.train.decoded import decodes, with_fields
 from shodh.train.engine import build_engine
 from shodh.train.field_task import operator_task
 from shodh.train.opening import kept_space, open_data
-from shodh.train.operator_task import OperatorTask
-from shodh.train.plan import decide_checkpointing, plan_operator, plan_tokenizer
+from shodh.train.plan import decide_checkpointing, plan_ranks, train_of
 from shodh.train.preflight import preflight
 from shodh.train.rank_logs import keep_rank_log
 from shodh.train.run_folder import RunFolder
@@ -91,6 +90,7 @@ class Job:
     device: torch.device
     compile: bool
     profile: int
+    of_tokenizer: bool
 
     @classmethod
     def begin(
@@ -107,22 +107,21 @@ class Job:
         Raises
         ------
         CardsError, TopologyError, ConfigError
-            See `start_distributed` and `plan_operator`; told before the ranks connect.
+            See `start_distributed` and `plan_ranks`; told before the ranks connect.
         SharedError
             As `decide`, `preflight` and `claim`; nothing of the run was written.
         """
         folder = RunFolder(asked.tokenizer_dir if of_tokenizer else asked.run_dir)
-        plan = plan_tokenizer if of_tokenizer else plan_operator
         check_trackers(asked)
         if resume is None:
-            plan(asked, world_size())  # What does not fit together is told before ranks connect.
+            plan_ranks(asked, world_size(), of_tokenizer)  # What does not fit together is told before ranks connect.
         device = start_distributed()
         more = [path for path in inputs.values() if path is not None]
         decision = from_first(lambda: decide(asked, folder, resume, more, device, of_tokenizer))
         config = laid_out(asked, decision.topology, of_tokenizer)
         try:
             with together():
-                topology, deepspeed = plan(config, world_size())
+                topology, deepspeed = plan_ranks(config, world_size(), of_tokenizer)
                 compiled = compiles(config.compile, deepspeed["zero_optimization"]["stage"])
             arguments = {"resume": resume, "profile": profile, "deepspeed": deepspeed, **inputs}
             preflight(asked, arguments, decision, device)
@@ -130,8 +129,8 @@ class Job:
             if rank() == 0:
                 decision.token.unlink(missing_ok=True)
         start = claim(folder, resume, decision.start)
-        train = (config.tokenizer if of_tokenizer else config.operator).train
-        return cls(asked, config, train, topology, deepspeed, folder, start, device, compiled, profile)
+        train = train_of(config, of_tokenizer)
+        return cls(asked, config, train, topology, deepspeed, folder, start, device, compiled, profile, of_tokenizer)
 
 
 @ieee_float32()
@@ -231,7 +230,7 @@ def pretrain(
         if job.start is None:
             folder.record_start(None if init_from is None else source_checksum(init_from, kind))
         tokenizer = None if trained is None else trained.weights
-        describe_operator_run(folder.path, job.asked, regimes.space, tokenizer, folder.started_from())
+        describe_operator_run(folder.path, job.asked, regimes.space, tokenizer, started_from(folder.path))
 
     return _run(config, job, model.to(device), task, regimes, loaders, record, weights)
 
@@ -324,7 +323,7 @@ def _run(
         keep_rank_log(folder.path, trainer.step)
         while not trainer.finished:
             try:
-                with attempt(folder.path, "tokenizer" if isinstance(task, TokenizerTask) else "operator", trainer):
+                with attempt(folder.path, "tokenizer" if job.of_tokenizer else "operator", trainer):
                     return trainer.fit()
             except RollBack as back:
                 go_back(trainer, *back.args)
@@ -336,11 +335,11 @@ def _callbacks(
 ) -> list[Callback]:
     """What happens beside the steps, in this order."""
     train, folder, names = job.train, job.folder, regimes.names
-    throughput = Throughput(config, job.topology.world_size, device, isinstance(task, TokenizerTask))
+    throughput = Throughput(config, job.topology.world_size, device, job.of_tokenizer)
     metrics = StepMetrics(folder.path, train.log_every, throughput, partial(openers, config, folder.path))
     checkpoints = Checkpoints(folder, train)
     routing: list[Callback] = []
-    if isinstance(task, OperatorTask):
+    if not job.of_tokenizer:
         experts = Experts(config.operator.experts, names, train.log_every, metrics)
         routing = [experts, RoutingTrace(config, names, job.topology, folder.routing)]
     faults = [FirstStep(), SkippedSteps(names, folder.path, checkpoints)]

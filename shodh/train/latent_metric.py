@@ -80,7 +80,7 @@ def static_reader(regimes: Regimes, split: Split, memory: int = 2**28) -> ReadSt
         source = regimes.sources[regime]
         static = torch.empty(source.num_static_channels, *source.grid)
         source.read_static(split, trajectory, static.numpy())
-        regimes.normalizer.normalize_static_(static, source.name)
+        regimes.space.normalizer.normalize_static_(static, source.name)
         return static
 
     return lambda samples: torch.stack([read(regime, trajectory) for regime, trajectory, *_ in samples])

@@ -104,7 +104,7 @@ def normalizer_for(
         plain = config.operator.model_copy(update={"conditions": ()})
         changed = config.model_copy(update={"data": data, "operator": plain})
         own = open_regimes(changed, choose=choose, shared=shared)
-        known, units = {**known, **own.normalizer.constants}, {**units, **own.normalizer.units}
+        known, units = {**known, **own.space.normalizer.constants}, {**units, **own.space.normalizer.units}
     constants = {r.name: known[r.name] for r in config.data.regimes}
     return FieldNormalizer([f.build() for f in config.data.fields], 3, constants, units)
 
@@ -147,7 +147,7 @@ def prepare_latents(
     for i, split in tqdm(jobs, desc="latents", unit="split", disable=hidden):
         source = regimes.sources[i]
         folder = split_folder(root, key, source.name, split)
-        normalizer = regimes.normalizer
+        normalizer = regimes.space.normalizer
         encoded += write_latents(folder, source, split, partial(encode, regime=i), normalizer=normalizer, share=divide)
         shapes[source.name, split] = divide(file_stems(source, split), partial(read_manifest, folder))
     if encoded:

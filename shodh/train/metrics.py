@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shodh.core.files import UNREADABLE, cut_lines, naming
+from shodh.core.reading import read_lines
 from shodh.core.strict_json import dumps
 from shodh.train.trackers import TensorBoard, Tracker
 
@@ -199,14 +200,9 @@ def _leave_to_writer(error: threading.ExceptHookArgs) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Lines of a ``metrics.jsonl``, ``null`` as NaN; one that is damaged, or was cut off by a crash, is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(errors="replace").splitlines():
-        try:
-            values = json.loads(text)
+    found = []
+    for values in read_lines(path):
+        with suppress(*UNREADABLE):
             int(values["step"])
-        except UNREADABLE:
-            continue
-        lines.append({name: math.nan if v is None else v for name, v in values.items()})
-    return lines
+            found.append({name: math.nan if v is None else v for name, v in values.items()})
+    return found

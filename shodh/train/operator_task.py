@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from shodh.config import RunConfig
-from shodh.core.devices import send
+from shodh.core.devices import resident, send
 from shodh.core.errors import DataError
 from shodh.core.noise import normal
 from shodh.core.seeding import generator, stable_seed
@@ -70,7 +70,7 @@ class OperatorTask:
         self._decoded: DecodedError | None = None
         assert (tokenizer is None) == (self.space == "field")
         if tokenizer is not None and self.operator.metric != "whitened":
-            self.measure, self._weights = "nmse", channel_weights(tokenizer, regimes.domains)
+            self.measure, self._weights = "nmse", channel_weights(tokenizer, regimes.space.domains)
         if tokenizer is not None and self.operator.metric == "decoded":
             self._decoded = DecodedError(regimes.space, tokenizer, read_static or static_reader(regimes, "train"))
         #: What persistence loses in each regime, by whether the loss is of decoded fields.
@@ -82,7 +82,7 @@ class OperatorTask:
 
     def _labels(self) -> list[str]:
         """Each regime with its fields, for messages."""
-        fields = (", ".join(f.name for f in self.regimes.fields_of(n)) for n in range(len(self.regimes.names)))
+        fields = (", ".join(f.name for f in self.regimes.space.fields_of(n)) for n in range(len(self.regimes.names)))
         return [f"regime {name!r} (fields {of})" for name, of in zip(self.regimes.names, fields, strict=True)]
 
     def _windows(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -95,16 +95,8 @@ class OperatorTask:
         Of latents ``mse``, or ``nmse`` where channels count by their variance: the mean square of the error before
         whitening over the mean variance.
         """
-        weights = None if self._weights is None else self._once("_weights", regime)[regime]
+        weights = None if self._weights is None else resident(self._weights, regime.device)[regime]
         return weighted_square(prediction, target, weights)
-
-    def _once(self, name: str, like: Tensor) -> Tensor:
-        """A table of this task where a batch lies, copied there once: each copy would wait for it."""
-        table: Tensor = getattr(self, name)
-        if table.device != like.device:
-            table = table.to(like.device)
-            setattr(self, name, table)
-        return table
 
     @torch.no_grad()
     def _change(self, item: dict[str, Any], decoded: bool) -> Tensor:
@@ -176,7 +168,7 @@ class OperatorTask:
         shifts: list[int] = []
         for key in sample_names(batch):
             draw = torch.rand(len(reach), generator=generator(self.config.seed, "shift", step, *key)).tolist()
-            boundary = self.regimes.domains[key[0]].boundary[: len(reach)]
+            boundary = self.regimes.space.domains[key[0]].boundary[: len(reach)]
             shifts += [int(u * n) if b == "periodic" else 0 for u, n, b in zip(draw, reach, boundary, strict=True)]
         by_sample = send(shifts, frames.device).view(-1, len(reach))
         return roll_samples(frames, by_sample), roll_samples(static, by_sample), by_sample
@@ -229,7 +221,8 @@ class OperatorTask:
         errors = [measure(o.latent, target) for o, target in zip(outputs, targets, strict=True)]
         error = torch.stack(errors).mean(0)
         metrics = self._reported(errors, outputs[0].latent, frames, regime, static, decoded)
-        loss = (error / self._changes[decoded].to(error.device)[regime] if self._changes else error).mean()
+        scale = resident(self._changes[decoded], error.device)[regime] if self._changes else 1.0
+        loss = (error / scale).mean()
         routing = outputs[0].routing
         if routing:
             joined = [join_decisions(layer) for layer in zip(*(o.routing for o in outputs), strict=True)]

@@ -20,7 +20,7 @@ from shodh.core.devices import local_world_size
 from shodh.core.distributed import world_size
 from shodh.core.errors import ConfigError, TopologyError
 from shodh.core.topology import Topology, plan_topology
-from shodh.models.factory import build_tokenizer, operator_shapes
+from shodh.models.factory import build_tokenizer, count_parameters, operator_shapes
 from shodh.moe.groups import decay_groups, is_routed_expert
 from shodh.train.cluster import CARD_MEMORY, Layout, StepPlan, achieved_rate, plan_step, scaled
 from shodh.train.engine import load_deepspeed_config
@@ -49,17 +49,12 @@ class Memory:
 class Plan:
     """Everything that `shodh.train.plan_text` prints."""
 
-    config: RunConfig
-    topology: Topology
+    stage: Stage
+    tokenizer: Stage | None
     gpus_per_node: int
-    zero_stage: int
-    dense_parameters: int
-    expert_parameters: int
     active_parameters: int
     groups: list[tuple[str, int, int]]
     tokens_per_sample: int
-    stage: Stage
-    tokenizer: Stage | None
 
     @cached_property
     def step(self) -> StepPlan:
@@ -84,12 +79,10 @@ def _memory(
         weights += count * width / (ranks if stage >= 3 else 1)
         # Summed in float32; ZeRO 1 keeps those of other ranks from one micro-batch to the next.
         gradients += sums * count * 4 / (ranks if stage >= 2 or alone else 1)
-        optimizer += count * keptin_gib(train) / ranks
+        optimizer += count * kept_bytes(train) / ranks
     # Gradients on their way to other ranks: DeepSpeed's defaults where the file says nothing.
     bucket = float(zero.get("reduce_bucket_size", 500_000_000))
-    if (
-        stage >= 3
-    ):  # One bucket of sums, and the weights that were gathered: DeepSpeed lets them live to the backward pass.
+    if stage >= 3:  # A bucket of sums, and the weights that were gathered, which live to the backward pass.
         live = min(dense + experts / topology.ep_size, float(zero.get("stage3_max_live_parameters", 1e9)))
         buffers = 4 * bucket + width * live
     else:
@@ -100,7 +93,12 @@ def _memory(
     return Memory(weights, gradients, optimizer, buffers, activations)
 
 
-def keptin_gib(train: TrainConfig) -> int:
+def train_of(config: RunConfig, of_tokenizer: bool) -> TrainConfig:
+    """Settings of a training stage."""
+    return (config.tokenizer if of_tokenizer else config.operator).train
+
+
+def kept_bytes(train: TrainConfig) -> int:
     """Of the optimiser for a parameter: master weight, two moments and perhaps an average, float32."""
     return 16 if train.ema else 12
 
@@ -118,7 +116,7 @@ class Stage:
 
     @property
     def train(self) -> TrainConfig:
-        return (self.config.tokenizer if self.of_tokenizer else self.config.operator).train
+        return train_of(self.config, self.of_tokenizer)
 
     @cached_property
     def rehearsal(self) -> Rehearsal:
@@ -138,7 +136,7 @@ class Stage:
     @property
     def checkpoint_bytes(self) -> int:
         """Of a checkpoint on disk: weights and two moments in float32, and perhaps an average."""
-        return (16 if self.train.ema else 12) * (self.dense_parameters + self.expert_parameters)
+        return kept_bytes(self.train) * (self.dense_parameters + self.expert_parameters)
 
     @property
     def flops_per_step(self) -> float:
@@ -174,7 +172,7 @@ class Stage:
             again,
             (8 if again else 6) * shared,
             width,
-            keptin_gib(train),
+            kept_bytes(train),
         )
 
     def fits(self, memory: float = GPU_MEMORY_GIB * 2**30) -> bool:
@@ -227,50 +225,37 @@ def decide_checkpointing(config: RunConfig, world: int, memory: float) -> RunCon
     if config.operator.activation_checkpointing != "auto":
         return config
     kept = with_checkpointing(config, False)
-    return kept if operator_stage(kept, world).fits(memory) else with_checkpointing(config, True)
+    return kept if stage_of(kept, world).fits(memory) else with_checkpointing(config, True)
 
 
-def plan_operator(config: RunConfig, world: int) -> tuple[Topology, dict[str, Any]]:
-    """How an operator's ranks are laid out, and the DeepSpeed configuration of its training.
+def plan_ranks(config: RunConfig, world: int, of_tokenizer: bool = False) -> tuple[Topology, dict[str, Any]]:
+    """How the ranks of a training stage are laid out, and the DeepSpeed configuration of it.
 
     Raises
     ------
     TopologyError, ConfigError
-        Ranks, experts, batch and ZeRO stage do not go together.
+        Ranks, experts, batch and ZeRO stage do not go together; or there is no tokenizer.
     """
-    train, experts = config.operator.train, config.operator.experts
-    topology = plan_topology(world, config.parallel.ep_size, experts.num_experts, train.global_batch, train.micro_batch)
-    return topology, load_deepspeed_config(config.deepspeed, train, topology)
-
-
-def plan_tokenizer(config: RunConfig, world: int) -> tuple[Topology, dict[str, Any]]:
-    """As `plan_operator`; ConfigError where there is no tokenizer."""
-    if not config.has_tokenizer:
+    if of_tokenizer and not config.has_tokenizer:
         raise ConfigError(f"operator.kind={config.operator.kind} works on the fields themselves, without a tokenizer")
-    train = config.tokenizer.train
-    topology = plan_topology(world, 1, 0, train.global_batch, train.micro_batch)
+    train = train_of(config, of_tokenizer)
+    experts = (1, 0) if of_tokenizer else (config.parallel.ep_size, config.operator.experts.num_experts)
+    topology = plan_topology(world, *experts, train.global_batch, train.micro_batch)
     return topology, load_deepspeed_config(config.deepspeed, train, topology)
 
 
-def operator_stage(config: RunConfig, world: int) -> Stage:
-    """The operator's training on so many ranks. Errors as `make_plan`."""
-    topology, deepspeed = plan_operator(config, world)
-    return Stage(config, topology, deepspeed["zero_optimization"], *_sizes(config))
+def stage_of(config: RunConfig, world: int, of_tokenizer: bool = False) -> Stage:
+    """A training stage on so many ranks. Errors as `plan_ranks`."""
+    topology, deepspeed = plan_ranks(config, world, of_tokenizer)
+    return Stage(config, topology, deepspeed["zero_optimization"], *_sizes(config, of_tokenizer), of_tokenizer)
 
 
-def _sizes(config: RunConfig) -> tuple[int, int]:
-    """Parameters of an operator on every rank, and in routed experts."""
-    sizes = {name: p.numel() for name, p in operator_shapes(config).named_parameters()}
-    routed = sum(n for name, n in sizes.items() if is_routed_expert(name))
-    return sum(sizes.values()) - routed, routed
-
-
-def tokenizer_stage(config: RunConfig, world: int) -> Stage:
-    """The tokenizer's training on so many ranks. Errors as `make_plan`, and `ConfigError` where there is none."""
-    topology, deepspeed = plan_tokenizer(config, world)
+def _sizes(config: RunConfig, of_tokenizer: bool = False) -> tuple[int, int]:
+    """Parameters of a model on every rank, and in routed experts."""
     with torch.device("meta"):
-        size = sum(p.numel() for p in build_tokenizer(config).parameters())
-    return Stage(config, topology, deepspeed["zero_optimization"], size, 0, of_tokenizer=True)
+        model = build_tokenizer(config) if of_tokenizer else operator_shapes(config)
+    counts = count_parameters(model, config.operator.experts)
+    return counts.total - counts.routed, counts.routed
 
 
 def planned_ranks(config: RunConfig, nodes: int | None, gpus_per_node: int | None) -> tuple[int, int]:
@@ -291,39 +276,21 @@ def make_plan(config: RunConfig, nodes: int | None = None, gpus_per_node: int | 
         As the run itself would.
     """
     world, gpus = planned_ranks(config, nodes, gpus_per_node)
-    operator, experts = config.operator, config.operator.experts
-    train = operator.train
+    experts, train = config.operator.experts, config.operator.train
     config = decide_checkpointing(config, world, GPU_MEMORY_GIB * 2**30)
-    stage = operator_stage(config, world)
-    topology, dense, routed = stage.topology, stage.dense_parameters, stage.expert_parameters
+    stage = stage_of(config, world)
     tokenizer = None
     if config.has_tokenizer:
         with suppress(TopologyError):  # It may be trained on fewer ranks.
-            tokenizer = tokenizer_stage(config, world)
+            tokenizer = stage_of(config, world, of_tokenizer=True)
     model = operator_shapes(config)
-    active = dense + (routed * experts.top_k // experts.num_experts if experts.num_experts else 0)
     names = {id(p): name for name, p in model.named_parameters()}
     groups: list[tuple[str, int, int]] = []
     for group in decay_groups(model, train.weight_decay):
-        split = {
-            group["name"]: [p for p in group["params"] if not is_routed_expert(names[id(p)])],
-            f"experts (ep_size_{topology.ep_size})": [p for p in group["params"] if is_routed_expert(names[id(p)])],
-        }
-        groups += [(name, len(ps), sum(p.numel() for p in ps)) for name, ps in split.items() if ps]
-    tokens = math.prod(model.token_grid)
-    return Plan(
-        config=config,
-        topology=topology,
-        gpus_per_node=gpus,
-        zero_stage=stage.zero.get("stage", 0),
-        dense_parameters=dense,
-        expert_parameters=routed,
-        active_parameters=active,
-        groups=groups,
-        tokens_per_sample=tokens,
-        stage=stage,
-        tokenizer=tokenizer,
-    )
+        for routed, name in ((False, group["name"]), (True, f"experts (ep_size_{stage.topology.ep_size})")):
+            own = [p.numel() for p in group["params"] if is_routed_expert(names[id(p)]) == routed]
+            groups += [(name, len(own), sum(own))] if own else []
+    return Plan(stage, tokenizer, gpus, count_parameters(model, experts).active, groups, math.prod(model.token_grid))
 
 
 def plan_scaling(config: RunConfig, most: int) -> list[Stage]:

@@ -18,7 +18,7 @@ from shodh.train.plan import (
     make_plan,
     plan_scaling,
     planned_ranks,
-    tokenizer_stage,
+    stage_of,
 )
 
 
@@ -33,7 +33,7 @@ def dry_run(
         Refuse what the training of the tokenizer would refuse, too.
     """
     if of_tokenizer:
-        tokenizer_stage(config, planned_ranks(config, nodes, gpus_per_node)[0])
+        stage_of(config, planned_ranks(config, nodes, gpus_per_node)[0], of_tokenizer=True)
     plan = describe_plan(make_plan(config, nodes, gpus_per_node))
     return f"{plan}\nsettings, every default written out\n\n{dump_config(config)}" if rank() == 0 else ""
 
@@ -139,11 +139,12 @@ def _describe_space(config: RunConfig) -> str:
 
 def describe_plan(plan: Plan) -> str:
     """The plan as text."""
-    config, topology, flops, step = plan.config, plan.topology, plan.stage.flops_per_step, plan.step
+    stage, step = plan.stage, plan.step
+    config, topology, flops = stage.config, stage.topology, stage.flops_per_step
     train = config.operator.train
     experts = config.operator.experts
     nodes = max(1, topology.world_size // plan.gpus_per_node)
-    total = plan.dense_parameters + plan.expert_parameters
+    total = stage.dense_parameters + stage.expert_parameters
     feed_forward = "dense feed-forward of equal active size" if config.has_tokenizer else "dense"
     if experts.num_experts:
         feed_forward = (
@@ -152,20 +153,20 @@ def describe_plan(plan: Plan) -> str:
         )
     lines = [
         f"plan of {config.name}: {nodes} x {plan.gpus_per_node} = {topology.world_size} ranks, EP {topology.ep_size}, "
-        f"ZeRO {plan.zero_stage}, {train.precision}",
+        f"ZeRO {stage.zero.get('stage', 0)}, {train.precision}",
         "",
         f"  fields                {_describe_space(config)}, history {config.data.history}",
         f"  operator              {config.operator.kind}, {config.operator.depth} blocks, dim {config.operator.dim}, "
         f"{feed_forward}",
-        f"  parameters            {_size(total)} in all: {_size(plan.dense_parameters)} on every rank, "
-        f"{_size(plan.expert_parameters)} in experts; {_size(plan.active_parameters)} active per token",
+        f"  parameters            {_size(total)} in all: {_size(stage.dense_parameters)} on every rank, "
+        f"{_size(stage.expert_parameters)} in experts; {_size(plan.active_parameters)} active per token",
         f"  batch                 {topology.global_batch} samples = {topology.world_size} ranks x "
         f"{topology.micro_batch} x {topology.accumulation} accumulated",
         f"  tokens                {plan.tokens_per_sample} a sample, "
         f"{_size(plan.tokens_per_sample * topology.global_batch)} a step, "
         f"{_size(plan.tokens_per_sample * topology.global_batch * train.steps)} in {train.steps} steps",
         "",
-        *_memory_lines("memory of a rank", plan.stage),
+        *_memory_lines("memory of a rank", stage),
         *(
             []
             if plan.tokenizer is None

@@ -7,7 +7,7 @@ from typing import IO, Any
 
 from shodh.checkpoint.description import is_converted
 from shodh.checkpoint.folder import LOCK, is_checkpoint, latest_checkpoint
-from shodh.checkpoint.run_files import START, started_from
+from shodh.checkpoint.run_files import START
 from shodh.config import RunConfig, dump_config, load_kept_config
 from shodh.core.environment import describe_environment
 from shodh.core.errors import ConfigError
@@ -39,10 +39,6 @@ class RunFolder:
             path.unlink(missing_ok=True)
         else:
             write_atomically(path, dumps({"init_from": checksum}) + "\n")
-
-    def started_from(self) -> str | None:
-        """What `record_start` kept; None for freshly drawn weights, or a run of an older version."""
-        return started_from(self.path)
 
     def config(self) -> RunConfig:
         """The resolved configuration of the run; raises `ConfigError` if this is no run folder."""

@@ -25,7 +25,7 @@ from shodh.core.distributed import SharedError, gather, rank, together, world_si
 from shodh.core.errors import CheckpointError, ConfigError
 from shodh.core.topology import Topology, refit_topology
 from shodh.data.identity import RECORD
-from shodh.train.plan import decide_checkpointing, operator_stage, plan_operator, plan_tokenizer, tokenizer_stage
+from shodh.train.plan import decide_checkpointing, plan_ranks, stage_of, train_of
 from shodh.train.preflight import Decision, check_space, inputs_of, put_token
 from shodh.train.run_folder import RunFolder
 
@@ -75,15 +75,14 @@ def decide(
     CheckpointError, ConfigError, TopologyError
         As `find_start` and `check_same_run`; ranks, experts and batch do not fit; the disk is too full.
     """
-    plan, stage = (plan_tokenizer, tokenizer_stage) if of_tokenizer else (plan_operator, operator_stage)
     start = find_start(folder, resume)
     if start is None:
-        topology, _ = plan(config, world_size())
+        topology, _ = plan_ranks(config, world_size(), of_tokenizer)
     else:
         check_same_run(config, folder)
         topology = refit(config, read_manifest(start)["topology"], device, of_tokenizer)
     planned = laid_out(config, topology, of_tokenizer)
-    check_space(folder.path, stage(planned, world_size()).checkpoint_bytes)
+    check_space(folder.path, stage_of(planned, world_size(), of_tokenizer).checkpoint_bytes)
     needed = [*more, *([] if start is None else [start / MANIFEST])]
     return Decision(start, topology, inputs_of(config, needed), put_token(folder.path))
 
@@ -94,7 +93,7 @@ def refit(config: RunConfig, written: Mapping[str, Any], device: torch.device, o
     Without ``micro_batch`` a rank holds all its samples at once, as before, unless they are more than the checkpoint's
     ranks held and a card has no memory for them.
     """
-    train, experts = (config.tokenizer if of_tokenizer else config.operator).train, config.operator.experts
+    train, experts = train_of(config, of_tokenizer), config.operator.experts
     sizes = (1, 0) if of_tokenizer else (config.parallel.ep_size, experts.num_experts)
     fixed = (world_size(), *sizes, train.global_batch, train.micro_batch)
     topology = refit_topology(*fixed)
@@ -108,7 +107,7 @@ def refit(config: RunConfig, written: Mapping[str, Any], device: torch.device, o
         planned, memory = laid_out(config, topology, of_tokenizer), device_memory(device)
         if not of_tokenizer:
             planned = decide_checkpointing(planned, world_size(), memory)
-        if not (tokenizer_stage if of_tokenizer else operator_stage)(planned, world_size()).fits(memory):
+        if not stage_of(planned, world_size(), of_tokenizer).fits(memory):
             topology = refit_topology(*fixed, held)
     if topology.ep_size != sizes[0]:
         log.warning("parallel.ep_size=%d does not fit %d ranks; it is %d now", sizes[0], world_size(), topology.ep_size)

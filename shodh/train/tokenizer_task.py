@@ -39,7 +39,7 @@ class Geometry:
 
 def open_frames(regimes: Regimes, split: Split) -> list[WindowDataset]:
     """Single frames, a dataset a regime."""
-    return [WindowDataset(s, split, history=1, horizon=0, normalizer=regimes.normalizer) for s in regimes.sources]
+    return [WindowDataset(s, split, history=1, horizon=0, normalizer=regimes.space.normalizer) for s in regimes.sources]
 
 
 class TokenizerTask:
@@ -48,7 +48,7 @@ class TokenizerTask:
     def __init__(self, config: RunConfig, regimes: Regimes) -> None:
         self.regimes = regimes
         self.loss_config = config.tokenizer.loss
-        self._geometry = Geometry(regimes.domains)
+        self._geometry = Geometry(regimes.space.domains)
 
     def start_step(self) -> None:
         """Nothing is carried from one micro-batch to the next."""
@@ -57,22 +57,22 @@ class TokenizerTask:
         """The fields ``[B, C, *grid]`` of a batch, what comes back of them, and their latents."""
         fields, index = batch["fields"][:, 0], batch["sample"][:, 0]
         geometry = self._geometry(batch["static"], index)
-        return (fields, *model(fields, geometry, self.regimes.domains, index))
+        return (fields, *model(fields, geometry, self.regimes.space.domains, index))
 
     @property
     def measures(self) -> list[str]:
         """Names of `measured`."""
-        return [*(f"vrmse_square/{field.name}" for field in self.regimes.dynamic), DECODED]
+        return [*(f"vrmse_square/{field.name}" for field in self.regimes.space.dynamic), DECODED]
 
     def _terms(self, prediction: Tensor, fields: Tensor, batch: Batch, kinds: Collection[str]) -> dict[str, Tensor]:
         """`reconstruction_terms`, each component in its unit."""
         unit = self.regimes.space.units(batch["regime"])
-        return reconstruction_terms(prediction / unit, fields / unit, self.regimes.dynamic, kinds)
+        return reconstruction_terms(prediction / unit, fields / unit, self.regimes.space.dynamic, kinds)
 
     def loss(self, model: Any, batch: Batch, step: int) -> Outcome:
         fields, prediction, latent = self._reconstruct(model, batch)
         terms = self._terms(prediction, fields, batch, weighted_kinds(self.loss_config))
-        terms = weigh_fields(terms, self.regimes.presence(batch["regime"]), self.regimes.dynamic)
+        terms = weigh_fields(terms, self.regimes.space.presence(batch["regime"]), self.regimes.space.dynamic)
         metrics: Metrics = {f"train/{k}": (v.detach().mean(), "mean") for k, v in terms.items()}
         metrics["latent/std"] = (latent.detach().float().std(), "mean")
         errors = torch.stack(list(terms.values())).sum(0).detach()
@@ -82,9 +82,9 @@ class TokenizerTask:
         """Held-out errors by field, of the samples that have it; and the VRMSE of a sample's fields."""
         fields, prediction, _ = self._reconstruct(model, batch)
         terms = self._terms(prediction, fields, batch, ["vrmse"])
-        presence, regime = self.regimes.presence(batch["regime"]) > 0, batch["regime"]
+        presence, regime = self.regimes.space.presence(batch["regime"]) > 0, batch["regime"]
         errors = {}
-        for number, field in enumerate(self.regimes.dynamic):
+        for number, field in enumerate(self.regimes.space.dynamic):
             there, values = presence[:, number], terms[f"vrmse/{field.name}"]
             errors[f"vrmse_square/{field.name}"] = (values[there], regime[there])
         decoded = frame_errors(self.regimes.space, batch, prediction, fields, batch["static"])

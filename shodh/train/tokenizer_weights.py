@@ -31,7 +31,7 @@ log = logging.getLogger("shodh")
 def training_frames(regimes: Regimes, count: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """``(regime, item)`` of ``count`` frames of each regime, evenly over its training data; fewer if it has less."""
     for number, source in enumerate(regimes.sources):
-        data = WindowDataset(source, "train", history=1, horizon=0, normalizer=regimes.normalizer)
+        data = WindowDataset(source, "train", history=1, horizon=0, normalizer=regimes.space.normalizer)
         share = min(count, len(data))
         for index in torch.linspace(0, len(data) - 1, share).long().tolist():
             yield number, data[index]
@@ -48,9 +48,9 @@ def fit_basis(model: Tokenizer, regimes: Regimes, frames: int = 64, patches: int
         chosen: dict[int, list[Tensor]] = {}
         step = max(1, frames * math.prod(n // PATCH for n in regimes.sources[0].grid) // patches)
         for index, (number, item) in enumerate(training_frames(regimes, frames)):
-            geometry = add_walls(item["static"][None], regimes.domains[number])
+            geometry = add_walls(item["static"][None], regimes.space.domains[number])
             (head,) = model.head(geometry)
-            unit = model.units(regimes.domains, [number], geometry.device)
+            unit = model.units(regimes.space.domains, [number], geometry.device)
             fields = (model.fill(item["fields"], geometry) / unit)[:, model.basis.channels[head]]
             rows = PatchBasis.patches(fields).flatten(2)[0].T
             # Each frame begins elsewhere: the step divides the grid, and would meet the same places in all of them.
@@ -75,8 +75,8 @@ def _with_latent_statistics(
     model.to(device).eval()
     parts: dict[int, list[Tensor]] = {}
     for number, item in training_frames(regimes, 128):
-        geometry = add_walls(item["static"][None].to(device), regimes.domains[number])
-        latent = model.encode(item["fields"].to(device), geometry, model.units(regimes.domains, [number], device))
+        geometry = add_walls(item["static"][None].to(device), regimes.space.domains[number])
+        latent = model.encode(item["fields"].to(device), geometry, model.units(regimes.space.domains, [number], device))
         parts.setdefault(model.head(geometry)[0], []).append(latent[0].flatten(1).cpu())
     values = [torch.cat(parts[head], 1).double() for head in range(len(parts))]
     mean, std = (torch.stack(rows).float() for rows in ([v.mean(1) for v in values], [v.std(1) for v in values]))

@@ -282,8 +282,8 @@ def test_rollout_of_physical_fields_is_what_the_evaluation_computes(
         draw = torch.Generator().manual_seed(number)
         fields = torch.randn(1, model.history, model.num_channels, *model.grid, generator=draw)
         static = (torch.rand(1, model.num_static, *model.grid, generator=draw) < 0.3).float()
-        normal = evaluator.regimes.normalizer.normalize(fields, regime, static)
-        domain = evaluator.regimes.domains[number]
+        normal = evaluator.regimes.space.normalizer.normalize(fields, regime, static)
+        domain = evaluator.regimes.space.domains[number]
         geometry, tokenizer = add_walls(static, domain), evaluator.tokenizer
         unit = tokenizer.units([domain], [0], fields.device)
         assert 0.03 < float(unit[0, :3].max() / unit[0, :3].min()) ** -1 < 1, "components of different size"
@@ -291,7 +291,7 @@ def test_rollout_of_physical_fields_is_what_the_evaluation_computes(
             latents = torch.stack([tokenizer.encode(normal[:, t], geometry, unit) for t in range(model.history)], 1)
             following = evaluator.operator(latents, static_features(geometry)).latent
             decoded = tokenizer.assemble(tokenizer.emit(following, geometry, unit), domain)
-        expected = evaluator.regimes.normalizer.denormalize(decoded, regime, static)
+        expected = evaluator.regimes.space.normalizer.denormalize(decoded, regime, static)
         # Two ways to the same numbers: a library may order the sums of one of them differently.
         torch.testing.assert_close(model.predict(fields, static, regime), expected, rtol=1e-5, atol=1e-5)
 

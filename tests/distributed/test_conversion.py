@@ -17,6 +17,7 @@ from shodh.checkpoint.convert import convert
 from shodh.checkpoint.description import read_pretrained
 from shodh.checkpoint.folder import read_manifest, write_manifest
 from shodh.checkpoint.pretrained import ShodhModel
+from shodh.checkpoint.run_files import started_from
 from shodh.checkpoint.weights import source_checksum
 from shodh.models.operator import OperatorOutput
 from shodh.schema.domain import num_static_features
@@ -95,7 +96,7 @@ def test_a_run_and_its_conversion_name_the_checkpoint_they_started_from(laborato
     overrides = laboratory.overrides("expert", 1, 1)
     run_ranks(1, rank_jobs.start_from, laboratory.config, overrides, anchor)
     folder = RunFolder(laboratory.load(overrides).run_dir)
-    assert folder.started_from() == checksum and RunFolder(run.path).started_from() is None
+    assert started_from(folder.path) == checksum and started_from(run.path) is None
     checkpoint = folder.checkpoints / "step_00000010"
     shutil.copytree(run.checkpoint(10), checkpoint)
     shutil.copy(folder.path / "config.json", checkpoint)  # What a save would have put there.

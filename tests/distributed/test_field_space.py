@@ -285,12 +285,12 @@ def test_converted_model_rolls_out_as_the_evaluation_does(opened: Evaluator, tmp
         part = RegimeEvaluation(opened, number, "test")
         batch = next(part.windows())
         normal, stored = batch.fields, batch.static
-        fields = opened.regimes.normalizer.denormalize(normal, regime)
+        fields = opened.regimes.space.normalizer.denormalize(normal, regime)
         with torch.no_grad():
             labels = part.forecaster.labels(number, normal)
             expected = part.forecaster.step(batch.states[:, :2], batch.features, labels).latent
         found = model.predict(fields[:, :2], stored, regime)
-        expected = opened.regimes.normalizer.denormalize(expected, regime)
+        expected = opened.regimes.space.normalizer.denormalize(expected, regime)
         torch.testing.assert_close(found[:, part.channels], expected[:, part.channels], rtol=1e-5, atol=1e-5)
         junk = fields[:, :2].clone()
         absent = [c for c in range(model.num_channels) if c not in part.channels]

@@ -257,7 +257,7 @@ def test_tokenizer_serves_an_unseen_regime_with_its_own_normalisation(
     config = load_config(laboratory.config, unseen("unseen", "tokenizer.unseen_regimes=true"))
     regimes, trained = open_run_data(config)
     own = fit_normalizer(regimes.sources).constants["unseen"]
-    assert regimes.normalizer.constants == {"unseen": own}
+    assert regimes.space.normalizer.constants == {"unseen": own}
     assert own != trained.space.normalizer.constants["porous_media"]
 
 

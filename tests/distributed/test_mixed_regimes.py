@@ -125,4 +125,4 @@ def test_tokenizer_of_all_serves_a_run_of_some_of_its_regimes(run: dict[str, Any
     data = config.data.model_copy(update={"regimes": config.data.regimes[1:]})
     regimes, trained = open_run_data(config.model_copy(update={"data": data}))
     assert regimes.names == ["rock", "sheet"] and len(trained.model.basis.heads) == 2
-    assert regimes.domains == run["evaluator"].regimes.domains[1:]
+    assert regimes.space.domains == run["evaluator"].regimes.space.domains[1:]

@@ -13,7 +13,7 @@ from shodh.commands import pretrain
 from shodh.config import TrainConfig
 from shodh.core.topology import Topology
 from shodh.train.cluster import Layout, plan_step
-from shodh.train.plan import _memory, operator_stage
+from shodh.train.plan import _memory, stage_of
 
 pytestmark = pytest.mark.distributed
 
@@ -58,7 +58,7 @@ def test_rows_that_experts_exchange(again: bool, laboratory: Laboratory) -> None
     more = ("operator.train.steps=1", f"operator.activation_checkpointing={again}", "operator.train.ema=0")
     changes = laboratory.overrides(name, 2, 1, *more)
     config = laboratory.load(changes)
-    stage = operator_stage(config, WORLD)
+    stage = stage_of(config, WORLD)
     step, layout = stage.step(8), stage._layout
     training = 2 * (step.inside + step.outside)  # half of the rows stay where they are
     validation = 2 * config.operator.train.valid_batches * layout.row_bytes / stage.topology.accumulation

@@ -33,7 +33,7 @@ def open_data(config_path: Path, shared: bool) -> dict[str, Any]:
     start_distributed()
     regimes = datasets.open_regimes(load_config(config_path), shared=shared)
     return {
-        "constants": regimes.normalizer.constants,
+        "constants": regimes.space.normalizer.constants,
         "checksum": regimes.space.checksum,
         "files": [describe_source(source) for source in regimes.sources],
         "seen": seen,

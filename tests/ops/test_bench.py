@@ -14,6 +14,12 @@ from shodh.ops.extension import unavailable_reason
 BENCH = Path(__file__).parents[2] / "tools" / "bench" / "decode.py"
 
 
+@pytest.fixture(autouse=True)
+def beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a script, whose folder is searched for what it imports."""
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_benchmark_reports_every_contestant(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(BENCH))["main"]

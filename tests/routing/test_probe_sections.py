@@ -146,7 +146,7 @@ def test_left_out_regimes_are_told_apart_and_compared_with_known_ones(open_tiny:
 def test_left_out_regimes_are_normalised_with_their_own_statistics(open_tiny: Open, tiny_data: Path) -> None:
     evaluator = open_tiny(0, regimes=slice(1))
     (unseen,) = left_out_regimes(evaluator, {"unseen": tiny_data / "porous_media"})
-    assert unseen.left_out and list(unseen.regimes.normalizer.constants) == ["unseen"]
+    assert unseen.left_out and list(unseen.regimes.space.normalizer.constants) == ["unseen"]
     assert held_out_splits(unseen, "test") == ("valid", "test")
     with pytest.raises(ConfigError, match="other names"):
         left_out_regimes(evaluator, {"open_channel": tiny_data / "porous_media"})

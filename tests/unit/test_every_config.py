@@ -21,8 +21,8 @@ def test_configuration_is_planned_and_fits(path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(ROOT)
     config = load_config(path)
     plan = make_plan(config)
-    assert 0 < plan.active_parameters <= plan.dense_parameters + plan.expert_parameters
-    assert (plan.expert_parameters > 0) == (config.operator.experts.num_experts > 0)
+    assert 0 < plan.active_parameters <= plan.stage.dense_parameters + plan.stage.expert_parameters
+    assert (plan.stage.expert_parameters > 0) == (config.operator.experts.num_experts > 0)
     assert "does NOT fit" not in describe_plan(plan)
 
 

@@ -15,7 +15,7 @@ from shodh.config import RunConfig, load_config
 from shodh.core.errors import ConfigError, TopologyError
 from shodh.models.factory import build_operator, operator_space
 from shodh.models.init import initialise
-from shodh.train.plan import Stage, decide_checkpointing, make_plan, operator_stage
+from shodh.train.plan import Stage, decide_checkpointing, make_plan, stage_of
 from shodh.train.plan_text import describe_plan
 from shodh.train.rehearsal import FLOPS, rehearse_operator, rehearse_tokenizer
 from shodh.train.throughput import Throughput, product_rate
@@ -112,7 +112,7 @@ def stage(samples: int, **changes: object) -> Stage:
         "parallel.ep_size=1",
         "deepspeed=ds_configs/zero1.json",
     ]
-    return operator_stage(load("demo", [*fixed, *many, *settings]), 1)
+    return stage_of(load("demo", [*fixed, *many, *settings]), 1)
 
 
 def test_what_does_not_fit_says_which_setting_would() -> None:

@@ -13,10 +13,7 @@ example:
 
 from __future__ import annotations
 
-import argparse
 import math
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,26 +21,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from processes import ROOT, call
 
 from shodh.config import load_config
-from shodh.core.environment import describe_environment
+from shodh.core.cli import command_parser
+from shodh.core.environment import write_record
 from shodh.core.reading import read_json
-from shodh.core.strict_json import write_json
 from shodh.evaluate.evaluation import evaluate, open_run
 from shodh.report.statistics import nested_bootstrap
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "launch" / "configs" / "family_vorticity.yaml"
 ARMS = {"none": "[]", "viscosity": "[viscosity]", "time_step": "[time_step]", "both": "[time_step,viscosity]"}
 TRAINED, STRIDES = (1, 2), (1, 2, 3)
 ROLLOUT = 4
-
-
-def call(script: str, *arguments: str | Path) -> None:
-    """Run a command of the project; ends with its errors where it fails."""
-    done = subprocess.run([sys.executable, ROOT / script, *arguments], stdout=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        sys.exit(f"{script} {' '.join(map(str, arguments))}: exit code {done.returncode}")
 
 
 def make_data(folder: Path, tiny: bool) -> None:
@@ -94,7 +84,7 @@ def compare(runs: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
@@ -117,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             *args.set,
         ]  # fmt: skip
         record: dict[str, Any] = read_json(args.out, "results") if args.out.exists() else {}
-        record = {**record, "env": describe_environment(), "settings": common, "config": CONFIG.name}
+        record |= {"settings": common, "config": CONFIG.name}
         record.setdefault("runs", {})
         for seed in seeds:
             for arm in args.arms:
@@ -126,8 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     call("launch/pretrain.py", "--config", CONFIG, "--resume", "auto", "--set", *settings)
                     record["runs"][key] = {"vrmse": errors_of(load_config(CONFIG, settings).run_dir)}
                 record["summary"] = compare(record["runs"], seeds)
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                write_json(args.out, record, indent=1)
+                write_record(args.out, record)
 
 
 if __name__ == "__main__":

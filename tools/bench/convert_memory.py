@@ -12,8 +12,6 @@ import argparse
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,18 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import peak_memory, read_counters
+from memory import large_run, peak_memory, plain_space, read_counters
+from processes import answer_of
 from tqdm import tqdm
 
 from shodh.checkpoint.run_files import write_tokenizer
-from shodh.config import RunConfig, config_from_dict, dump_config
+from shodh.config import RunConfig, dump_config
+from shodh.core.cli import command_parser
+from shodh.core.environment import write_record
 from shodh.core.strict_json import dumps
 from shodh.core.weights import expected_shapes, persistent_buffers
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
-from shodh.schema.domain import Domain
-from shodh.schema.normalize import FieldNormalizer
-from shodh.schema.space import Space
 
 EXAMPLES = """examples:
   python tools/bench/convert_memory.py --json tools/bench/results/convert_memory_cpu.json
@@ -43,17 +41,6 @@ EXAMPLES = """examples:
 RANKS = 2
 
 
-def make_config(folder: Path, depth: int) -> RunConfig:
-    experts = {"num_experts": 16, "hidden": 4096}
-    tree = {
-        "name": "large",
-        "out": str(folder),
-        "data": {"grid": [16, 16, 16], "regimes": [{"name": "porous_media", "path": "nowhere"}]},
-        "operator": {"dim": 1024, "heads": 16, "depth": depth, "experts": experts},
-    }
-    return config_from_dict(tree)
-
-
 def make_tokenizer(config: RunConfig) -> None:
     """The run folder of a tokenizer that was never trained."""
     folder = config.tokenizer_dir
@@ -61,11 +48,7 @@ def make_tokenizer(config: RunConfig) -> None:
     model = build_tokenizer(config)
     initialise(model, 0)
     state = model.state_dict()
-    fields = [f.build() for f in config.data.fields]
-    constants = {r.name: {f.name: (0.0, 1.0) for f in fields if not f.static} for r in config.data.regimes}
-    domain = Domain(("periodic",) * 3, (1.0, 1.0, 1.0))
-    space = Space.of(FieldNormalizer(fields, 3, constants), fields, dict.fromkeys(constants, domain))
-    write_tokenizer(folder, config, space, {name: state[name] for name in expected_shapes(model)})
+    write_tokenizer(folder, config, plain_space(config), {name: state[name] for name in expected_shapes(model)})
 
 
 def write_deepspeed(config: RunConfig, folder: Path, stage: int) -> int:
@@ -174,12 +157,8 @@ def run_child(cgroup: Path | None, *arguments: Any) -> dict[str, Any]:
         forget_pages(Path(arguments[0]))
         # The shell enters the group and then becomes the conversion.
         command = ["sh", "-c", 'echo $$ > "$0"; exec "$@"', str(cgroup / "cgroup.procs"), *command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if finished.returncode:
-        raise SystemExit(f"the conversion ended with exit code {finished.returncode}\n{finished.stderr}")
-    result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
-    return result
+    found: dict[str, Any] = answer_of(command, {"OMP_NUM_THREADS": "1"})
+    return found
 
 
 def cgroup_limit(cgroup: Path | None) -> str | None:
@@ -190,23 +169,8 @@ def cgroup_limit(cgroup: Path | None) -> str | None:
     return next(f.read_text().strip() for f in files if f.exists())
 
 
-def write_report(path: Path, rows: list[dict[str, Any]], cgroup: Path | None) -> None:
-    head = {
-        "command": f"python tools/bench/convert_memory.py {' '.join(sys.argv[1:])}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "verified": True,
-        "limit": cgroup_limit(cgroup),
-        "units": "bytes; RssAnon: allocated, RssFile: pages of mapped files, which the kernel may take back",
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dumps({**head, "cases": rows}, indent=1) + "\n")
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument(
         "--depth", type=int, default=5, help="layers of 16 experts, 0.87 GB each (default: %(default)s)"
     )
@@ -224,7 +188,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        config = make_config(folder, options.depth)
+        config = large_run(options.depth, out=str(folder))
         make_tokenizer(config)
         limit = options.max_shard_size
         rows = []
@@ -243,8 +207,9 @@ def main() -> int:
             )
             for path in sorted(source.parent.glob("**/*.pt")) if kind != "safetensors" else []:
                 path.unlink()
-            if options.json is not None:
-                write_report(options.json, rows, options.cgroup)
+            units = "bytes; RssAnon: allocated, RssFile: pages of mapped files, which the kernel may take back"
+            about = {"verified": True, "limit": cgroup_limit(options.cgroup), "units": units}
+            write_record(options.json, {**about, "cases": rows})
     return 0
 
 

@@ -8,21 +8,19 @@ call, for long enough that the call is queued before the device gets to it. ``fu
 
 from __future__ import annotations
 
-import argparse
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import in_turns, ratios, seconds
 from torch import Tensor
-from tqdm import tqdm
 
-from shodh.core.strict_json import dumps
+from shodh.core.cli import command_parser
+from shodh.core.environment import describe_environment, write_record
 from shodh.ops import decode_velocity, divergence
 from shodh.ops.extension import choose_implementation, unavailable_reason
 
@@ -74,64 +72,34 @@ def make_contestants(potential: Tensor, harmonic: Tensor, skip: list[str]) -> di
     return contestants
 
 
-def make_timer(device: torch.device) -> Callable[[Callable[[], Any]], float]:
-    """Seconds of one call; on CUDA with a cold L2 cache."""
-    if device.type != "cuda":
+def measure(contestants: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every contestant in every round; on a card with a cold L2 cache."""
+    flush = torch.empty(CACHE_FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
 
-        def time_cpu(call: Callable[[], Any]) -> float:
-            start = time.perf_counter()
-            result = call()
-            elapsed = time.perf_counter() - start
-            del result
-            return elapsed
-
-        return time_cpu
-
-    flush = torch.empty(CACHE_FLUSH_BYTES, dtype=torch.uint8, device=device)
-
-    def time_cuda(call: Callable[[], Any]) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    def forget() -> None:
         for _ in range(CACHE_FLUSHES):
             flush.zero_()
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end) * 1e-3
 
-    return time_cuda
-
-
-def measure(
-    contestants: dict[str, Callable[[], Any]], timer: Callable[..., float], rounds: int
-) -> dict[str, list[float]]:
-    """Times of every contestant in every round, after two calls to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for call in tqdm(contestants.values(), desc="warm-up", disable=not sys.stderr.isatty()):
-        timer(call), timer(call)
-    for _ in tqdm(range(rounds), desc="rounds", disable=not sys.stderr.isatty()):
-        for name, call in contestants.items():
-            times[name].append(timer(call))
-    return times
+    return in_turns({name: partial(seconds, call, device, forget) for name, call in contestants.items()}, rounds)
 
 
 def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
     """Median over rounds of one time over another."""
-    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+    return statistics.median(ratios(times[name], times[base]))
 
 
 def tabulate(times: dict[str, list[float]], num_bytes: int) -> list[dict[str, Any]]:
     """One row a contestant: median and best time, bandwidth, ratio to the copy and to torch.compile."""
     rows = []
-    for name, seconds in times.items():
+    for name, taken in times.items():
         passes = 2 if name.endswith("+ backward") else 1
         partner = "compile + backward" if passes == 2 else "compile"
         rows.append(
             {
                 "name": name,
-                "median_ms": 1e3 * statistics.median(seconds),
-                "best_ms": 1e3 * min(seconds),
-                "gb_per_s": passes * num_bytes / statistics.median(seconds) / 1e9,
+                "median_ms": 1e3 * statistics.median(taken),
+                "best_ms": 1e3 * min(taken),
+                "gb_per_s": passes * num_bytes / statistics.median(taken) / 1e9,
                 "over_copy": ratio(times, name, "copy") / passes,
                 "over_compile": ratio(times, name, partner) if partner in times else None,
             }
@@ -139,19 +107,8 @@ def tabulate(times: dict[str, list[float]], num_bytes: int) -> list[dict[str, An
     return rows
 
 
-def describe(device: torch.device) -> str:
-    """The machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    return f"{names[0].partition(':')[2].strip() if names else platform.processor()}, {torch.get_num_threads()} threads"
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("--grid", type=int, default=128, help="cells along each axis (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=2, help="samples (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=21, help="interleaved rounds (default: %(default)s)")
@@ -169,10 +126,11 @@ def main(arguments: list[str] | None = None) -> int:
     potential = torch.randn(options.batch, 3, *[options.grid] * 3, device=device).to(dtype)
     harmonic = torch.randn(options.batch, 3, device=device).to(dtype)
     contestants = make_contestants(potential, harmonic, skip)
-    times = measure(contestants, make_timer(device), options.rounds)
+    times = measure(contestants, device, options.rounds)
     rows = tabulate(times, 2 * potential.numel() * potential.element_size())
 
-    print(f"{options.grid}^3, batch {options.batch}, {options.dtype}, torch {torch.__version__}, {describe(device)}")
+    machine = f"{describe_environment()['device']}, {torch.get_num_threads()} threads"
+    print(f"{options.grid}^3, batch {options.batch}, {options.dtype}, torch {torch.__version__}, {machine}")
     for implementation in ("cpp", "cuda"):
         reason = unavailable_reason(implementation)
         print(f"{implementation}: {'built' if reason is None else reason}")
@@ -187,9 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fused exact over fused: {ratio(times, 'fused exact', 'fused'):.2f}")
         largest = divergence(decode_velocity(potential, harmonic, exact=True)).abs().max()
         print(f"max |divergence| of the exact decode: {float(largest)!r}")
-    if options.json is not None:
-        head = {"grid": options.grid, "batch": options.batch, "dtype": options.dtype, "machine": describe(device)}
-        options.json.write_text(dumps(head | {"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    settings = {"grid": options.grid, "batch": options.batch, "dtype": options.dtype, "device": str(device)}
+    write_record(options.json, {**settings, "threads": torch.get_num_threads(), "rows": rows})
     return 0
 
 

@@ -7,14 +7,13 @@ live in one process and take turns. `tools/bench/experts.py --shapes` runs it.
 from __future__ import annotations
 
 import statistics
-import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from timing import in_turns, seconds
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from shodh.config import ExpertsConfig
 from shodh.models.init import initialise
@@ -104,19 +103,6 @@ def in_graph(run: Run) -> Run:
     return graph.replay
 
 
-def milliseconds(run: Run, device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return 1e3 * (time.perf_counter() - start)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
 def measure(shape: Shape, device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """Medians by variant; a graph that cannot be captured is named in ``failed``."""
     runs: dict[str, Run] = {}
@@ -131,12 +117,9 @@ def measure(shape: Shape, device: torch.device, dtype: torch.dtype, rounds: int)
                     runs[f"{name}, graph | {part}"] = in_graph(run)
                 except RuntimeError as error:  # Say so, and measure the others.
                     failed[f"{name}, graph | {part}"] = str(error).split("\n")[0]
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in tqdm(range(rounds), desc="rounds", disable=not sys.stderr.isatty()):
-        for name in list(runs) if number % 2 else reversed(runs):
-            times[name].append(milliseconds(runs[name], device))
+    times = in_turns({name: partial(seconds, run, device) for name, run in runs.items()}, rounds, 0)
     result: dict[str, Any] = {"shape": shape._asdict(), "failed": failed, "variants": {}}
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    medians = {name: 1e3 * statistics.median(values) for name, values in times.items()}
     for name in dict.fromkeys(n.split(" | ")[0] for n in runs):
         if f"{name} | both" not in medians or f"{name} | forward" not in medians:
             continue

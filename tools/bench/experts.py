@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,15 +19,14 @@ from all_experts import AllExperts
 from expert_shapes import SHAPES, TINY
 from expert_shapes import measure as measure_shape
 from expert_shapes import table as shape_table
+from timing import in_turns, quartiles, ratios, seconds
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from shodh.config import ExpertsConfig
-from shodh.core.cli import run_main
-from shodh.core.strict_json import write_json
+from shodh.core.cli import command_parser, run_main
+from shodh.core.environment import write_record
 from shodh.models.init import initialise
 from shodh.moe.experts import build_dense
-from shodh.train.run_folder import describe_environment
 from shodh.train.runtime import start_distributed
 
 EXAMPLES = """examples:
@@ -41,9 +38,7 @@ Step = Callable[[], float]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("--experts", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--top-k", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument(
@@ -116,21 +111,16 @@ class Bench:
         return layer.to(self.x)
 
     def step(self, layer: nn.Module) -> Step:
-        """A function that runs forward and backward once and returns its seconds."""
+        """A function that runs forward and backward once and returns its milliseconds."""
 
-        def clock() -> float:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            return time.perf_counter()
-
-        def run() -> float:
+        def clear() -> None:
             layer.zero_grad()
             self.x.grad = None
-            start = clock()
-            layer(self.x)[0].square().mean().backward()
-            return clock() - start
 
-        return run
+        def run() -> None:
+            layer(self.x)[0].square().mean().backward()
+
+        return lambda: 1e3 * seconds(run, self.device, clear)
 
 
 def variants(args: argparse.Namespace) -> list[tuple[str, int, int]]:
@@ -145,23 +135,10 @@ Times = dict[tuple[str, int, int], list[float]]
 
 def measure(bench: Bench, args: argparse.Namespace) -> Times:
     """Milliseconds of every variant, round by round."""
-    steps = {variant: bench.step(bench.build(*variant)) for variant in variants(args)}
-    for step in steps.values():
-        step()
-    times: Times = {variant: [] for variant in steps}
-    for number in tqdm(range(args.rounds), desc="rounds", disable=not sys.stderr.isatty()):
-        # Back and forth, so that a slow drift of the machine favours no end of the list.
-        for variant in list(steps) if number % 2 else reversed(steps):
-            times[variant].append(1e3 * steps[variant]())
-    return times
+    return in_turns({variant: bench.step(bench.build(*variant)) for variant in variants(args)}, args.rounds, 1)
 
 
-def quartiles(values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4)
-    return {"median": median, "low": low, "high": high}
-
-
-def ratios(times: Times, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def answers(times: Times, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """The answers, each the median and quartiles over rounds of the ratio within a round."""
     few, many = min(args.experts), max(args.experts)
     small, large = min(args.top_k), max(args.top_k)
@@ -181,7 +158,7 @@ def ratios(times: Times, args: argparse.Namespace) -> dict[str, dict[str, float]
         for e, k in itertools.product(args.experts, args.top_k)
     }
     return {
-        name: quartiles([a / b for a, b in zip(times[above], times[below], strict=True)])
+        name: quartiles(ratios(times[above], times[below]))
         for name, (above, below) in wanted.items()
         if above in times and below in times
     }
@@ -200,13 +177,9 @@ def table(times: Times, found: dict[str, dict[str, float]]) -> str:
 
 
 def write(args: argparse.Namespace, bench: Bench, content: dict[str, Any]) -> None:
-    if args.out is None:
-        return
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in vars(args).items() if k != "out"}
     settings |= {"device": str(bench.device), "threads": torch.get_num_threads()}
-    about = {"date": time.strftime("%Y-%m-%d"), "env": describe_environment(), "settings": settings}
-    write_json(args.out, {**about, **content})
+    write_record(args.out, {"settings": settings, **content})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -219,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         write(args, bench, {"shapes": results})
         return 0
     times = measure(bench, args)
-    found = ratios(times, args)
+    found = answers(times, args)
     sys.stdout.write(table(times, found))
     rows = [
         {"kind": kind, "experts": experts, "top_k": top_k, "ms": quartiles(values)}

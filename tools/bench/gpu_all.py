@@ -7,7 +7,6 @@ beside its aim. Needs torch, nvcc and the packages of the project; no network.
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import json
 import os
@@ -20,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from shodh.core.cli import run_main
+from shodh.core.cli import command_parser, run_main
 from shodh.core.strict_json import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -229,9 +228,7 @@ def describe() -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("out", type=Path, help="folder of logs, JSON and short runs")
     parser.add_argument("--minutes", type=float, default=8.0, help="time of all steps (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="steps whose names match, as in a shell")

@@ -15,7 +15,6 @@ own grid, whose error is zero, is an upper bound of what the model is worth.
 
 from __future__ import annotations
 
-import argparse
 import math
 import resource
 import statistics
@@ -32,13 +31,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.core.cli import run_main
+from shodh.core.cli import command_parser, run_main
 from shodh.core.devices import pick_device
+from shodh.core.environment import write_record
 from shodh.core.errors import DataError
 from shodh.core.precision import ieee_float32
 from shodh.core.reading import parse_json
 from shodh.core.seeding import stable_seed
-from shodh.core.strict_json import write_json
 from shodh.evaluate.evaluation import Evaluator, evaluate, open_run
 from shodh.evaluate.regime_evaluation import RegimeEvaluation
 from shodh.experiments.transfer.measure import seconds_per_step
@@ -47,7 +46,7 @@ from shodh.physics import get_regime
 from shodh.physics.solvers.spectral import NOISE_POINTS
 from shodh.schema.fields import Trajectories
 from shodh.schema.measures import measure
-from shodh.train.run_folder import RunFolder, describe_environment
+from shodh.train.run_folder import RunFolder
 
 SAME_START = 0.1  # VRMSE of the first frame up to which a coarse solve has the stored initial state
 
@@ -205,7 +204,7 @@ def breakeven(training: float, solver: float, model: float) -> float | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, help="JSON (default: RUN/report/inference.json)")
     parser.add_argument("--coarser", type=int, nargs="+", default=[1, 2, 4], metavar="FACTOR", help="grids to solve on")
@@ -243,17 +242,8 @@ def main(argv: list[str] | None = None) -> int:
         lines += [f"  {key} {found[name][key]}" for key in found[name] if key.startswith(("breakeven", "coarse"))]
         sys.stdout.write("\n".join(lines) + "\n")
     out = args.out or evaluator.folder.report / "inference.json"
-    write_json(
-        out,
-        {
-            "run": str(args.run),
-            "training_seconds": training,
-            "device": str(device),
-            "threads": torch.get_num_threads(),
-            "regimes": found,
-            "env": describe_environment(),
-        },
-    )
+    settings = {"run": str(args.run), "device": str(device), "threads": torch.get_num_threads()}
+    write_record(out, {**settings, "training_seconds": training, "regimes": found})
     return 0
 
 

@@ -11,7 +11,6 @@ example:
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import random
@@ -36,6 +35,7 @@ from torch.distributed import TCPStore  # noqa: E402
 
 import shodh.moe.layer  # noqa: E402
 import shodh.train.jobs  # noqa: E402, F401
+from shodh.core.cli import command_parser  # noqa: E402
 from shodh.core.strict_json import dumps  # noqa: E402
 from shodh.train.metrics import read_metrics  # noqa: E402
 from shodh.train.runtime import AGENT_STORE  # noqa: E402
@@ -188,7 +188,7 @@ def leave_a_copy(folder: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--steps", type=int, default=40, help="of a run; when it is done, the next one begins")
     parser.add_argument("--every", type=int, default=2, help="steps between checkpoints")

@@ -8,23 +8,23 @@ least; the load is written down.
 
 from __future__ import annotations
 
-import argparse
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import torch
-from tqdm import tqdm
+from timing import in_turns, ratios
 
-from shodh.core.strict_json import dumps
+from shodh.core.cli import command_parser
+from shodh.core.environment import write_record
 from shodh.data import MixtureLoader, MixtureSampler, RegimeSource, WindowDataset, write_trajectories
 from shodh.data.normalize import fit_normalizer
 from shodh.schema.fields import Field, RegimeSchema, Trajectories
@@ -44,7 +44,7 @@ def write(folder: Path, fields: tuple[Field, ...], grid: int, samples: int) -> P
     """One training file of single-frame windows, and the smallest of the others."""
     rng = np.random.default_rng(0)
     schema = RegimeSchema("box", fields, ("periodic",) * 3)
-    for split, count in (("train", samples),):
+    for split, count in (("train", samples), ("valid", 1), ("test", 1)):
         shape = (1, count, grid, grid, grid)
         values = {f.name: rng.random((*shape, *((3,) * (f.kind == "vector"))), dtype=np.float32) for f in fields}
         file = Trajectories(schema, (1.0, 1.0, 1.0), np.arange(float(count)), values)
@@ -89,18 +89,17 @@ def drop_from_cache(path: Path) -> None:
     os.close(descriptor)
 
 
-def measure(calls: dict[str, Callable[[], Any]], rounds: int, drop: Path | None, label: str) -> dict[str, Any]:
+def measure(calls: dict[str, Callable[[], Any]], rounds: int, drop: Path | None) -> dict[str, Any]:
     """Wall and processor seconds of each call by round; a first round warms up, or ``drop`` leaves the cache."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    for number in tqdm(range(rounds + 1), desc=label, disable=None):
-        for name, call in calls.items():
-            if drop is not None:
-                drop_from_cache(drop)
-            wall, processor = time.perf_counter(), time.thread_time()
-            call()
-            if number:
-                times[name].append((time.perf_counter() - wall, time.thread_time() - processor))
-    return times
+
+    def timed(call: Callable[[], Any]) -> tuple[float, float]:
+        if drop is not None:
+            drop_from_cache(drop)
+        wall, processor = time.perf_counter(), time.thread_time()
+        call()
+        return time.perf_counter() - wall, time.thread_time() - processor
+
+    return in_turns({name: partial(timed, call) for name, call in calls.items()}, rounds, 1)
 
 
 def contestants(
@@ -145,9 +144,7 @@ def contestants(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("--grid", type=int, default=128, help="cells along each axis (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=12, help="samples of a pass (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default: %(default)s)")
@@ -164,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
                 write(Path(folder), fields, options.grid, options.samples), fields, options.workers
             )
             file = next(Path(folder).glob("data/train/*.hdf5"))
-            times = measure(calls, options.rounds, file if options.cold else None, kind)
+            times = measure(calls, options.rounds, file if options.cold else None)
         for name, seconds in times.items():
             wall, processor = zip(*seconds, strict=True)
             raw_wall, raw_processor = zip(*times["raw pread"], strict=True)
@@ -173,11 +170,11 @@ def main(arguments: list[str] | None = None) -> int:
                     "fields": kind,
                     "name": name,
                     "gb_per_s": size / statistics.median(wall) / 1e9,
-                    "over_raw": statistics.median(b / a for a, b in zip(wall, raw_wall, strict=True)),
+                    "over_raw": statistics.median(ratios(raw_wall, wall)),
                     "over_raw_best": min(raw_wall) / min(wall),
                     "over_raw_processor": None
                     if "workers" in name and not name.startswith("loader, 0")
-                    else statistics.median(b / a for a, b in zip(processor, raw_processor, strict=True)),
+                    else statistics.median(ratios(raw_processor, processor)),
                 }
             )
         load.append(os.getloadavg()[0])
@@ -188,19 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{row['fields']:<16} {row['name']:<20} {row['gb_per_s']:>8.2f} GB/s {row['over_raw']:>6.2f} of raw"
             + (f", {row['over_raw_processor']:.2f} in processor time" if row["over_raw_processor"] else "")
         )
-    if options.json is not None:
-        head = {
-            "command": " ".join(["python", "tools/bench/loader.py", *(arguments or sys.argv[1:])]),
-            "machine": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "load": load,
-            "cold": options.cold,
-            "torch": torch.__version__,
-            "h5py": h5py.__version__,
-            "date": time.strftime("%Y-%m-%d"),
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(dumps(head | {"rows": rows}, indent=1) + "\n")
+    write_record(options.json, {"load": load, "cold": options.cold, "rows": rows})
     return 0
 
 

@@ -12,9 +12,7 @@ example:
 
 from __future__ import annotations
 
-import argparse
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -24,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from killing_training import configure, start
 
-from shodh.core.strict_json import dumps, write_json
+from shodh.core.cli import command_parser
+from shodh.core.environment import write_record
+from shodh.core.strict_json import dumps
 from shodh.train.status import read_status
 
 KINDS = ("metrics.jsonl", "tensorboard", "routing", "logs", "checkpoints")
@@ -70,7 +69,7 @@ def growth(samples: Sequence[dict[str, Any]], name: str, rank: int | None = None
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--samples", type=int, default=200, help="looks, spread evenly over the steps")
     parser.add_argument("--workers", type=int, default=1, help="of the loader of each rank")
@@ -119,9 +118,6 @@ def main() -> int:
     bad += ["tensorboard"] if grown["tensorboard"] > grown["metrics.jsonl"] else []
     bad += [f"exit codes {codes}"] if any(codes) or ended.state != "finished" else []
     result = {
-        "command": " ".join(["python", "tools/bench/long_run.py", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "steps": ended.step,
         "seconds": round(time.monotonic() - began, 1),
         "units": "bytes; growth: per 1,000 steps, of each rank where there are two values",
@@ -131,8 +127,7 @@ def main() -> int:
         "samples": samples,
     }
     sys.stdout.write(dumps({name: value for name, value in result.items() if name != "samples"}) + "\n")
-    if args.json:
-        write_json(args.json, result)
+    write_record(args.json, result)
     return 1 if bad else 0
 
 

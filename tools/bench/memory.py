@@ -1,4 +1,4 @@
-"""The memory of this process while something runs, for the benchmarks of conversion and merging."""
+"""The memory of this process while something runs, and made-up runs of several gigabytes: conversion and merging."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from shodh.config import RunConfig, config_from_dict
+from shodh.schema.domain import Domain
+from shodh.schema.normalize import FieldNormalizer
+from shodh.schema.space import Space
 
 COUNTERS = ("RssAnon", "RssFile", "VmRSS")
 INTERVAL = 0.005
@@ -35,3 +41,22 @@ def peak_memory() -> Iterator[dict[str, int]]:
     finally:
         done.set()
         thread.join()
+
+
+def large_run(depth: int, **settings: Any) -> RunConfig:
+    """A run whose operator has ``depth`` layers of 16 experts, 0.87 GB each."""
+    experts = {"num_experts": 16, "hidden": 4096}
+    tree = {
+        "name": "large",
+        "data": {"grid": [16, 16, 16], "regimes": [{"name": "porous_media", "path": "nowhere"}]},
+        "operator": {"dim": 1024, "heads": 16, "depth": depth, "experts": experts},
+    }
+    return config_from_dict({**tree, **settings})
+
+
+def plain_space(config: RunConfig) -> Space:
+    """Fields of a run in a periodic box, normalised already."""
+    fields = [f.build() for f in config.data.fields]
+    constants = {r.name: {f.name: (0.0, 1.0) for f in fields if not f.static} for r in config.data.regimes}
+    domain = Domain(("periodic",) * 3, (1.0, 1.0, 1.0))
+    return Space.of(FieldNormalizer(fields, 3, constants), fields, dict.fromkeys(constants, domain))

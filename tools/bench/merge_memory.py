@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import peak_memory, read_counters
+from memory import large_run, peak_memory, plain_space, read_counters
+from processes import answer_of
 from tqdm import tqdm
 
-from shodh.checkpoint.description import ModelDescription, Source, build_parts, count_parameters, write_pretrained
-from shodh.config import RunConfig, config_from_dict, to_dict
+from shodh.checkpoint.description import ModelDescription, Source, build_parts, describe_size, write_pretrained
+from shodh.config import RunConfig, to_dict
+from shodh.core.cli import command_parser
+from shodh.core.environment import write_record
 from shodh.core.seeding import generator
 from shodh.core.strict_json import dumps
 from shodh.core.weights import LazyWeights, StoredTensor, expected_shapes, target_dtypes
-from shodh.schema.domain import Domain
-from shodh.schema.normalize import FieldNormalizer
-from shodh.schema.space import Space
 
 EXAMPLES = """examples:
   python tools/bench/merge_memory.py --json tools/bench/results/merge_memory_cpu.json
@@ -36,16 +33,6 @@ EXAMPLES = """examples:
 """
 NAMES = ("anchor", "low", "high")
 BASE = 2**22  # random values that are repeated to fill a tensor
-
-
-def make_config(depth: int) -> RunConfig:
-    experts = {"num_experts": 16, "hidden": 4096}
-    tree = {
-        "name": "large",
-        "data": {"grid": [16, 16, 16], "regimes": [{"name": "porous_media", "path": "nowhere"}]},
-        "operator": {"dim": 1024, "heads": 16, "depth": depth, "experts": experts},
-    }
-    return config_from_dict(tree)
 
 
 def write_expert(folder: Path, config: RunConfig, name: str, shard: int) -> int:
@@ -59,16 +46,13 @@ def write_expert(folder: Path, config: RunConfig, name: str, shard: int) -> int:
         key: _repeated(shared if key.startswith("tokenizer.") else values, tuple(shape), folder)
         for key, shape in shapes.items()
     }
-    fields = [f.build() for f in config.data.fields]
-    constants = {r.name: {f.name: (0.0, 1.0) for f in fields if not f.static} for r in config.data.regimes}
-    domain = Domain(("periodic",) * 3, (1.0, 1.0, 1.0))
     start = None if name == "anchor" else "anchor"
     description = ModelDescription(
         parts=parts,
         dtype="fp32",
-        space=Space.of(FieldNormalizer(fields, 3, constants), fields, dict.fromkeys(constants, domain)),
+        space=plain_space(config),
         run=to_dict(config),
-        parameters=count_parameters(config, parts),
+        parameters=describe_size(config, parts),
         versions={},
         source=Source(name=name, sha256=name, init_from=start),
     )
@@ -101,31 +85,8 @@ def measure(folder: Path, method: str, shard: int) -> dict[str, Any]:
     return {"method": method, "seconds": seconds, "bytes_written": size, "before": before, "peak": peaks}
 
 
-def run_child(*arguments: Any) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--measure", dumps([str(a) for a in arguments])]
-    finished = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if finished.returncode:
-        raise SystemExit(finished.stderr)
-    result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
-    return result
-
-
-def write_report(path: Path, rows: list[dict[str, Any]], size: int) -> None:
-    head = {
-        "command": f"python tools/bench/merge_memory.py {' '.join(sys.argv[1:])}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "units": "bytes; VmRSS: all memory of the process, RssFile: of it, pages of mapped files",
-        "bytes_of_each_expert": size,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dumps({**head, "cases": rows}, indent=1) + "\n")
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument(
         "--depth", type=int, default=5, help="layers of 16 experts, 0.87 GB each (default: %(default)s)"
     )
@@ -140,18 +101,19 @@ def main() -> int:
         print(dumps(measure(Path(folder), method, int(shard))))
         return 0
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        config, rows = make_config(options.depth), []
+        config, rows = large_run(options.depth), []
         bar = tqdm(NAMES, desc="make", unit="expert", disable=not sys.stderr.isatty())
         size = max([write_expert(Path(name) / n, config, n, options.max_shard_size) for n in bar])
         for method in tqdm(options.methods, unit="case", disable=not sys.stderr.isatty()):
-            rows.append(run_child(name, method, options.max_shard_size))
+            asked = dumps([name, method, str(options.max_shard_size)])
+            rows.append(answer_of([sys.executable, __file__, "--measure", asked], {"OMP_NUM_THREADS": "1"}))
             peak, before = (rows[-1][key]["VmRSS"] / 1e9 for key in ("peak", "before"))
             print(
                 f"{method:<18}3 x {size / 1e9:.2f} GB, {rows[-1]['seconds']:.0f} s; "
                 f"peak VmRSS {peak:.2f} GB ({before:.2f} before)"
             )
-            if options.json is not None:
-                write_report(options.json, rows, size)
+            units = "bytes; VmRSS: all memory of the process, RssFile: of it, pages of mapped files"
+            write_record(options.json, {"units": units, "bytes_of_each_expert": size, "cases": rows})
     return 0
 
 

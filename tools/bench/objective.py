@@ -17,25 +17,23 @@ example:
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from processes import ROOT, call
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 import shodh
 from shodh.config import RunConfig, load_config
-from shodh.core.environment import describe_environment
+from shodh.core.cli import command_parser
+from shodh.core.environment import write_record
 from shodh.core.reading import read_json
-from shodh.core.strict_json import write_json
 from shodh.models.forecaster import Forecaster
 from shodh.schema.measures import mean_over
 from shodh.train.datasets import Regimes, open_regimes
@@ -44,7 +42,6 @@ from shodh.train.latent_metric import channel_weights, weighted_square
 from shodh.train.latents import load_tokenizer, open_latents, prepare_latents
 from shodh.train.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
 ARMS = ("whitened:operator.metric=whitened", "variance:operator.metric=variance")
 TINY = [
     "data.grid=[16, 16, 16]",
@@ -53,13 +50,6 @@ TINY = [
     "operator={dim: 32, depth: 1, heads: 2, experts: {num_experts: 2, hidden: 32}}",
     "operator.train={steps: 4, global_batch: 4, warmup: 1, valid_batches: 1}",
 ]
-
-
-def call(script: str, *arguments: str | Path) -> None:
-    """Run a command of the project; ends with its errors where it fails."""
-    done = subprocess.run([sys.executable, ROOT / script, *arguments], stdout=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        sys.exit(f"{script} {' '.join(map(str, arguments))}: exit code {done.returncode}")
 
 
 def tiny_data(folder: Path) -> list[str]:
@@ -105,7 +95,7 @@ def agreement(run: Path, regimes: Regimes, samples: int, probes: int = 4) -> dic
     forecaster, past = model.forecaster, model.config.data.history
     assert forecaster.tokenizer is not None
     draw = torch.Generator().manual_seed(0)
-    weights = channel_weights(forecaster.tokenizer, regimes.domains)
+    weights = channel_weights(forecaster.tokenizer, regimes.space.domains)
     rows: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
     pulled = torch.zeros_like(weights)
     for number, data in enumerate(open_windows(model.config, regimes, "valid")):
@@ -178,7 +168,7 @@ def measure(config: RunConfig, regimes: Regimes) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--config", default=str(ROOT / "launch" / "configs" / "demo.yaml"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every run")
     parser.add_argument(
@@ -195,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         common += [*(TINY + tiny_data(work) if args.tiny else []), *args.set]
         seeds = range(min(args.seeds, 2) if args.tiny else args.seeds)
         record: dict[str, Any] = read_json(args.out, "results") if args.out.exists() else {}
-        record = {**record, "env": describe_environment(), "settings": common}
+        record |= {"settings": common}
         record.setdefault("runs", {})
         if load_config(args.config, common).tokenizer.run is None:
             call("launch/train_tokenizer.py", "--config", args.config, "--resume", "auto", "--set", *common)
@@ -215,8 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         record["agreement"] = agreement(config.run_dir, regimes, 3 if args.tiny else 10)
                     regimes.close()
                 record["decoded_mse_over_persistence"] = compare(record["runs"], args.arms, seeds)
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                write_json(args.out, record, indent=1)
+                write_record(args.out, record)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from side_by_side.results import PERSISTENCE, Results, chosen_rates
 from side_by_side.scales import SCALES, Scale
 from side_by_side.sets import SETS, make, path_of, read
 
-from shodh.core.cli import choose_names, positive, run_main
+from shodh.core.cli import choose_names, command_parser, positive, run_main
 from shodh.core.environment import describe_environment, git_commit
 from shodh.core.errors import ConfigError
 from shodh.core.files import lock_file
@@ -172,8 +172,7 @@ def last_frame(history: torch.Tensor) -> torch.Tensor:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=layout)
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("--scale", choices=SCALES, help="default: that of the folder, or small")
     parser.add_argument("--out", type=Path, required=True, help="folder of data, cells and the page")
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="names of sets and of models, as in a shell")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +18,8 @@ from torch import Tensor
 
 from shodh.checkpoint.run_files import open_tokenizer
 from shodh.config import RunConfig, load_config
-from shodh.core.cli import positive, run_main
-from shodh.core.environment import describe_environment
-from shodh.core.strict_json import write_json
+from shodh.core.cli import command_parser, positive, run_main
+from shodh.core.environment import write_record
 from shodh.core.weights import load_into
 from shodh.models.factory import build_tokenizer
 from shodh.models.tokenizer import Tokenizer
@@ -41,9 +39,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument(
         "--config", type=Path, default=DEMO, help="configuration of a run with a tokenizer and its data"
     )
@@ -78,8 +74,8 @@ def errors(model: Tokenizer, regimes: Regimes, every: int) -> Iterator[tuple[str
         slices, rows = regimes.space.channels(number), []
         index = torch.tensor([number])
         for item in (frames[n] for n in range(0, len(frames), every)):
-            fields, geometry = item["fields"], add_walls(item["static"][None], regimes.domains[number])
-            found, _ = model(fields, geometry, regimes.domains, index)
+            fields, geometry = item["fields"], add_walls(item["static"][None], regimes.space.domains[number])
+            found, _ = model(fields, geometry, regimes.space.domains, index)
             exists = model.exists(geometry).expand_as(fields) > 0
             rows.append(_by_component(found, fields, exists, slices))
         mean = torch.stack([torch.tensor(list(row.values())) for row in rows]).mean(0).tolist()
@@ -112,9 +108,7 @@ def main() -> int:
             rows.append({"tokenizer": name, "regime": regime, **components})
     header: Sequence[str] = list(dict.fromkeys(key for row in rows for key in row))
     sys.stdout.write(text_table(Table(list(header), [[row.get(key) for key in header] for row in rows])) + "\n")
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, {"date": time.strftime("%Y-%m-%d"), "env": describe_environment(), "vrmse": rows})
+    write_record(args.out, {"vrmse": rows})
     return 0
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from shodh.core.cli import run_main
+from shodh.core.cli import command_parser, run_main
 from shodh.core.errors import ConfigError
 from shodh.core.strict_json import write_json
 from shodh.physics import REGIMES, Regime, get_regime
@@ -36,8 +36,7 @@ EXAMPLES = """examples:
 
 
 def parse() -> argparse.Namespace:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=layout)
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("--regime", nargs="+", default=sorted(REGIMES), metavar="NAME", help="default: all")
     parser.add_argument(
         "--grid", type=int, nargs="+", default=[32, 64, 128], metavar="N", help="cells along every axis"

@@ -10,7 +10,6 @@ example:
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -23,19 +22,19 @@ from torch import nn
 from shodh.checkpoint.snapshot import Snapshot
 from shodh.checkpoint.training import CheckpointWriter
 from shodh.config import TrainConfig
-from shodh.core.cli import run_main
-from shodh.core.strict_json import dumps, write_json
+from shodh.core.cli import command_parser, run_main
+from shodh.core.environment import write_record
+from shodh.core.strict_json import dumps
 from shodh.core.topology import Topology
 from shodh.moe.groups import decay_groups
 from shodh.train.engine import build_engine, load_deepspeed_config
-from shodh.train.run_folder import describe_environment
 from shodh.train.runtime import quiet_logs, start_distributed
 
 WIDTH = 1000
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--millions", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
@@ -69,11 +68,9 @@ def main() -> int:
         "parameters": WIDTH * WIDTH * args.millions,
         "checkpoint_bytes": size,
         **{f"{name}_seconds": round(statistics.median(values), 3) for name, values in found.items()},
-        "environment": describe_environment(),
     }
-    sys.stdout.write(dumps({name: value for name, value in result.items() if name != "environment"}) + "\n")
-    if args.out is not None:
-        write_json(args.out, result, indent=2)
+    sys.stdout.write(dumps(result) + "\n")
+    write_record(args.out, result)
     return 0
 
 

@@ -7,18 +7,17 @@ share of its limit that a step took, "limit" their quotient.
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import torch
 from fine_grids import EXPLICIT, fine
 
-from shodh.core.cli import run_main
+from shodh.core.cli import command_parser, run_main
 from shodh.generation.checking import check
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--regime", nargs="+", default=EXPLICIT, choices=EXPLICIT, metavar="NAME", help="default: all")
     parser.add_argument("--frames", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)

@@ -9,7 +9,6 @@ the checks before a run; ``cpu``: of all ranks together, which does not depend o
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -23,8 +22,9 @@ import torch.multiprocessing as processes
 from torch.distributed import TCPStore
 
 from shodh.config import load_config
-from shodh.core.environment import describe_environment
-from shodh.core.strict_json import dumps, write_json
+from shodh.core.cli import command_parser
+from shodh.core.environment import write_record
+from shodh.core.strict_json import dumps
 from shodh.data import compute_statistics, write_stats, write_trajectories
 from shodh.schema.fields import Field, RegimeSchema, Trajectories
 
@@ -107,7 +107,7 @@ def measure(world: int, config: Path, shared: bool) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--modes", nargs="+", choices=("alone", "shared"), default=["alone", "shared"])
@@ -130,8 +130,7 @@ def main() -> int:
                 rows.append({name: round(v, 2) if isinstance(v, float) else v for name, v in row.items()})
                 sys.stdout.write(dumps(rows[-1]) + "\n")
                 sys.stdout.flush()
-                if args.out is not None:
-                    write_json(args.out, {**describe_environment(), "load": os.getloadavg(), "rows": rows}, indent=2)
+                write_record(args.out, {"load": os.getloadavg(), "rows": rows})
     return 0
 
 

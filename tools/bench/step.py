@@ -9,26 +9,23 @@ code does. The dense one has as many parameters as the sparse one has active, ro
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from all_experts import AllExperts
+from processes import answer_of
+from timing import clock, in_turns, quartiles, ratios
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from shodh.config import RunConfig, config_from_dict, load_config, to_dict
 from shodh.config.reading import merge_trees
-from shodh.core.cli import run_main
+from shodh.core.cli import command_parser, run_main
+from shodh.core.environment import write_record
 from shodh.core.errors import ConfigError
-from shodh.core.launcher import without_launcher
-from shodh.core.strict_json import write_json
 from shodh.experiments.harness.flops import sample_inputs
 from shodh.experiments.harness.sizes import widened_dense
 from shodh.models.factory import build_operator
@@ -37,7 +34,6 @@ from shodh.models.kernels import adamw
 from shodh.moe.balance import GlobalBalance
 from shodh.moe.groups import decay_groups
 from shodh.moe.step import router_arguments
-from shodh.train.run_folder import describe_environment
 from shodh.train.runtime import start_distributed
 
 DEMO = Path(__file__).resolve().parents[2] / "launch" / "configs" / "demo.yaml"
@@ -51,9 +47,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("--config", type=Path, default=DEMO, help="configuration of a sparse run")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings of the run"
@@ -147,13 +141,8 @@ def make_step(bench: Bench, model: nn.Module) -> Callable[[], list[float]]:
     parameters = list(model.parameters())
     sparse = any(hasattr(m, "router") for m in model.modules())
 
-    def clock() -> float:
-        if bench.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def step() -> list[float]:
-        start = clock()
+        start = clock(bench.device)
         balance.start_step()
         names = [(sample,) for sample in range(bench.batch)]
         told = router_arguments(experts, regime, names, bench.config.seed) if sparse else {}
@@ -161,13 +150,13 @@ def make_step(bench: Bench, model: nn.Module) -> Callable[[], list[float]]:
         loss = (output.latent - target).square().mean()
         if output.routing:
             loss = loss + balance(output.routing).weighted(experts.balance)
-        forward = clock()
+        forward = clock(bench.device)
         loss.backward()
-        backward = clock()
+        backward = clock(bench.device)
         nn.utils.clip_grad_norm_(parameters, train.clip)
         optimizer.step()
         optimizer.zero_grad()
-        return [forward - start, backward - forward, clock() - backward]
+        return [forward - start, backward - forward, clock(bench.device) - backward]
 
     return step
 
@@ -176,31 +165,19 @@ def time_steps(bench: Bench, kinds: list[str], rounds: int) -> dict[str, Any]:
     """Median milliseconds by model and phase, and quartiles over the rounds of sparse over each other kind."""
     models = {kind: bench.build(kind) for kind in kinds}
     steps = {kind: make_step(bench, model) for kind, model in models.items()}
-    for step in steps.values():
-        for _ in range(3):
-            step()
-    times: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
-    for number in tqdm(range(rounds), desc="rounds", disable=not sys.stderr.isatty()):
-        # Back and forth, so that a slow drift of the machine favours no end of the list.
-        for kind in kinds if number % 2 else kinds[::-1]:
-            times[kind].append(steps[kind]())
+    times = in_turns(steps, rounds, 3)
+    totals = {kind: [sum(phases) for phases in rows] for kind, rows in times.items()}
     result: dict[str, Any] = {}
     for kind in kinds:
         columns = list(zip(*times[kind], strict=True))
         result[kind] = {
             "parameters": sum(p.numel() for p in models[kind].parameters()),
-            "step_ms": 1e3 * statistics.median(map(sum, times[kind])),
+            "step_ms": 1e3 * statistics.median(totals[kind]),
             **{f"{phase}_ms": 1e3 * statistics.median(column) for phase, column in zip(PHASES, columns, strict=True)},
         }
-    result["ratios"] = {f"sparse / {kind}": _ratio(times["sparse"], times[kind]) for kind in kinds if kind != "sparse"}
+    others = [kind for kind in kinds if kind != "sparse"]
+    result["ratios"] = {f"sparse / {kind}": quartiles(ratios(totals["sparse"], totals[kind])) for kind in others}
     return result
-
-
-def _ratio(above: list[list[float]], below: list[list[float]]) -> dict[str, float]:
-    """Quartiles over the rounds of the ratio of two steps."""
-    ratios = [sum(a) / sum(b) for a, b in zip(above, below, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return {"median": median, "low": low, "high": high}
 
 
 def _status(key: str) -> int:
@@ -231,12 +208,7 @@ def make_step_twice(bench: Bench, kind: str) -> None:
 
 def memory_in_own_process(kind: str) -> float:
     """`measure_memory` in a process of its own: the peak of one model must not hide that of the other."""
-    command = [sys.executable, *sys.argv, "--measure-memory", kind]
-    environment = without_launcher(os.environ)
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if finished.returncode != 0:
-        raise RuntimeError(f"memory of the {kind} model: {finished.stderr.strip().splitlines()[-1]}")
-    return float(finished.stdout.split()[-1])
+    return float(answer_of([sys.executable, *sys.argv, "--measure-memory", kind]))
 
 
 def table(result: dict[str, Any]) -> str:
@@ -267,11 +239,7 @@ def main() -> int:
         result[kind]["peak_mib"] = memory_in_own_process(kind)
     settings = bench.describe()
     sys.stdout.write(", ".join(f"{k} {v}" for k, v in settings.items()) + "\n" + table(result))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        date = time.strftime("%Y-%m-%d")
-        content = {"date": date, "env": describe_environment(), "settings": settings, "result": result}
-        write_json(args.out, content)
+    write_record(args.out, {"settings": settings, "result": result})
     return 0
 
 

@@ -9,19 +9,17 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from timing import in_turns, seconds
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from shodh.config import RunConfig, load_config
-from shodh.core.cli import run_main
-from shodh.core.environment import describe_environment
-from shodh.core.strict_json import write_json
+from shodh.core.cli import command_parser, run_main
+from shodh.core.environment import write_record
 from shodh.models.factory import build_tokenizer
 from shodh.models.init import initialise
 from shodh.models.kernels import adamw
@@ -40,9 +38,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("--config", type=Path, default=DEMO, help="configuration of a run with a tokenizer")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings")
     parser.add_argument("--batch", type=int, help="samples of a step (default: those of one of the planned ranks)")
@@ -103,16 +99,6 @@ class Bench:
         return encode
 
 
-def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def main() -> int:
     args = parse()
     config = load_config(args.config, args.set)
@@ -121,12 +107,7 @@ def main() -> int:
     bench = Bench(config, args.batch or train.micro_batch or max(1, train.global_batch // ranks), start_distributed())
     model = bench.model()
     calls = {"training": bench.training(model), "encoding": bench.encoding(model)}
-    for call in calls.values():
-        call(), call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in tqdm(range(args.rounds), desc="rounds", disable=not sys.stderr.isatty()):
-        for name, call in calls.items():
-            times[name].append(seconds(call, bench.device))
+    times = in_turns({name: partial(seconds, call, bench.device) for name, call in calls.items()}, args.rounds)
     result = {name: {"samples_per_s": bench.batch / statistics.median(values)} for name, values in times.items()}
     settings = {
         "grid": list(config.data.grid),
@@ -137,10 +118,7 @@ def main() -> int:
     }
     sys.stdout.write(", ".join(f"{k} {v}" for k, v in settings.items()) + "\n")
     sys.stdout.writelines(f"{name:10s} {row['samples_per_s']:10.3g} samples/s\n" for name, row in result.items())
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        content = {"date": time.strftime("%Y-%m-%d"), "env": describe_environment(), "settings": settings}
-        write_json(args.out, content | {"result": result})
+    write_record(args.out, {"settings": settings, "result": result})
     return 0
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -14,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from processes import answer_of
 
-from shodh.core.cli import run_main
-from shodh.core.strict_json import dumps, write_json
+from shodh.core.cli import command_parser, run_main
+from shodh.core.environment import write_record
+from shodh.core.strict_json import dumps
 from shodh.routing import find_traces, read_traces
-from shodh.train.run_folder import describe_environment
 
 TARGET = 10**8
 EXAMPLES = """examples:
@@ -29,9 +28,7 @@ EXAMPLES = """examples:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLES)
     parser.add_argument("--records", type=int, nargs="+", default=[250_000, 2_000_000], help="sizes of traces")
     parser.add_argument("--ranks", type=int, default=1, help="files of a trace, each with so many records")
     parser.add_argument("--regimes", type=int, default=2)
@@ -80,8 +77,7 @@ def run_case(records: int, args: argparse.Namespace, folder: Path) -> dict[str, 
     write(first, records, args)
     for rank in range(1, args.ranks):
         (trace / f"rank{rank}.jsonl").hardlink_to(first)
-    command = [sys.executable, __file__, "--read", str(trace)]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found = answer_of([sys.executable, __file__, "--read", str(trace)])
     size = first.stat().st_size
     shutil.rmtree(trace)
     assert found["records"] == records * args.ranks
@@ -106,10 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     hours = TARGET / last["records_per_cpu_s"] / 3600
     if last["records"] < TARGET:
         sys.stdout.write(f"extrapolated, not run: {TARGET:,} records in {hours:.2f} CPU hours, at the same memory\n")
-    if args.out is not None:
-        shape = {"regimes": args.regimes, "experts": args.experts, "layers": args.layers}
-        result = {"shape": shape, "cases": cases, "extrapolated_cpu_hours_1e8": hours, "env": describe_environment()}
-        write_json(args.out, result)
+    shape = {"regimes": args.regimes, "experts": args.experts, "layers": args.layers}
+    write_record(args.out, {"shape": shape, "cases": cases, "extrapolated_cpu_hours_1e8": hours})
     return 0
 
 

@@ -24,7 +24,6 @@ SCALINGS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 RATES = (0.1, 0.3, 1.0, 3.0)
 #: Steps of fine-tuning for which the rate is chosen: as many as `read_gradient` takes by default.
 STEPS = 12
-ARITHMETIC = ("task_arithmetic", "ties", "dare")
 
 
 class TaskVectors:

@@ -17,7 +17,6 @@ from shodh.core.weights import LazyWeights, load_into
 from shodh.data import Split
 from shodh.experiments.composition.settings import CCMConfig
 from shodh.merge import Range, Slider, Update, decompose, from_memory, to_memory
-from shodh.merge.coordinates import ParameterMap
 from shodh.merge.experts import Expert, family_range
 from shodh.merge.folders import open_family
 from shodh.merge.slider import Grouping
@@ -92,10 +91,6 @@ class Family:
     def channels(self) -> Mapping[str, slice]:
         """Channels of the regime's fields."""
         return self.model.space.channels(0)
-
-    def in_map(self, scale: ParameterMap) -> Range:
-        """The parameter's range, with coordinates on a scale."""
-        return Range(self.range.name, self.range.low, self.range.high, scale)
 
     def decompose(self) -> tuple[Update, Update]:
         """What the experts share, and the direction between them."""

@@ -94,7 +94,7 @@ class Trial:
     def coordinate(self, scale: ParameterMap) -> float:
         """Where the value lies in the metadata's range, not clipped; warns outside."""
         if scale not in self._coordinates:
-            self._coordinates[scale] = self.family.in_map(scale).coordinate(self.case.value)
+            self._coordinates[scale] = replace(self.family.range, scale=scale).coordinate(self.case.value)
         return self._coordinates[scale]
 
     def calibrated_within(self, limit: float) -> float:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from shodh.experiments.composition import plots, tables
 from shodh.experiments.composition.methods import DRAWS, WIDE_BANK
 from shodh.experiments.composition.results import Results, read_results
@@ -20,7 +18,7 @@ from shodh.experiments.composition.verdict import (
 from shodh.experiments.harness.report import claims_section, write_study
 from shodh.experiments.harness.results import mean, missing_runs, to_table
 from shodh.merge.coordinates import LIMIT
-from shodh.report.page import Headline, Section, Table, filled
+from shodh.report.page import Headline, Section, filled
 from shodh.report.statistics import RULE, what_seeds_can_show
 
 ERRORS_ARE = (
@@ -29,8 +27,8 @@ ERRORS_ARE = (
 PAGE = "Composition study {}"
 
 
-def write_ccm_report(study: CCMConfig, results: Results | None = None) -> str:
-    """Write ``<study>/report`` from ``results``, by default of the seeds that are evaluated; returns its top as text.
+def write_ccm_report(study: CCMConfig) -> str:
+    """Write ``<study>/report`` from the seeds that are evaluated; returns its top as text.
 
     Needs the results alone, neither models nor data.
 
@@ -39,7 +37,7 @@ def write_ccm_report(study: CCMConfig, results: Results | None = None) -> str:
     ConfigError
         A result was measured with other settings.
     """
-    results = read_results(study) if results is None else results
+    results = read_results(study)
     headline, sections = _headline(study, results), _sections(study, results) if len(results) else []
     measured = {seed.seed for seed in results.seeds}
     missing = [run for run in expand(study) if run.labels["seed"] not in measured]
@@ -123,10 +121,9 @@ def _sections(study: CCMConfig, results: Results) -> list[Section | None]:
     alphas = {"alphas": tables.alpha_table(results), "correlations": tables.correlation_table(results)}
     updates = {"components": components, "layers": layers, "experts": experts}
     by_parameter, by_alpha = plots.error_by_parameter(results), plots.alpha_by_parameter(results)
-    by_step, by_part = (
-        plots.error_by_step(results, results.far_role),
-        plots.updates_by_part(components.rows, layers.rows),
-    )
+    by_step, by_routing = plots.error_by_step(results, results.far_role), plots.routing_by_alpha(routing.rows)
+    by_part = plots.updates_by_part(components.rows, layers.rows)
+    bank, steps = {"bank": tables.bank_table(results)}, {"errors_by_step": tables.step_table(results)}
     protocol = f"{_protocol(study, results)} {METHODS_TEXT}"
     direction, routed = "Where the direction lives", "Routing along the direction"
     best = "Best coordinate against the parameter"
@@ -136,22 +133,10 @@ def _sections(study: CCMConfig, results: Results) -> list[Section | None]:
         claims_section(results.claims, ("role", "method", "against")),
         filled("values", "Errors by value", VALUES, {"errors_by_value": tables.value_table(results)}),
         filled("alphas", best, ALPHAS, alphas, alpha_by_parameter=by_alpha),
-        _in_file(
-            "line",
-            "Along the line",
-            LINE,
-            "bank",
-            tables.bank_table(results),
-            error_along_line=plots.error_along_line(results),
-        ),
-        _in_file("steps", "Error by step", STEPS, "errors_by_step", tables.step_table(results), error_by_step=by_step),
+        filled("line", "Along the line", LINE, bank, ("bank",), error_along_line=plots.error_along_line(results)),
+        filled("steps", "Error by step", STEPS, steps, ("errors_by_step",), error_by_step=by_step),
         filled("updates", direction, UPDATES, updates, ("experts",), updates_by_part=by_part),
-        _in_file("routing", routed, ROUTING, "routing", routing, routing_by_alpha=plots.routing_by_alpha(routing.rows)),
+        filled("routing", routed, ROUTING, {"routing": routing}, ("routing",), routing_by_alpha=by_routing),
         filled("comparisons", "Paired comparisons", COMPARISONS, {"comparisons": tables.comparison_table(results)}),
         filled("chosen", "Chosen on validation", CHOSEN, {"chosen": tables.chosen_table(results)}),
     ]
-
-
-def _in_file(key: str, title: str, text: str, stem: str, table: Table, **figures: Figure | None) -> Section | None:
-    """A section that shows a figure, and keeps its table as a file."""
-    return filled(key, title, text, {stem: table}, (stem,), **figures)

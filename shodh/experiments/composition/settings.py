@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from shodh.config import RegimeConfig, RunConfig, Section, config_from_dict, load_config, to_dict
+from shodh.config import RunConfig, Section, config_from_dict, load_config, to_dict
 from shodh.config.base import PositiveInt, Seed
 from shodh.core.errors import ConfigError
 from shodh.core.topology import fitting_ep_size
@@ -214,11 +214,6 @@ class CCMConfig(StudySettings):
             "family": {"name": f"{family.regime}-{family.parameter}", "parameters": parameters},
         }
         return config_from_dict(tree, f"study {self.name}, {member} of seed {seed}")
-
-    def regime_of(self, value: float) -> RegimeConfig:
-        """The regime of a run that reads the trajectories of one value."""
-        regime = self.base_config().data.regimes[0]
-        return regime.model_copy(update={"path": self.value_folder(value)})
 
 
 def load_ccm(path: Path, scale: Preset = "tiny", *, backbone: str | None = None, **changes: Any) -> CCMConfig:

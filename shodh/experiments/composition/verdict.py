@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from shodh.experiments.composition.results import OUT, RIVALS, Claim, Results
 from shodh.experiments.composition.settings import Role
 from shodh.experiments.composition.tables import correlate
+from shodh.experiments.harness.report import Answer
 from shodh.experiments.harness.results import mean
 from shodh.merge.readout import BANK
 from shodh.report.page import Tone
@@ -24,15 +24,6 @@ FINER = ("gradient_by_layer", "gradient_by_expert")
 FOLLOWS = 0.7
 # Above this cosine both experts are said to have moved alike.
 ALIKE = 0.9
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A verdict in a few words, the sentences that give its reasons, and whether it is good news."""
-
-    verdict: str
-    text: str
-    tone: Tone
 
 
 def does_composition_help(results: Results, published: float | None) -> Answer:

@@ -22,7 +22,7 @@ from shodh.experiments.harness.results import RESULT
 from shodh.experiments.harness.run import Run
 from shodh.train.data_identity import new_choice
 from shodh.train.datasets import open_sources
-from shodh.train.plan import plan_operator
+from shodh.train.plan import plan_ranks
 
 ZERO_SHOT, SCRATCH = "zero_shot", "scratch"
 
@@ -142,7 +142,7 @@ def _configure(
         if method == "new_expert":
             changes["operator"]["experts"]["num_added"] = tuning.num_added
     config = config_from_dict(merge_trees(tree, changes), f"{tuning.name}, run {name}")
-    plan_operator(config, world_size)
+    plan_ranks(config, world_size)
     return config
 
 

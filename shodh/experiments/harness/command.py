@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from shodh.core.cli import choose_names
+from shodh.core.cli import choose_names, command_parser
 from shodh.core.errors import ConfigError
 from shodh.experiments.harness.ranks import Ranks
 from shodh.experiments.harness.run import Run
@@ -20,9 +20,7 @@ from shodh.experiments.harness.workers import Progress, Workers
 
 def study_parser(description: str | None, examples: str, config_required: bool = True) -> argparse.ArgumentParser:
     """The options of every study; they mean the same in all of them, as do the settings of their files."""
-    parser = argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(description, examples)
     add = parser.add_argument
     add("--config", required=config_required, type=Path, help="study file")
     add("--scale", choices=PRESETS, default="tiny", help="preset of the study file")

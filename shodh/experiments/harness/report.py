@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from shodh.experiments.harness.settings import StudySettings
-from shodh.report.page import Headline, Section, Table, filled, records, text_table, write_page
+from shodh.report.page import Headline, Section, Table, Tone, filled, records, text_table, write_page
 from shodh.report.statistics import RULE, Comparison
 from shodh.train.run_folder import describe_environment
 
 WORDS = {"lower": "lower", "higher": "higher", "equal": "equal", "open": "undecided"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A verdict in a few words, the sentences that give its reasons, its tone, and the seeds it rests on."""
+
+    verdict: str
+    text: str
+    tone: Tone
+    seeds: int = 0
 
 
 def write_study(

@@ -19,8 +19,6 @@ from shodh.report.page import Table
 
 RESULT = "result.json"
 ERROR, SEED = "error", "seed"
-#: Columns of `over_seeds`.
-OVER_SEEDS = ("seeds", "mean", "lowest", "highest", "diverged")
 
 
 def read_results(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -44,7 +42,7 @@ def tidy(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def over_seeds(frame: pd.DataFrame, by: Sequence[str], column: str = ERROR) -> pd.DataFrame:
-    """`OVER_SEEDS` of a column by group, in the order in which groups appear; a mean with a diverged seed is NaN."""
+    """A column by group, in the order in which groups appear; a mean with a diverged seed is NaN."""
     groups = frame.groupby(list(by), sort=False, dropna=False)[column]
     found = groups.agg(
         seeds="size",

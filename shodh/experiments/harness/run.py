@@ -8,7 +8,7 @@ differs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -146,11 +146,16 @@ class Run:
         changed = [key for key in new if key != "weights" and old.get(key) != new[key]]
         pairs = zip(old.get("weights", []), new.get("weights", []), strict=False)
         changed += ["weights"] * any(None not in pair and pair[0] != pair[1] for pair in pairs)
-        if changed:
-            raise ConfigError(
-                f"run {self.name}: {place} is of other settings of {' and '.join(changed)}; choose another --name or "
-                "--out, or remove it to make it anew"
-            )
+        refuse_changed(self.name, place, changed)
+
+
+def refuse_changed(run: str, place: Path, changed: Sequence[str]) -> None:
+    """Raise `ConfigError` where what lies in the place of a run is of other settings."""
+    if changed:
+        raise ConfigError(
+            f"run {run}: {place} is of other settings of {' and '.join(changed)}; choose another --name or --out, or "
+            "remove it to make it anew"
+        )
 
 
 @lru_cache(maxsize=1000)

@@ -56,16 +56,10 @@ def run_all(
     done = sum(steps[name] for name in progress.finished)
     hidden = ranks.rank != 0 or not sys.stderr.isatty()
     with tqdm(total=sum(steps.values()), initial=done, unit="step", desc=title, disable=hidden) as bar:
-        for name, line in workers.run_all({run.name: Job(run.to_job(), run.after) for run in waiting}):
+        for name, succeeded in workers.follow({run.name: Job(run.to_job(), run.after) for run in waiting}, progress):
             bar.set_postfix_str(name)
             bar.update(steps[name])
-            if line is None:
-                progress.finished.append(name)
-            elif not workers.stopped.is_set():
-                progress.failed[name] = line
-    progress.stopped = workers.stopped.is_set()
-    if ranks.rank == 0:
-        progress.keep_failures(folder)
+            progress.finished += [name] * succeeded
     return progress
 
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from shodh.config import ParallelConfig, RunConfig, config_from_dict, to_dict
+from shodh.config import RunConfig, config_from_dict, to_dict
 from shodh.core.errors import ConfigError
-from shodh.train.plan import make_plan
+from shodh.models.factory import count_parameters, operator_shapes
 
 TOLERANCE = 0.01  # of "equally many parameters"
 
 
 def model_size(config: RunConfig) -> dict[str, int]:
     """Weights of the operator, and those that a token meets."""
-    plan = make_plan(config.model_copy(update={"parallel": ParallelConfig()}))
-    return {
-        "total_parameters": plan.dense_parameters + plan.expert_parameters,
-        "active_parameters": plan.active_parameters,
-    }
+    counts = count_parameters(operator_shapes(config), config.operator.experts)
+    return {"total_parameters": counts.total, "active_parameters": counts.active}
 
 
 def widened_dense(sparse: RunConfig, as_dpot: bool = False) -> dict[str, Any]:

@@ -6,22 +6,19 @@ A process a run: one that runs out of memory, diverges or crashes takes nothing 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from pkgutil import resolve_name
 
 import torch
 
 from shodh.checkpoint.folder import prune
-from shodh.core import signals
 from shodh.core.devices import pick_device
 from shodh.core.distributed import rank
-from shodh.core.reading import read_object
 from shodh.core.strict_json import write_json
 from shodh.experiments.harness.run import Run
-from shodh.experiments.harness.workers import STOPPED, ignore_interrupts, leave_ranks
+from shodh.experiments.harness.workers import STOPPED, begin_worker, leave_ranks
 from shodh.train.jobs import pretrain
 from shodh.train.run_folder import RunFolder, describe_environment
-from shodh.train.runtime import quiet_logs, run_ranks
+from shodh.train.runtime import run_ranks
 
 
 def carry_out(run: Run) -> bool:
@@ -55,11 +52,7 @@ def prune_checkpoints(folder: RunFolder) -> None:
 
 
 def main() -> int:
-    signals.catch()
-    signals.end_with_parent()
-    quiet_logs()
-    ignore_interrupts()
-    job = read_object(Path(sys.argv[1]))
+    job = begin_worker()
     if "prepare" in job:
         return 0 if resolve_name(job["prepare"])(job) else STOPPED
     return 0 if carry_out(Run.of_job(job, sys.argv[1])) else STOPPED

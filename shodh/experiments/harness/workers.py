@@ -29,6 +29,7 @@ from shodh.core.reading import read_object
 from shodh.core.signals import STOPPED
 from shodh.core.strict_json import write_json
 from shodh.experiments.harness.ranks import Ranks
+from shodh.train.runtime import quiet_logs
 
 ROOT = Path(shodh.__file__).resolve().parents[1]
 FAILURES = "failures.json"
@@ -135,6 +136,16 @@ class Workers:
                             forerunners.discard(name)
                     yield name, line
 
+    def follow(self, jobs: Mapping[str, Job], progress: Progress) -> Iterator[tuple[str, bool]]:
+        """`run_all` of (name, whether it succeeded); what failed, and whether a signal came, is noted and kept."""
+        for name, line in self.run_all(jobs):
+            yield name, line is None
+            if line is not None and not self.stopped.is_set():
+                progress.failed[name] = line
+        progress.stopped = self.stopped.is_set()
+        if self.ranks.rank == 0:
+            progress.keep_failures(self.folder)
+
     def run(self, name: str, content: Mapping[str, Any]) -> str | None:
         """Run one job on this rank, with the others on theirs; None, or one line that says what went wrong."""
         if self.stopped.is_set():
@@ -171,9 +182,16 @@ class Workers:
         return environment
 
 
-def ignore_interrupts() -> None:
-    """A terminal sends Ctrl-C to the whole group; the study hands it on as SIGTERM, so that a checkpoint is saved."""
+def begin_worker() -> dict[str, Any]:
+    """What the process of a job does first; returns what it is told.
+
+    A terminal sends Ctrl-C to the whole group; the study hands it on as SIGTERM, so that a checkpoint is saved.
+    """
+    signals.catch()
+    signals.end_with_parent()
+    quiet_logs()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return read_object(Path(sys.argv[1]))
 
 
 def leave_ranks() -> None:

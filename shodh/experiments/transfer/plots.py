@@ -4,32 +4,18 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from shodh.report.figures import INK, bare, style_of
+from shodh.report.figures import bare, ratios, style_of
 from shodh.report.page import Table
 
 
 def index_bars(table: Table) -> Figure | None:
     """Transfer index by mix and regime, a point a model with the range over seeds; the line is no transfer."""
     rows = [row for row in table.rows if row[5] is not None]
-    if not rows:
-        return None
     places = list(dict.fromkeys((row[0], row[3]) for row in rows))
-    models = list(dict.fromkeys(row[2] for row in rows))
-    figure = Figure(figsize=(max(6.0, 1.4 + 0.32 * len(places) * len(models)), 3.8), layout="constrained")
-    panel = figure.subplots()
-    for number, model in enumerate(models):
-        mine = [row for row in rows if row[2] == model]
-        x = [places.index((row[0], row[3])) + 0.75 * ((number + 0.5) / len(models) - 0.5) for row in mine]
-        y = [row[5] for row in mine]
-        ranges = [[row[5] - row[6] for row in mine], [row[7] - row[5] for row in mine]]
-        style = style_of(model, models)
-        panel.errorbar(x, y, yerr=ranges, linestyle="", capsize=3, markersize=5, label=model, **style)
-    panel.axhline(1, color=INK, linewidth=0.8)
-    panel.set_xticks(range(len(places)), [f"{regime}\nin {mix}" for mix, regime in places], fontsize=8)
-    panel.set_ylabel("transfer index: error / specialist's")
-    figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=min(4, len(models)))
-    bare(panel)
-    return figure
+    series: dict[str, list[list[float]]] = {}
+    for mix, _, model, regime, _, *values in rows:
+        series.setdefault(model, []).append([places.index((mix, regime)), *values[:3]])
+    return ratios(series, [f"{regime}\nin {mix}" for mix, regime in places], "transfer index: error / specialist's")
 
 
 def scatter(table: Table) -> Figure | None:

@@ -16,8 +16,8 @@ from shodh.config import RunConfig
 from shodh.core.topology import plan_topology
 from shodh.data import Split
 from shodh.data.loader import SampleDataset
+from shodh.experiments.harness.learning import gradients_of, take_step
 from shodh.moe.groups import is_routed_expert, is_router
-from shodh.moe.step import finish_step
 from shodh.train.datasets import mixture_loader
 from shodh.train.field_task import operator_task
 from shodh.train.opening import open_data
@@ -152,13 +152,10 @@ def _add_cosines(found: Cosines, name: str, first: Gradients, second: Gradients)
 def _gradients(probe: Probe, model: nn.Module, batch: Batch) -> Gradients:
     """Gradient of the mean error by group of weights, flat, in float64."""
     model.eval()
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     _, error, _ = probe.task.predict(model, batch)
-    parts = torch.autograd.grad(error.mean(), [p for _, p in named], allow_unused=True)
     flat: dict[str, list[Tensor]] = {}
-    for (name, parameter), part in zip(named, parts, strict=True):
-        value = torch.zeros_like(parameter) if part is None else part
-        flat.setdefault(group_of(name), []).append(value.detach().double().flatten())
+    for name, gradient in gradients_of(model, error.mean()).items():
+        flat.setdefault(group_of(name), []).append(gradient)
     return {group: torch.cat(flat[group]) for group in GROUPS if group in flat}
 
 
@@ -168,20 +165,14 @@ def learning_curve(probe: Probe, model: nn.Module, steps: int, lr: float) -> lis
     AdamW at a constant rate, with the run's loss, batches, clipping and balance terms, biases and temperatures.
     """
     learner = copy.deepcopy(model).train()
-    train = probe.config.operator.train
+    operator, train = probe.config.operator, probe.config.operator.train
     optimizer = torch.optim.AdamW(learner.parameters(), lr=lr, betas=train.betas, weight_decay=train.weight_decay)
     curve = []
     for step, batch in enumerate(probe.training_batches(steps)):
         probe.task.start_step()
         outcome = probe.task.loss(learner, batch, step)
-        optimizer.zero_grad()
-        outcome.loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(learner.parameters(), train.clip)
-        optimizer.step()
-        if outcome.routing:
-            loads = torch.stack([routing.counts for routing in outcome.routing])
-            seen = None if outcome.fingerprint is None else partial(torch.clone, outcome.fingerprint)
-            finish_step(learner, probe.config.operator.experts, partial(torch.clone, loads), seen)
+        seen = None if outcome.fingerprint is None else partial(torch.clone, outcome.fingerprint)
+        take_step(learner, optimizer, outcome.loss, operator, outcome.routing, seen)
         curve.append(float(outcome.metrics["train/over_persistence"][0]))
     return curve
 

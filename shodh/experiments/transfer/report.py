@@ -8,13 +8,13 @@ from typing import Any
 
 import scipy
 
-from shodh.experiments.harness.report import claims_section, write_study
+from shodh.experiments.harness.report import Answer, claims_section, write_study
 from shodh.experiments.harness.results import missing_runs, read_results, to_table
 from shodh.experiments.harness.run import Run
 from shodh.experiments.transfer import plots, tables
 from shodh.experiments.transfer.results import READINGS, Reading, Result, Results, rank_pairs
 from shodh.experiments.transfer.settings import StudyConfig
-from shodh.experiments.transfer.verdict import Answer, does_routing_help, what_lowers_the_error
+from shodh.experiments.transfer.verdict import does_routing_help, what_lowers_the_error
 from shodh.report.figures import lines
 from shodh.report.page import Headline, Section, Table, filled
 from shodh.report.statistics import RULE, what_seeds_can_show

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
+import scipy
 
 from shodh.experiments.harness.results import ERROR, SEED, mean, over_seeds, spread, to_table
 from shodh.experiments.transfer.results import (
@@ -75,14 +75,11 @@ def number_table(results: Results) -> Table:
     if frame.empty:
         return Table([], [])
     frame = frame[frame["reading"] == TEST]
-    whole = frame.groupby(["mix", "label", SEED], sort=False)[ERROR].agg(lambda e: math.exp(_mean_log(e))).reset_index()
+    by_run = frame.groupby(["mix", "label", SEED], sort=False)[ERROR]
+    whole = by_run.agg(lambda e: float(scipy.stats.gmean(e))).reset_index()
     found = over_seeds(whole, ["mix", "label"]).reset_index()
     found.insert(1, "regimes", [len(results.regimes(mix)) for mix in found["mix"]])
     return to_table(found, {"label": "model", "mean": "index"})
-
-
-def _mean_log(values: pd.Series) -> float:
-    return sum(math.log(v) for v in values) / len(values)
 
 
 def comparison_table(results: Results) -> Table:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
+from shodh.experiments.harness.report import Answer
 from shodh.experiments.transfer.results import ROLLOUT, SPECIALIST, TEST, Claim, Results
 from shodh.report.page import Tone
 from shodh.report.statistics import MARGIN, Comparison, Verdict, brief, describe
@@ -26,16 +26,6 @@ SAID: dict[Verdict, str] = {
     "equal": f"equal within {MARGIN:.0%}",
     "open": "undecided",
 }
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A verdict in a few words, the sentences that give its reasons, and the seeds it rests on."""
-
-    verdict: str
-    text: str
-    tone: Tone
-    seeds: int = 0
 
 
 def does_routing_help(results: Results, mix: str) -> Answer:

@@ -111,7 +111,7 @@ def record(evaluator: Evaluator, regime: ProbeRegime, split: Split, limit: int, 
 def physical_fields(regime: ProbeRegime, batch: ProbeBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The last past frame by field, and the static fields, in physical units: ``[B, components, *grid]``."""
     last = batch.fields[:, batch.past.shape[1] - 1]
-    physical = regime.regimes.normalizer.denormalize(last, regime.name, batch.static)
+    physical = regime.regimes.space.normalizer.denormalize(last, regime.name, batch.static)
     return regime.by_name(physical), regime.by_name(batch.static, static=True)
 
 

@@ -41,7 +41,7 @@ class ProbeRegime:
 
     @property
     def domain(self) -> Domain:
-        return self.regimes.domains[self.number]
+        return self.regimes.space.domains[self.number]
 
     def forecaster(self, evaluator: Evaluator) -> Forecaster:
         """The run's networks on this regime; raises `DataError` if their router has no experts for it."""
@@ -165,7 +165,7 @@ def batches(
         history=data.history,
         horizon=1,
         stride=data.stride,
-        normalizer=regime.regimes.normalizer,
+        normalizer=regime.regimes.space.normalizer,
         conditions=regime.regimes.told(split, data.stride)[regime.number],
     )
     forecaster = regime.forecaster(evaluator)

@@ -50,13 +50,9 @@ def _make(study: MapConfig, chosen: Sequence[MapRun], jobs: int, ranks: Ranks) -
     if not groups:
         return progress
     workers = Workers(WORKER, study.folder, jobs, ranks)
-    for name, line in workers.run_all({name: Job(job_of(study, name, runs)) for name, runs in groups.items()}):
-        if line is None:
-            progress.finished += [run.name for run in groups[name]]
-        elif not workers.stopped.is_set():
-            progress.failed[name] = line
-    progress.stopped = workers.stopped.is_set()
-    progress.keep_failures(study.folder)
+    asked = {name: Job(job_of(study, name, runs)) for name, runs in groups.items()}
+    for name, succeeded in workers.follow(asked, progress):
+        progress.finished += [run.name for run in groups[name]] if succeeded else []
     return progress
 
 

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shodh.data.fresh import FreshRegime
+from shodh.experiments.harness.learning import gradients_of, take_step
 from shodh.experiments.transfer.map.runs import MapRun
 from shodh.experiments.transfer.map.settings import OBSERVED
+from shodh.models.factory import count_parameters
 from shodh.models.init import initialise
 from shodh.models.kernels import adamw
 from shodh.models.operator import LatentTransformer, OperatorOutput
 from shodh.moe.balance import GlobalBalance
 from shodh.moe.clusters import Clusters
 from shodh.moe.fingerprint import fingerprint
-from shodh.moe.groups import decay_groups, is_routed_expert
+from shodh.moe.groups import decay_groups
 from shodh.moe.routers.operator import make_operator_gate
 from shodh.moe.routing import count_by_regime, regime_information
-from shodh.moe.step import finish_step, router_arguments
+from shodh.moe.step import router_arguments
+from shodh.train.latent_metric import weighted_square
 from shodh.train.schedule import learning_rate
 
 Frames = Mapping[str, Tensor]  # trajectories [B, history + 1, 1, n, n] by regime
@@ -79,7 +81,7 @@ class Learner:
         static = latents.new_zeros(len(latents), 0, *latents.shape[3:])
         given = router_arguments(self.run.operator.experts, labels, look=lambda: self.look(fields))
         output = self.model(history, static, **given)
-        return output, (output.latent - latents[:, -1]).square().flatten(1).mean(1)
+        return output, weighted_square(output.latent, latents[:, -1], None)
 
     def step(self, number: int, frames: Frames) -> None:
         """One optimiser step, numbered from 0."""
@@ -94,13 +96,7 @@ class Learner:
             loss = loss + self.balance(output.routing).weighted(experts.balance)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(number, train)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
-        self.optimizer.step()
-        if output.routing:
-            counts = partial(torch.stack, [r.counts for r in output.routing])
-            finish_step(self.model, experts, counts, lambda: self.look(fields))
+        take_step(self.model, self.optimizer, loss, self.run.operator, output.routing, lambda: self.look(fields))
         self.seconds += time.perf_counter() - start
 
     @torch.no_grad()
@@ -119,11 +115,8 @@ class Learner:
                 counts.append(torch.stack(rows))
             if (found := self._places(held_out[name])) is not None:
                 places[name] = found
-        parameters = sum(p.numel() for p in self.model.parameters())
-        routed = sum(p.numel() for n, p in self.model.named_parameters() if is_routed_expert(n))
-        experts = max(1, self.run.operator.experts.num_experts)
-        active = parameters - routed + routed * self.run.operator.experts.top_k // experts
-        values: dict[str, Any] = {"errors": errors, "parameters": parameters, "active": active}
+        size = count_parameters(self.model, self.run.operator.experts)
+        values: dict[str, Any] = {"errors": errors, "parameters": size.total, "active": size.active}
         if counts:
             tables = torch.stack(counts).sum(0)
             values["tables"] = tables.tolist()
@@ -186,10 +179,7 @@ class Learner:
         number = self.run.regimes.index(name)
         labels = torch.full((len(frames),), number, device=self.device)
         _, error = self.predict(frames, labels)
-        named = [p for p in self.model.parameters() if p.requires_grad]
-        parts = torch.autograd.grad((error * self.weights[number]).mean(), named, allow_unused=True)
-        flat = [torch.zeros_like(p) if g is None else g for p, g in zip(named, parts, strict=True)]
-        return torch.cat([g.detach().double().flatten() for g in flat])
+        return torch.cat(list(gradients_of(self.model, (error * self.weights[number]).mean()).values()))
 
     def state(self) -> dict[str, Tensor]:
         """Weights, buffers and optimiser state by name; what `restore` takes."""

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from shodh.experiments.transfer.map.results import MapResults, Point
 from shodh.experiments.transfer.map.settings import DENSE, SPECIALIST
-from shodh.report.figures import INK, bare, style_of
+from shodh.report.figures import INK, ratios
 
 
 def heat_maps(results: MapResults) -> Figure | None:
@@ -39,25 +39,17 @@ def heat_maps(results: MapResults) -> Figure | None:
 def index_by_arm(results: MapResults) -> Figure | None:
     """Transfer index of every arm, a group a place of the map; bars are the t intervals over seeds."""
     points = results.points
-    if not points:
-        return None
-    arms = [arm for arm in results.study.arms if any(arm in results.arms(p) for p in points)]
-    figure = Figure(figsize=(max(6.0, 1.6 + 0.3 * len(points) * len(arms)), 3.8), layout="constrained")
-    panel = figure.subplots()
-    top = 1.0
-    for number, arm in enumerate(arms):
+    series: dict[str, list[list[float]]] = {}
+    for arm in (arm for arm in results.study.arms if any(arm in results.arms(p) for p in points)):
         found = [(i, results.comparison(p, arm, SPECIALIST)) for i, p in enumerate(points)]
-        known = [(i, c) for i, c in found if c is not None and np.isfinite(c.ratio)]
-        x = [i + 0.75 * ((number + 0.5) / len(arms) - 0.5) for i, _ in known]
-        ends = [[c.ratio - c.low if c.low > 0 else 0 for _, c in known],
-                [c.high - c.ratio if np.isfinite(c.high) else 0 for _, c in known]]  # fmt: skip
-        panel.errorbar(x, [c.ratio for _, c in known], yerr=ends, linestyle="", capsize=3, markersize=5, label=arm,
-                       **style_of(arm, arms))  # fmt: skip
-        top = max([top, *(c.ratio for _, c in known)])
-    panel.axhline(1, color=INK, linewidth=0.8)
-    panel.set_ylim(bottom=0.8, top=1.3 * top)
-    panel.set_xticks(range(len(points)), [f"K {p.number}, width {p.dim}\n{p.fields}" for p in points], fontsize=8)
-    panel.set_ylabel("transfer index: error / specialist's")
-    figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=min(5, len(arms)))
-    bare(panel)
+        series[arm] = [
+            [i, c.ratio, c.low if c.low > 0 else c.ratio, c.high if np.isfinite(c.high) else c.ratio]
+            for i, c in found
+            if c is not None and np.isfinite(c.ratio)
+        ]
+    places = [f"K {p.number}, width {p.dim}\n{p.fields}" for p in points]
+    figure = ratios(series, places, "transfer index: error / specialist's")
+    if figure is not None:
+        highest = max(ratio for rows in series.values() for _, ratio, *_ in rows)
+        figure.axes[0].set_ylim(bottom=0.8, top=1.3 * max(1.0, highest))
     return figure

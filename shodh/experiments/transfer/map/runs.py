@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from shodh.config import OperatorConfig, to_dict
-from shodh.core.errors import ConfigError
 from shodh.core.reading import read_object
 from shodh.core.strict_json import to_json
 from shodh.experiments.harness.results import RESULT
+from shodh.experiments.harness.run import refuse_changed
 from shodh.experiments.transfer.map.settings import SPECIALIST, MapConfig
 
 DATA = ("grid", "unfold", "history", "samples", "held_out", "gradient_samples")  # settings that a result depends on
@@ -82,11 +82,7 @@ class MapRun:
         """The result; raises `ConfigError` where it is of other settings."""
         values, own = read_object(self.result), self.identity()
         there = values.get("identity", {})
-        if changed := [key for key in own if there.get(key) != own[key]]:
-            raise ConfigError(
-                f"run {self.name}: {self.result} is of other settings of {' and '.join(changed)}; choose another "
-                "--name or --out, or remove it to make it anew"
-            )
+        refuse_changed(self.name, self.result, [key for key in own if there.get(key) != own[key]])
         return values
 
 

@@ -8,7 +8,6 @@ the same command goes on from there with the same numbers.
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,16 +22,15 @@ from shodh.core.devices import pick_device
 from shodh.core.environment import describe_environment
 from shodh.core.files import atomic_path
 from shodh.core.precision import ieee_float32
-from shodh.core.reading import read_object
 from shodh.core.seeding import Key
 from shodh.core.strict_json import dumps, write_json
 from shodh.data.fresh import FreshRegime
-from shodh.experiments.harness.workers import STOPPED, ignore_interrupts
+from shodh.experiments.harness.workers import STOPPED, begin_worker
 from shodh.experiments.transfer.map.learner import Frames, Learner
 from shodh.experiments.transfer.map.runs import MapRun, by_group, expand
 from shodh.experiments.transfer.map.settings import DENSE, SPECIALIST, MapConfig
 from shodh.physics.opposed import EQUATIONS
-from shodh.train.runtime import quiet_logs, run_ranks
+from shodh.train.runtime import run_ranks
 
 SAVE_EVERY = 60.0  # seconds between two states that are kept
 
@@ -154,15 +152,10 @@ def carry_out(job: dict[str, Any], device: torch.device, stop: Event) -> bool:
 
 
 def main() -> int:
-    signals.catch()
-    signals.end_with_parent()
-    quiet_logs()
-    ignore_interrupts()
-    stop = Event()
+    job, stop = begin_worker(), Event()
     signals.hold()
     for number in signals.STOPS:
         signal.signal(number, lambda *_: stop.set())
-    job = read_object(Path(sys.argv[1]))
     return 0 if carry_out(job, torch.device(pick_device("auto")), stop) else STOPPED
 
 
