@@ -144,6 +144,11 @@ def build(folder: Path) -> Cluster:
     return cluster
 
 
+def _on(name: str) -> tuple[str, ...]:
+    """What stands before a daemon, so that it and what it starts are on a machine of this name."""
+    return ("unshare", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "sh")
+
+
 def _put(target: Path, source: Path, text: str) -> None:
     """Show other text in a file of the system, within this namespace."""
     source.write_text(text)
@@ -162,7 +167,8 @@ def _ssh(folder: Path, environment: dict[str, str]) -> None:
     for name, address in NODES.items():
         path = folder / f"sshd-{name}.conf"
         path.write_text(SSHD.format(address=address, folder=own))
-        subprocess.run([shutil.which("sshd", path=environment["PATH"]) or "sshd", "-f", path], check=True)
+        sshd = shutil.which("sshd", path=environment["PATH"]) or "sshd"
+        subprocess.run([*_on(name), sshd, "-f", path], check=True)
 
 
 def _slurm(folder: Path, environment: dict[str, str]) -> None:
@@ -183,4 +189,4 @@ def _slurm(folder: Path, environment: dict[str, str]) -> None:
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     subprocess.run(["slurmctld"], env=environment, check=True)
     for name in NODES:
-        subprocess.run(["slurmd", "-N", name], env=environment, check=True)
+        subprocess.run([*_on(name), "slurmd", "-N", name], env=environment, check=True)
