@@ -114,6 +114,7 @@ REMEDIES = {
     errno.ENOMEM: "use a smaller batch, grid or model",
 }
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_OF_TARGET = (*_NO_SPACE, errno.EFBIG, errno.EROFS)  # of two files, where one is copied: the one that is written
 _MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|storage size calculation overflow", re.I)
 # How libraries tell an error of the operating system without its number: h5py, safetensors, torch's sockets, NCCL.
 _NUMBER = re.compile(r"(?:errno = |\bcode: -?|\(os error |shared memory segment .*, error: [^(]*\()(\d+)")
@@ -144,7 +145,8 @@ def error_line(error: BaseException) -> str | None:
     if isinstance(error, BrokenPipeError | ConnectionError | ChildProcessError | ProcessLookupError):
         return None
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
-        place = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        name = error.filename2 if error.filename2 and error.errno in _OF_TARGET else error.filename
+        place = os.fsdecode(name) if isinstance(name, bytes) else name
         place = place if place is not None else _named(text)
         return _system_error(error.errno, os.strerror(error.errno), place)
     foreign = ("SafetensorError", "DistNetworkError", "DistBackendError")

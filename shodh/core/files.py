@@ -54,7 +54,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
-        yield temporary
+        with naming(target):
+            yield temporary
         sync_to_disk(temporary)
         os.replace(temporary, target)
     except BaseException:

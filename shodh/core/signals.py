@@ -34,6 +34,7 @@ class _State:
     asked = False
     held = False
     caught = False
+    interrupted = False
 
 
 def asked() -> bool:
@@ -136,7 +137,7 @@ def _watch(descriptor: int) -> None:
         if signal.SIGINT in numbers:
             _interrupted()
         stops = [number for number in numbers if number in STOPS]
-        if stops and not _State.held:
+        if stops and not _State.held and not _State.interrupted:  # Launchers send SIGTERM after a Ctrl-C.
             _say(
                 f"ended by {signal.Signals(stops[0]).name} before there was anything to save; the same command goes on"
             )
@@ -146,8 +147,9 @@ def _watch(descriptor: int) -> None:
 
 def _interrupted() -> None:
     handler = signal.getsignal(signal.SIGINT)
-    if handler is not signal.default_int_handler:
-        return  # Somebody else's: a study hands it on.
+    if handler is not signal.default_int_handler or _State.interrupted:
+        return  # Somebody else's: a study hands it on. Or one that a launcher sends after that of the terminal.
+    _State.interrupted = True
     if _State.held:
         _say(
             "interrupted: steps since the last checkpoint are lost; the same command with --resume auto goes on from "

@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TextIO, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import torch
@@ -30,7 +30,7 @@ from msgspec import UNSET, UnsetType
 from torch import Tensor
 
 from shodh.core.errors import DataError
-from shodh.core.files import cut_lines
+from shodh.core.files import cut_lines, naming
 from shodh.moe.routing import Routing, count_by_regime
 
 VERSION = 2
@@ -127,7 +127,7 @@ class TraceWriter:
     def __init__(self, path: Path, rank: int, regimes: Sequence[str], limit: int, resume_step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = cut_trace(path, resume_step)
-        self._file: TextIO = path.open("a")
+        self._path, self._file = path, path.open("a")
         self._rank = rank
         self._regimes = tuple(regimes)
         self._left = limit - kept
@@ -177,12 +177,13 @@ class TraceWriter:
 
     def flush(self) -> None:
         """Write what was collected."""
-        for pending in self._pending:
-            records = [self._record(pending)] if isinstance(pending, _Pending) else self._sample_records(pending)
-            for record in records:
-                self._file.write(record.to_json() + "\n")
+        with naming(self._path):
+            for pending in self._pending:
+                records = [self._record(pending)] if isinstance(pending, _Pending) else self._sample_records(pending)
+                for record in records:
+                    self._file.write(record.to_json() + "\n")
+            self._file.flush()
         self._pending.clear()
-        self._file.flush()
 
     def _record(self, p: _Pending) -> RoutingRecord:
         counts = {name: row for name, row in zip(self._regimes, p.counts.tolist(), strict=True) if sum(row)}
@@ -224,7 +225,8 @@ class TraceWriter:
 
     def close(self) -> None:
         self.flush()
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
 
 
 def cut_trace(path: Path, step: int) -> int:

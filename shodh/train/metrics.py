@@ -172,7 +172,8 @@ class MetricWriter:
     def write(self, step: int, values: Mapping[str, float], when: float | None = None) -> None:
         """One line of JSON, and the values for the trackers; ``when`` it was, in seconds of the epoch, if not now."""
         when = time.time() if when is None else when
-        self._file.write(dumps({"step": step, "time": when, **values}) + "\n")
+        with naming(self._path):
+            self._file.write(dumps({"step": step, "time": when, **values}) + "\n")
         self._track("write", step, values, when)
 
     def flush(self) -> None:

@@ -15,7 +15,12 @@ import pytest
 import torch
 from helper import Finished, run_script
 
-from shodh.core.cli import error_line, run_main
+from shodh.core.cli import REMEDIES, error_line, run_main
+from shodh.core.files import write_atomically
+from shodh.moe.routing import Routing
+from shodh.moe.trace import TraceWriter
+from shodh.train import attempts
+from shodh.train.metrics import MetricWriter
 
 
 def assert_one_line(finished: Finished, *expected: str) -> None:
@@ -86,6 +91,34 @@ def test_limit_on_the_size_of_files(library: str, tmp_path: Path) -> None:
     finished = run_script(str(tmp_path / "limited.py"), library, tmp_path / "file")
     assert finished.code == 2, finished.stderr
     assert finished.stderr.startswith("error: ") and "Traceback" not in finished.stderr
+
+
+def test_each_file_of_a_run_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """Writing to an open file names none by itself; of a copy it is the target that matters."""
+    metrics, trace = MetricWriter(tmp_path, trackers={}), TraceWriter(tmp_path / "trace", 0, ("a",), 10)
+    one, chosen = torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long)
+    routing = Routing(one, one, chosen, torch.ones(1, dtype=torch.int32), one[:, :0], one)
+
+    def write_trace() -> None:
+        trace.add(0, "train", [routing], torch.zeros(1, dtype=torch.long))
+        trace.flush()
+
+    writers: dict[str, Callable[[], object]] = {
+        "metrics.jsonl": lambda: (metrics.write(0, {"a": 1.0}), metrics.flush()),
+        "trace": write_trace,
+        "attempts.jsonl": lambda: attempts._add(tmp_path, {}),
+        "small": lambda: write_atomically(tmp_path / "small", "x"),
+    }
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name, write in writers.items():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+        try:
+            line = refused(write)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert str(tmp_path / name) in line
+    copying = OSError(errno.ENOSPC, "", "source", None, "copy")
+    assert error_line(copying) == f"no disk space left while writing copy; {REMEDIES[errno.ENOSPC]}"
 
 
 def test_too_many_open_files(tmp_path: Path) -> None:
