@@ -105,7 +105,7 @@ REMEDIES = {
     errno.ENOSPC: "free some, or choose another output folder, and run the same command again",
     errno.EDQUOT: "free some, or choose another output folder, and run the same command again",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f), or choose another output folder",
-    errno.EROFS: "choose an output folder that can be written",
+    errno.EROFS: "let it be written (a disk with errors turns read-only: dmesg), or choose another output folder",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENFILE: "the machine has too many open files: end other programs",
     errno.ENAMETOOLONG: "use shorter names",

@@ -81,6 +81,47 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text)
 
 
+class LineFile:
+    """A file that lines are added to, the old ones kept; no line is lost or torn where a disk is full for a time.
+
+    Parameters
+    ----------
+    lenient : bool
+        What cannot be written waits in memory for the next `flush`, and for `close` at the latest; said once.
+    """
+
+    def __init__(self, path: Path, lenient: bool = False) -> None:
+        self._path, self._file, self._lenient = path, path.open("ab", buffering=0), lenient
+        self._left, self._failed = bytearray(), False
+
+    def add(self, line: str) -> None:
+        self._left += line.encode() + b"\n"
+        if len(self._left) > PART:
+            self.flush()
+
+    def flush(self) -> None:
+        """Give the lines to the operating system; raises OSError, which names the file."""
+        try:
+            self._write()
+            self._failed = False
+        except OSError as error:
+            if not self._lenient:
+                raise
+            if not self._failed:
+                log.warning("%s: %s; its lines are kept in memory until it can be written", self._path, error.strerror)
+            self._failed = True
+
+    def _write(self) -> None:
+        with naming(self._path):
+            while self._left:
+                del self._left[: self._file.write(self._left)]
+
+    def close(self) -> None:
+        """Write what is left; the file is closed also where that fails."""
+        with self._file:
+            self._write()
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Make ``target`` a hard link to ``source``, or a copy where the file system has no links; it is replaced."""
     target.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ from msgspec import UNSET, UnsetType
 from torch import Tensor
 
 from shodh.core.errors import DataError
-from shodh.core.files import cut_lines, naming
+from shodh.core.files import LineFile, cut_lines
 from shodh.moe.routing import Routing, count_by_regime
 
 VERSION = 2
@@ -122,12 +122,22 @@ class TraceWriter:
         Records this file may hold; later ones are dropped. See `thinning` for how to make a long run fit.
     resume_step : int
         Records of this step and later, from an attempt that is being repeated, are cut off.
+    lenient : bool
+        See `LineFile`.
     """
 
-    def __init__(self, path: Path, rank: int, regimes: Sequence[str], limit: int, resume_step: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        rank: int,
+        regimes: Sequence[str],
+        limit: int,
+        resume_step: int = 0,
+        lenient: bool = False,
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = cut_trace(path, resume_step)
-        self._path, self._file = path, path.open("a")
+        self._file = LineFile(path, lenient)
         self._rank = rank
         self._regimes = tuple(regimes)
         self._left = limit - kept
@@ -177,13 +187,12 @@ class TraceWriter:
 
     def flush(self) -> None:
         """Write what was collected."""
-        with naming(self._path):
-            for pending in self._pending:
-                records = [self._record(pending)] if isinstance(pending, _Pending) else self._sample_records(pending)
-                for record in records:
-                    self._file.write(record.to_json() + "\n")
-            self._file.flush()
+        for pending in self._pending:
+            records = [self._record(pending)] if isinstance(pending, _Pending) else self._sample_records(pending)
+            for record in records:
+                self._file.add(record.to_json())
         self._pending.clear()
+        self._file.flush()
 
     def _record(self, p: _Pending) -> RoutingRecord:
         counts = {name: row for name, row in zip(self._regimes, p.counts.tolist(), strict=True) if sum(row)}
@@ -224,8 +233,9 @@ class TraceWriter:
             )
 
     def close(self) -> None:
-        self.flush()
-        with naming(self._path):
+        try:
+            self.flush()
+        finally:
             self._file.close()
 
 

@@ -16,7 +16,7 @@ import torch
 from helper import Finished, run_script
 
 from shodh.core.cli import REMEDIES, error_line, run_main
-from shodh.core.files import write_atomically
+from shodh.core.files import LineFile, write_atomically
 from shodh.moe.routing import Routing
 from shodh.moe.trace import TraceWriter
 from shodh.train import attempts
@@ -117,8 +117,28 @@ def test_each_file_of_a_run_that_cannot_be_written_is_named(tmp_path: Path) -> N
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert str(tmp_path / name) in line
-    copying = OSError(errno.ENOSPC, "", "source", None, "copy")
+    copying = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "source", None, "copy")
     assert error_line(copying) == f"no disk space left while writing copy; {REMEDIES[errno.ENOSPC]}"
+
+
+def test_lines_that_a_disk_refuses_for_a_time_are_written_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    limit, path = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "lines"
+    lines, strict = LineFile(path, lenient=True), LineFile(tmp_path / "strict")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+        for number in range(4):
+            lines.add(f"line {number}")
+            lines.flush()
+            strict.add(f"line {number}")
+        assert str(tmp_path / "strict") in refused(strict.flush)
+        assert path.read_text() == "line 0\nlin" and len(caplog.records) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    for file in (lines, strict):
+        file.close()
+    assert path.read_text() == (tmp_path / "strict").read_text() == "".join(f"line {number}\n" for number in range(4))
 
 
 def test_too_many_open_files(tmp_path: Path) -> None:
