@@ -104,6 +104,7 @@ def adapt(runner: Any, variables: Mapping[str, str]) -> None:
                 self.add_export(name, value)
             environment["PDSH_SSH_ARGS_APPEND"] = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {ALIVE}".strip()
             command, kill, environment = super().get_cmd(environment, active_resources)
+            command.insert(command.index(sys.executable), "exec")  # No shell between a session and its launcher.
             job = f"--master_addr={self.args.master_addr} --master_port={self.args.master_port}"
             # The bracket keeps the pattern from matching the shell that it is given to.
             kill[-2:] = [f"pkill -f '[d]eepspeed.launcher.launch .*{job}( |$)'"]
