@@ -16,6 +16,7 @@ from shodh.core.errors import ConfigError, ShodhError
 
 EXIT_USAGE = 2
 EXIT_FAULT = 4  # a fault of the machine, not of the run: the same command with --resume auto goes on
+SHARED = "/dev/shm"
 EXIT_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 
 
@@ -118,11 +119,15 @@ _OF_TARGET = (*_NO_SPACE, errno.EFBIG, errno.EROFS)  # of two files, where one i
 _MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|storage size calculation overflow", re.I)
 # How libraries tell an error of the operating system without its number: h5py, safetensors, torch's sockets, NCCL.
 _NUMBER = re.compile(r"(?:errno = |\bcode: -?|\(os error |shared memory segment .*, error: [^(]*\()(\d+)")
+_SHARED = re.compile(r"unable to .*shared memory.*No space left on device")
+_MORE_SHARED = "give it more (docker run --ipc=host or --shm-size), or use fewer data.workers"
 _TORCH_SAVE = re.compile(r"PytorchStreamWriter failed|inline_container\.cc.*unexpected pos|iostream error")
 _NAME = re.compile(r"(?:file)?name = '([^']+)'|\b(port: \d+)|(/dev/shm\S*)")
 
 
 def _system_error(number: int, reason: str, place: object) -> str:
+    if number in _NO_SPACE and str(place).startswith(SHARED):
+        return f"no disk space left while writing {place}; {_MORE_SHARED}"
     if number in _NO_SPACE:
         return f"no disk space left{f' while writing {place}' if place else ''}; {REMEDIES[number]}"
     text = f"{reason}: {place}" if place else reason
@@ -153,6 +158,8 @@ def error_line(error: BaseException) -> str | None:
     if (isinstance(error, OSError) or type(error).__name__ in foreign) and (found := _NUMBER.search(text)):
         number = int(found[1])
         return _system_error(number, os.strerror(number), _named(text))
+    if isinstance(error, RuntimeError) and _SHARED.search(text):
+        return _system_error(errno.ENOSPC, "", SHARED)
     if isinstance(error, RuntimeError) and _TORCH_SAVE.search(text):
         return f"a file could not be written ({text[:200]}): is the disk full, or a limit on files reached?"
     return None

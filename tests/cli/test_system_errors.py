@@ -171,6 +171,18 @@ def test_full_shared_memory_of_nccl_is_one_line() -> None:
     assert line is not None and line.startswith("no disk space left while writing /dev/shm/nccl-Vx2f1a")
 
 
+def test_full_shared_memory_of_workers_is_one_line() -> None:
+    """As torch 2.10 passes on what a data worker met, and Python a semaphore that it could not make."""
+    worker = (
+        "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n ...\n"
+        "RuntimeError: unable to allocate shared memory(shm) for file </torch_961_361261392_0>: No space left on device "
+        "(28)"
+    )
+    semaphore = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/dev/shm")
+    lines = [error_line(RuntimeError(worker)), error_line(semaphore)]
+    assert lines[0] == lines[1] and "/dev/shm; give it more" in str(lines[0])
+
+
 def test_hdf5_file_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert str(tmp_path) in refused(lambda: h5py.File(tmp_path / "file" / "a.hdf5", "w"))
