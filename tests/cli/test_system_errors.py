@@ -175,7 +175,7 @@ def test_full_shared_memory_of_workers_is_one_line() -> None:
     """As torch 2.10 passes on what a data worker met, and Python a semaphore that it could not make."""
     worker = (
         "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n ...\n"
-        "RuntimeError: unable to allocate shared memory(shm) for file </torch_961_361261392_0>: No space left on device "
+        "RuntimeError: unable to allocate shared memory(shm) for file </torch_961_0>: No space left on device "
         "(28)"
     )
     semaphore = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/dev/shm")
