@@ -26,6 +26,7 @@ EXAMPLES = """examples:
 """
 FORWARDED = ("NCCL_", "TORCH_NCCL_", "SHODH_")
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+ALIVE = "-o ServerAliveInterval=15 -o ServerAliveCountMax=3"  # ssh ends, and names the node, 45 s after its last answer
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -102,7 +103,9 @@ def adapt(runner: Any, variables: Mapping[str, str]) -> None:
         def get_cmd(self, environment: dict[str, str], active_resources: Any) -> Any:
             for name, value in variables.items():
                 self.add_export(name, value)
+            environment["PDSH_SSH_ARGS_APPEND"] = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {ALIVE}".strip()
             command, kill, environment = super().get_cmd(environment, active_resources)
+            command.insert(command.index(sys.executable), "exec")  # No shell between a session and its launcher.
             job = f"--master_addr={self.args.master_addr} --master_port={self.args.master_port}"
             # The bracket keeps the pattern from matching the shell that it is given to.
             kill[-2:] = [f"pkill -f '[d]eepspeed.launcher.launch .*{job}( |$)'"]

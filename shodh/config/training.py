@@ -64,8 +64,8 @@ class TrainConfig(Section):
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints that are kept, and the best one")
     failed_save: Literal["stop", "continue"] = Field(
         "stop",
-        description="what a run does that cannot write a checkpoint: end with exit code 2; or go on and try again at "
-        "the next one, the last excepted",
+        description="what a run does that cannot write a checkpoint, metrics or a trace: end with exit code 2; or go "
+        "on, and try again at the next one, the last excepted",
     )
     best: BestConfig | None = Field(None, description="keep the best checkpoint by a validation; null: newest alone")
 

@@ -17,6 +17,7 @@ from shodh.core.errors import ConfigError, ShodhError
 
 EXIT_USAGE = 2
 EXIT_FAULT = 4  # a fault of the machine, not of the run: the same command with --resume auto goes on
+SHARED = "/dev/shm"
 EXIT_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 
 
@@ -110,7 +111,7 @@ REMEDIES = {
     errno.ENOSPC: "free some, or choose another output folder, and run the same command again",
     errno.EDQUOT: "free some, or choose another output folder, and run the same command again",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f), or choose another output folder",
-    errno.EROFS: "choose an output folder that can be written",
+    errno.EROFS: "let it be written (a disk with errors turns read-only: dmesg), or choose another output folder",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENFILE: "the machine has too many open files: end other programs",
     errno.ENAMETOOLONG: "use shorter names",
@@ -119,14 +120,19 @@ REMEDIES = {
     errno.ENOMEM: "use a smaller batch, grid or model",
 }
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_OF_TARGET = (*_NO_SPACE, errno.EFBIG, errno.EROFS)  # of two files, where one is copied: the one that is written
 _MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|storage size calculation overflow", re.I)
 # How libraries tell an error of the operating system without its number: h5py, safetensors, torch's sockets, NCCL.
 _NUMBER = re.compile(r"(?:errno = |\bcode: -?|\(os error |shared memory segment .*, error: [^(]*\()(\d+)")
+_SHARED = re.compile(r"unable to .*shared memory.*No space left on device")
+_MORE_SHARED = "give it more (docker run --ipc=host or --shm-size), or use fewer data.workers"
 _TORCH_SAVE = re.compile(r"PytorchStreamWriter failed|inline_container\.cc.*unexpected pos|iostream error")
 _NAME = re.compile(r"(?:file)?name = '([^']+)'|\b(port: \d+)|(/dev/shm\S*)")
 
 
 def _system_error(number: int, reason: str, place: object) -> str:
+    if number in _NO_SPACE and str(place).startswith(SHARED):
+        return f"no disk space left while writing {place}; {_MORE_SHARED}"
     if number in _NO_SPACE:
         return f"no disk space left{f' while writing {place}' if place else ''}; {REMEDIES[number]}"
     text = f"{reason}: {place}" if place else reason
@@ -149,13 +155,16 @@ def error_line(error: BaseException) -> str | None:
     if isinstance(error, BrokenPipeError | ConnectionError | ChildProcessError | ProcessLookupError):
         return None
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
-        place = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        name = error.filename2 if error.filename2 and error.errno in _OF_TARGET else error.filename
+        place = os.fsdecode(name) if isinstance(name, bytes) else name
         place = place if place is not None else _named(text)
         return _system_error(error.errno, os.strerror(error.errno), place)
     foreign = ("SafetensorError", "DistNetworkError", "DistBackendError")
     if (isinstance(error, OSError) or type(error).__name__ in foreign) and (found := _NUMBER.search(text)):
         number = int(found[1])
         return _system_error(number, os.strerror(number), _named(text))
+    if isinstance(error, RuntimeError) and _SHARED.search(text):
+        return _system_error(errno.ENOSPC, "", SHARED)
     if isinstance(error, RuntimeError) and _TORCH_SAVE.search(text):
         return f"a file could not be written ({text[:200]}): is the disk full, or a limit on files reached?"
     return None

@@ -54,7 +54,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
-        yield temporary
+        with naming(target):
+            yield temporary
         sync_to_disk(temporary)
         os.replace(temporary, target)
     except BaseException:
@@ -78,6 +79,47 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a small file whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text)
+
+
+class LineFile:
+    """A file that lines are added to, the old ones kept; no line is lost or torn where a disk is full for a time.
+
+    Parameters
+    ----------
+    lenient : bool
+        What cannot be written waits in memory for the next `flush`, and for `close` at the latest; said once.
+    """
+
+    def __init__(self, path: Path, lenient: bool = False) -> None:
+        self._path, self._file, self._lenient = path, path.open("ab", buffering=0), lenient
+        self._left, self._failed = bytearray(), False
+
+    def add(self, line: str) -> None:
+        self._left += line.encode() + b"\n"
+        if len(self._left) > PART:
+            self.flush()
+
+    def flush(self) -> None:
+        """Give the lines to the operating system; raises OSError, which names the file."""
+        try:
+            self._write()
+            self._failed = False
+        except OSError as error:
+            if not self._lenient:
+                raise
+            if not self._failed:
+                log.warning("%s: %s; its lines are kept in memory until it can be written", self._path, error.strerror)
+            self._failed = True
+
+    def _write(self) -> None:
+        with naming(self._path):
+            while self._left:
+                del self._left[: self._file.write(self._left)]
+
+    def close(self) -> None:
+        """Write what is left; the file is closed also where that fails."""
+        with self._file:
+            self._write()
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 from shodh.core.launcher import LauncherError, read_launch
 
@@ -33,6 +34,7 @@ class _State:
     asked = False
     held = False
     caught = False
+    interrupted = False
 
 
 def asked() -> bool:
@@ -62,14 +64,37 @@ def catch() -> None:
         after_in_child=_forget,
     )
     with contextlib.suppress(LauncherError):  # said later, by whoever asks for the rank
-        if read_launch().name not in ("none", "by hand"):
+        if (launcher := read_launch().name) not in ("none", "by hand"):
             end_with_parent()
+        if launcher == "deepspeed" and sys.platform == "linux":
+            threading.Thread(target=_end_with_command, args=(os.getppid(),), name="launcher", daemon=True).start()
 
 
 def end_with_parent() -> None:
     """Get SIGTERM when the process that started this one dies, by whatever end."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
+
+def _end_with_command(launcher: int) -> None:
+    """Get SIGTERM when what started the launcher of this machine dies: the command, or a session of ssh.
+
+    deepspeed's launcher itself would go on without it, with ranks that nobody hears.
+    """
+    began = _parent(launcher)
+    while (now := _parent(launcher)) == began:
+        time.sleep(1.0)
+    if now is not None:  # Whoever loses the launcher itself is told by the system.
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _parent(process: int) -> int | None:
+    """Number of the process that started one; None for one that has ended."""
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
 
 
 def hold(start: str = "") -> None:
@@ -112,7 +137,7 @@ def _watch(descriptor: int) -> None:
         if signal.SIGINT in numbers:
             _interrupted()
         stops = [number for number in numbers if number in STOPS]
-        if stops and not _State.held:
+        if stops and not _State.held and not _State.interrupted:  # Launchers send SIGTERM after a Ctrl-C.
             _say(
                 f"ended by {signal.Signals(stops[0]).name} before there was anything to save; the same command goes on"
             )
@@ -122,8 +147,9 @@ def _watch(descriptor: int) -> None:
 
 def _interrupted() -> None:
     handler = signal.getsignal(signal.SIGINT)
-    if handler is not signal.default_int_handler:
-        return  # Somebody else's: a study hands it on.
+    if handler is not signal.default_int_handler or _State.interrupted:
+        return  # Somebody else's: a study hands it on. Or one that a launcher sends after that of the terminal.
+    _State.interrupted = True
     if _State.held:
         _say(
             "interrupted: steps since the last checkpoint are lost; the same command with --resume auto goes on from "

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from shodh.core.errors import CheckpointError
-from shodh.core.files import WEIGHTS, sync_to_disk
+from shodh.core.files import WEIGHTS, naming, sync_to_disk
 from shodh.core.reading import read_object
 from shodh.core.strict_json import dumps
 
@@ -271,7 +271,7 @@ def write_file(
         Told the bytes of each part that is written.
     """
     layout = plan_file({name: t.shape for name, t in tensors.items()}, dtypes, metadata)
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(layout.header)
         for name in layout.offsets:
             for part in tensors[name].chunks(dtypes[name]):

@@ -8,18 +8,24 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from shodh.data.mixture import MixtureSampler, Sample
 from shodh.data.ring import Filled, SharedRing
+from shodh.core.cli import SHARED
 from shodh.core.errors import DataError, ShodhError
+from shodh.core.files import naming
 from shodh.core.signals import STOPS
 
 Batch = dict[str, torch.Tensor]
+#: Of one whose workers could not start there is nothing to shut down, and torch would show a traceback.
+_MultiProcessingDataLoaderIter._shutdown = True
 
 
 class SampleDataset(Protocol):
@@ -230,7 +236,8 @@ class _Workers:
         if self._loader is None:
             self._dataset.ring = self._make_ring()
             self._loader = DataLoader(self._dataset, batch_sampler=self, collate_fn=_keep, **self._options)  # type: ignore[arg-type]
-        return iter(self._loader)
+        with naming(Path(SHARED)):  # Where semaphores lie, too.
+            return iter(self._loader)
 
     def _make_ring(self) -> SharedRing | None:
         """Memory for the batches that workers hold ready, the one that is being used, and the one before it."""

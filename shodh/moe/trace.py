@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TextIO, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import torch
@@ -30,7 +30,7 @@ from msgspec import UNSET, UnsetType
 from torch import Tensor
 
 from shodh.core.errors import DataError
-from shodh.core.files import cut_lines
+from shodh.core.files import LineFile, cut_lines
 from shodh.moe.routing import Routing, count_by_regime
 
 VERSION = 2
@@ -122,12 +122,22 @@ class TraceWriter:
         Records this file may hold; later ones are dropped. See `thinning` for how to make a long run fit.
     resume_step : int
         Records of this step and later, from an attempt that is being repeated, are cut off.
+    lenient : bool
+        See `LineFile`.
     """
 
-    def __init__(self, path: Path, rank: int, regimes: Sequence[str], limit: int, resume_step: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        rank: int,
+        regimes: Sequence[str],
+        limit: int,
+        resume_step: int = 0,
+        lenient: bool = False,
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = cut_trace(path, resume_step)
-        self._file: TextIO = path.open("a")
+        self._file = LineFile(path, lenient)
         self._rank = rank
         self._regimes = tuple(regimes)
         self._left = limit - kept
@@ -180,7 +190,7 @@ class TraceWriter:
         for pending in self._pending:
             records = [self._record(pending)] if isinstance(pending, _Pending) else self._sample_records(pending)
             for record in records:
-                self._file.write(record.to_json() + "\n")
+                self._file.add(record.to_json())
         self._pending.clear()
         self._file.flush()
 
@@ -223,8 +233,10 @@ class TraceWriter:
             )
 
     def close(self) -> None:
-        self.flush()
-        self._file.close()
+        try:
+            self.flush()
+        finally:
+            self._file.close()
 
 
 def cut_trace(path: Path, step: int) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shodh.core.cli import error_line
-from shodh.core.files import UNREADABLE
+from shodh.core.files import UNREADABLE, naming
 from shodh.core.reading import read_lines
 from shodh.core.strict_json import dumps
 
@@ -23,7 +23,8 @@ ATTEMPTS = "attempts.jsonl"
 
 
 def _add(folder: Path, line: dict[str, Any]) -> None:
-    with (folder / ATTEMPTS).open("a") as file:
+    path = folder / ATTEMPTS
+    with naming(path), path.open("a") as file:
         file.write(dumps({"time": time.time(), **line}) + "\n")
 
 

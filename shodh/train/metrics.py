@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shodh.core.files import UNREADABLE, cut_lines, naming
+from shodh.core.files import UNREADABLE, LineFile, cut_lines
 from shodh.core.reading import read_lines
 from shodh.core.strict_json import dumps
 from shodh.train.trackers import TensorBoard, Tracker
@@ -139,17 +139,23 @@ class MetricWriter:
         First step that will be written; later lines of an earlier attempt are dropped.
     trackers : mapping, optional
         By name, what opens a tracker (`shodh.train.trackers`); TensorBoard where nothing is said.
+    lenient : bool
+        See `LineFile`.
     """
 
     def __init__(
-        self, folder: Path, resume_step: int = 0, trackers: Mapping[str, Callable[[], Tracker]] | None = None
+        self,
+        folder: Path,
+        resume_step: int = 0,
+        trackers: Mapping[str, Callable[[], Tracker]] | None = None,
+        lenient: bool = False,
     ) -> None:
         if trackers is None:
             trackers = {TensorBoard.name: lambda: TensorBoard(folder / "tensorboard", resume_step)}
         threading.excepthook = _leave_to_writer
-        path = self._path = folder / "metrics.jsonl"
+        path = folder / "metrics.jsonl"
         cut_lines(path, lambda line: int(json.loads(line)["step"]), resume_step)
-        self._file: TextIO = path.open("a")
+        self._file = LineFile(path, lenient)
         self._trackers: list[Tracker] = []
         for name, opener in trackers.items():
             with self._guarded(name):
@@ -173,13 +179,12 @@ class MetricWriter:
     def write(self, step: int, values: Mapping[str, float], when: float | None = None) -> None:
         """One line of JSON, and the values for the trackers; ``when`` it was, in seconds of the epoch, if not now."""
         when = time.time() if when is None else when
-        self._file.write(dumps({"step": step, "time": when, **values}) + "\n")
+        self._file.add(dumps({"step": step, "time": when, **values}))
         self._track("write", step, values, when)
 
     def flush(self) -> None:
         """Give what was written to the operating system, and to the trackers."""
-        with naming(self._path):
-            self._file.flush()
+        self._file.flush()
         self._track("flush")
 
     def image(self, step: int, name: str, picture: Any) -> None:
@@ -187,8 +192,7 @@ class MetricWriter:
         self._track("image", step, name, picture)
 
     def close(self) -> None:
-        with naming(self._path):
-            self._file.close()
+        self._file.close()
         self._track("close")
 
 

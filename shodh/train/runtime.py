@@ -24,6 +24,7 @@ from shodh.core.distributed import SharedError, rank, where_am_i, world_size
 from shodh.core.errors import ConfigError, TopologyError
 from shodh.core.launcher import Launch, LauncherError, read_launch
 from shodh.train.rank_logs import file_log
+from shodh.train.watchdog import Watchdog
 
 log = logging.getLogger("shodh")
 
@@ -191,9 +192,7 @@ def run_ranks(main: Callable[[], int]) -> None:
         line = error_line(error)
         file_log.error(line or traceback.format_exc())
         if _LOST.search(str(error)) and dist.is_initialized():
-            # Whoever was lost has said why; who was killed cannot.
-            sys.stderr.write(f"[rank {rank()}] lost contact with another rank ({str(error)[:300]!r})\n")
-            time.sleep(2.0)
+            _speak_of_lost(error)
             code = EXIT_FAULT
         elif line is None:
             traceback.print_exc()
@@ -208,6 +207,18 @@ def run_ranks(main: Callable[[], int]) -> None:
             os._exit(code)  # A pending collective of another rank must not keep this one alive.
         dist.destroy_process_group()
     sys.exit(code)
+
+
+def _speak_of_lost(error: Exception) -> None:
+    """Name the ranks that are gone; whoever was lost has said why, if it could, and who was killed cannot."""
+    signals.hold()  # A launcher that ends the others is not to end this before.
+    if Watchdog.last is None:
+        sys.stderr.write(f"[rank {rank()}] lost contact with another rank ({str(error)[:300]!r})\n")
+        time.sleep(2.0)
+    elif (what := Watchdog.last.name_lost()) is not None:
+        sys.stderr.write(f"{what}; --resume auto goes on from the last checkpoint\n")
+        sys.stderr.flush()
+        time.sleep(1.0)  # It may hold the store that the others ask.
 
 
 def _speak(line: str, error: Exception) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -239,8 +241,10 @@ class Trainer:
             self.call("finish")
             return self.finished
         finally:
-            for callback in self.callbacks:
-                callback.close()
+            failing = sys.exc_info()[0] is not None
+            with ExitStack() as closing:  # all of them, in order, also where one fails
+                for callback in reversed(self.callbacks):
+                    closing.callback(_close, callback, failing)
 
     def _take_step(self, batches: Iterator[Batch]) -> None:
         """Forward and backward passes of a global batch, and the optimiser's step."""
@@ -275,6 +279,15 @@ class Trainer:
             share = value / self.topology.accumulation if reduction == "mean" else value
             old = self.metrics.get(name)
             self.metrics[name] = (share if old is None else old[0] + share, reduction)  # type: ignore[assignment]
+
+
+def _close(callback: Callback, failing: bool) -> None:
+    """End a callback; its error says less than one that is on its way."""
+    try:
+        callback.close()
+    except OSError:
+        if not failing:
+            raise
 
 
 def _poisoned(loss: Tensor) -> Tensor:

@@ -17,12 +17,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.distributed as dist
 
 from shodh.core import signals
 from shodh.core.cli import EXIT_FAULT
+from shodh.core.devices import local_rank
 from shodh.core.distributed import gather, rank, world_size
 from shodh.core.progress import signs
 from shodh.core.reading import parse_json
@@ -33,6 +34,7 @@ log = logging.getLogger("shodh")
 
 STACKS = "stacks"  # folder of a run: a file a rank
 STDERR = 2  # not Python's stream, whose lock the thread that hangs may hold
+ASKS = -1  # in the place of a number: a rank whose collective failed asks who is gone
 PATIENCE = 10.0  # seconds that a dying rank waits for a disk
 
 
@@ -46,7 +48,10 @@ class Watchdog:
     """Watches from `start` until `stop`; one a process. ``limit``: seconds without a sign of work from any rank.
 
     Time counts only while the watching thread itself runs: a job that was suspended as a whole did not stand still.
+    ``last`` is the one of this process that was started last, on several ranks.
     """
+
+    last: ClassVar[Watchdog | None] = None
 
     def __init__(self, run: Path, limit: float, poll: float, step: Callable[[], int]) -> None:
         self.limit, self._run, self._poll, self._step = limit, run, poll, step
@@ -57,14 +62,15 @@ class Watchdog:
         self._clock = 0.0
         self._places: list[str] = []
         self._threads: list[threading.Thread] = []
+        self._store: Any = None
 
     def start(self) -> None:
         """Collective."""
         self._places = gather(f"rank {rank()} (process {os.getpid()} on {socket.gethostname()})")
         work: list[Callable[[], None]] = [self._watch]
         if world_size() > 1:
-            ours: Any = dist.distributed_c10d._get_default_store()
-            store = dist.PrefixStore("watchdog", ours.clone())  # It may hang without holding up the groups.
+            self._store, Watchdog.last = dist.distributed_c10d._get_default_store(), self
+            store = self._own_store()
             self._tell(store, 0)
             if rank() == 0:
                 store.set("job", dumps(self._job))
@@ -79,6 +85,10 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     # What the ranks tell each other
+
+    def _own_store(self) -> dist.Store:
+        """The store in which the ranks met, for one thread: it may hang without holding up the groups."""
+        return dist.PrefixStore("watchdog", self._store.clone())
 
     def _tell(self, store: dist.Store, number: int) -> None:
         store.set(str(rank()), dumps([number, signs()]))
@@ -107,6 +117,33 @@ class Watchdog:
                 else:
                     self._job = parse_json(store.get("job").decode(), "state of the job")
                 self._heard = self._clock
+
+    def name_lost(self) -> str | None:
+        """Who neither gives a sign of life nor asks this, as a rank does whose collective failed; takes some seconds.
+
+        None where another rank, the first of those that ask, is to say it.
+        """
+        self.stop()
+        for thread in self._threads:
+            thread.join(2 * self._poll)
+        everyone = range(world_size())
+        try:
+            store, keys = self._own_store(), [str(other) for other in everyone]
+            self._tell(store, ASKS)
+            before = store.multi_get(keys)
+            time.sleep(max(2.0, 1.5 * self._poll))
+            after = store.multi_get(keys)
+        except RuntimeError:  # Rank 0 holds the store.
+            lost, speaks = [0], local_rank() == 0
+        else:
+            asks = [parse_json(text.decode(), "sign of life")[0] == ASKS for text in after]
+            lost = [other for other in everyone if before[other] == after[other] and not asks[other]]
+            speaks = asks.index(True) == rank()
+        if not speaks:
+            return None
+        what = f"lost contact with {self._name(lost)}" if lost else "ranks that are there lost contact"
+        self._within(PATIENCE, lambda: record_event(self._run, "lost contact", self._step(), why=what))
+        return what
 
     # What a rank sees
 
@@ -143,7 +180,7 @@ class Watchdog:
         os._exit(EXIT_FAULT)
 
     def _speak(self, quiet: float, blamed: list[int], silent: bool) -> None:
-        names = ", ".join(self._places[other] for other in blamed[:4]) + (" and more" if len(blamed) > 4 else "")
+        names = self._name(blamed)
         what = f"{names} behind the others" if blamed else "none is behind the others"
         what = f"no sign of life from {names}" if silent else what
         step = self._step()
@@ -153,6 +190,9 @@ class Watchdog:
         )
         os.write(STDERR, line.encode())
         record_event(self._run, "stood still", step, why=what, seconds=round(quiet, 1))
+
+    def _name(self, ranks: list[int]) -> str:
+        return ", ".join(self._places[other] for other in ranks[:4]) + (" and more" if len(ranks) > 4 else "")
 
     def _write_stacks(self) -> None:
         folder = self._run / STACKS

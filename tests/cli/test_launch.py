@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,11 +53,13 @@ def test_variables_of_all_nodes(tmp_path: Path) -> None:
         launch.read_variables(path)
 
 
-def test_only_the_own_job_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_own_job_is_ended_and_a_dead_node_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     given: Any = SimpleNamespace(PDSHRunner=runner.PDSHRunner, DEEPSPEED_ENVIRONMENT_PATHS=["."])
     launch.adapt(given, {"NCCL_DEBUG": "WARN"})
     args = runner.parse_args(["--master_addr", "h", "--master_port", "20001", "--module", "shodh", *COMMAND])
-    command, kill, _ = given.PDSHRunner(args, "e30=").get_cmd({}, {"node-1": [0]})
+    command, kill, environment = given.PDSHRunner(args, "e30=").get_cmd({"PDSH_SSH_ARGS_APPEND": "-v"}, {"node-1": [0]})
+    assert environment["PDSH_SSH_ARGS_APPEND"] == f"-v {launch.ALIVE}"
+    assert command[command.index("exec") + 1 :][:4] == [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
     assert "export NCCL_DEBUG=WARN; " in command[command.index("node-1") + 1]
     assert kill[-1] == "pkill -f '[d]eepspeed.launcher.launch .*--master_addr=h --master_port=20001( |$)'"
     assert given.DEEPSPEED_ENVIRONMENT_PATHS == []

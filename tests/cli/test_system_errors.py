@@ -15,7 +15,12 @@ import pytest
 import torch
 from helper import Finished, run_script
 
-from shodh.core.cli import error_line, run_main
+from shodh.core.cli import REMEDIES, error_line, run_main
+from shodh.core.files import LineFile, write_atomically
+from shodh.moe.routing import Routing
+from shodh.moe.trace import TraceWriter
+from shodh.train import attempts
+from shodh.train.metrics import MetricWriter
 
 
 def assert_one_line(finished: Finished, *expected: str) -> None:
@@ -88,6 +93,54 @@ def test_limit_on_the_size_of_files(library: str, tmp_path: Path) -> None:
     assert finished.stderr.startswith("error: ") and "Traceback" not in finished.stderr
 
 
+def test_each_file_of_a_run_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """Writing to an open file names none by itself; of a copy it is the target that matters."""
+    metrics, trace = MetricWriter(tmp_path, trackers={}), TraceWriter(tmp_path / "trace", 0, ("a",), 10)
+    one, chosen = torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long)
+    routing = Routing(one, one, chosen, torch.ones(1, dtype=torch.int32), one[:, :0], one)
+
+    def write_trace() -> None:
+        trace.add(0, "train", [routing], torch.zeros(1, dtype=torch.long))
+        trace.flush()
+
+    writers: dict[str, Callable[[], object]] = {
+        "metrics.jsonl": lambda: (metrics.write(0, {"a": 1.0}), metrics.flush()),
+        "trace": write_trace,
+        "attempts.jsonl": lambda: attempts._add(tmp_path, {}),
+        "small": lambda: write_atomically(tmp_path / "small", "x"),
+    }
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name, write in writers.items():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+        try:
+            line = refused(write)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert str(tmp_path / name) in line
+    copying = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "source", None, "copy")
+    assert error_line(copying) == f"no disk space left while writing copy; {REMEDIES[errno.ENOSPC]}"
+
+
+def test_lines_that_a_disk_refuses_for_a_time_are_written_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    limit, path = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "lines"
+    lines, strict = LineFile(path, lenient=True), LineFile(tmp_path / "strict")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+        for number in range(4):
+            lines.add(f"line {number}")
+            lines.flush()
+            strict.add(f"line {number}")
+        assert str(tmp_path / "strict") in refused(strict.flush)
+        assert path.read_text() == "line 0\nlin" and len(caplog.records) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    for file in (lines, strict):
+        file.close()
+    assert path.read_text() == (tmp_path / "strict").read_text() == "".join(f"line {number}\n" for number in range(4))
+
+
 def test_too_many_open_files(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     held = []
@@ -116,6 +169,18 @@ def test_full_shared_memory_of_nccl_is_one_line() -> None:
     )
     line = error_line(torch.distributed.DistBackendError(text))
     assert line is not None and line.startswith("no disk space left while writing /dev/shm/nccl-Vx2f1a")
+
+
+def test_full_shared_memory_of_workers_is_one_line() -> None:
+    """As torch 2.10 passes on what a data worker met, and Python a semaphore that it could not make."""
+    worker = (
+        "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n ...\n"
+        "RuntimeError: unable to allocate shared memory(shm) for file </torch_961_0>: No space left on device "
+        "(28)"
+    )
+    semaphore = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/dev/shm")
+    lines = [error_line(RuntimeError(worker)), error_line(semaphore)]
+    assert lines[0] == lines[1] and "/dev/shm; give it more" in str(lines[0])
 
 
 def test_hdf5_file_that_cannot_be_made(tmp_path: Path) -> None:

@@ -67,6 +67,31 @@ class Finished(NamedTuple):
         return [line for line in self.text.splitlines() if not line.startswith(("srun: ", "slurmstepd: ", "sbatch: "))]
 
 
+def processes(*words: str) -> dict[int, list[str]]:
+    """Processes at work, on all nodes, whose command line has all these words in one argument each, and it."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (path / "cmdline").read_text().split("\0")
+            zombie = (path / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except OSError:
+            continue
+        if not zombie and all(any(word in part for part in command) for word in words):
+            found[int(path.name)] = command
+    return found
+
+
+def parent(process: int) -> int:
+    """The process that started it."""
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def host(process: int) -> str:
+    """The node that a process is on."""
+    command = ["nsenter", "-t", str(process), "--uts", "hostname"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def wait_for(what: Callable[[], bool], seconds: float = 60.0) -> None:
     """Poll until it is so."""
     deadline = time.monotonic() + seconds
@@ -119,6 +144,10 @@ class Cluster:
         assert finished.code == 0, finished.text
         return finished.text.split()[-1].split(";")[0]
 
+    def start_slurmd(self, name: str) -> None:
+        """Let a node answer; also one whose daemon was killed."""
+        subprocess.run([*_on(name), "slurmd", "-N", name], env=self.environment, cwd=self.folder, check=True)
+
     def ended(self, job: str) -> bool:
         return self.show(job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
 
@@ -140,8 +169,15 @@ def build(folder: Path) -> Cluster:
     _ssh(folder, environment)
     _slurm(folder, environment)
     cluster = Cluster(folder, environment)
+    for name in NODES:
+        cluster.start_slurmd(name)
     wait_for(lambda: cluster.run("sinfo", "--noheader", "--format=%T").text.split() == ["idle"])
     return cluster
+
+
+def _on(name: str) -> tuple[str, ...]:
+    """What stands before a daemon, so that it and what it starts are on a machine of this name."""
+    return ("unshare", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "sh")
 
 
 def _put(target: Path, source: Path, text: str) -> None:
@@ -162,7 +198,8 @@ def _ssh(folder: Path, environment: dict[str, str]) -> None:
     for name, address in NODES.items():
         path = folder / f"sshd-{name}.conf"
         path.write_text(SSHD.format(address=address, folder=own))
-        subprocess.run([shutil.which("sshd", path=environment["PATH"]) or "sshd", "-f", path], check=True)
+        sshd = shutil.which("sshd", path=environment["PATH"]) or "sshd"
+        subprocess.run([*_on(name), sshd, "-f", path], check=True)
 
 
 def _slurm(folder: Path, environment: dict[str, str]) -> None:
@@ -182,5 +219,3 @@ def _slurm(folder: Path, environment: dict[str, str]) -> None:
     (folder / "slurm.conf").write_text(text.replace("PartitionName", f"{nodes}PartitionName"))
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     subprocess.run(["slurmctld"], env=environment, check=True)
-    for name in NODES:
-        subprocess.run(["slurmd", "-N", name], env=environment, check=True)

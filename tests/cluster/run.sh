@@ -17,4 +17,4 @@ done
 unshare --mount --net --pid --fork true 2> /dev/null || skip "this machine allows no namespaces (unshare)"
 
 exec unshare --mount --net --pid --fork --kill-child --mount-proc \
-  "${PYTHON:-.venv/bin/python}" -m pytest -p no:cacheprovider --durations=0 "${@:-tests/cluster}"
+  "${PYTHON:-.venv/bin/python}" -m pytest -p no:cacheprovider --durations=0 --timeout=900 "${@:-tests/cluster}"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, wait_for
+from cluster import Cluster, host, parent, processes, wait_for
 
 LAUNCH = ("python", "-m", "shodh", "launch")
 
@@ -30,16 +30,7 @@ def hostfile(tmp_path: Path) -> Path:
 
 def ranks(config: Path) -> list[int]:
     """Processes of ranks that deepspeed started on this configuration, on all nodes."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (path / "cmdline").read_text().split("\0")
-            zombie = (path / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
-        except OSError:
-            continue
-        if str(config) in command and not zombie and any(part.startswith("--local_rank=") for part in command):
-            found.append(int(path.name))
-    return found
+    return list(processes(str(config), "--local_rank="))
 
 
 def trains(config: Path) -> bool:
@@ -87,11 +78,36 @@ def test_ranks_end_with_a_launcher_that_is_killed(cluster: Cluster, long: Path) 
     cluster.start("deepspeed", "--num_gpus", 2, "launch/train_tokenizer.py", "--config", long, log=log)
     wait_for(lambda: trains(long), 150)
     found = ranks(long)
-    parent = int((Path("/proc") / str(found[0]) / "stat").read_text().rpartition(")")[2].split()[1])
     assert len(found) == 2
-    os.kill(parent, signal.SIGKILL)
+    os.kill(parent(found[0]), signal.SIGKILL)
     wait_for(lambda: not ranks(long), 60)
     assert list(long.parent.glob("runs/*/checkpoints/step_*"))
+
+
+def test_session_of_a_node_is_killed(cluster: Cluster, long: Path, hostfile: Path) -> None:
+    """All ranks save, the command ends, and the node is named."""
+    log, options = long.with_suffix(".log"), ("--hostfile", hostfile, "--master_addr", "127.0.0.2")
+    job = cluster.start(*LAUNCH, *options, "tokenizer", "--config", long, log=log)
+    wait_for(lambda: trains(long), 150)
+    (rank,) = [process for process in ranks(long) if host(process) == "node-2"]
+    os.kill(parent(parent(rank)), signal.SIGKILL)
+    wait_for(lambda: not ranks(long), 60)
+    assert list(long.parent.glob("runs/*/checkpoints/step_*"))
+    assert job.wait(60) == 255 and "node-2: ssh exited" in log.read_text()
+
+
+@pytest.mark.parametrize(("number", "group", "code"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, -15)])
+def test_command_of_one_node_is_ended(number: int, group: bool, code: int, cluster: Cluster, long: Path) -> None:
+    """Ctrl-C goes to all processes, saves nothing and says what to type; after SIGTERM to the command all save."""
+    log = long.with_suffix(".log")
+    job = cluster.start("deepspeed", "--num_gpus", 2, "launch/train_tokenizer.py", "--config", long, log=log)
+    wait_for(lambda: trains(long), 150)
+    (os.killpg if group else os.kill)(job.pid, number)
+    assert abs(job.wait(60)) in (abs(code), 128 - code, signal.SIGINT)
+    wait_for(lambda: not processes(str(long)), 60)
+    said = [line for line in log.read_text().splitlines() if "--resume auto" in line]
+    assert len(said) == 1
+    assert bool(list(long.parent.glob("runs/*/checkpoints/step_*"))) is not group
 
 
 def test_torchrun_starts_the_ranks_again(cluster: Cluster, long: Path) -> None:

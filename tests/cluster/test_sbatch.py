@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
-from cluster import ROOT, Cluster, wait_for
+from cluster import ROOT, Cluster, host, parent, processes, wait_for
 
 SCRIPT = ROOT / "launch" / "slurm" / "shodh.sbatch"
 TWO = ("-N", 2, "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=2")
@@ -18,8 +20,9 @@ def finish(cluster: Cluster, job: str, seconds: float = 120.0) -> tuple[str, str
 
     def ended() -> bool:
         shown = cluster.show(job)
-        if (shown["JobState"], shown["Reason"]) == ("PENDING", "BeginTime"):
-            time.sleep(2)  # The node is still ending the attempt before.
+        waits = (shown["JobState"], shown["Reason"]) == ("PENDING", "BeginTime")
+        if waits and "comp" not in cluster.run("sinfo", "--noheader", "--format=%T").text:
+            time.sleep(2)  # A node that still ends the attempt before would end the next one, too.
             cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
         return cluster.ended(job)
 
@@ -70,6 +73,30 @@ def test_array_without_the_environment_of_the_shell(cluster: Cluster, tmp_path: 
     text = "".join(path.read_text() for path in tmp_path.glob("shodh-*.log"))
     for task in (4, 5):
         assert f" pretrain --set seed={task} name=x-{task} --resume auto of 1 2" in text
+
+
+@pytest.mark.parametrize("fault", ["rank stands still", "node dies"])
+def test_training_goes_on_after_a_fault(fault: str, cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    """SLURM would notice a node that is gone after its SlurmdTimeout, srun would wait as long."""
+    settings = ("tokenizer.train.steps=150", "watchdog.least=20", "watchdog.steps=3")
+    arguments = (SCRIPT, "tokenizer", "--config", config, "--set", *settings)
+    job = cluster.submit(*TWO, *arguments, cwd=tmp_path, SHODH_PYTHON="python")
+    wait_for(lambda: bool(list((tmp_path / "runs").glob("*/checkpoints/step_*"))), 200)
+    (rank,) = [p for p, words in processes(str(config), "shodh").items() if words[0] != "srun" and host(p) == "node-2"]
+    if fault == "rank stands still":
+        os.kill(rank, signal.SIGSTOP)
+    else:
+        (daemon,) = processes("slurmd", "node-2")
+        for process in (daemon, parent(rank), rank):
+            os.kill(process, signal.SIGKILL)
+    wait_for(lambda: cluster.show(job)["Restarts"] == "1", 200)
+    log = tmp_path / f"shodh-{job}.log"
+    (line,) = [line for line in log.read_text().splitlines() if f"rank 1 (process {rank} on node-2)" in line]
+    assert "--resume auto goes on" in line
+    if fault == "node dies":
+        cluster.start_slurmd("node-2")
+    assert finish(cluster, job, 300)[:2] == ("COMPLETED", "0"), log.read_text()
+    assert "resumed from" in log.read_text()
 
 
 def test_training_is_stopped_put_back_and_goes_on(cluster: Cluster, config: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from helper import run_ranks
 from laboratory import Laboratory
 
 from shodh.train.attempts import read_attempts
+from shodh.train.events import read_events
 from shodh.train.rank_logs import log_path
 from shodh.train.status import read_status
 
@@ -47,3 +48,10 @@ def test_a_run_that_fails_says_why(laboratory: Laboratory, tmp_path: Path) -> No
     found = read_status(laboratory.load(changes).run_dir)
     assert found.state == "failed" and found.why and "max_skipped_steps" in found.why
     assert json.dumps(found.problems) == "[]"
+
+
+def test_ranks_that_lose_another_name_it_once(tmp_path: Path) -> None:
+    first, *others = run_ranks(4, rank_jobs.ask_who_is_lost, tmp_path)
+    assert re.fullmatch(rf"lost contact with rank 1 \(process \d+ on {socket.gethostname()}\)", first)
+    assert others == [None, None, None]
+    assert [(event["kind"], event["step"]) for event in read_events(tmp_path)] == [("lost contact", 7)]

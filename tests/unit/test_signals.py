@@ -60,14 +60,19 @@ def test_signals_to_a_forked_helper_are_not_for_its_parent() -> None:
     assert start(code).wait(30) == signal.SIGTERM
 
 
-@pytest.mark.parametrize(("environment", "ends"), [(DEEPSPEED, True), ({}, False)], ids=["launcher", "shell"])
+@pytest.mark.parametrize(
+    ("environment", "between", "ends"),
+    [(DEEPSPEED, 0, True), (DEEPSPEED, 1, True), ({}, 0, False)],
+    ids=["launcher", "command or ssh", "shell"],
+)
 def test_rank_ends_with_its_launcher_and_survives_a_shell(
-    environment: dict[str, str], ends: bool, tmp_path: Path
+    environment: dict[str, str], between: int, ends: bool, tmp_path: Path
 ) -> None:
-    """``nohup python ... &`` outlives the shell; a rank whose launcher was killed does not stay behind."""
+    """``nohup python ... &`` outlives the shell; a rank stays behind neither a launcher nor what started that."""
     pid, job = tmp_path / "pid", tmp_path / "job"
-    child = BEGIN + f"open({str(pid)!r}, 'w').write(str(os.getpid()))\n" + BLOCKED
-    code = f"import subprocess\nsubprocess.Popen([sys.executable, '-c', {child!r}], stdout=sys.stdout).wait()\n"
+    code = BEGIN + f"open({str(pid)!r}, 'w').write(str(os.getpid()))\n" + BLOCKED
+    for _ in range(between + 1):
+        code = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {code!r}], stdout=sys.stdout).wait()\n"
     parent = start(code, SHODH_JOB_FILE=str(job), **environment)
     parent.kill()
     parent.wait()

@@ -47,7 +47,8 @@ class StepMetrics(Callback):
     def start(self, trainer: Trainer) -> None:
         if rank() == 0:
             trackers = None if self._trackers is None else self._trackers(trainer.step)
-            self.writer = MetricWriter(self._run, trainer.step, trackers)
+            lenient = trainer.train.failed_save == "continue"
+            self.writer = MetricWriter(self._run, trainer.step, trackers, lenient)
         hidden = rank() != 0 or not sys.stderr.isatty()
         self._bar = tqdm(total=trainer.train.steps, initial=trainer.step, unit="step", disable=hidden)
         self._clock = _Clock(trainer)

@@ -29,10 +29,11 @@ class RoutingTrace(Callback):
         self._validation_every = thinning(validations * lines * depth, self._limit - third)
         self._writer: TraceWriter | None = None
         self._validated, self._left = -1, 0
+        self._lenient = train.failed_save == "continue"
 
     def start(self, trainer: Trainer) -> None:
         path = self._folder / f"rank{rank()}.jsonl"
-        self._writer = TraceWriter(path, rank(), self._regimes, self._limit, trainer.step)
+        self._writer = TraceWriter(path, rank(), self._regimes, self._limit, trainer.step, self._lenient)
         if rank() == 0:
             cut_traces_of_others(self._folder, self._world, trainer.step)
 
