@@ -44,7 +44,7 @@ def test_memory_of_an_engine(case: tuple[int, str, int], counted: Any) -> None:
 def test_traffic_of_an_engine(case: tuple[int, str, int], counted: Any) -> None:
     found, (_, precision, accumulation) = counted[case], case
     width = 2 if precision == "bf16" else 4
-    layout = Layout(1.0, 1.0, found["size"], 0, 0.0, 0, False, 0.0, width, 12)
+    layout = Layout(1.0, 1.0, found["size"], 0, 0.0, 0, False, 0.0, 0.0, width, 12)
     planned = plan_step(layout, found["zero"], Topology(WORLD, 1, 5, accumulation), 8)
     share, sent = (WORLD - 1) / WORLD, found["sent"]
     reduced = share * (2 * sent.get("all_reduce", 0) + sent.get("reduce_scatter_tensor", 0))
