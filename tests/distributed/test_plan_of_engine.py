@@ -52,6 +52,14 @@ def test_traffic_of_an_engine(case: tuple[int, str, int], counted: Any) -> None:
     assert planned.gathered == pytest.approx(share * sent["all_gather_into_tensor"], rel=0.01)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_are_reduced_while_the_backward_pass_runs(case: tuple[int, str, int], counted: Any) -> None:
+    """All but the last bucket, which holds two layers: of the last micro-batch, and in ZeRO 2 and 3 of each."""
+    name = "reduce_scatter_tensor" if case[0] == 3 else "all_reduce"
+    late = counted[case]["sent"][name] - counted[case]["early"][name]
+    assert 0 < late <= 2 * DIM * DIM * 4
+
+
 @pytest.mark.parametrize("again", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_rows_that_experts_exchange(again: bool, laboratory: Laboratory) -> None:
     name = f"rows-{again}".lower()
