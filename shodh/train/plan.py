@@ -156,7 +156,7 @@ class Stage:
         rate = achieved_rate(self.config, train, self.of_tokenizer)
         flops = float(self.rehearsal.flops) * topology.accumulation
         again = not self.of_tokenizer and checkpoints(self.config)
-        rows = layers = shared = routed = 0.0
+        rows, layers, shared, routed = 0, 0, 0.0, 0.0
         if self.expert_parameters:
             model = operator_shapes(self.config)
             passes = topology.accumulation * operator.unroll.steps

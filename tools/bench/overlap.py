@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,13 +46,14 @@ class Network:
     """
 
     def __init__(self, delay: float, serial: bool) -> None:
-        self._original, self._delay, self._serial, self._stood = dist.all_to_all_single, delay, serial, 0.0
+        self._original: Callable[..., Any] = dist.all_to_all_single
+        self._delay, self._serial, self._stood = delay, serial, 0.0
 
     def own(self) -> float:
         return time.thread_time() + self._stood
 
-    def __call__(self, out: Tensor, given: Tensor, *splits: Any, async_op: bool = False, **more: Any) -> Any:
-        work = self._original(out, given, *splits, async_op=True, **more)
+    def __call__(self, out: Tensor, given: Tensor, *splits: Any, group: Any, async_op: bool = False) -> Any:
+        work = self._original(out, given, *splits, group=group, async_op=True)
         delay = self._delay if out.ndim == 2 else 0.0
         wait = partial(self._wait, work, time.perf_counter() + delay, self.own() + delay)
         if self._serial or not async_op:
