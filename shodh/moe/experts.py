@@ -17,6 +17,9 @@ The halves cost nothing: there are as many parameters as without them, and all o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -86,8 +89,8 @@ def build_dense(config: ExpertsConfig, dim: int, copies: int) -> FeedForward | L
 class ExpertStack(nn.Module):
     """Routed experts on this device, all of a layer or a rank's share, as three stacked matrices.
 
-    ``forward(rows [T, D], selected [T, K], weights [T, K], counts, group) -> [T, O]``, the weighted sum of the chosen
-    ones: `shodh.moe.mixture.mix_experts`.
+    ``forward(rows [T, D], selected [T, K], weights [T, K], counts, group, beside) -> [T, O]``, the weighted sum of the
+    chosen ones, and of what is computed beside them: `shodh.moe.mixture.mix_experts`.
 
     Parameters
     ----------
@@ -122,10 +125,16 @@ class ExpertStack(nn.Module):
                 parameter[local].copy_(draw.normal_(0.0, parameter.shape[2] ** -0.5, generator=drawn_by))
 
     def forward(
-        self, rows: Tensor, selected: Tensor, weights: Tensor, counts: Tensor, group: dist.ProcessGroup | None = None
+        self,
+        rows: Tensor,
+        selected: Tensor,
+        weights: Tensor,
+        counts: Tensor,
+        group: dist.ProcessGroup | None = None,
+        beside: Iterable[Callable[[], Tensor]] = (),
     ) -> Tensor:
         matrices = self.w1, self.w2, self.w3
-        return mix_experts(rows, selected, weights, counts, matrices, self.activation, group)
+        return mix_experts(rows, selected, weights, counts, matrices, self.activation, group, beside)
 
     def one(self, rows: Tensor, expert: int) -> Tensor:
         """Expert ``expert`` alone on rows ``[N, D]``."""
@@ -194,9 +203,6 @@ class ExpertLayerReference(nn.Module):
     def forward(self, x: Tensor, inputs: RouterInputs = NO_INPUTS) -> tuple[Tensor, Routing]:
         routing: Routing = self.router(x, inputs)
         chosen = routing.selected, routing.weights, routing.counts
-        out: Tensor = self.experts(x.reshape(-1, x.shape[-1]), *chosen, self.ep_group).view(*x.shape[:-1], self.width)
-        if self.shared_experts is not None:
-            out = out + self.shared_experts(x)
-        if self.added_experts is not None:
-            out = out + self.added_experts(x)
-        return out, routing
+        beside = [partial(part, x) for part in (self.shared_experts, self.added_experts) if part is not None]
+        out: Tensor = self.experts(x.reshape(-1, x.shape[-1]), *chosen, self.ep_group, beside=beside)
+        return out.view(*x.shape[:-1], self.width), routing

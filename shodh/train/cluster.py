@@ -6,7 +6,8 @@ measured. No network between nodes was at hand: a time over InfiniBand is a plan
 Bytes of DeepSpeed 0.19.8, counted at its collectives (tests/distributed/test_plan_of_engine.py), n parameters that R
 ranks hold alike: ZeRO 1 sums gradients with one all-reduce of 4n a step, ZeRO 2 with one a micro-batch, ZeRO 3 with a
 reduce-scatter of 4n a micro-batch; weights are gathered once a step (1, 2) or once a micro-batch (3). An expert layer
-sends rows four times: out and back, forward and backward; twice more where blocks are computed again.
+sends rows four times: out and back, forward and backward; twice more where blocks are computed again. All but those
+on their way out in forward passes travel while experts are computed (`shodh.moe.mixture`).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ ASSUMPTIONS = (
     "layers were fused; a whole run took 1.6 times as long",
     f"float32 {FLOAT32_RATE / 1e12:.0f} TFLOP/s, NVLink 450 and InfiniBand 50 GB/s a card and direction: data sheets",
     f"of links {LINK_SHARE:.0%} is reached, at {1e6 * NVLINK.latency:.0f} and {1e6 * INFINIBAND.latency:.0f} us a "
-    "message: assumed",
+    "message: assumed, and that what is sent behind products slows neither",
 )
 
 
@@ -77,8 +78,8 @@ class StepPlan:
         Seconds of products, all-to-alls, gradient sums, weights, and the optimiser, each alone.
     hidden : float
         Of reduction and gathering, seconds that pass while products are computed (``overlap_comm``).
-    coverable : float
-        Of the exchange, seconds that shared experts could cover; they do not yet.
+    covered : float
+        Of the exchange, seconds that pass while experts are computed.
     """
 
     inside: float
@@ -91,11 +92,12 @@ class StepPlan:
     gathering: float
     update: float
     hidden: float
-    coverable: float
+    covered: float
 
     @property
     def seconds(self) -> float:
-        return self.compute + self.exchange + self.reduction + self.gathering + self.update - self.hidden
+        alone = self.compute + self.exchange + self.reduction + self.gathering + self.update
+        return alone - self.hidden - self.covered
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,8 @@ class Layout:
         Expert layers passed in a step, all micro-batches.
     again : bool
         Whether blocks are computed again.
-    shared_flops : float
-        Of the shared experts, in ``flops``.
+    shared, routed : float
+        FLOPs of a rank's shared and routed experts, in ``flops``, of one forward pass of all micro-batches.
     """
 
     flops: float
@@ -127,7 +129,8 @@ class Layout:
     row_bytes: float
     layers: int
     again: bool
-    shared_flops: float
+    shared: float
+    routed: float
     width: int
     kept: int
 
@@ -147,9 +150,15 @@ def plan_step(layout: Layout, zero: Mapping[str, Any], topology: Topology, cards
     passes = 6 if layout.again else 4
     outside = peers_outside(topology, cards)
     sent = [passes * layout.row_bytes * peers / ep for peers in (ep - 1 - outside, outside)]
-    calls = 0 if ep == 1 else (passes + passes // 2) * layout.layers
-    latency = (INFINIBAND if outside else NVLINK).latency
-    exchange = max(sent[0] / NVLINK.rate, sent[1] / INFINIBAND.rate) + calls * latency
+    # Beside the rows: counts in each forward pass, and weights and their gradients in the backward pass.
+    delay = 0.0 if ep == 1 else (INFINIBAND if outside else NVLINK).latency * layout.layers
+    rows = max(sent[0] / NVLINK.rate, sent[1] / INFINIBAND.rate) / passes + delay
+    exchange = passes * (rows + delay / 2) + delay
+    # Outputs come back behind the shared experts, gradients go out behind their backward pass, which is twice the work,
+    # and come back behind the gradients of the routed experts' weights. Nothing is computed while rows go out.
+    shared, routed = layout.shared / layout.rate, layout.routed / layout.rate
+    of_backward = min(rows, 2 * shared) + min(rows, routed)
+    covered = (2 if layout.again else 1) * min(rows, shared) + of_backward
     # Dense weights over all ranks; experts over those that hold the same ones, of which a node has fewer.
     away = topology.world_size > cards
     of_node = min(topology.world_size, cards)
@@ -165,24 +174,23 @@ def plan_step(layout: Layout, zero: Mapping[str, Any], topology: Topology, cards
         if ranks == 1 or not count:
             continue
         rate = min(NVLINK.rate, near * INFINIBAND.rate) if away else NVLINK.rate
-        delay = (INFINIBAND if away else NVLINK).latency * math.ceil(math.log2(ranks))
+        rounds = (INFINIBAND if away else NVLINK).latency * math.ceil(math.log2(ranks))
         share = (ranks - 1) / ranks
         bucket = min(count, float(zero.get("reduce_bucket_size", 500_000_000)))
         one = (1 if stage == 3 else 2) * 4 * share  # bytes sent for a gradient
         reduced += times * one * count
-        reduction += times * (one * count / rate + math.ceil(count / bucket) * delay)
+        reduction += times * (one * count / rate + math.ceil(count / bucket) * rounds)
         gathered += gathers * layout.width * share * count
-        gathering += gathers * (layout.width * share * count / rate + delay)
+        gathering += gathers * (layout.width * share * count / rate + rounds)
         last = max(last, one * bucket / rate)
     hidden = 0.0
     if zero.get("overlap_comm", stage == 3):
-        room = backward / accumulation if stage == 1 else backward
+        room = (backward - of_backward) / (accumulation if stage == 1 else 1)
         hidden = max(0.0, min(reduction - last, room))
         if stage == 3:
             hidden += min(gathering, compute - backward)
     elements = layout.dense / topology.world_size + layout.experts / ep / topology.expert_replicas
     update = elements * (2 * layout.kept + 4 + layout.width) / COPY_RATE
-    coverable = min(exchange, layout.shared_flops / layout.rate)
     return StepPlan(
         inside=sent[0],
         outside=sent[1],
@@ -194,7 +202,7 @@ def plan_step(layout: Layout, zero: Mapping[str, Any], topology: Topology, cards
         gathering=gathering,
         update=update,
         hidden=hidden,
-        coverable=coverable,
+        covered=covered,
     )
 
 

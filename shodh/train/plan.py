@@ -154,14 +154,15 @@ class Stage:
         rate = achieved_rate(self.config, train, self.of_tokenizer)
         flops = float(self.rehearsal.flops) * topology.accumulation
         again = not self.of_tokenizer and checkpoints(self.config)
-        rows = layers = shared = 0
+        rows, layers, shared, routed = 0, 0, 0.0, 0.0
         if self.expert_parameters:
             model = operator_shapes(self.config)
             passes = topology.accumulation * operator.unroll.steps
             layers = passes * operator.depth
             tokens = passes * topology.micro_batch * math.prod(model.token_grid)
             rows = tokens * operator.depth * operator.experts.top_k * operator.dim * width
-            shared = tokens * sum(p.numel() for n, p in model.named_parameters() if ".shared_experts." in n)
+            shared = 2.0 * tokens * sum(p.numel() for n, p in model.named_parameters() if ".shared_experts." in n)
+            routed = 2.0 * tokens * self.expert_parameters * operator.experts.top_k / operator.experts.num_experts
         return Layout(
             flops,
             rate,
@@ -170,7 +171,8 @@ class Stage:
             rows,
             layers,
             again,
-            (8 if again else 6) * shared,
+            shared,
+            routed,
             width,
             kept_bytes(train),
         )

@@ -70,10 +70,10 @@ def _step_lines(step: StepPlan) -> list[str]:
         ("gradients", step.reduction, f"{in_gib(step.reduced)} sent"),
         ("new weights", step.gathering, f"{in_gib(step.gathered)} sent"),
         ("optimiser", step.update, ""),
-        ("hidden of these", -step.hidden, "gradients and weights, behind products"),
+        ("hidden of all-to-all", -step.covered, "behind experts"),
+        ("hidden of the others", -step.hidden, "gradients and weights, behind products"),
     )
-    lines = [f"  {name:<21} {1e3 * seconds:.1f} ms" + (f", {what}" if what else "") for name, seconds, what in rows]
-    return [*lines, f"  not yet hidden        {1e3 * step.coverable:.1f} ms of the all-to-all, by the shared experts"]
+    return [f"  {name:<21} {1e3 * seconds:.1f} ms" + (f", {what}" if what else "") for name, seconds, what in rows]
 
 
 def describe_scaling(config: RunConfig, cards: int, most: int = MOST_CARDS) -> str:
@@ -86,7 +86,7 @@ def describe_scaling(config: RunConfig, cards: int, most: int = MOST_CARDS) -> s
     best = max(speed / stage.topology.world_size for stage, speed in zip(found, speeds, strict=True))
     for stage, step, speed in zip(found, steps, speeds, strict=True):
         topology = stage.topology
-        times = (step.compute, step.exchange, step.reduction, step.gathering, step.hidden, step.seconds)
+        times = (step.compute, step.exchange, step.reduction, step.gathering, step.hidden + step.covered, step.seconds)
         larger = "" if topology.global_batch == config.operator.train.global_batch else " *"
         rows.append(
             (

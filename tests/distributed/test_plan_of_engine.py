@@ -44,12 +44,20 @@ def test_memory_of_an_engine(case: tuple[int, str, int], counted: Any) -> None:
 def test_traffic_of_an_engine(case: tuple[int, str, int], counted: Any) -> None:
     found, (_, precision, accumulation) = counted[case], case
     width = 2 if precision == "bf16" else 4
-    layout = Layout(1.0, 1.0, found["size"], 0, 0.0, 0, False, 0.0, width, 12)
+    layout = Layout(1.0, 1.0, found["size"], 0, 0.0, 0, False, 0.0, 0.0, width, 12)
     planned = plan_step(layout, found["zero"], Topology(WORLD, 1, 5, accumulation), 8)
     share, sent = (WORLD - 1) / WORLD, found["sent"]
     reduced = share * (2 * sent.get("all_reduce", 0) + sent.get("reduce_scatter_tensor", 0))
     assert planned.reduced == pytest.approx(reduced, rel=0.01)
     assert planned.gathered == pytest.approx(share * sent["all_gather_into_tensor"], rel=0.01)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_are_reduced_while_the_backward_pass_runs(case: tuple[int, str, int], counted: Any) -> None:
+    """All but the last bucket, which holds two layers: of the last micro-batch, and in ZeRO 2 and 3 of each."""
+    name = "reduce_scatter_tensor" if case[0] == 3 else "all_reduce"
+    late = counted[case]["sent"][name] - counted[case]["early"][name]
+    assert 0 < late <= 2 * DIM * DIM * 4
 
 
 @pytest.mark.parametrize("again", [pytest.param(False, marks=pytest.mark.exhaustive), True])

@@ -47,7 +47,10 @@ def count_sent(counts: Counter[str], least: int = 0) -> None:
 
 
 def engines(cases: list[tuple[Path, str, int]]) -> list[dict[str, Any]]:
-    """For each (DeepSpeed JSON, precision, accumulation): most bytes held in a step, bytes sent in it, and sizes."""
+    """For each (DeepSpeed JSON, precision, accumulation): most bytes held in a step, bytes sent in it, and sizes.
+
+    ``early`` of what was sent when the last backward pass came to the first layer.
+    """
     from shodh.core.distributed import world_size
     from shodh.train.runtime import start_distributed
 
@@ -83,15 +86,19 @@ def _engine(sent: Counter[str], world: int, path: Path, precision: Any, accumula
 
     for layer in (engine.module[0], engine.module[-1]):
         layer.register_full_backward_hook(look)
+    early: Counter[str] = Counter()
+    engine.module[0].register_full_backward_hook(lambda *_: early.update(sent - early))
     for step in range(2):  # The optimiser has its moments after the first.
         if step == 1:
             sent.clear()
+            early.clear()
             most = 0
         for _ in range(accumulation):
             engine.backward(engine(x).float().square().mean())
             look()
             engine.step()
-    return {"held": most, "sent": dict(sent), "zero": settings["zero_optimization"], "size": LAYERS * DIM * DIM}
+    found = {"held": most, "sent": dict(sent), "early": dict(early)}
+    return {**found, "zero": settings["zero_optimization"], "size": LAYERS * DIM * DIM}
 
 
 def rows_sent(config: Path, changes: list[str]) -> int:

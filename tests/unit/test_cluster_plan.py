@@ -9,7 +9,7 @@ import pytest
 
 from shodh.commands import plan as command
 from shodh.core.topology import Topology
-from shodh.train.cluster import COPY_RATE, INFINIBAND, NVLINK, Layout, peers_outside, plan_step, scaled
+from shodh.train.cluster import COPY_RATE, INFINIBAND, NVLINK, Layout, StepPlan, peers_outside, plan_step, scaled
 
 CONFIGS = Path(__file__).parents[2] / "launch" / "configs"
 LAYOUT = Layout(
@@ -20,7 +20,8 @@ LAYOUT = Layout(
     row_bytes=8e8,
     layers=10,
     again=False,
-    shared_flops=1e9,
+    shared=1e12,
+    routed=5e11,
     width=2,
     kept=12,
 )
@@ -38,7 +39,7 @@ def test_one_card_sends_nothing() -> None:
 def test_a_node_and_two_of_them_by_hand() -> None:
     one = plan_step(LAYOUT, ZERO1, Topology(8, 8, 4, 2), 8)
     assert (one.inside, one.outside) == (4 * 8e8 * 7 / 8, 0.0)
-    assert one.exchange == pytest.approx(one.inside / NVLINK.rate + 60 * NVLINK.latency)
+    assert one.exchange == pytest.approx(one.inside / NVLINK.rate + 70 * NVLINK.latency), "seven calls a layer"
     assert one.reduced == 2 * 4 * 1e8 * 7 / 8, "each expert is on one rank"
     assert one.gathered == 2 * 1e8 * 7 / 8
     two = plan_step(LAYOUT, ZERO1, Topology(16, 8, 4, 2), 8)
@@ -61,7 +62,25 @@ def test_what_is_hidden_is_at_most_the_backward_pass_and_never_the_last_bucket()
     assert shown.hidden == 0.0 < hidden.hidden < hidden.reduction
     assert hidden.seconds == pytest.approx(shown.seconds - hidden.hidden)
     quick = plan_step(replace(LAYOUT, rate=1e15), ZERO1 | {"overlap_comm": True}, topology, 8)
-    assert quick.hidden == pytest.approx(quick.compute / 3), "of ZeRO 1, behind the last micro-batch alone"
+    left = 2 / 3 * quick.compute - (2 * LAYOUT.shared + LAYOUT.routed) / 1e15
+    assert quick.hidden == pytest.approx(left / 2), "of ZeRO 1, behind the last micro-batch alone"
+
+
+def test_rows_travel_behind_experts_but_for_those_on_their_way_out() -> None:
+    def plan(**changes: float) -> StepPlan:
+        return plan_step(replace(LAYOUT, **changes), ZERO1, Topology(8, 8, 4, 2), 8)
+
+    step, again = plan(), plan(again=True)
+    rows = 8e8 * 7 / 8 / NVLINK.rate + 10 * NVLINK.latency
+    assert step.covered == pytest.approx(3 * rows) and again.covered == pytest.approx(4 * rows)
+    assert step.seconds == pytest.approx(
+        step.compute + step.exchange + step.reduction + step.gathering + step.update - 3 * rows
+    )
+    assert plan(shared=0.0).covered == pytest.approx(rows), "behind the gradients of the experts' weights"
+    assert plan(rate=1e16).covered == pytest.approx((3 * LAYOUT.shared + LAYOUT.routed) / 1e16), (
+        "no longer than they take"
+    )
+    assert plan_step(LAYOUT, ZERO1, Topology(8, 1, 4, 2), 8).covered == 0.0
 
 
 def test_recomputed_blocks_exchange_once_more_and_zero_2_sums_each_micro_batch() -> None:
