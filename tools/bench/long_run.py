@@ -12,7 +12,6 @@ example:
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import tempfile
