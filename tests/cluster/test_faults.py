@@ -96,14 +96,14 @@ def test_session_of_a_node_is_killed(cluster: Cluster, long: Path, hostfile: Pat
     assert job.wait(60) == 255 and "node-2: ssh exited" in log.read_text()
 
 
-@pytest.mark.parametrize(("number", "group", "code"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, -15)])
-def test_command_of_one_node_is_ended(number: int, group: bool, code: int, cluster: Cluster, long: Path) -> None:
+@pytest.mark.parametrize(("number", "group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_command_of_one_node_is_ended(number: int, group: bool, cluster: Cluster, long: Path) -> None:
     """Ctrl-C goes to all processes, saves nothing and says what to type; after SIGTERM to the command all save."""
     log = long.with_suffix(".log")
     job = cluster.start("deepspeed", "--num_gpus", 2, "launch/train_tokenizer.py", "--config", long, log=log)
     wait_for(lambda: trains(long), 150)
     (os.killpg if group else os.kill)(job.pid, number)
-    assert abs(job.wait(60)) in (abs(code), 128 - code, signal.SIGINT)
+    assert job.wait(60) == -number
     wait_for(lambda: not processes(str(long)), 60)
     said = [line for line in log.read_text().splitlines() if "--resume auto" in line]
     assert len(said) == 1
