@@ -160,7 +160,9 @@ def test_resumed_run_keeps_its_normalisation(fields: Fields) -> None:
     config = load_config(fields.config, whole.overrides)
     resumed, *_ = open_data(config, folder, torch.device("cpu"))
     fresh, *_ = open_data(config, None, torch.device("cpu"))
-    assert resumed.normalizer.constants["dye"]["dye"][1] == 5.0 != fresh.normalizer.constants["dye"]["dye"][1]
+    assert (
+        resumed.space.normalizer.constants["dye"]["dye"][1] == 5.0 != fresh.space.normalizer.constants["dye"]["dye"][1]
+    )
 
 
 def test_samples_are_traced_on_their_plane_of_tokens(fields: Fields) -> None:
