@@ -30,6 +30,9 @@ _PATIENCE = 5.0  # seconds for a Ctrl-C to reach Python, before the process is e
 _PR_SET_PDEATHSIG = 1
 
 
+_SAYS = threading.Lock()
+
+
 class _State:
     asked = False
     held = False
@@ -135,7 +138,7 @@ def _ask(*_: object) -> None:
 def _watch(descriptor: int) -> None:
     while numbers := os.read(descriptor, 64):
         if signal.SIGINT in numbers:
-            _interrupted()
+            say_interrupted()
         stops = [number for number in numbers if number in STOPS]
         if stops and not _State.held and not _State.interrupted:  # Launchers send SIGTERM after a Ctrl-C.
             _say(
@@ -145,18 +148,21 @@ def _watch(descriptor: int) -> None:
             os._exit(STOPPED)
 
 
-def _interrupted() -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is not signal.default_int_handler or _State.interrupted:
-        return  # Somebody else's: a study hands it on. Or one that a launcher sends after that of the terminal.
-    _State.interrupted = True
-    if _State.held:
-        _say(
-            "interrupted: steps since the last checkpoint are lost; the same command with --resume auto goes on from "
-            "it (kill -TERM, instead of Ctrl-C, saves one first)"
-        )
-    else:
-        _say("interrupted; run the same command again to go on")
+def say_interrupted() -> None:
+    """Say once what Ctrl-C has ended, and end at the latest after some seconds; either thread may be first."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return  # Somebody else's: a study hands it on.
+    with _SAYS:
+        if _State.interrupted:
+            return  # One that a launcher sends after that of the terminal.
+        _State.interrupted = True
+        if _State.held:
+            _say(
+                "interrupted: steps since the last checkpoint are lost; the same command with --resume auto goes on "
+                "from it (kill -TERM, instead of Ctrl-C, saves one first)"
+            )
+        else:
+            _say("interrupted; run the same command again to go on")
     timer = threading.Timer(_PATIENCE, os._exit, (INTERRUPTED,))  # A rank may wait for others in a collective.
     timer.daemon = True
     timer.start()

@@ -186,7 +186,8 @@ def run_ranks(main: Callable[[], int]) -> None:
     code = 1
     try:
         code = main()
-    except KeyboardInterrupt:  # `signals` says what to type
+    except KeyboardInterrupt:
+        signals.say_interrupted()  # The thread that watches may be slower than the end of the process.
         code = signals.INTERRUPTED
     except Exception as error:
         line = error_line(error)

@@ -80,7 +80,7 @@ def test_packaged_files_are_found_by_name_in_an_empty_folder(tmp_path: Path, mon
     for name in ("demo", "demo.yaml", "launch/configs/demo.yaml"):
         assert load_config(name).name == "demo"
     for name in ("ds_configs/zero2.json", "zero2"):
-        assert make_plan(load_config("h100_single", [f"deepspeed={name}"])).zero_stage == 2
+        assert make_plan(load_config("h100_single", [f"deepspeed={name}"])).stage.zero["stage"] == 2
     with pytest.raises(ConfigError, match="no packaged configuration of that name; they are .*demo, dpot_tiny"):
         load_config("dmeo")
 

@@ -116,6 +116,7 @@ class Cluster:
             return subprocess.Popen(
                 [str(part) for part in command], cwd=cwd, env={**self.environment, **environment},
                 stdout=out, stderr=out, stdin=subprocess.DEVNULL, text=True, start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # A shell's background job ignores it.
             )  # fmt: skip
 
     def run(self, *command: object, cwd: Path = ROOT, timeout: float = 150.0, **more: object) -> Finished:
