@@ -67,7 +67,7 @@ def test_linear_part_sees_patches_from_everywhere_where_not_all_are_taken(monkey
     field = patches.view(2, 1, 8, PATCH, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5).reshape(1, 1, *grid)
     item = {"fields": field, "static": torch.zeros(0, *grid)}
     monkeypatch.setattr(tokenizer_weights, "training_frames", lambda regimes, count: ((0, item) for _ in range(count)))
-    regimes: Any = SimpleNamespace(sources=[SimpleNamespace(grid=grid)], domains=[POROUS])
+    regimes: Any = SimpleNamespace(sources=[SimpleNamespace(grid=grid)], space=SimpleNamespace(domains=[POROUS]))
     tokenizer_weights.fit_basis(model, regimes, frames=32, patches=32)
     head = torch.zeros(1, dtype=torch.long)
     torch.testing.assert_close(model.basis.decode(model.basis.encode(field, head), head), field, rtol=0, atol=1e-4)
