@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from shodh.core.errors import ConfigError, ShodhError
+from shodh.core.files import SHARED
 
 EXIT_USAGE = 2
 EXIT_FAULT = 4  # a fault of the machine, not of the run: the same command with --resume auto goes on
-SHARED = "/dev/shm"
 EXIT_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 
 

@@ -75,6 +75,6 @@ def describe_environment() -> dict[str, Any]:
 
 def write_record(path: Path | None, content: Mapping[str, Any]) -> None:
     """Write what was measured as JSON, with the day and `describe_environment` of now; None: nowhere."""
-    now = {"date": time.strftime("%Y-%m-%d"), "env": describe_environment()}
     if path is not None:
+        now = {"date": time.strftime("%Y-%m-%d"), "env": describe_environment()}
         write_json(path, {**now, **content, **now})

@@ -24,6 +24,7 @@ from shodh.core.progress import get_on
 log = logging.getLogger("shodh")
 
 PARTIAL_SUFFIX = ".partial"
+SHARED = "/dev/shm"  # memory that processes of a machine share
 WEIGHTS = "model.safetensors"  # named here, because who looks for the file need not import torch
 PART = 2**22  # bytes of a file that are read at once
 #: What reading a number out of a damaged line may raise: no JSON, no number in it, infinity, or a thousand brackets.

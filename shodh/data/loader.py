@@ -18,9 +18,8 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from shodh.data.mixture import MixtureSampler, Sample
 from shodh.data.ring import Filled, SharedRing
-from shodh.core.cli import SHARED
 from shodh.core.errors import DataError, ShodhError
-from shodh.core.files import naming
+from shodh.core.files import SHARED, naming
 from shodh.core.signals import STOPS
 
 Batch = dict[str, torch.Tensor]

@@ -5,9 +5,9 @@ factor is transport and dispersion, its modulus growth and decay; the state, whi
 
     2 conj(F u0) F u1 / (|F u0|^2 + |F u1|^2)      and      (|F u1|^2 - |F u0|^2) / (|F u0|^2 + |F u1|^2)
 
-A quadratic term moves waves by others, on the mean of many states in no direction: two Burgers equations of opposite
-flux have one cross-spectrum. What tells them apart is what the square of a state has of the next one, beyond what is
-linear in it::
+A quadratic term drives waves by other waves, which cancels on average over states: two Burgers equations of opposite
+flux have one cross-spectrum. What tells them apart is the cross-spectrum of the square of a state with the part of the
+next one that is not linear in it::
 
     conj(F u0^2) (F u1 - h F u0) / sqrt(|F u0^2|^2 |F u1|^2)      with      h = conj(F u0) F u1 / |F u0|^2
 

@@ -15,7 +15,6 @@ example:
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import multiprocessing
 import os
@@ -38,9 +37,9 @@ from torch.distributed import TCPStore
 
 import shodh.checkpoint.complete
 from shodh.checkpoint.folder import checkpoints_of
-from shodh.core.cli import EXIT_FAULT, EXIT_USAGE
-from shodh.core.environment import describe_environment
-from shodh.core.strict_json import dumps, write_json
+from shodh.core.cli import EXIT_FAULT, EXIT_USAGE, command_parser
+from shodh.core.environment import write_record
+from shodh.core.strict_json import dumps
 from shodh.train.runtime import AGENT_STORE
 
 KINDS = ("rank", "launcher", "stop", "flip", "full", "share")
@@ -228,7 +227,7 @@ def compared(run: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--faults", type=int, default=10)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
@@ -313,8 +312,7 @@ def main() -> int:
         "undisturbed_seconds": round(duration, 1),
     }
     sys.stdout.write(dumps(result) + "\n")
-    if args.out is not None:
-        write_json(args.out, {**describe_environment(), **result, "table": table}, indent=2)
+    write_record(args.out, {**result, "table": table})
     return 1 if different or wrong or unasked else 0
 
 

@@ -27,12 +27,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
+from timing import in_turns
 from torch import Tensor, nn
 
 from shodh.config import ExpertsConfig
-from shodh.core.environment import describe_environment
+from shodh.core.cli import command_parser
+from shodh.core.environment import write_record
 from shodh.core.seeding import generator
-from shodh.core.strict_json import dumps, write_json
+from shodh.core.strict_json import dumps
 from shodh.moe.experts import ExpertLayerReference
 
 TRANSFERS = 4
@@ -82,16 +84,12 @@ def train(layer: nn.Module, x: Tensor, delay: float, serial: bool) -> tuple[floa
 
 def measure(layer: nn.Module, x: Tensor, delays: list[float], rounds: int) -> list[dict[str, float]]:
     """A row a delay."""
-    taken: dict[tuple[float, bool], list[tuple[float, float]]] = {(d, s): [] for d in delays for s in (True, False)}
-    for number in range(rounds + 1):
-        for delay in delays:
-            for serial in (True, False) if number % 2 else (False, True):
-                taken[delay, serial].append(train(layer, x, delay, serial))
+    calls = {(delay, serial): partial(train, layer, x, delay, serial) for delay in delays for serial in (True, False)}
+    taken = in_turns(calls, rounds, warm_up=1)
     rows = []
     for delay in delays:
         row = {"delay_ms": delay}
-        # The first round warms up.
-        pairs = zip(*(np.array(taken[delay, kind][1:]).T for kind in (True, False)), strict=True)
+        pairs = zip(*(np.array(taken[delay, kind]).T for kind in (True, False)), strict=True)
         for clock, (serial, overlapped) in zip(("wall", "own"), pairs, strict=True):
             row[f"{clock}_serial_ms"], row[f"{clock}_overlapped_ms"] = np.median(serial), np.median(overlapped)
             for name, quartile in (("ratio", 50), ("ratio_low", 25), ("ratio_high", 75)):
@@ -122,7 +120,7 @@ def start(rank: int, args: argparse.Namespace, store: str, answers: Any) -> None
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--delays", type=float, nargs="+", default=[0, 5, 20, 50], help="milliseconds")
     parser.add_argument("--rounds", type=int, default=11)
@@ -143,10 +141,8 @@ def main() -> int:
         for process in ranks:
             process.join()
     sizes = {name: getattr(args, name) for name in ("ranks", "tokens", "dim", "hidden", "shared", "rounds")}
-    result = {**describe_environment(), "load": os.getloadavg(), **sizes, "rows": rows}
     sys.stdout.write("".join(dumps(row) + "\n" for row in rows))
-    if args.out is not None:
-        write_json(args.out, result, indent=2)
+    write_record(args.out, {"load": os.getloadavg(), **sizes, "rows": rows})
     return 0
 
 
