@@ -280,7 +280,7 @@ class RegimeSource:
     def known_time_step(self) -> float | None:
         """`time_step`; None too where frames are but counted, because nobody states their times."""
         _, hints, _ = self.opening
-        counted = self._first.timeless and (hints is None or hints.time_step is None)
+        counted = self._first.header.timeless and (hints is None or hints.time_step is None)
         return None if counted else self.time_step
 
     def statistics(self, share: Share = each, kept: Kept | None = None) -> Statistics:

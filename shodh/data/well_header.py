@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 
 from shodh.data import hdf5
+from shodh.data.formats.base import FileHeader
 from shodh.data.well import BOUNDARY_CODES, TENSOR_GROUPS
 from shodh.data.well_items import Flags, require_items
 from shodh.core.errors import DataError
@@ -38,23 +39,12 @@ class StoredField:
 
 
 @dataclass(frozen=True)
-class WellHeader:
-    """Everything in a file except its field values; `notes` are the assumptions that were made."""
+class WellHeader(FileHeader):
+    """Header of a file, with the names of its data set, of its axes and of fields that are tensors."""
 
-    dataset_name: str
-    axes: tuple[str, ...]
-    grid: tuple[int, ...]
-    lengths: tuple[float, ...]
-    boundary: tuple[Boundary, ...]
-    num_trajectories: int
-    num_frames: int
-    time: np.ndarray
-    fields: dict[str, StoredField]
-    tensor_fields: tuple[str, ...]
-    parameters: dict[str, float | np.ndarray]
-    notes: tuple[str, ...] = ()
-    doubts: tuple[str, ...] = ()
-    timeless: bool = False
+    dataset_name: str = ""
+    axes: tuple[str, ...] = ()
+    tensor_fields: tuple[str, ...] = ()
 
 
 def read_header(file: h5py.File, path: str) -> WellHeader:
@@ -86,7 +76,6 @@ def read_header(file: h5py.File, path: str) -> WellHeader:
         lengths=_lengths(file, axes, coordinates, path),
         boundary=_boundary(file, axes, path),
         num_trajectories=num_trajectories,
-        num_frames=time.shape[-1],
         time=time,
         fields=fields,
         tensor_fields=tensors,

@@ -122,8 +122,8 @@ def test_what_follows_from_the_shapes_is_assumed(path):
     assert {n: (f.static, f.kind) for n, f in file.fields.items()} == {
         n: (f.static, f.kind) for n, f in whole.fields.items()
     }
-    assert file.header.num_trajectories == whole.num_trajectories and not whole.notes
-    said = " ".join(file.notes)
+    assert file.header.num_trajectories == whole.num_trajectories and not whole.header.notes
+    said = " ".join(file.header.notes)
     assert all(word in said for word in ("sample_varying", "dim_varying", "t2_fields", "units", "velocity"))
     with h5py.File(path, "r+") as handle:  # Five trajectories, five frames: a field of either has this shape.
         replace(handle, "dimensions/time", np.arange(3.0))

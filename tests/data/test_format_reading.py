@@ -38,7 +38,7 @@ def test_values_are_read_bitwise(layout, tmp_path):
     for field, values in expected.items():
         np.testing.assert_array_equal(read_all(file, field), values, err_msg=field)
     assert file.time.shape[-1] == file.num_frames
-    assert file.notes
+    assert file.header.notes
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -85,7 +85,7 @@ def test_hints_replace_what_was_assumed(tmp_path):
     assert (file.boundary, file.lengths) == (("wall", "periodic"), (2.0, 3.0))
     assert set(file.fields) == {"u", "smoke", "heat"} and file.field("u").kind == "vector"
     np.testing.assert_array_equal(file.time, 0.5 * np.arange(5))
-    assert not any(note.startswith(("boundary", "lengths", "time_step", "channels")) for note in file.notes)
+    assert not any(note.startswith(("boundary", "lengths", "time_step", "channels")) for note in file.header.notes)
     for wrong, reason in (
         (FileHints(channels=("u", "v")), "2 channels are named"),
         (FileHints(channels=("u", "u", "u", "v")), "named 3 times"),
@@ -128,7 +128,7 @@ def test_axes_of_a_cube_of_jhtdb_can_be_stated(axes, tmp_path):
     file = open_file(tmp_path / "cube.h5", hints=FileHints(axes=axes))
     expected = values if axes == "xyz" else values.transpose(2, 1, 0, 3)
     np.testing.assert_array_equal(read_all(file, "velocity")[0, 0], expected)
-    assert not any(note.startswith("axes") for note in file.notes)
+    assert not any(note.startswith("axes") for note in file.header.notes)
     with pytest.raises(ConfigError, match="axes"):
         open_file(tmp_path / "cube.h5", hints=FileHints(axes="txyz"))
 

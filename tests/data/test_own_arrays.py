@@ -48,7 +48,7 @@ def test_fields_are_read_bitwise(form, tmp_path):
     assert (file.format, file.grid, file.num_trajectories, file.num_frames) == ("arrays", GRID, N, T)
     assert (file.lengths, file.parameters["nu"]) == ((1, 2, 3), 0.1)
     np.testing.assert_array_equal(file.time, 0.5 * np.arange(T))
-    assert "datasets: profile not read" in file.notes
+    assert "datasets: profile not read" in file.header.notes
     assert file.field("velocity").kind == "vector" and file.field("solid").static
     velocity, heat, solid = (np.empty(s, "f4") for s in ((2, 3, *GRID), (2, 1, *GRID), (1, *GRID)))
     file.read("velocity", 1, range(1, 4, 2), velocity)
@@ -67,10 +67,10 @@ def test_a_file_may_describe_itself_and_hints_replace_it(tmp_path):
     file = open_file(path)
     assert (file.boundary, file.lengths) == (("wall", "wall", "open"), (3.0, 7.0, 8.0))
     assert file.fields == {"heat": Field("heat", units="K")}
-    assert [n.split(":")[0] for n in file.notes] == ["time_step"]
+    assert [n.split(":")[0] for n in file.header.notes] == ["time_step"]
     hints = FileHints(boundary=("periodic",) * 3, lengths=(1.0, 1.0, 1.0), time_step=0.1)
     again = open_file(path, hints=hints)
-    assert (again.boundary, again.lengths, again.notes) == (hints.boundary, hints.lengths, ())
+    assert (again.boundary, again.lengths, again.header.notes) == (hints.boundary, hints.lengths, ())
 
 
 REFUSED = {

@@ -37,7 +37,7 @@ def test_reader_returns_what_the_writer_got_to_the_bit(tmp_path, make_trajectori
     assert (file.grid, file.boundary, file.lengths) == (grid, boundary, trajectories.lengths)
     assert (file.num_trajectories, file.num_frames) == (3, 5)
     assert file.spacing == trajectories.spacing
-    assert file.placement == {"velocity": "face"}
+    assert file.field("velocity").placement == "face"
     np.testing.assert_array_equal(file.time, trajectories.time)
     velocity = np.moveaxis(read_all(file, "velocity", len(grid)), 2, -1)
     np.testing.assert_array_equal(velocity, trajectories.values["velocity"])

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import h5py
 import numpy as np
 
-from shodh.data.formats.base import DescribedFile, FileHints, rescale_
+from shodh.data.formats.base import FileHeader, FileHints, TrajectoryFile, rescale_
 from shodh.data.hdf5 import H5PY_ERRORS, check_dataset, damaged, member, open_hdf5
 from shodh.data.well import is_finite
 from shodh.core.errors import ConfigError, DataError
-from shodh.schema.fields import AXES, Boundary, Field
+from shodh.schema.fields import AXES, Field
 
 # An open HDF5 file, or arrays by name.
 Store: TypeAlias = Mapping[str, Any]
@@ -55,28 +55,10 @@ class ArrayField:
 
 
 @dataclass(frozen=True)
-class ArrayHeader:
-    """Everything in a file except its field values.
+class ArrayHeader(FileHeader):
+    """Header of a file of named arrays; ``with_units``: the fields whose units the file states."""
 
-    `notes` are the assumptions that were made, `doubts` those that could as well be otherwise, with their cure;
-    `with_units` the fields whose units the file states; `timeless` that it states no times.
-    """
-
-    grid: tuple[int, ...]
-    lengths: tuple[float, ...]
-    boundary: tuple[Boundary, ...]
-    num_trajectories: int
-    time: np.ndarray
-    fields: dict[str, ArrayField]
-    parameters: Mapping[str, float | np.ndarray] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
     with_units: frozenset[str] = frozenset()
-    doubts: tuple[str, ...] = ()
-    timeless: bool = False
-
-    @property
-    def num_frames(self) -> int:
-        return int(self.time.shape[-1])
 
     def with_hints(self, hints: FileHints, path: Path) -> ArrayHeader:
         """The header with what the user says in the place of what was assumed."""
@@ -110,7 +92,7 @@ Describe = Callable[[Any, Path, FileHints], ArrayHeader]
 Load = Callable[[Path, FileHints], Store]
 
 
-class ArrayFile(DescribedFile):
+class ArrayFile(TrajectoryFile):
     """A `TrajectoryFile` over named arrays.
 
     Parameters
@@ -139,11 +121,8 @@ class ArrayFile(DescribedFile):
         hints: FileHints,
         load: Load | None = None,
     ) -> None:
-        self.path = Path(path)
-        self._format, self._hints, self._load = format, hints, load
-        self._store: Store | None = None
-        self._process = 0
-        self._scratch: dict[tuple[int, ...], np.ndarray] = {}
+        super().__init__(path, format)
+        self._hints, self._load = hints, load
         try:
             header = describe(self._opened(), self.path, hints).with_hints(hints, self.path)
             self.header = _check(header, self._opened(), self.path)
@@ -152,65 +131,18 @@ class ArrayFile(DescribedFile):
         finally:
             self.close()
 
-    @property
-    def format(self) -> str:
-        return self._format
+    def _open(self) -> Store:
+        return open_hdf5(self.path) if self._load is None else self._load(self.path, self._hints)
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.header.notes
-
-    def field(self, name: str) -> Field:
-        """One field; DataError with the names there are if it is missing."""
-        if name not in self.header.fields:
-            raise DataError(f"{self.path}: there is no field {name!r}; there are {sorted(self.header.fields)}")
-        return self.header.fields[name].field
-
-    def read(
-        self,
-        name: str,
-        trajectory: int,
-        frames: range,
-        out: np.ndarray,
-        *,
-        finite: bool = True,
-        shift: float = 0.0,
-        scale: float = 1.0,
+    def _read(
+        self, stored: ArrayField, trajectory: int, frames: range, out: np.ndarray, finite: bool, shift: float, scale: float
     ) -> None:
-        """Read frames of one field; see `shodh.data.formats.base.TrajectoryFile.read`."""
-        self.field(name)
-        stored = self.header.fields[name]
-        if not 0 <= trajectory < self.num_trajectories:
-            raise IndexError(f"trajectory {trajectory} of {self.num_trajectories} in {self.path}")
-        if stored.field.static:
-            self._read_block(stored, trajectory, range(1), out[None], finite)
-        else:
-            self._read_frames(stored, trajectory, frames, out, finite)
-        rescale_(out, shift, scale)
-
-    def close(self) -> None:
-        """Close the handle of this process; the next read opens it again."""
-        if isinstance(self._store, h5py.File):
-            self._store.close()
-        self._store = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_store": None, "_scratch": {}}
-
-    def __repr__(self) -> str:
-        counts = f"{self.num_trajectories} x {self.num_frames} frames"
-        return f"ArrayFile({str(self.path)!r}, {self.format}, grid={self.grid}, {counts})"
-
-    def _read_frames(self, stored: ArrayField, trajectory: int, frames: range, out: np.ndarray, finite: bool) -> None:
-        if frames and not (0 <= min(frames) and max(frames) < self.num_frames):
-            raise IndexError(f"frames {frames} of {self.num_frames} in {self.path}")
-        if len(out) != len(frames):
-            raise ValueError(f"out has {len(out)} frames, wanted are {len(frames)}")
         if stored.time_is_inner and frames.step > 0:
             self._read_block(stored, trajectory, frames, out, finite)
-            return
-        for target, frame in zip(out, frames):
-            self._read_block(stored, trajectory, range(frame, frame + 1), target[None], finite)
+        else:
+            for target, frame in zip(out, frames):
+                self._read_block(stored, trajectory, range(frame, frame + 1), target[None], finite)
+        rescale_(out, shift, scale)
 
     def _read_block(self, stored: ArrayField, trajectory: int, frames: range, out: np.ndarray, finite: bool) -> None:
         """Frames of one field into ``out`` [T, C, *grid]; where each frame has its own array, ``frames`` is one."""
@@ -244,9 +176,7 @@ class ArrayFile(DescribedFile):
 
     def _fetch(self, name: str, index: tuple[int | slice, ...], shape: tuple[int, ...]) -> np.ndarray:
         """Part of an array as float32, in a buffer that the next call may reuse."""
-        if shape not in self._scratch:
-            self._scratch[shape] = np.empty(shape, dtype=np.float32)
-        values = self._scratch[shape]
+        values = self._buffer(shape)
         try:
             array = self._opened()[name]
             if isinstance(array, h5py.Dataset) and array.dtype.kind == "f":
@@ -256,15 +186,6 @@ class ArrayFile(DescribedFile):
         except H5PY_ERRORS as error:
             raise damaged(self.path, error) from error
         return values
-
-    def _opened(self) -> Store:
-        if self._process != os.getpid():
-            # A handle inherited through fork shares the parent's file description; this process opens its own.
-            self.close()
-            self._process = os.getpid()
-        if self._store is None:
-            self._store = open_hdf5(self.path) if self._load is None else self._load(self.path, self._hints)
-        return self._store
 
 
 def _scatter(values: np.ndarray, letters: str, channels: tuple[int, ...] | None, out: np.ndarray) -> None:

@@ -3,174 +3,78 @@
 from __future__ import annotations
 
 import math
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Self
 
+import h5py
 import numpy as np
 
-from shodh.core.errors import ConfigError
+from shodh.core.errors import ConfigError, DataError
 from shodh.schema.fields import Boundary, Field
 
 
-class TrajectoryFile(Protocol):
-    """Trajectories of one regime on one grid, read snapshot by snapshot.
+@dataclass(frozen=True)
+class FileHeader:
+    """Everything in a file except its field values.
 
-    The header is read and checked when the object is made. Objects can be pickled and used in forked processes: each
-    process opens its own handle.
+    Parameters
+    ----------
+    grid, lengths, boundary : tuple
+        Cells, box size and kind of boundary by axis.
+    num_trajectories : int
+    time : ndarray
+        Times ``[T]``, or ``[B, T]`` where trajectories have their own; float64.
+    fields : dict
+        By their names in the file: the `Field` and where its values are stored.
+    parameters : mapping
+        Physical parameters: a number for all trajectories, or an array ``[B]``.
+    notes : tuple of str
+        What the format does not say and was assumed.
+    doubts : tuple of str
+        What was assumed and could as well be otherwise, with the cure: never to be stored as a fact.
+    timeless : bool
+        Whether frames are counted because the file has no times.
     """
 
-    path: Path
+    grid: tuple[int, ...]
+    lengths: tuple[float, ...]
+    boundary: tuple[Boundary, ...]
+    num_trajectories: int
+    time: np.ndarray
+    fields: dict[str, Any]
+    parameters: Mapping[str, float | np.ndarray] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+    timeless: bool = False
 
     @property
-    def format(self) -> str:
-        """Name of the format, a key of `shodh.data.formats.FORMATS`."""
-        ...
+    def num_frames(self) -> int:
+        return int(self.time.shape[-1])
+
+
+class TrajectoryFile(ABC):
+    """Trajectories of one regime on one grid, read snapshot by snapshot.
+
+    The header is read and checked when the object is made, and the file closed again. Reading opens it once per process: a
+    handle that a forked worker inherited is dropped, never shared, and a pickled object carries none.
+    """
+
+    header: FileHeader
+    _handle: Any = None
+    _process = 0
+
+    def __init__(self, path: str | os.PathLike[str], format: str) -> None:
+        self.path = Path(path)
+        self.format = format  # A key of `shodh.data.formats.FORMATS`.
+        self._scratch: dict[tuple[int, ...], np.ndarray] = {}
 
     @property
     def fields(self) -> dict[str, Field]:
         """Fields by their names in the file; ``static`` for those without time."""
-        ...
-
-    @property
-    def grid(self) -> tuple[int, ...]: ...
-
-    @property
-    def lengths(self) -> tuple[float, ...]:
-        """Box size by axis."""
-        ...
-
-    @property
-    def spacing(self) -> tuple[float, ...]: ...
-
-    @property
-    def boundary(self) -> tuple[Boundary, ...]: ...
-
-    @property
-    def num_trajectories(self) -> int: ...
-
-    @property
-    def num_frames(self) -> int: ...
-
-    @property
-    def time(self) -> np.ndarray:
-        """Times ``[T]``, or ``[B, T]`` where trajectories have their own; float64."""
-        ...
-
-    @property
-    def parameters(self) -> Mapping[str, float | np.ndarray]:
-        """Physical parameters: a number for all trajectories, or an array ``[B]``."""
-        ...
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the format does not say and was assumed, in words."""
-        ...
-
-    @property
-    def doubts(self) -> tuple[str, ...]:
-        """What was assumed and could as well be otherwise, with the cure: never to be stored as a fact."""
-        ...
-
-    @property
-    def timeless(self) -> bool:
-        """Whether frames are counted because the file has no times."""
-        ...
-
-    def field(self, name: str) -> Field:
-        """One field; DataError with the names there are if it is missing."""
-        ...
-
-    def read(
-        self,
-        name: str,
-        trajectory: int,
-        frames: range,
-        out: np.ndarray,
-        *,
-        finite: bool = True,
-        shift: float = 0.0,
-        scale: float = 1.0,
-    ) -> None:
-        """Read ``(x - shift) / scale`` of one field into ``out`` [T, C, *grid] ([C, *grid] if static), float32.
-
-        Components come first. DataError if values cannot be read or, with ``finite``, hold NaN or infinity.
-        """
-        ...
-
-    def close(self) -> None:
-        """Close the handle of this process; the next read opens it again."""
-        ...
-
-
-class StoredArrays(Protocol):
-    """What a header says of one field."""
-
-    @property
-    def field(self) -> Field: ...
-
-
-class FileHeader(Protocol):
-    """Everything in a file except its field values; see `TrajectoryFile`."""
-
-    @property
-    def grid(self) -> tuple[int, ...]: ...
-
-    @property
-    def lengths(self) -> tuple[float, ...]: ...
-
-    @property
-    def boundary(self) -> tuple[Boundary, ...]: ...
-
-    @property
-    def num_trajectories(self) -> int: ...
-
-    @property
-    def num_frames(self) -> int: ...
-
-    @property
-    def time(self) -> np.ndarray: ...
-
-    @property
-    def fields(self) -> Mapping[str, StoredArrays]: ...
-
-    @property
-    def parameters(self) -> Mapping[str, float | np.ndarray]: ...
-
-    @property
-    def notes(self) -> tuple[str, ...]: ...
-
-    @property
-    def doubts(self) -> tuple[str, ...]: ...
-
-    @property
-    def timeless(self) -> bool: ...
-
-
-class DescribedFile:
-    """The part of a `TrajectoryFile` that its header answers."""
-
-    header: FileHeader
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the format does not say and was assumed."""
-        return self.header.notes
-
-    @property
-    def doubts(self) -> tuple[str, ...]:
-        """What was assumed and could as well be otherwise, with the cure."""
-        return self.header.doubts
-
-    @property
-    def timeless(self) -> bool:
-        """Whether frames are counted because the file has no times."""
-        return self.header.timeless
-
-    @property
-    def fields(self) -> dict[str, Field]:
-        """Scalar and vector fields by name; ``static`` for those without time."""
         return {name: stored.field for name, stored in self.header.fields.items()}
 
     @property
@@ -205,8 +109,106 @@ class DescribedFile:
 
     @property
     def parameters(self) -> Mapping[str, float | np.ndarray]:
-        """Scalars that do not change in time: a number for all trajectories, or an array ``[B]``."""
+        """Physical parameters: a number for all trajectories, or an array ``[B]``."""
         return self.header.parameters
+
+    def field(self, name: str) -> Field:
+        """One field; DataError with the names there are if it is missing."""
+        found: Field = self.stored(name).field
+        return found
+
+    def stored(self, name: str) -> Any:
+        """A field and where its values are stored; DataError with the names there are if it is missing."""
+        if name not in self.header.fields:
+            raise DataError(f"{self.path}: there is no field {name!r}; there are {sorted(self.header.fields)}")
+        return self.header.fields[name]
+
+    def read(
+        self,
+        name: str,
+        trajectory: int,
+        frames: range,
+        out: np.ndarray,
+        *,
+        finite: bool = True,
+        shift: float = 0.0,
+        scale: float = 1.0,
+    ) -> None:
+        """Read ``(x - shift) / scale`` of frames of one field, components first.
+
+        Parameters
+        ----------
+        name : str
+        trajectory : int
+        frames : range
+            Frames to read, in order; ignored for a static field.
+        out : ndarray, float32
+            ``[len(frames), C, *grid]``, or ``[C, *grid]`` for a static field; C is the number of space dimensions
+            for a vector and 1 for a scalar. May be a view with any strides.
+        finite : bool
+            Refuse NaN and infinity.
+        shift, scale : float
+            Of float32 arithmetic.
+
+        Raises
+        ------
+        DataError
+            If the values cannot be read, or hold NaN or infinity: names file, field, trajectory and frame.
+        """
+        stored = self.stored(name)
+        if not 0 <= trajectory < self.num_trajectories:
+            raise IndexError(f"trajectory {trajectory} of {self.num_trajectories} in {self.path}")
+        if stored.field.static:
+            frames, out = range(1), out[None]
+        elif frames and not (0 <= min(frames) and max(frames) < self.num_frames):
+            raise IndexError(f"frames {frames} of {self.num_frames} in {self.path}")
+        if len(out) != len(frames):
+            raise ValueError(f"out has {len(out)} frames, wanted are {len(frames)}")
+        self._read(stored, trajectory, frames, out, finite, shift, scale)
+
+    @abstractmethod
+    def _read(
+        self, stored: Any, trajectory: int, frames: range, out: np.ndarray, finite: bool, shift: float, scale: float
+    ) -> None:
+        """`read` into ``out`` [T, C, *grid]; of a static field one frame."""
+
+    def _open(self) -> Any:
+        """A handle of the file, or its arrays by name."""
+        raise NotImplementedError
+
+    def _opened(self) -> Any:
+        """What `_open` gives, once a process: a handle inherited through fork shares the parent's file description."""
+        if self._process != os.getpid():
+            self.close()
+            self._process = os.getpid()
+        if self._handle is None:
+            self._handle = self._open()
+        return self._handle
+
+    def _buffer(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Memory for values as they are stored, float32, which the next read may reuse."""
+        if shape not in self._scratch:
+            self._scratch[shape] = np.empty(shape, dtype=np.float32)
+        return self._scratch[shape]
+
+    def close(self) -> None:
+        """Close the handle of this process; the next read opens it again."""
+        if isinstance(self._handle, h5py.File):
+            self._handle.close()
+        self._handle = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_handle": None, "_scratch": {}}
+
+    def __repr__(self) -> str:
+        counts = f"{self.num_trajectories} x {self.num_frames} frames"
+        return f"{type(self).__name__}({str(self.path)!r}, {self.format}, grid={self.grid}, {counts})"
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,8 @@ def plan_conversion(
         raise DataError(f"{first.path}: nothing in it changes in time; there is nothing to write (geometry alone?)")
     for file in every:
         _check_agreement(file, first, kept)
-        if file.doubts:
-            raise DataError(file.doubts[0])
+        if file.header.doubts:
+            raise DataError(file.header.doubts[0])
     stem = name or sources[0].resolve().stem
     if stem != Path(stem).name:
         raise ConfigError(f"name={stem!r} is part of the names of files; leave out slashes")
@@ -139,7 +139,7 @@ def plan_conversion(
 
 def assumptions(shards: Sequence[Shard]) -> list[str]:
     """What the sources do not say and the shards will state as facts, each once."""
-    return list(dict.fromkeys(note for shard in shards for file, _ in shard.trajectories for note in file.notes))
+    return list(dict.fromkeys(note for shard in shards for file, _ in shard.trajectories for note in file.header.notes))
 
 
 def convert(shards: Sequence[Shard], out: Path, progress: Progress = lambda _: None) -> int:

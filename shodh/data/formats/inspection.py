@@ -171,8 +171,8 @@ def _report(file: TrajectoryFile, sampled: list[tuple[int, int]], progress: Prog
         time_step=float(steps[0, 0]) if uniform else None,
         parameters={n: np.asarray(v).tolist() for n, v in file.parameters.items()},
         fields=[],
-        assumed=list(file.notes),
-        problems=list(file.doubts),
+        assumed=list(file.header.notes),
+        problems=list(file.header.doubts),
         frames_read=len(sampled),
     )
     if steps.size and not (steps > 0).all():

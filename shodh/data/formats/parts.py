@@ -38,7 +38,7 @@ def _span(file: TrajectoryFile) -> tuple[float, float]:
 
 
 def _follows(file: TrajectoryFile, former: TrajectoryFile) -> bool:
-    if file.timeless:
+    if file.header.timeless:
         return True
     (a, b), (c, d) = _span(former), _span(file)
     return c > a and b - c < 0.5 * min(b - a, d - c) + 1e-9 * (d - a)
@@ -49,12 +49,12 @@ def _candidates(files: Sequence[TrajectoryFile], order: Sequence[int]) -> list[l
     alike: dict[object, list[int]] = {}
     for i in order:
         pieces = tuple(re.split(r"\d+", files[i].path.stem))
-        kind = "jhtdb" if files[i].format == "jhtdb" else (files[i].timeless, pieces)
+        kind = "jhtdb" if files[i].format == "jhtdb" else (files[i].header.timeless, pieces)
         alike.setdefault((kind, files[i].num_trajectories), []).append(i)
     found = []
     for members in alike.values():
         starts = {i: _span(files[i])[0] for i in members}
-        timeless = files[members[0]].timeless
+        timeless = files[members[0]].header.timeless
         if len(members) == 1 or (len(set(starts.values())) == 1 and not timeless):
             continue
         if files[members[0]].format == "jhtdb":
@@ -73,7 +73,7 @@ def _candidates(files: Sequence[TrajectoryFile], order: Sequence[int]) -> list[l
 def _drops(file: TrajectoryFile, numbers: dict[int, list[str]], starts: dict[int, float]) -> list[set[int]]:
     """Numbers of a name, by their positions, that may count parts in time."""
     positions = range(len(next(iter(numbers.values()))))
-    if file.timeless:
+    if file.header.timeless:
         pieces = re.split(r"\d+", file.path.stem)
         return [{j} for j in positions if (words(pieces[j]) or [""])[-1] in PART_WORDS]
     timed = {j for j in positions if len({(n[j], starts[i]) for i, n in numbers.items()})

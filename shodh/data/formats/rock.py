@@ -48,7 +48,9 @@ def describe(store: Store, path: Path, hints: FileHints) -> ArrayHeader:
     if hints.image_shape is None and said.image_shape is not None:
         notes.append(f"image_shape: {list(said.image_shape)} and dtype {said.image_dtype}, from the file's name")
     fields = {name: ArrayField(Field(name, static=True), "xyz", ((name,),))}
-    return ArrayHeader(grid, tuple(map(float, grid)), ("open",) * 3, 1, np.zeros(1), fields, {}, tuple(notes), frozenset(fields))
+    return ArrayHeader(
+        grid, tuple(map(float, grid)), ("open",) * 3, 1, np.zeros(1), fields, {}, tuple(notes), with_units=frozenset(fields)
+    )
 
 
 def from_name(path: Path, hints: FileHints) -> FileHints:

@@ -240,7 +240,7 @@ def _blocks_of_files(
     parts: list[tuple[TrajectoryFile, range]] = []
     last = -np.inf
     for file in sorted(files, key=lambda f: (float(np.min(f.time)), natural_key(f.path.name))):
-        repeated = 0 if file.timeless else int((file.time <= last).sum())
+        repeated = 0 if file.header.timeless else int((file.time <= last).sum())
         parts.append((file, range(repeated, file.num_frames)))
         last = max(last, float(np.max(file.time)))
     blocks = time_blocks(sum(len(frames) for _, frames in parts), shares)
