@@ -1,11 +1,12 @@
-"""The protocol of a physical regime and the fields that all built-in regimes share."""
+"""What a physical regime is, and the checks, fields and noise that built-in regimes share."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -25,23 +26,37 @@ FIELDS = (
 )
 
 
-class Regime(Protocol):
+@dataclass(frozen=True)
+class SolvedRegime(ABC):
     """One physical regime: a schema and a batched solver. Parameters are the dataclass fields of the regime.
 
-    A regime is one frozen dataclass in `shodh.physics.regimes`. ``ranges`` gives, for the parameters that a study would
-    vary, the interval in which the solver was checked; ``check`` names, in one line, the analytic or published result
-    that its test compares with. The time between frames is the parameter ``frame_interval``.
+    A regime is one frozen dataclass in `shodh.physics.regimes`. The time between frames is the parameter
+    ``frame_interval``.
+
+    Attributes
+    ----------
+    name : str
+    ranges : mapping
+        For the parameters that a study would vary, the interval in which the solver was checked.
+    check : str
+        In one line, the analytic or published result that its test compares with.
+    fields, boundary : tuple
+        Of the schema.
     """
 
-    name: str
-    ranges: Mapping[str, tuple[float, float]]
-    check: str
+    name: ClassVar[str]
+    ranges: ClassVar[Mapping[str, tuple[float, float]]]
+    check: ClassVar[str]
+    fields: ClassVar[tuple[Field, ...]]
+    boundary: ClassVar[tuple[Boundary, ...]]
 
     @property
     def schema(self) -> RegimeSchema:
         """Fields and boundaries of the trajectories."""
+        return RegimeSchema(self.name, self.fields, self.boundary)
 
     @property
+    @abstractmethod
     def bounds(self) -> Bounds:
         """What no solution does; see `shodh.physics.bounds`."""
 
@@ -56,35 +71,6 @@ class Regime(Protocol):
         **parameters: Any,
     ) -> Trajectories:
         """Solve ``len(seeds)`` trajectories; trajectory ``b`` depends on ``seeds[b]`` and the parameters alone."""
-
-
-@dataclass(frozen=True)
-class SolvedRegime(ABC):
-    """What every built-in regime does before it solves: changed parameters are taken, and the request is checked."""
-
-    name: ClassVar[str]
-
-    @property
-    @abstractmethod
-    def schema(self) -> RegimeSchema:
-        """Fields and boundaries of the trajectories."""
-
-    @property
-    @abstractmethod
-    def bounds(self) -> Bounds:
-        """What no solution does; see `shodh.physics.bounds`."""
-
-    def simulate(
-        self,
-        seeds: Sequence[int],
-        grid: tuple[int, ...],
-        frames: int,
-        *,
-        device: str = "cpu",
-        progress: Progress | None = None,
-        **parameters: Any,
-    ) -> Trajectories:
-        """Solve one trajectory for each seed; see `Regime`."""
         if parameters:
             return replace(self, **parameters).simulate(seeds, grid, frames, device=device, progress=progress)
         check_request(self.name, seeds, grid, frames, ndim=self.schema.ndim)
@@ -96,10 +82,38 @@ class SolvedRegime(ABC):
     ) -> Trajectories:
         """Solve a request that was checked."""
 
+    def require(self, key: str, fits: bool, what: str) -> None:
+        """Refuse a parameter that does not fit: it "must ``what``"; raises `ConfigError`."""
+        if not fits:
+            raise ConfigError(f"{self.name}.{key}={getattr(self, key)} must {what}")
 
-def flow_schema(name: str, boundary: tuple[Boundary, Boundary, Boundary]) -> RegimeSchema:
-    """Schema of a flow with velocity, tracer and solid mask."""
-    return RegimeSchema(name, FIELDS, boundary)
+    def require_positive(self, *keys: str) -> None:
+        """Refuse parameters that are not finite and positive."""
+        check_positive(self.name, **self.values_of(*keys))
+
+    def require_not_negative(self, *keys: str) -> None:
+        """Refuse parameters that are not finite, or below zero."""
+        for key in keys:
+            self.require(key, 0 <= getattr(self, key) < math.inf, "be a number >= 0")
+
+    def values_of(self, *keys: str) -> dict[str, float]:
+        """Parameters by their names."""
+        return {key: getattr(self, key) for key in keys}
+
+    def trajectories(
+        self,
+        lengths: tuple[float, ...],
+        values: dict[str, np.ndarray],
+        parameters: Mapping[str, float | np.ndarray],
+        diagnostics: Mapping[str, np.ndarray],
+    ) -> Trajectories:
+        """What was solved, with its frames ``frame_interval`` apart."""
+        frames = values[self.schema.dynamic[0].name].shape[1]
+        time = np.arange(frames) * self.frame_interval  # type: ignore[attr-defined]
+        return Trajectories(self.schema, lengths, time, values, parameters, diagnostics)
+
+
+Regime: TypeAlias = SolvedRegime
 
 
 def check_request(

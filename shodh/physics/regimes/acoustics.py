@@ -11,27 +11,21 @@ solenoidal, and is therefore called ``acoustic_velocity``; pressure and velocity
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.core.errors import ConfigError
 from shodh.physics.bounds import Bounds, Limit, Range
-from shodh.physics.regime import Progress, SolvedRegime, check_finite, check_positive, smooth_noise
+from shodh.physics.frames import FrameStore, run_frames
+from shodh.physics.regime import Progress, SolvedRegime, smooth_noise
 from shodh.physics.solvers.acoustics import SoundField, stable_steps, wave_rate
 from shodh.physics.solvers.stability import Clock
-from shodh.schema.fields import Field, RegimeSchema, Trajectories
+from shodh.schema.fields import Field, Trajectories
 
-# The sound speed is positive.
-FIELDS = (
-    Field("pressure"),
-    Field("acoustic_velocity", kind="vector", placement="face"),
-    Field("sound_speed", static=True),
-)
 PERIODIC = (True, True, False)
 
 
@@ -72,14 +66,17 @@ class Acoustics(SolvedRegime):
     name = "acoustics"
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"contrast": (1.0, 4.0), "wave_scale": (0.04, 0.2)}
     check: ClassVar[str] = "discrete dispersion relation; exact energy; reflection at an interface"
+    fields = (
+        Field("pressure"),
+        Field("acoustic_velocity", kind="vector", placement="face"),
+        Field("sound_speed", static=True),
+    )
+    boundary = ("periodic", "periodic", "wall")
 
     def __post_init__(self) -> None:
-        positive = ("medium_scale", "wave_scale", "frame_interval", "courant")
-        check_positive(self.name, **{key: getattr(self, key) for key in positive})
-        if not 1.0 <= self.contrast < np.inf:
-            raise ConfigError(f"{self.name}.contrast={self.contrast} must be a number >= 1")
-        if self.courant >= 1.0:
-            raise ConfigError(f"{self.name}.courant={self.courant} must be below 1, the limit of stability")
+        self.require_positive("medium_scale", "wave_scale", "frame_interval", "courant")
+        self.require("contrast", 1.0 <= self.contrast < math.inf, "be a number >= 1")
+        self.require("courant", self.courant < 1.0, "be below 1, the limit of stability")
 
     @property
     def bounds(self) -> Bounds:
@@ -87,11 +84,6 @@ class Acoustics(SolvedRegime):
         return Bounds(
             (Range("sound_speed", 1.0 - 1e-5, self.contrast * (1.0 + 1e-5)),), limits=(Limit("energy_drift", 1e-3),)
         )
-
-    @property
-    def schema(self) -> RegimeSchema:
-        """Fields and boundaries: periodic, periodic, wall."""
-        return RegimeSchema(self.name, FIELDS, ("periodic", "periodic", "wall"))
 
     def start(self, seeds: Sequence[int], grid: Sequence[int], spacing: float, device: str) -> SoundField:
         """The medium and the initial sound of each seed."""
@@ -124,27 +116,19 @@ class Acoustics(SolvedRegime):
         if frames > 1:
             clock.record_equal(steps * (frames - 1), dt, wave_rate(self.contrast, sound.spacing))
         before = sound.energy(dt)
-        pressure = np.empty((len(seeds), frames, *grid), dtype=np.float32)
-        velocity = np.empty((len(seeds), frames, *grid, 3), dtype=np.float32)
-        for index in range(frames):
-            if index:
-                sound.advance(self.frame_interval, steps)
-            check_finite(self.name, seeds, sound.pressure, f"lower {self.name}.courant={self.courant:g}")
-            pressure[:, index] = sound.pressure.float().cpu().numpy()
-            velocity[:, index] = torch.stack(sound.velocity, dim=-1).float().cpu().numpy()
-            if progress is not None:
-                progress((index + 1) / frames)
-        return Trajectories(
-            schema=self.schema,
-            lengths=tuple(n * sound.spacing[0] for n in grid),
-            time=np.arange(frames) * self.frame_interval,
-            values={
-                "pressure": pressure,
-                "acoustic_velocity": velocity,
-                "sound_speed": sound.stiffness.sqrt().float().cpu().numpy(),
-            },
-            parameters={"contrast": self.contrast, "wave_scale": self.wave_scale},
-            diagnostics={
+        store = FrameStore(self.schema, seeds, grid, frames, f"lower {self.name}.courant={self.courant:g}")
+        store.put(0, sound_speed=sound.stiffness.sqrt().movedim(0, -1))
+
+        def put(index: int) -> None:
+            velocity = torch.stack(sound.velocity).movedim(1, -1)
+            store.put(index, pressure=sound.pressure.movedim(0, -1), acoustic_velocity=velocity)
+
+        run_frames(frames, put, lambda: sound.advance(self.frame_interval, steps), progress)
+        return self.trajectories(
+            tuple(n * sound.spacing[0] for n in grid),
+            store.values,
+            self.values_of("contrast", "wave_scale"),
+            {
                 "energy": before.double().cpu().numpy(),
                 **clock.diagnostics(),
                 "energy_drift": (sound.energy(dt) / before - 1.0).double().cpu().numpy(),

@@ -21,9 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from shodh.core.errors import ConfigError
 from shodh.physics.bounds import Bounds, Range
-from shodh.physics.regime import check_positive
 from shodh.physics.solvers.spectral import SpectralGrid, courant_rate, random_vector
 from shodh.physics.solvers.spectral_flow import kinetic_energy
 from shodh.physics.solvers.spectral_regime import SpectralRegime
@@ -78,9 +76,8 @@ class Burgers(SpectralRegime):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self.name, viscosity=self.viscosity, peak_wavenumber=self.peak_wavenumber)
-        if not 0 <= self.rotational <= 1:
-            raise ConfigError(f"{self.name}.rotational={self.rotational} must be between 0 and 1")
+        self.require_positive("viscosity", "peak_wavenumber")
+        self.require("rotational", 0 <= self.rotational <= 1, "be between 0 and 1")
 
     @property
     def bounds(self) -> Bounds:
@@ -89,7 +86,7 @@ class Burgers(SpectralRegime):
 
     @property
     def constants(self) -> dict[str, float]:
-        return {"viscosity": self.viscosity, "rotational": self.rotational}
+        return self.values_of("viscosity", "rotational")
 
     def equations(self, space: SpectralGrid) -> BurgersFlow:
         return BurgersFlow(space, self.viscosity)

@@ -22,17 +22,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.core.errors import ConfigError
 from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds, Limit, Range
 from shodh.physics.frames import FrameStore, run_frames
-from shodh.physics.regime import Progress, SolvedRegime, check_positive
+from shodh.physics.regime import Progress, SolvedRegime
 from shodh.physics.solvers.finite_volume import FiniteVolume
-from shodh.schema.fields import Field, RegimeSchema, Trajectories
+from shodh.schema.fields import Field, Trajectories
 
 DENSITY = TEMPERATURE = (0.1, 10.0)
 AMPLITUDE = (0.01, 0.2)
@@ -147,32 +145,20 @@ class Compressible2d(SolvedRegime):
         "bulk_viscosity": (1e-8, 0.1),
     }
     check: ClassVar[str] = "Sod's shock tube, isentropic vortex at second order, viscous decay of a shear wave"
+    fields = (Field("density"), Field("compressible_velocity", kind="vector"), Field("pressure"))
+    boundary = ("periodic", "periodic")
 
     def __post_init__(self) -> None:
-        check_positive(
-            self.name, mach=self.mach, modes=self.modes, frame_interval=self.frame_interval, courant=self.courant
-        )
-        for key in ("shear_viscosity", "bulk_viscosity"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise ConfigError(f"{self.name}.{key}={getattr(self, key)} must be a number >= 0")
-        if not 1.0 < self.gamma < math.inf:
-            raise ConfigError(f"{self.name}.gamma={self.gamma} must be a number above 1")
-        if self.courant > 0.5:
-            raise ConfigError(
-                f"{self.name}.courant={self.courant} must not exceed 0.5: the density could turn negative"
-            )
+        self.require_positive("mach", "modes", "frame_interval", "courant")
+        self.require_not_negative("shear_viscosity", "bulk_viscosity")
+        self.require("gamma", 1.0 < self.gamma < math.inf, "be a number above 1")
+        self.require("courant", self.courant <= 0.5, "not exceed 0.5: the density could turn negative")
 
     @property
     def bounds(self) -> Bounds:
         """Density and pressure are positive; mass and energy are conserved."""
         positive = (Range("density", TINY), Range("pressure", TINY))
         return Bounds(positive, limits=(Limit("mass_drift", 1e-3), Limit("energy_drift", 1e-3)))
-
-    @property
-    def schema(self) -> RegimeSchema:
-        """Density, velocity and pressure in a periodic box."""
-        fields = (Field("density"), Field("compressible_velocity", kind="vector"), Field("pressure"))
-        return RegimeSchema(self.name, fields, ("periodic", "periodic"))
 
     def initial_state(self, seed: int, grid: Sequence[int]) -> Tensor:
         """``(rho, u, v, p)`` ``[4, X, Y]``, fp64; the same function of space on every grid."""
@@ -223,18 +209,11 @@ class Compressible2d(SolvedRegime):
 
         run_frames(frames, put, advance, progress)
         drift = (solver.conserved.double().sum((1, 2)) / totals - 1.0).abs()
-        return Trajectories(
-            schema=self.schema,
-            lengths=(1.0, 1.0),
-            time=np.arange(frames) * self.frame_interval,
-            values=store.values,
-            parameters={
-                "mach": self.mach,
-                "shear_viscosity": self.shear_viscosity,
-                "bulk_viscosity": self.bulk_viscosity,
-                "gamma": self.gamma,
-            },
-            diagnostics={
+        return self.trajectories(
+            (1.0, 1.0),
+            store.values,
+            self.values_of("mach", "shear_viscosity", "bulk_viscosity", "gamma"),
+            {
                 "mass_drift": drift[0].cpu().numpy(),
                 "energy_drift": drift[3].cpu().numpy(),
                 **solver.clock.diagnostics(),

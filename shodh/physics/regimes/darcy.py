@@ -24,20 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.core.errors import ConfigError, NonFiniteError
+from shodh.core.errors import NonFiniteError
 from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds, Limit, Range
-from shodh.physics.regime import Progress, SolvedRegime, check_positive, smooth_noise
+from shodh.physics.regime import Progress, SolvedRegime, smooth_noise
 from shodh.physics.solvers.conduction import HeterogeneousDiffusion
 from shodh.physics.solvers.operators import divergence
-from shodh.schema.fields import Field, RegimeSchema, Trajectories
+from shodh.schema.fields import Field, Trajectories
 
-# The permeability is positive; the pressure has both signs.
-FIELDS = (
-    Field("pressure"),
-    Field("flux", kind="vector", placement="face"),
-    Field("permeability", static=True),
-)
 CLOSED_AXIS = 2
 # Harmonics of a well's rate.
 HARMONICS = 3
@@ -94,22 +88,18 @@ class Darcy(SolvedRegime):
     name = "darcy"
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"log_std": (0.1, 1.5), "correlation": (0.15, 1.0)}
     check: ClassVar[str] = "layered media exact; square checkerboard sqrt(k1 k2) (Dykhne 1971); mass balance"
+    fields = (Field("pressure"), Field("flux", kind="vector", placement="face"), Field("permeability", static=True))
+    boundary = ("periodic", "periodic", "wall")
 
     def __post_init__(self) -> None:
-        positive = ("log_std", "correlation", "well_radius", "rate", "frame_interval", "tolerance", "max_iterations")
-        check_positive(self.name, **{key: getattr(self, key) for key in positive})
-        if self.wells < 2:
-            raise ConfigError(f"{self.name}.wells={self.wells} must be at least 2: what one injects another takes out")
+        self.require_positive("log_std", "correlation", "well_radius", "rate")
+        self.require_positive("frame_interval", "tolerance", "max_iterations")
+        self.require("wells", self.wells >= 2, "be at least 2: what one injects another takes out")
 
     @property
     def bounds(self) -> Bounds:
         """What flows out of a cell is what wells inject there; the permeability is positive."""
         return Bounds((Range("permeability", 0.0),), limits=(Limit("mass_imbalance", 100.0 * self.tolerance),))
-
-    @property
-    def schema(self) -> RegimeSchema:
-        """Fields and boundaries: periodic, periodic, wall."""
-        return RegimeSchema(self.name, FIELDS, ("periodic", "periodic", "wall"))
 
     def make_permeability(self, seed: int, grid: Sequence[int], lengths: Sequence[float]) -> Tensor:
         """Permeability ``[X, Y, Z]`` (fp64) of median about 1."""
@@ -152,7 +142,7 @@ class _Run:
     """One batch under way."""
 
     def __init__(self, regime: Darcy, seeds: Sequence[int], grid: tuple[int, ...], frames: int, device: str) -> None:
-        self.regime, self.seeds, self.grid, self.frames = regime, seeds, grid, frames
+        self.regime, self.seeds = regime, seeds
         self.spacing = (1.0 / max(grid),) * 3
         self.lengths = tuple(n * self.spacing[0] for n in grid)
         media = [regime.make_permeability(seed, grid, self.lengths) for seed in seeds]
@@ -200,13 +190,11 @@ class _Run:
         regime = self.regime
         permeability = self.permeability.float().cpu().numpy()
         logarithm = np.log10(permeability).reshape(len(permeability), -1).astype(np.float64)
-        return Trajectories(
-            schema=regime.schema,
-            lengths=self.lengths,
-            time=np.arange(self.frames) * regime.frame_interval,
-            values={"pressure": self.pressure, "flux": self.flux, "permeability": permeability},
-            parameters={"log_std": regime.log_std, "rate": regime.rate},
-            diagnostics={
+        return regime.trajectories(
+            self.lengths,
+            {"pressure": self.pressure, "flux": self.flux, "permeability": permeability},
+            regime.values_of("log_std", "rate"),
+            {
                 "solver_residual": self.residual,
                 "mass_imbalance": self.imbalance,
                 "permeability_decades": logarithm.max(1) - logarithm.min(1),

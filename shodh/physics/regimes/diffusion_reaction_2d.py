@@ -10,6 +10,7 @@ take both signs. Scheme: :mod:`shodh.physics.solvers.reaction_diffusion`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,14 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.core.errors import ConfigError
 from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds, Range
 from shodh.physics.frames import FrameStore, run_frames
-from shodh.physics.regime import Progress, SolvedRegime, check_positive
+from shodh.physics.regime import Progress, SolvedRegime
 from shodh.physics.solvers.reaction_diffusion import Reaction, ReactionDiffusion
 from shodh.physics.solvers.stability import Clock
-from shodh.schema.fields import Field, RegimeSchema, Trajectories
+from shodh.schema.fields import Field, Trajectories
 
 EDGE = 2.0
 # Standard deviations that the initial noise may reach in a cell: one in 5e6 cells goes beyond.
@@ -78,25 +78,19 @@ class DiffusionReaction2d(SolvedRegime):
         "k": (1e-3, 1e-2),
     }
     check: ClassVar[str] = "growth rate of perturbations of the uniform state (largest .27231 at k = 13.9)"
+    fields = (Field("activator"), Field("inhibitor"))
+    boundary = ("wall", "wall")
 
     def __post_init__(self) -> None:
-        positive = ("diffusivity_u", "diffusivity_v", "frame_interval", "time_step")
-        check_positive(self.name, **{key: getattr(self, key) for key in positive})
-        if not np.isfinite(self.k):
-            raise ConfigError(f"{self.name}.k={self.k} must be a number")
-        if not 0 <= self.noise <= 1:
-            raise ConfigError(f"{self.name}.noise={self.noise} must be between 0 and 1")
+        self.require_positive("diffusivity_u", "diffusivity_v", "frame_interval", "time_step")
+        self.require("k", math.isfinite(self.k), "be a number")
+        self.require("noise", 0 <= self.noise <= 1, "be between 0 and 1")
 
     @property
     def bounds(self) -> Bounds:
         """An invariant square of the reaction; a tail of the initial noise may lie beyond `largest`."""
         most = 1.3 * self.largest
         return Bounds((Range("activator", -most, most), Range("inhibitor", -most, most)))
-
-    @property
-    def schema(self) -> RegimeSchema:
-        """Two scalars in a closed box."""
-        return RegimeSchema(self.name, (Field("activator"), Field("inhibitor")), ("wall", "wall"))
 
     @property
     def largest(self) -> float:
@@ -137,13 +131,11 @@ class DiffusionReaction2d(SolvedRegime):
             store.put(index, activator=activator, inhibitor=inhibitor)
 
         run_frames(frames, put, advance, progress)
-        return Trajectories(
-            schema=self.schema,
-            lengths=(EDGE, EDGE),
-            time=np.arange(frames) * self.frame_interval,
-            values=store.values,
-            parameters={"diffusivity_u": self.diffusivity_u, "diffusivity_v": self.diffusivity_v, "k": self.k},
-            diagnostics={
+        return self.trajectories(
+            (EDGE, EDGE),
+            store.values,
+            self.values_of("diffusivity_u", "diffusivity_v", "k"),
+            {
                 "activator_std": store.values["activator"][:, -1].std((1, 2), dtype=np.float64),
                 **clock.diagnostics(),
             },

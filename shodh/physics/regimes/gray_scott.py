@@ -21,15 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.core.errors import ConfigError
 from shodh.physics.bounds import Bounds, Range
-from shodh.physics.regime import Progress, SolvedRegime, check_finite, check_positive, smooth_noise
+from shodh.physics.frames import FrameStore, run_frames
+from shodh.physics.regime import Progress, SolvedRegime, smooth_noise
 from shodh.physics.solvers.reaction_diffusion import Reaction, ReactionDiffusion
 from shodh.physics.solvers.stability import Clock
-from shodh.schema.fields import Field, RegimeSchema, Trajectories
+from shodh.schema.fields import Boundary, Field, Trajectories
 
-# Both concentrations are positive.
-FIELDS = (Field("substrate"), Field("autocatalyst"))
 # A bound of the modulus of the Jacobian's eigenvalues without feed and kill: its entries v^2 and 2 u v sum to less than
 # (u + v)^2, and u + v stays near or below 1.
 REACTION_RADIUS = 2.0
@@ -98,12 +96,13 @@ class GrayScott(SolvedRegime):
     name = "gray_scott"
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"feed": (0.014, 0.058), "kill": (0.051, 0.065)}
     check: ClassVar[str] = "growth rate of a perturbation of the uniform state; second order in space and time"
+    fields = (Field("substrate"), Field("autocatalyst"))
+    boundary: ClassVar[tuple[Boundary, ...]] = ("periodic", "periodic", "periodic")
 
     def __post_init__(self) -> None:
-        positive = ("feed", "kill", "diffusivity_u", "diffusivity_v", "length", "patch_size", "frame_interval")
-        check_positive(self.name, **{key: getattr(self, key) for key in (*positive, "time_step")})
-        if not 0 <= self.spin_up < np.inf:
-            raise ConfigError(f"{self.name}.spin_up={self.spin_up} must be a number >= 0")
+        self.require_positive("feed", "kill", "diffusivity_u", "diffusivity_v")
+        self.require_positive("length", "patch_size", "frame_interval", "time_step")
+        self.require_not_negative("spin_up")
 
     @property
     def bounds(self) -> Bounds:
@@ -113,11 +112,6 @@ class GrayScott(SolvedRegime):
         """
         most = 1.1 * max(1.0, 0.5 * self.diffusivity_u / self.diffusivity_v)
         return Bounds((Range("substrate", -0.01, 1.01), Range("autocatalyst", -0.01, most)))
-
-    @property
-    def schema(self) -> RegimeSchema:
-        """Fields and boundaries: periodic along all axes."""
-        return RegimeSchema(self.name, FIELDS, ("periodic", "periodic", "periodic"))
 
     def _solve(
         self, seeds: Sequence[int], grid: tuple[int, ...], frames: int, device: str, progress: Progress | None
@@ -135,30 +129,27 @@ class GrayScott(SolvedRegime):
         state = torch.stack(start, dim=1).to(device, torch.float64 if self.double else torch.float32)
         clock = Clock(len(seeds))
         state = system.advance(state, self.spin_up, self.time_step, clock) if self.spin_up else state
-        stored = np.empty((2, len(seeds), frames, *grid), dtype=np.float32)
-        for index in range(frames):
-            if index:
-                state = system.advance(state, self.frame_interval, self.time_step, clock)
-            check_finite(self.name, seeds, state.transpose(0, 1), f"lower {self.name}.time_step={self.time_step:g}")
-            stored[:, :, index] = state.float().cpu().numpy()
-            if progress is not None:
-                progress((index + 1) / frames)
+        store = FrameStore(self.schema, seeds, grid, frames, f"lower {self.name}.time_step={self.time_step:g}")
+
+        def advance() -> None:
+            nonlocal state
+            state = system.advance(state, self.frame_interval, self.time_step, clock)
+
+        def put(index: int) -> None:
+            substrate, autocatalyst = state.movedim(1, -1)
+            store.put(index, substrate=substrate, autocatalyst=autocatalyst)
+
+        run_frames(frames, put, advance, progress)
+        substrate, autocatalyst = store.values["substrate"], store.values["autocatalyst"]
         sampled = tuple(range(1, ndim + 2))
-        return Trajectories(
-            schema=self.schema,
-            lengths=tuple(n * spacing[0] for n in grid),
-            time=np.arange(frames) * self.frame_interval,
-            values={"substrate": stored[0], "autocatalyst": stored[1]},
-            parameters={
-                "feed": self.feed,
-                "kill": self.kill,
-                "diffusivity_u": self.diffusivity_u,
-                "diffusivity_v": self.diffusivity_v,
-            },
-            diagnostics={
-                "substrate_min": stored[0].min(sampled).astype(np.float64),
-                "autocatalyst_min": stored[1].min(sampled).astype(np.float64),
-                "autocatalyst_std": stored[1].std(sampled, dtype=np.float64),
+        return self.trajectories(
+            tuple(n * spacing[0] for n in grid),
+            store.values,
+            self.values_of("feed", "kill", "diffusivity_u", "diffusivity_v"),
+            {
+                "substrate_min": substrate.min(sampled).astype(np.float64),
+                "autocatalyst_min": autocatalyst.min(sampled).astype(np.float64),
+                "autocatalyst_std": autocatalyst.std(sampled, dtype=np.float64),
                 **clock.diagnostics(),
             },
         )

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shodh.physics.regimes.gray_scott import FIELDS, GrayScott
-from shodh.schema.fields import RegimeSchema
+from shodh.physics.regimes.gray_scott import GrayScott
 
 
 @dataclass(frozen=True)
@@ -22,8 +21,4 @@ class GrayScott2d(GrayScott):
     frame_interval: float = 10.0
 
     name = "gray_scott_2d"
-
-    @property
-    def schema(self) -> RegimeSchema:
-        """Fields and boundaries: periodic along both axes."""
-        return RegimeSchema(self.name, FIELDS, ("periodic", "periodic"))
+    boundary = ("periodic", "periodic")

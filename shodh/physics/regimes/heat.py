@@ -25,17 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.core.errors import ConfigError
 from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds, Range
-from shodh.physics.regime import Progress, SolvedRegime, check_finite, check_positive, smooth_noise
+from shodh.physics.frames import FrameStore, run_frames
+from shodh.physics.regime import Progress, SolvedRegime, smooth_noise
 from shodh.physics.solvers.conduction import HeterogeneousDiffusion
 from shodh.physics.solvers.stability import Clock, diffusion_rate
 from shodh.physics.solvers.stabilized import legendre_step, legendre_steps, stability_limit
-from shodh.schema.fields import Field, RegimeSchema, Trajectories
+from shodh.schema.fields import Field, Trajectories
 
-# The conductivity is positive; the temperature has both signs.
-FIELDS = (Field("temperature"), Field("conductivity", static=True))
 # Steepness of the passage from one material to the other: about a fifth of the inclusions' size.
 SHARPNESS = 2.0
 # Peak heating of a source, times its width squared.
@@ -134,18 +132,14 @@ class Heat(SolvedRegime):
     name = "heat"
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"contrast": (1.0, 100.0), "source_speed": (0.0, 10.0)}
     check: ClassVar[str] = "exact decay of a mode; layers in series (harmonic mean) and in parallel (arithmetic mean)"
+    fields = (Field("temperature"), Field("conductivity", static=True))
+    boundary = ("periodic", "periodic", "periodic")
 
     def __post_init__(self) -> None:
-        positive = ("inclusion_size", "source_width", "initial_scale", "frame_interval")
-        check_positive(self.name, **{key: getattr(self, key) for key in positive})
-        if not 1.0 <= self.contrast < np.inf:
-            raise ConfigError(f"{self.name}.contrast={self.contrast} must be a number >= 1")
-        if not 0.0 <= self.source_speed < np.inf:
-            raise ConfigError(f"{self.name}.source_speed={self.source_speed} must be a number >= 0")
-        if not 0.0 <= self.spin_up < np.inf:
-            raise ConfigError(f"{self.name}.spin_up={self.spin_up} must be a number >= 0")
-        if self.sources < 0 or self.sources % 2:
-            raise ConfigError(f"{self.name}.sources={self.sources} must be even: as many sinks as sources")
+        self.require_positive("inclusion_size", "source_width", "initial_scale", "frame_interval")
+        self.require("contrast", 1.0 <= self.contrast < math.inf, "be a number >= 1")
+        self.require_not_negative("source_speed", "spin_up")
+        self.require("sources", self.sources >= 0 and self.sources % 2 == 0, "be even: as many sinks as sources")
 
     @property
     def bounds(self) -> Bounds:
@@ -154,11 +148,6 @@ class Heat(SolvedRegime):
         most = INITIAL_REACH + 0.5 * self.sources * PEAK * edge
         slack = 1.0 + 1e-5
         return Bounds((Range("temperature", -most, most), Range("conductivity", 1.0 / (edge * slack), edge * slack)))
-
-    @property
-    def schema(self) -> RegimeSchema:
-        """Fields and boundaries: periodic along all axes."""
-        return RegimeSchema(self.name, FIELDS, ("periodic", "periodic", "periodic"))
 
     def _solve(
         self, seeds: Sequence[int], grid: tuple[int, ...], frames: int, device: str, progress: Progress | None
@@ -183,32 +172,32 @@ class Heat(SolvedRegime):
         if self.source_speed:
             most = min(most, MOST_MOVEMENT * self.source_width / self.source_speed)
 
-        def advance(state: Tensor, time: float, interval: float) -> Tensor:
+        def advance(time: float, interval: float) -> None:
+            nonlocal temperature
             steps, stages = legendre_steps(interval, radius, most)
             clock.record_equal(steps, interval / steps, radius / stability_limit(stages))
             for step in range(steps):
-                state = legendre_step(tendency, state, time + step * interval / steps, interval / steps, stages)
-            return state
+                start = time + step * interval / steps
+                temperature = legendre_step(tendency, temperature, start, interval / steps, stages)
 
         if self.spin_up:
-            temperature = advance(temperature, -self.spin_up, self.spin_up)
-        stored = np.empty((len(seeds), frames, *grid), dtype=np.float32)
-        for index in range(frames):
-            if index:
-                temperature = advance(temperature, (index - 1) * self.frame_interval, self.frame_interval)
-            check_finite(self.name, seeds, temperature, f"lower {self.name}.contrast={self.contrast:g}")
-            stored[:, index] = temperature.float().cpu().numpy()
-            if progress is not None:
-                progress((index + 1) / frames)
-        return Trajectories(
-            schema=self.schema,
-            lengths=lengths,
-            time=np.arange(frames) * self.frame_interval,
-            values={"temperature": stored, "conductivity": conductivity.float().cpu().numpy()},
-            parameters={"contrast": self.contrast, "source_speed": self.source_speed},
-            diagnostics={
+            advance(-self.spin_up, self.spin_up)
+        store = FrameStore(self.schema, seeds, grid, frames, f"lower {self.name}.contrast={self.contrast:g}")
+        store.put(0, conductivity=conductivity.movedim(0, -1))
+        starts = iter(range(frames))
+        run_frames(
+            frames,
+            lambda index: store.put(index, temperature=temperature.movedim(0, -1)),
+            lambda: advance(next(starts) * self.frame_interval, self.frame_interval),
+            progress,
+        )
+        return self.trajectories(
+            lengths,
+            store.values,
+            self.values_of("contrast", "source_speed"),
+            {
                 "temperature_mean": temperature.double().mean((1, 2, 3)).cpu().numpy(),
-                "temperature_std": stored.std((1, 2, 3, 4), dtype=np.float64),
+                "temperature_std": store.values["temperature"].std((1, 2, 3, 4), dtype=np.float64),
                 "conductivity_mean": conductivity.double().mean((1, 2, 3)).cpu().numpy(),
                 **clock.diagnostics(),
             },

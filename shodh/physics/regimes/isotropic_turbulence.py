@@ -21,9 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from shodh.core.errors import ConfigError
 from shodh.physics.bounds import Bounds
-from shodh.physics.regime import check_positive
 from shodh.physics.solvers.spectral import SpectralGrid, random_scalar, random_vector
 from shodh.physics.solvers.spectral_flow import IncompressibleFlow, derivative_skewness, flow_statistics, overshoot
 from shodh.physics.solvers.spectral_regime import (
@@ -62,13 +60,7 @@ class _IsotropicTurbulence(SpectralRegime):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(
-            self.name,
-            viscosity=self.viscosity,
-            schmidt=self.schmidt,
-            peak_wavenumber=self.peak_wavenumber,
-            tracer_scale=self.tracer_scale,
-        )
+        self.require_positive("viscosity", "schmidt", "peak_wavenumber", "tracer_scale")
 
     @property
     @abstractmethod
@@ -82,7 +74,7 @@ class _IsotropicTurbulence(SpectralRegime):
 
     @property
     def constants(self) -> dict[str, float]:
-        return {"viscosity": self.viscosity, "schmidt": self.schmidt}
+        return self.values_of("viscosity", "schmidt")
 
     def equations(self, space: SpectralGrid) -> IncompressibleFlow:
         return IncompressibleFlow(space, self.viscosity, diffusivity=self.viscosity / self.schmidt)
@@ -145,11 +137,8 @@ class ForcedTurbulence(_IsotropicTurbulence):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self.name, injection=self.injection)
-        if not self.forced_wavenumber >= 1.0:
-            raise ConfigError(
-                f"{self.name}.forced_wavenumber={self.forced_wavenumber} must be at least 1, the smallest mode"
-            )
+        self.require_positive("injection")
+        self.require("forced_wavenumber", self.forced_wavenumber >= 1.0, "be at least 1, the smallest mode")
 
     @property
     def initial_speed(self) -> float:

@@ -14,7 +14,6 @@ discretely divergence-free. A frozen-in passive tracer would add nothing, so the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,9 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from shodh.core.errors import ConfigError
 from shodh.physics.bounds import Bounds, Energy
-from shodh.physics.regime import check_positive
 from shodh.physics.regimes.isotropic_turbulence import random_velocity
 from shodh.physics.solvers.spectral import SpectralGrid, courant_rate
 from shodh.physics.solvers.spectral_flow import enstrophy, kinetic_energy
@@ -98,14 +95,8 @@ class Magnetohydrodynamics(SpectralRegime):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(
-            self.name,
-            viscosity=self.viscosity,
-            magnetic_prandtl=self.magnetic_prandtl,
-            peak_wavenumber=self.peak_wavenumber,
-        )
-        if not 0 <= self.mean_field < math.inf:
-            raise ConfigError(f"{self.name}.mean_field={self.mean_field} must be a number >= 0")
+        self.require_positive("viscosity", "magnetic_prandtl", "peak_wavenumber")
+        self.require_not_negative("mean_field")
 
     @property
     def resistivity(self) -> float:
@@ -118,7 +109,7 @@ class Magnetohydrodynamics(SpectralRegime):
 
     @property
     def constants(self) -> dict[str, float]:
-        return {"viscosity": self.viscosity, "resistivity": self.resistivity, "mean_field": self.mean_field}
+        return self.values_of("viscosity", "resistivity", "mean_field")
 
     def equations(self, space: SpectralGrid) -> InductionFlow:
         return InductionFlow(space, self.viscosity, self.resistivity)

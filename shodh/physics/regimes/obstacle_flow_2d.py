@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,9 +26,9 @@ from shodh.core.errors import ConfigError
 from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds, Limit, Range
 from shodh.physics.frames import FrameStore, run_frames
-from shodh.physics.regime import Progress, SolvedRegime, check_positive
+from shodh.physics.regime import Progress, SolvedRegime
 from shodh.physics.solvers.through_flow import ThroughFlow
-from shodh.schema.fields import Field, RegimeSchema, Trajectories
+from shodh.schema.fields import Field, Trajectories
 
 KINDS = ("cylinder", "rectangle")
 ATTEMPTS = 1000
@@ -99,18 +98,20 @@ class ObstacleFlow2d(SolvedRegime):
     name = "obstacle_flow_2d"
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"reynolds": (20.0, 200.0), "size": (0.1, 0.3)}
     check: ClassVar[str] = "drag and shedding frequency of a cylinder (Schaefer and Turek 1996, cases 2D-1 and 2D-2)"
+    fields = (
+        Field("flow_velocity", kind="vector", placement="face"),
+        Field("pressure"),
+        Field("solid", static=True),
+    )
+    boundary = ("open", "wall")
 
     def __post_init__(self) -> None:
-        positive = ("reynolds", "obstacles", "size", "length", "frame_interval", "courant")
-        check_positive(self.name, **{key: getattr(self, key) for key in positive})
+        self.require_positive("reynolds", "obstacles", "size", "length", "frame_interval", "courant")
         if self.kind not in ("mixed", *KINDS):
             raise ConfigError(f"{self.name}.kind={self.kind!r} is not one of mixed, {', '.join(KINDS)}")
-        if not 0 <= self.spin_up < math.inf:
-            raise ConfigError(f"{self.name}.spin_up={self.spin_up} must be a number >= 0")
-        if self.size > 0.4:
-            raise ConfigError(f"{self.name}.size={self.size} must not exceed 0.4: the channel would be blocked")
-        if self.courant > 1.5:
-            raise ConfigError(f"{self.name}.courant={self.courant} must not exceed 1.5, the limit of stability")
+        self.require_not_negative("spin_up")
+        self.require("size", self.size <= 0.4, "not exceed 0.4: the channel would be blocked")
+        self.require("courant", self.courant <= 1.5, "not exceed 1.5, the limit of stability")
 
     @property
     def bounds(self) -> Bounds:
@@ -118,14 +119,8 @@ class ObstacleFlow2d(SolvedRegime):
         return Bounds((Range("flow_velocity", -FASTEST, FASTEST),), limits=(Limit("divergence_max", 1e-2),))
 
     @property
-    def schema(self) -> RegimeSchema:
-        """Velocity on faces, pressure and the mask of solids; open along, walls across."""
-        fields = (
-            Field("flow_velocity", kind="vector", placement="face"),
-            Field("pressure"),
-            Field("solid", static=True),
-        )
-        return RegimeSchema(self.name, fields, ("open", "wall"))
+    def viscosity(self) -> float:
+        return self.size / self.reynolds
 
     def place(self, seed: int) -> list[Obstacle]:
         """Obstacles of trajectory ``seed``, apart from each other and from the walls."""
@@ -166,7 +161,7 @@ class ObstacleFlow2d(SolvedRegime):
         flow = ThroughFlow(
             solid.to(device),
             (self.length, 1.0),
-            self.size / self.reynolds,
+            self.viscosity,
             inflow / inflow.mean(),
             torch.float64 if self.double else torch.float32,
         )
@@ -190,13 +185,11 @@ class ObstacleFlow2d(SolvedRegime):
 
         run_frames(spin_up + frames, put, advance, progress)
         coefficient = torch.stack(forces) * (2.0 / self.size)
-        return Trajectories(
-            schema=self.schema,
-            lengths=(self.length, 1.0),
-            time=np.arange(frames) * self.frame_interval,
-            values=store.values,
-            parameters={"reynolds": self.reynolds, "viscosity": self.size / self.reynolds, "size": self.size},
-            diagnostics={
+        return self.trajectories(
+            (self.length, 1.0),
+            store.values,
+            self.values_of("reynolds", "viscosity", "size"),
+            {
                 "drag_coefficient": coefficient[:, 0].mean(0).numpy(),
                 "lift_coefficient_rms": coefficient[:, 1].square().mean(0).sqrt().numpy(),
                 "divergence_max": flow.divergence().abs().flatten(0, 1).amax(0).double().cpu().numpy(),

@@ -27,20 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shodh.core.errors import ConfigError
 from shodh.physics.bounds import Bounds, Energy
-from shodh.physics.regime import (
-    Progress,
-    SolvedRegime,
-    check_healthy,
-    check_positive,
-    flow_schema,
-    smooth_noise,
-    tracer_blobs,
-)
+from shodh.physics.regime import FIELDS, Progress, SolvedRegime, check_healthy, smooth_noise, tracer_blobs
 from shodh.physics.solvers.mac import ADVECTION_LIMIT, ChannelFlow
 from shodh.physics.solvers.scalar import TRACER_RANGE, ScalarTransport
-from shodh.schema.fields import RegimeSchema, Trajectories
+from shodh.schema.fields import Trajectories
 
 # A Courant number that no turbulent fluctuation explains: the flow has blown up.
 BLOWN_UP = 3.0
@@ -98,36 +89,19 @@ class OpenChannel(SolvedRegime):
     name = "open_channel"
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"re_tau": (100.0, 400.0)}
     check: ClassVar[str] = "half-Poiseuille profile at second order; law of the wall of Re_tau = 180"
+    fields = FIELDS
+    boundary = ("periodic", "periodic", "wall")
 
     def __post_init__(self) -> None:
-        check_positive(
-            self.name,
-            re_tau=self.re_tau,
-            length_x=self.length_x,
-            length_y=self.length_y,
-            frame_interval=self.frame_interval,
-            schmidt=self.schmidt,
-            tracer_scale=self.tracer_scale,
-            courant=self.courant,
-        )
-        if not 0 <= self.spin_up < math.inf:
-            raise ConfigError(f"{self.name}.spin_up={self.spin_up} must be a number >= 0")
-        if not 0 <= self.perturbation <= 10:
-            raise ConfigError(f"{self.name}.perturbation={self.perturbation} must be between 0 and 10")
-        if self.courant >= ADVECTION_LIMIT:
-            raise ConfigError(
-                f"{self.name}.courant={self.courant} must be below {ADVECTION_LIMIT}, the limit of stability"
-            )
+        self.require_positive("re_tau", "length_x", "length_y", "frame_interval", "schmidt", "tracer_scale", "courant")
+        self.require_not_negative("spin_up")
+        self.require("perturbation", 0 <= self.perturbation <= 10, "be between 0 and 10")
+        self.require("courant", self.courant < ADVECTION_LIMIT, f"be below {ADVECTION_LIMIT}, the limit of stability")
 
     @property
     def bounds(self) -> Bounds:
         """The tracer keeps its initial range; the force, 1 everywhere, is the only source of energy."""
         return Bounds((TRACER_RANGE,), (Energy("kinetic", ("velocity",), growth=1.0),))
-
-    @property
-    def schema(self) -> RegimeSchema:
-        """Fields and boundaries: periodic, periodic, wall."""
-        return flow_schema(self.name, ("periodic", "periodic", "wall"))
 
     @property
     def lengths(self) -> tuple[float, float, float]:
@@ -253,13 +227,11 @@ class _Run:
         mean = velocity.mean((1, 2, 3), dtype=np.float64, keepdims=True)
         fluctuation = np.sqrt(((velocity - mean) ** 2).mean((1, 2, 3, 4)).sum(-1))
         divergence = self.flow.divergence().abs().flatten(0, 2).amax(0).double().cpu().numpy()
-        return Trajectories(
-            schema=regime.schema,
-            lengths=regime.lengths,
-            time=np.arange(frames) * regime.frame_interval,
-            values=self.values,
-            parameters={"re_tau": regime.re_tau, "schmidt": regime.schmidt, "viscosity": regime.viscosity},
-            diagnostics={
+        return regime.trajectories(
+            regime.lengths,
+            self.values,
+            regime.values_of("re_tau", "schmidt", "viscosity"),
+            {
                 "friction_velocity": np.sqrt(np.maximum(self.shear, 0.0)),
                 "bulk_velocity": mean[..., 0].reshape(len(mean), -1).mean(1),
                 "fluctuation_rms": fluctuation,

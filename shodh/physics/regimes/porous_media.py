@@ -32,13 +32,13 @@ from shodh.core.errors import ConfigError, DataError
 from shodh.core.seeding import generator, stable_seed
 from shodh.physics.bounds import Bounds
 from shodh.physics.geometry import GENERATORS, Solid, crop_image, load_image, pore_space
-from shodh.physics.regime import Progress, SolvedRegime, check_positive, flow_schema, tracer_blobs
+from shodh.physics.regime import FIELDS, Progress, SolvedRegime, tracer_blobs
 from shodh.physics.solvers.operators import divergence, fill_periodic, inner, padded_like
 from shodh.physics.solvers.poisson import closed_faces
 from shodh.physics.solvers.scalar import SSP_RK2, TRACER_RANGE, ScalarTransport
 from shodh.physics.solvers.stability import REAL_RK2, Clock, advection_rate
 from shodh.physics.solvers.stokes import StokesSolver
-from shodh.schema.fields import RegimeSchema, Trajectories
+from shodh.schema.fields import Trajectories
 
 ATTEMPTS = 50
 # The step is chosen anew after at most this angle of the force's turn, at whose ends and middle the velocity is known,
@@ -103,6 +103,8 @@ class PorousMedia(SolvedRegime):
     name = "porous_media"
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"porosity_min": (0.4, 0.8), "grain": (0.15, 0.4)}
     check: ClassVar[str] = "drag of simple cubic arrays of spheres (Zick and Homsy 1982)"
+    fields = FIELDS
+    boundary = ("periodic", "periodic", "periodic")
 
     def __post_init__(self) -> None:
         if self.image and self.geometry == "mixed":
@@ -117,28 +119,14 @@ class PorousMedia(SolvedRegime):
                 f"{self.name}: need 0 < porosity_min <= porosity_max < 1, "
                 f"not {self.porosity_min} and {self.porosity_max}"
             )
-        check_positive(
-            self.name,
-            grain=self.grain,
-            frame_interval=self.frame_interval,
-            peclet=self.peclet,
-            tracer_scale=self.tracer_scale,
-            courant=self.courant,
-            tolerance=self.tolerance,
-            max_iterations=self.max_iterations,
-        )
-        if self.courant > 1.0:
-            raise ConfigError(f"{self.name}.courant={self.courant} must not exceed 1: the tracer would overshoot")
+        self.require_positive("grain", "frame_interval", "peclet", "tracer_scale")
+        self.require_positive("courant", "tolerance", "max_iterations")
+        self.require("courant", self.courant <= 1.0, "not exceed 1: the tracer would overshoot")
 
     @property
     def bounds(self) -> Bounds:
         """The tracer keeps its initial range."""
         return Bounds((TRACER_RANGE,))
-
-    @property
-    def schema(self) -> RegimeSchema:
-        """Fields and boundaries: periodic along all axes."""
-        return flow_schema(self.name, ("periodic", "periodic", "periodic"))
 
     @cached_property
     def _image(self) -> Solid:
@@ -173,7 +161,7 @@ class PorousMedia(SolvedRegime):
             if index:
                 run.advance_frame()
             run.store(index, frames)
-        return run.trajectories(frames)
+        return run.trajectories()
 
 
 class Drive:
@@ -314,22 +302,16 @@ class _Run:
         self.divergence = torch.maximum(self.divergence, rest.cpu())
         self.progress(0.5 + 0.5 * (index + 1) / frames)
 
-    def trajectories(self, frames: int) -> Trajectories:
+    def trajectories(self) -> Trajectories:
         """Everything stored, with parameters and diagnostics."""
         regime = self.regime
         permeability = self.permeability.cpu().numpy()
-        return Trajectories(
-            schema=regime.schema,
-            lengths=tuple(n * self.spacing[0] for n in self.grid),
-            time=np.arange(frames) * regime.frame_interval,
-            values=self.values,
-            parameters={
-                "peclet": regime.peclet,
-                "drive_rate": regime.drive_rate,
-                "porosity": 1.0 - self.values["solid"].mean((1, 2, 3)),
-                "grain": regime.grain,
-            },
-            diagnostics={
+        porosity = 1.0 - self.values["solid"].mean((1, 2, 3))
+        return regime.trajectories(
+            tuple(n * self.spacing[0] for n in self.grid),
+            self.values,
+            {**regime.values_of("peclet", "drive_rate"), "porosity": porosity, "grain": regime.grain},
+            {
                 **{f"permeability_{axis}": permeability[:, i, i] for i, axis in enumerate("xyz")},
                 "velocity_unit": self.scale.cpu().numpy(),
                 "stokes_residual": self.residual.cpu().numpy(),

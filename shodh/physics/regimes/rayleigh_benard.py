@@ -24,18 +24,17 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from shodh.core.errors import ConfigError
 from shodh.physics.bounds import Bounds, Energy, Range
-from shodh.physics.regime import FIELDS, Progress, SolvedRegime, check_healthy, check_positive, smooth_noise
+from shodh.physics.frames import run_frames
+from shodh.physics.regime import FIELDS, Progress, SolvedRegime, check_healthy, smooth_noise
 from shodh.physics.solvers.convection import Convection
 from shodh.physics.solvers.mac import ADVECTION_LIMIT
-from shodh.schema.fields import Field, RegimeSchema, Trajectories
+from shodh.schema.fields import Field, Trajectories
 
 # A Courant number that no plume explains: the flow has blown up.
 BLOWN_UP = 3.0
 # Standard deviation of the Gaussian that smooths the initial disturbance.
 NOISE_SCALE = 0.15
-VELOCITY = FIELDS[0]
 # How far the temperature leaves its physical range where fronts are a cell thick, and standard deviations that the
 # initial noise may reach.
 OVERSHOOT = 0.25
@@ -87,17 +86,13 @@ class RayleighBenard(SolvedRegime):
     name = "rayleigh_benard"
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"rayleigh": (5e3, 1e6), "prandtl": (0.7, 7.0)}
     check: ClassVar[str] = "critical Rayleigh number 1707.762; exact relations of Nusselt number and dissipation"
+    fields = (FIELDS[0], Field("temperature"))
+    boundary = ("periodic", "periodic", "wall")
 
     def __post_init__(self) -> None:
-        positive = ("rayleigh", "prandtl", "length_x", "length_y", "frame_interval", "courant")
-        check_positive(self.name, **{key: getattr(self, key) for key in positive})
-        for key in ("spin_up", "disturbance"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise ConfigError(f"{self.name}.{key}={getattr(self, key)} must be a number >= 0")
-        if self.courant >= ADVECTION_LIMIT:
-            raise ConfigError(
-                f"{self.name}.courant={self.courant} must be below {ADVECTION_LIMIT}, the limit of stability"
-            )
+        self.require_positive("rayleigh", "prandtl", "length_x", "length_y", "frame_interval", "courant")
+        self.require_not_negative("spin_up", "disturbance")
+        self.require("courant", self.courant < ADVECTION_LIMIT, f"be below {ADVECTION_LIMIT}, the limit of stability")
 
     @property
     def bounds(self) -> Bounds:
@@ -110,11 +105,6 @@ class RayleighBenard(SolvedRegime):
         return Bounds((Range("temperature", -beyond, 1.0 + beyond),), (buoyancy,))
 
     @property
-    def schema(self) -> RegimeSchema:
-        """Fields and boundaries: periodic, periodic, wall."""
-        return RegimeSchema(self.name, (VELOCITY, Field("temperature")), ("periodic", "periodic", "wall"))
-
-    @property
     def lengths(self) -> tuple[float, float, float]:
         """Box along x, y, z."""
         return (self.length_x, self.length_y, 1.0)
@@ -124,13 +114,12 @@ class RayleighBenard(SolvedRegime):
     ) -> Trajectories:
         run = _Run(self, seeds, grid, frames, device)
         spin_up = math.ceil(self.spin_up / self.frame_interval - 1e-9)
-        for index in range(spin_up + frames):
-            if index:
-                run.advance_frame()
+
+        def put(index: int) -> None:
             if index >= spin_up:
                 run.store(index - spin_up)
-            if progress is not None:
-                progress((index + 1) / (spin_up + frames))
+
+        run_frames(spin_up + frames, put, run.advance_frame, progress)
         return run.trajectories()
 
 
@@ -186,13 +175,11 @@ class _Run:
         regime = self.regime
         diffusion = math.sqrt(regime.rayleigh * regime.prandtl)
         divergence = self.cells.divergence().abs().flatten(0, 2).amax(0)
-        return Trajectories(
-            schema=regime.schema,
-            lengths=regime.lengths,
-            time=np.arange(self.frames) * regime.frame_interval,
-            values={"velocity": self.velocity, "temperature": self.temperature},
-            parameters={"rayleigh": regime.rayleigh, "prandtl": regime.prandtl},
-            diagnostics={
+        return regime.trajectories(
+            regime.lengths,
+            {"velocity": self.velocity, "temperature": self.temperature},
+            regime.values_of("rayleigh", "prandtl"),
+            {
                 "nusselt_bottom": self.nusselt[0],
                 "nusselt_top": self.nusselt[1],
                 "nusselt_volume": self.nusselt[2],

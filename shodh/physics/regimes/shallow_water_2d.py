@@ -23,9 +23,9 @@ from shodh.core.errors import ConfigError
 from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds, Limit, Range
 from shodh.physics.frames import FrameStore, run_frames
-from shodh.physics.regime import Progress, SolvedRegime, check_positive
+from shodh.physics.regime import Progress, SolvedRegime
 from shodh.physics.solvers.finite_volume import FiniteVolume
-from shodh.schema.fields import Field, RegimeSchema, Trajectories
+from shodh.schema.fields import Field, Trajectories
 
 # Points along each edge of a cell that give the mean depth of cells on the rim.
 SUBCELLS = 8
@@ -84,37 +84,23 @@ class ShallowWater2d(SolvedRegime):
     name = "shallow_water_2d"
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"depth_inside": (1.1, 10.0), "gravity": (0.5, 10.0)}
     check: ClassVar[str] = "Stoker's dam break; a fine one-dimensional solution in the radius; exact mass"
+    fields = (Field("height"), Field("discharge", kind="vector"))
+    boundary = ("open", "open")
 
     def __post_init__(self) -> None:
-        check_positive(
-            self.name,
-            gravity=self.gravity,
-            depth_inside=self.depth_inside,
-            depth_outside=self.depth_outside,
-            radius_min=self.radius_min,
-            radius_max=self.radius_max,
-            length=self.length,
-            frame_interval=self.frame_interval,
-            courant=self.courant,
-        )
+        self.require_positive("gravity", "depth_inside", "depth_outside", "radius_min", "radius_max")
+        self.require_positive("length", "frame_interval", "courant")
         if not self.radius_min <= self.radius_max < 0.5 * self.length:
             raise ConfigError(
                 f"{self.name}: need radius_min <= radius_max < length / 2, "
                 f"not {self.radius_min}, {self.radius_max}, {self.length}"
             )
-        if self.courant > 0.5:
-            raise ConfigError(f"{self.name}.courant={self.courant} must not exceed 0.5: the height could turn negative")
+        self.require("courant", self.courant <= 0.5, "not exceed 0.5: the height could turn negative")
 
     @property
     def bounds(self) -> Bounds:
         """The height is positive; energy only leaves, through the ends and in shocks."""
         return Bounds((Range("height", TINY),), limits=(Limit("energy_growth", 1e-3),))
-
-    @property
-    def schema(self) -> RegimeSchema:
-        """Height and discharge in an open box."""
-        fields = (Field("height"), Field("discharge", kind="vector"))
-        return RegimeSchema(self.name, fields, ("open", "open"))
 
     def radius(self, seed: int) -> float:
         """Radius of the column of water of trajectory ``seed``."""
@@ -157,18 +143,11 @@ class ShallowWater2d(SolvedRegime):
             store.put(index, height=solver.conserved[0], discharge=solver.conserved[1:])
 
         run_frames(frames, put, advance, progress)
-        return Trajectories(
-            schema=self.schema,
-            lengths=(self.length, self.length),
-            time=np.arange(frames) * self.frame_interval,
-            values=store.values,
-            parameters={
-                "gravity": self.gravity,
-                "depth_inside": self.depth_inside,
-                "depth_outside": self.depth_outside,
-                "radius": np.array(radii),
-            },
-            diagnostics={
+        return self.trajectories(
+            (self.length, self.length),
+            store.values,
+            {**self.values_of("gravity", "depth_inside", "depth_outside"), "radius": np.array(radii)},
+            {
                 **solver.clock.diagnostics(),
                 "energy_growth": (torch.stack(energy) / energy[0] - 1.0).amax(0).numpy(),
             },

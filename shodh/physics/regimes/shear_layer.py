@@ -21,10 +21,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from shodh.core.errors import ConfigError
 from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds
-from shodh.physics.regime import check_positive
 from shodh.physics.solvers.spectral import SpectralGrid, random_vector
 from shodh.physics.solvers.spectral_flow import IncompressibleFlow, flow_statistics, overshoot
 from shodh.physics.solvers.spectral_regime import (
@@ -86,17 +84,9 @@ class ShearLayer(SpectralRegime):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(
-            self.name,
-            reynolds=self.reynolds,
-            schmidt=self.schmidt,
-            length_x=self.length_x,
-            length_y=self.length_y,
-        )
-        if not 12.0 <= self.length_z < math.inf:
-            raise ConfigError(f"{self.name}.length_z={self.length_z} must be at least 12, or the two layers merge")
-        if not 0 <= self.perturbation <= 1:
-            raise ConfigError(f"{self.name}.perturbation={self.perturbation} must be between 0 and 1")
+        self.require_positive("reynolds", "schmidt", "length_x", "length_y")
+        self.require("length_z", 12.0 <= self.length_z < math.inf, "be at least 12, or the two layers merge")
+        self.require("perturbation", 0 <= self.perturbation <= 1, "be between 0 and 1")
 
     @property
     def viscosity(self) -> float:
@@ -113,12 +103,7 @@ class ShearLayer(SpectralRegime):
 
     @property
     def constants(self) -> dict[str, float]:
-        return {
-            "reynolds": self.reynolds,
-            "schmidt": self.schmidt,
-            "viscosity": self.viscosity,
-            "perturbation": self.perturbation,
-        }
+        return self.values_of("reynolds", "schmidt", "viscosity", "perturbation")
 
     def equations(self, space: SpectralGrid) -> IncompressibleFlow:
         return IncompressibleFlow(space, self.viscosity, diffusivity=self.viscosity / self.schmidt)

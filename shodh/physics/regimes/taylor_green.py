@@ -22,7 +22,6 @@ from torch import Tensor
 
 from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds
-from shodh.physics.regime import check_positive
 from shodh.physics.solvers.spectral import SpectralGrid
 from shodh.physics.solvers.spectral_flow import IncompressibleFlow, enstrophy, flow_statistics
 from shodh.physics.solvers.spectral_regime import KINETIC_ENERGY, PRESSURE, VELOCITY, SpectralRegime
@@ -55,7 +54,7 @@ class TaylorGreen(SpectralRegime):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self.name, reynolds=self.reynolds)
+        self.require_positive("reynolds")
 
     @property
     def viscosity(self) -> float:
@@ -68,7 +67,7 @@ class TaylorGreen(SpectralRegime):
 
     @property
     def constants(self) -> dict[str, float]:
-        return {"reynolds": self.reynolds, "viscosity": self.viscosity}
+        return self.values_of("reynolds", "viscosity")
 
     def equations(self, space: SpectralGrid) -> IncompressibleFlow:
         return IncompressibleFlow(space, self.viscosity)

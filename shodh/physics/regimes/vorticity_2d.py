@@ -24,9 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from shodh.core.errors import ConfigError
 from shodh.physics.bounds import Bounds, Energy
-from shodh.physics.regime import check_positive
 from shodh.physics.solvers.spectral import NOISE_POINTS, SpectralGrid, courant_rate
 from shodh.physics.solvers.spectral_regime import SpectralRegime
 from shodh.schema.fields import Field
@@ -86,9 +84,8 @@ class Vorticity2d(SpectralRegime):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self.name, viscosity=self.viscosity, initial_scale=self.initial_scale)
-        if not 0 <= self.forcing < math.inf:
-            raise ConfigError(f"{self.name}.forcing={self.forcing} must be a number >= 0")
+        self.require_positive("viscosity", "initial_scale")
+        self.require_not_negative("forcing")
 
     @property
     def lengths(self) -> tuple[float, ...]:
@@ -102,7 +99,7 @@ class Vorticity2d(SpectralRegime):
 
     @property
     def constants(self) -> dict[str, float]:
-        return {"viscosity": self.viscosity, "forcing": self.forcing}
+        return self.values_of("viscosity", "forcing")
 
     def equations(self, space: SpectralGrid) -> VorticityEquation:
         return VorticityEquation(space, self.viscosity, self.forcing)
