@@ -348,7 +348,7 @@ def test_what_changes_the_times_or_the_box_cannot_vary_within_a_data_set(
 
 
 def test_killing_it_again_and_again_gives_the_same_files(tool: ModuleType, tmp_path: Path) -> None:
-    """SIGKILL at five random moments against an undisturbed run; `tools/bench/killing.py` does it with workers."""
+    """SIGKILL at five random moments against an undisturbed run."""
     options = ["--regime", "diffusion_reaction_2d", "porous_media", "--grid", "12", "--trajectories", "8"]
     options += ["--frames", "4", "--workers", "1", "--trajectories-per-file", "1"]
 

@@ -14,23 +14,28 @@ import math
 import os
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from memory import large_run, peak_memory, plain_space, read_counters
-from processes import answer_of
+from processes import answer_of, read_status
 from tqdm import tqdm
 
 from shodh.checkpoint.run_files import write_tokenizer
-from shodh.config import RunConfig, dump_config
+from shodh.config import RunConfig, config_from_dict, dump_config
 from shodh.core.cli import command_parser
 from shodh.core.environment import write_record
 from shodh.core.strict_json import dumps
 from shodh.core.weights import expected_shapes, persistent_buffers
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.init import initialise
+from shodh.schema.domain import Domain
+from shodh.schema.normalize import FieldNormalizer
+from shodh.schema.space import Space
 
 EXAMPLES = """examples:
   python tools/bench/convert_memory.py --json tools/bench/results/convert_memory_cpu.json
@@ -39,6 +44,51 @@ EXAMPLES = """examples:
   python tools/bench/convert_memory.py --cgroup /sys/fs/cgroup/memory/small with all memory limited, page cache too
 """
 RANKS = 2
+COUNTERS = ("RssAnon", "RssFile", "VmRSS")
+INTERVAL = 0.005
+
+
+def read_counters() -> dict[str, int]:
+    """Bytes by counter."""
+    return {name: read_status(name) for name in COUNTERS}
+
+
+@contextmanager
+def peak_memory() -> Iterator[dict[str, int]]:
+    """The peaks of the counters, sampled every `INTERVAL` seconds; final when the block is left."""
+    peaks, done = read_counters(), threading.Event()
+
+    def sample() -> None:
+        while not done.wait(INTERVAL):
+            for name, value in read_counters().items():
+                peaks[name] = max(peaks[name], value)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield peaks
+    finally:
+        done.set()
+        thread.join()
+
+
+def large_run(depth: int, **settings: Any) -> RunConfig:
+    """A run whose operator has ``depth`` layers of 16 experts, 0.87 GB each."""
+    experts = {"num_experts": 16, "hidden": 4096}
+    tree = {
+        "name": "large",
+        "data": {"grid": [16, 16, 16], "regimes": [{"name": "porous_media", "path": "nowhere"}]},
+        "operator": {"dim": 1024, "heads": 16, "depth": depth, "experts": experts},
+    }
+    return config_from_dict({**tree, **settings})
+
+
+def plain_space(config: RunConfig) -> Space:
+    """Fields of a run in a periodic box, normalised already."""
+    fields = [f.build() for f in config.data.fields]
+    constants = {r.name: {f.name: (0.0, 1.0) for f in fields if not f.static} for r in config.data.regimes}
+    domain = Domain(("periodic",) * 3, (1.0, 1.0, 1.0))
+    return Space.of(FieldNormalizer(fields, 3, constants), fields, dict.fromkeys(constants, domain))
 
 
 def make_tokenizer(config: RunConfig) -> None:

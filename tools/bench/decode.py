@@ -23,6 +23,7 @@ from shodh.core.cli import command_parser
 from shodh.core.environment import describe_environment, write_record
 from shodh.ops import decode_velocity, divergence
 from shodh.ops.extension import choose_implementation, unavailable_reason
+from shodh.report.page import Table, text_table
 
 EXAMPLES = """examples:
   python tools/bench/decode.py                                  128^3, batch 2, CPU
@@ -134,13 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     for implementation in ("cpp", "cuda"):
         reason = unavailable_reason(implementation)
         print(f"{implementation}: {'built' if reason is None else reason}")
-    print(f"{'':24}{'median ms':>10}{'best ms':>10}{'GB/s':>8}{'x copy':>8}{'x compile':>10}")
-    for row in rows:
-        over = "" if row["over_compile"] is None else f"{row['over_compile']:.2f}"
-        print(
-            f"{row['name']:<24}{row['median_ms']:>10.2f}{row['best_ms']:>10.2f}{row['gb_per_s']:>8.1f}"
-            f"{row['over_copy']:>8.2f}{over:>10}"
-        )
+    print(text_table(Table(list(rows[0]), [list(row.values()) for row in rows])))
     if "fused exact" in contestants:
         print(f"fused exact over fused: {ratio(times, 'fused exact', 'fused'):.2f}")
         largest = divergence(decode_velocity(potential, harmonic, exact=True)).abs().max()

@@ -15,6 +15,11 @@ from shodh.core.launcher import without_launcher
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def read_status(name: str) -> int:
+    """Bytes of memory of this process, from ``/proc/self/status``: ``VmRSS`` now, ``VmHWM`` at most so far."""
+    return 1024 * int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0])
+
+
 def call(script: str, *arguments: str | Path) -> None:
     """Run a command of the project; ends with its errors where it fails."""
     done = subprocess.run([sys.executable, ROOT / script, *arguments], stdout=subprocess.DEVNULL, check=False)

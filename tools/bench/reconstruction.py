@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processes import ROOT
 from torch import Tensor
 
 from shodh.checkpoint.run_files import open_tokenizer
@@ -31,7 +32,7 @@ from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.tokenizer_task import open_frames
 from shodh.train.tokenizer_weights import fit_basis
 
-DEMO = Path(__file__).resolve().parents[2] / "launch" / "configs" / "demo.yaml"
+DEMO = ROOT / "launch" / "configs" / "demo.yaml"
 EXAMPLES = """examples:
   python tools/bench/reconstruction.py --latents 96 192 256 --out bench/reconstruction.json
   python tools/bench/reconstruction.py --run runs/demo-tokenizer

@@ -8,12 +8,14 @@ share of its limit that a step took, "limit" their quotient.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from fine_grids import EXPLICIT, fine
 
 from shodh.core.cli import command_parser, run_main
 from shodh.generation.checking import check
+from shodh.report.page import Table, text_table
 
 
 def main() -> int:
@@ -23,7 +25,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    sys.stdout.write(f"{'regime':<23}{'cells':<13}{'steps':>6}{'dt max':>10}{'limit':>10}{'dt/limit':>9}  ranges\n")
+    rows: list[list[Any]] = []
     for name in args.regime:
         regime, grid = fine(name)
         report = check(regime, regime.simulate([args.seed], grid, args.frames), [0])[0]
@@ -33,11 +35,10 @@ def main() -> int:
             f"{field.name} {min(report['ranges'][field.name][0]):.3g} .. {max(report['ranges'][field.name][1]):.3g}"
             for field in regime.schema.dynamic
         )
-        sys.stdout.write(
-            f"{name:<23}{'x'.join(map(str, grid)):<13}{solver['steps']:>6.0f}{longest:>10.2e}{longest / share:>10.2e}"
-            f"{share:>9.2f}  {ranges}\n"
-        )
-        sys.stdout.flush()
+        cells = "x".join(map(str, grid))
+        rows.append([name, cells, int(solver["steps"]), longest, longest / share, share, ranges])
+    header = ["regime", "cells", "steps", "dt max", "limit", "dt/limit", "ranges"]
+    sys.stdout.write(text_table(Table(header, rows)) + "\n")
     return 0
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from all_experts import AllExperts
-from processes import answer_of
+from processes import ROOT, answer_of, read_status
 from timing import clock, in_turns, quartiles, ratios
 from torch import Tensor, nn
 
@@ -34,9 +34,10 @@ from shodh.models.kernels import adamw
 from shodh.moe.balance import GlobalBalance
 from shodh.moe.groups import decay_groups
 from shodh.moe.step import router_arguments
+from shodh.report.page import Table, text_table
 from shodh.train.runtime import start_distributed
 
-DEMO = Path(__file__).resolve().parents[2] / "launch" / "configs" / "demo.yaml"
+DEMO = ROOT / "launch" / "configs" / "demo.yaml"
 PHASES = ("forward", "backward", "optimizer")
 KINDS = ("sparse", "dense", "all_experts")
 EXAMPLES = """examples:
@@ -180,14 +181,6 @@ def time_steps(bench: Bench, kinds: list[str], rounds: int) -> dict[str, Any]:
     return result
 
 
-def _status(key: str) -> int:
-    """Bytes from ``/proc/self/status``: ``VmRSS`` is resident now, ``VmHWM`` at most so far."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
-
-
 def measure_memory(bench: Bench, kind: str) -> float:
     """Peak MiB of two steps: of CUDA's allocator, or of resident memory above that before the model was built."""
     if bench.device.type == "cuda":
@@ -195,9 +188,9 @@ def measure_memory(bench: Bench, kind: str) -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     # Forget the peak of the imports (Linux: proc(5), clear_refs).
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = read_status("VmRSS")
     make_step_twice(bench, kind)
-    return (_status("VmHWM") - before) / 2**20
+    return (read_status("VmHWM") - before) / 2**20
 
 
 def make_step_twice(bench: Bench, kind: str) -> None:
@@ -213,15 +206,8 @@ def memory_in_own_process(kind: str) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """The numbers for people."""
-    columns = ("parameters", "step_ms", *(f"{phase}_ms" for phase in PHASES), "peak_mib")
-    columns = columns[:-1] if "peak_mib" not in result["sparse"] else columns
-    lines = ["".join(["model".ljust(12), *(name.rjust(14) for name in columns)])]
-    for kind in KINDS:
-        if kind not in result:
-            continue
-        row = result[kind]
-        cells = [f"{row[name]:,d}" if name == "parameters" else f"{row[name]:.1f}" for name in columns]
-        lines.append("".join([kind.ljust(12), *(cell.rjust(14) for cell in cells)]))
+    rows = [[kind, *result[kind].values()] for kind in KINDS if kind in result]
+    lines = [text_table(Table(["model", *result["sparse"]], rows))]
     for name, q in result["ratios"].items():
         lines.append(f"{name}: {q['median']:.3f} (quartiles {q['low']:.3f} to {q['high']:.3f})")
     return "\n".join(lines) + "\n"

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from processes import ROOT
 from timing import in_turns, seconds
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ from shodh.train.losses import reconstruction_loss, reconstruction_terms, weight
 from shodh.train.runtime import start_distributed
 from shodh.train.tokenizer_task import Geometry
 
-DEMO = Path(__file__).resolve().parents[2] / "launch" / "configs" / "demo.yaml"
+DEMO = ROOT / "launch" / "configs" / "demo.yaml"
 EXAMPLES = """examples:
   python tools/bench/tokenizer.py --out bench/tokenizer.json
   python tools/bench/tokenizer.py --config launch/configs/h100_single.yaml --batch 4 --rounds 20
