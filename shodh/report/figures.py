@@ -16,6 +16,14 @@ MODEL, BASELINE = "#0b6e4f", "#b23a48"
 MARKERS = "osD^vP*Xhd<>"
 
 
+def panel_grid(figure: Any, count: int, columns: int) -> list[Axes]:
+    """``count`` panels of a figure or part of one, ``columns`` in a row; the rest of the last row stays empty."""
+    panels = figure.subplots(-(-count // columns), columns, squeeze=False).ravel().tolist()
+    for panel in panels[count:]:
+        panel.set_axis_off()
+    return panels[:count]
+
+
 def slices(
     title: str,
     rows: Sequence[tuple[str, np.ndarray, np.ndarray]],
@@ -184,11 +192,9 @@ def lines(
     columns = min(3, len(known))
     rows = -(-len(known) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 0.3), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    panels = panel_grid(figure, len(known), columns)
     names = list(dict.fromkeys(name for curves in known.values() for name in curves))
-    for panel in panels[len(known) :]:
-        panel.set_axis_off()
-    for panel, (title, curves) in zip(panels, known.items(), strict=False):
+    for panel, (title, curves) in zip(panels, known.items(), strict=True):
         for name, points in curves.items():
             panel.plot(*zip(*points, strict=True), markersize=3.5, label=name, **style_of(name, names))
         if mark is not None:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from shodh.core.errors import ConfigError, DataError
 from shodh.data.formats import SUFFIXES, TrajectoryFile, open_file
 from shodh.data.formats.names import stated_split
+from shodh.report.figures import panel_grid
 
 COLUMNS = 5
 
@@ -102,10 +103,7 @@ def contact_sheet(path: Path, slices: Sequence[Slice], columns: int = COLUMNS) -
     columns = min(columns, len(slices))
     rows = math.ceil(len(slices) / columns)
     figure = Figure(figsize=(2.5 * columns, 2.75 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for panel in panels[len(slices) :]:
-        panel.set_axis_off()
-    for panel, piece in zip(panels, slices):
+    for panel, piece in zip(panel_grid(figure, len(slices), columns), slices, strict=True):
         low, high = float(piece.values.min()), float(piece.values.max())
         both = low < 0 < high and min(-low, high) > 0.2 * max(-low, high)
         extent = max(-low, high)

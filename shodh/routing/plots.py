@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from matplotlib import colormaps
@@ -11,19 +11,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from shodh.report.figures import INK
+from shodh.report.figures import INK, panel_grid
 from shodh.routing.verdict import SPECIALISED_U
 
 MAX_PANELS = 6
 ANNOTATED = 64  # cells of a matrix that are small enough in number to carry their values
+T = TypeVar("T")
 Curves = Mapping[int, tuple[np.ndarray, np.ndarray]]
 
 
-def chosen(layers: Sequence[int]) -> list[int]:
-    """At most `MAX_PANELS` layers, evenly spread, with the first and the last."""
-    if len(layers) <= MAX_PANELS:
-        return list(layers)
-    return [layers[round(i)] for i in np.linspace(0, len(layers) - 1, MAX_PANELS)]
+def chosen(items: Sequence[T]) -> list[T]:
+    """At most `MAX_PANELS` layers, regimes or experts, evenly spread, with the first and the last."""
+    if len(items) <= MAX_PANELS:
+        return list(items)
+    return [items[round(i)] for i in np.linspace(0, len(items) - 1, MAX_PANELS)]
 
 
 def first_look(shares: Mapping[int, np.ndarray], regimes: Sequence[str], u: Curves) -> Figure:
@@ -35,13 +36,9 @@ def first_look(shares: Mapping[int, np.ndarray], regimes: Sequence[str], u: Curv
     below = 2.5 if u else 0.0
     figure = Figure(figsize=(8.6, rows * height + below + 0.2), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=[rows * height, below]) if u else [figure]
-    panels = parts[0].subplots(rows, columns, squeeze=False)
-    for number, panel in enumerate(panels.ravel()):
-        if number >= len(layers):
-            panel.set_axis_off()
-            continue
+    for number, (panel, layer) in enumerate(zip(panel_grid(parts[0], len(layers), columns), layers, strict=True)):
         names = regimes if number % columns == 0 else [""] * len(regimes)
-        matrix(panel, shares[layers[number]], f"layer {layers[number]}", names, "expert")
+        matrix(panel, shares[layer], f"layer {layer}", names, "expert")
     parts[0].suptitle("Share of each regime's tokens by expert", fontsize=10, color=INK)
     if u:
         curves(parts[1].subplots(), u, "U", (-0.03, 1.06), SPECIALISED_U)
@@ -89,11 +86,8 @@ def curve_grid(groups: Mapping[str, Curves]) -> Figure:
     columns = min(2, len(groups))
     rows = -(-len(groups) // columns)
     figure = Figure(figsize=(8.6 if columns > 1 else 6.4, 2.5 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for panel, (label, lines) in zip(panels, groups.items(), strict=False):
+    for panel, (label, lines) in zip(panel_grid(figure, len(groups), columns), groups.items(), strict=True):
         curves(panel, lines, label, None, None)
-    for panel in panels[len(groups) :]:
-        panel.set_axis_off()
     return figure
 
 
@@ -118,13 +112,11 @@ def matrices(tables: Mapping[str, np.ndarray], names: Sequence[str] | None, x: s
     tallest = max(len(t) for t in tables.values())
     height = min(3.0, 0.9 + 0.3 * tallest)
     figure = Figure(figsize=(1.4 + 2.4 * columns, rows * height), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for number, (panel, (title, table)) in enumerate(zip(panels, tables.items(), strict=False)):
+    panels = panel_grid(figure, len(tables), columns)
+    for number, (panel, (title, table)) in enumerate(zip(panels, tables.items(), strict=True)):
         labels = [] if names is None else list(names) if number % columns == 0 else [""] * len(names)
         matrix(panel, table, title, labels, x, top)
         if names is None:
             panel.set_ylabel(y, fontsize=8)
             panel.yaxis.set_major_locator(MaxNLocator(integer=True))
-    for panel in panels[len(tables) :]:
-        panel.set_axis_off()
     return figure

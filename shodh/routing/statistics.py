@@ -131,8 +131,8 @@ def bifurcation_step(steps: np.ndarray, u: np.ndarray, threshold: float = 0.9) -
     return int(steps[below[-1] + 1 if below.size else 0])
 
 
-def transitions(first: np.ndarray, second: np.ndarray, num_first: int, num_second: int) -> np.ndarray:
-    """Tokens by their expert in one layer and in the next, ``[E, E']``, from choices of equal shape."""
+def joint_counts(first: np.ndarray, second: np.ndarray, num_first: int, num_second: int) -> np.ndarray:
+    """Tokens by their experts in two layers or two runs, ``[E, E']``, from choices of equal shape."""
     cell = first.ravel().astype(np.int64) * num_second + second.ravel()
     return np.bincount(cell, minlength=num_first * num_second).reshape(num_first, num_second)
 

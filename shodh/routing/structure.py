@@ -7,7 +7,7 @@ import numpy as np
 from shodh.report.page import Section, Table
 from shodh.routing import plots
 from shodh.routing.samples import Look, Sample, layers_of
-from shodh.routing.statistics import Coherence, changed, co_activation, shares, spatial_coherence, transitions
+from shodh.routing.statistics import Coherence, changed, co_activation, joint_counts, shares, spatial_coherence
 from shodh.routing.view import View
 
 
@@ -90,7 +90,7 @@ def _transitions(view: View, section: Section) -> str:
     tables = {}
     for a, b in zip(layers, layers[1:], strict=False):
         first, second = (np.concatenate([s.top1[n].ravel() for s in look.values()]) for n in (a, b))
-        tables[a, b] = shares(transitions(first, second, experts[a], experts[b]))
+        tables[a, b] = shares(joint_counts(first, second, experts[a], experts[b]))
     rows = [[a, b, i, j, m[i, j]] for (a, b), m in tables.items() for i, j in np.ndindex(*m.shape)]
     section.files_only += ("transitions",)
     section.tables["transitions"] = Table(["layer", "next layer", "expert", "next expert", "share"], rows)

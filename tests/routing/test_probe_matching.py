@@ -11,8 +11,9 @@ from shodh.core.seeding import generator
 from shodh.models.init import initialise
 from shodh.models.operator import LatentTransformer
 from shodh.routing.probe.interventions import sparse_layers
-from shodh.routing.probe.matching import agreement, assignment_overlap, joint_counts, match_experts
+from shodh.routing.probe.matching import agreement, assignment_overlap, match_experts
 from shodh.routing.probe.similarity import cka_matrix, expert_outputs
+from shodh.routing.statistics import joint_counts
 
 EXPERTS = 5
 

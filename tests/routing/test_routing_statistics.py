@@ -14,12 +14,12 @@ from shodh.routing.statistics import (
     co_activation,
     equal_neighbours,
     information,
+    joint_counts,
     load,
     miller_madow,
     mutual_information,
     purity,
     spatial_coherence,
-    transitions,
 )
 
 
@@ -111,7 +111,7 @@ def test_bifurcation_is_held_to_the_end(u: list[float], expected: int | None) ->
 
 def test_transitions_and_switches() -> None:
     first, second = np.array([[0, 0], [1, 2]]), np.array([[1, 1], [0, 1]])
-    assert transitions(first, second, 3, 2).tolist() == [[0, 2], [1, 0], [0, 1]]
+    assert joint_counts(first, second, 3, 2).tolist() == [[0, 2], [1, 0], [0, 1]]
     assert changed(first, second) == 1.0 and changed(first, first) == 0.0
 
 

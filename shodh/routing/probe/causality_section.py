@@ -9,9 +9,10 @@ import numpy as np
 import scipy
 from matplotlib.figure import Figure
 
+from shodh.report.figures import INK
 from shodh.report.page import Section, Table
 from shodh.routing.probe.causality import KINDS, Effect, Effects
-from shodh.routing.probe.drawing import INK, heat, panels
+from shodh.routing.probe.drawing import heat, panels
 from shodh.routing.probe.record import Recording
 
 MATTERS = 1.05  # an expert matters where removing it raises a regime's latent error by more than 5 %

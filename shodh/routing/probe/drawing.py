@@ -8,8 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-INK = "#1b2a41"
-MOST_PANELS = 6  # layers, regimes or experts that one figure shows
+from shodh.report.figures import INK
 
 
 def expert_colours(count: int) -> list[Any]:
@@ -19,11 +18,6 @@ def expert_colours(count: int) -> list[Any]:
     if count <= 20:
         return list(colormaps["tab20"].colors[:count])  # type: ignore[attr-defined]
     return [colormaps["gist_rainbow"](i / count) for i in range(count)]
-
-
-def some(count: int, limit: int = MOST_PANELS) -> list[int]:
-    """At most ``limit`` of ``count`` numbers, the first and the last among them."""
-    return sorted({int(i) for i in np.linspace(0, count - 1, min(count, limit)).round()})
 
 
 def panels(rows: int, columns: int, width: float, height: float, extra: float = 0.7) -> tuple[Figure, np.ndarray]:

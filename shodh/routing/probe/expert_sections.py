@@ -10,12 +10,15 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from shodh.report.figures import INK
 from shodh.report.page import Section, Table
-from shodh.routing.probe.drawing import INK, heat, panels, some
+from shodh.routing.plots import chosen
+from shodh.routing.probe.drawing import heat, panels
 from shodh.routing.probe.interventions import sparse_layers
-from shodh.routing.probe.matching import Match, agreement, assignment_overlap, joint_counts, match_experts
+from shodh.routing.probe.matching import Match, agreement, assignment_overlap, match_experts
 from shodh.routing.probe.record import Recording
 from shodh.routing.probe.similarity import cka_matrix, expert_outputs, is_bilinear, tensor_similarity
+from shodh.routing.statistics import joint_counts
 
 SIMILARITY_TEXT = (
     "How alike the experts of a layer are: debiased linear CKA of their outputs when every expert is given the same "
@@ -71,7 +74,7 @@ def _off_diagonal(matrix: np.ndarray) -> float | None:
 
 
 def _matrices_figure(matrices: dict[str, list[np.ndarray]]) -> Figure:
-    layers = some(len(next(iter(matrices.values()))))
+    layers = chosen(range(len(next(iter(matrices.values())))))
     figure, axes = panels(len(matrices), len(layers), 2.2, 2.0)
     for row, (name, values) in zip(axes, matrices.items(), strict=True):
         for panel, layer in zip(row, layers, strict=True):
@@ -145,7 +148,7 @@ def _summary(match: Match) -> dict[str, Any]:
 
 def _match_figure(matrices: Sequence[np.ndarray], other_name: str) -> Figure:
     """CKA between the runs, the matched pairs framed."""
-    layers = some(len(matrices))
+    layers = chosen(range(len(matrices)))
     figure, axes = panels(1, len(layers), 2.2, 2.1)
     for panel, layer in zip(axes[0], layers, strict=True):
         image = heat(panel, matrices[layer], low=0, high=1, cmap="Greens")

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from shodh.report.figures import INK
 from shodh.report.page import Section, Table
 from shodh.routing.fingerprint import CLASSIFIERS, Reading, read_regimes
-from shodh.routing.probe.drawing import INK, heat, panels
+from shodh.routing.probe.drawing import heat, panels
 from shodh.routing.probe.record import Recording
 
 TEXT = (

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from shodh.report.figures import INK
 from shodh.report.page import Section, Table
-from shodh.routing.probe.drawing import INK, expert_colours, heat, panels, some
+from shodh.routing.plots import chosen
+from shodh.routing.probe.drawing import expert_colours, heat, panels
 from shodh.routing.probe.local_physics import QUANTITIES
 from shodh.routing.probe.record import Recording
 from shodh.routing.probe.specialisation import (
@@ -125,7 +127,7 @@ def _information_figure(found: Found) -> Figure:
 
 def _share_figure(recordings: Sequence[Recording], bins: Bins, layer: int) -> Figure:
     """Shares by bin at one layer, regimes x quantities."""
-    shown = [recordings[i] for i in some(len(recordings))]
+    shown = chosen(recordings)
     names = [n for n in QUANTITIES if any((r.name, n) in bins for r in shown)]
     figure, axes = panels(len(shown), len(names), 2.0, 1.5)
     colours = expert_colours(shown[0].num_experts)

@@ -10,8 +10,10 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from shodh.report.figures import INK
 from shodh.report.page import Section
-from shodh.routing.probe.drawing import INK, expert_colours, panels, some
+from shodh.routing.plots import chosen
+from shodh.routing.probe.drawing import expert_colours, panels
 from shodh.routing.probe.record import Picture, Recording
 from shodh.schema.fields import AXES
 
@@ -23,7 +25,7 @@ TEXT = (
 
 def map_section(recordings: Sequence[Recording], token_grid: Sequence[int]) -> Section:
     """Routing maps of up to six regimes, up to six layers each."""
-    shown = [recordings[i] for i in some(len(recordings))]
+    shown = chosen(recordings)
     section = Section("routing_map", "Routing over the field", TEXT)
     for recording in shown:
         if recording.picture is not None:
@@ -48,7 +50,7 @@ def _plane(values: np.ndarray, axis: int, index: int) -> np.ndarray:
 
 
 def _map(recording: Recording, picture: Picture, token_grid: Sequence[int]) -> Figure:
-    layers = some(len(recording.selected))
+    layers = chosen(range(len(recording.selected)))
     planes = middle_planes(picture.background.shape, token_grid)
     figure, axes = panels(len(planes), len(layers) + 1, 1.9, 1.9, extra=0.9)
     experts = [recording.selected[layer][0, :, 0].reshape(tuple(token_grid)) for layer in layers]

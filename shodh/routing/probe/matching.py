@@ -31,12 +31,6 @@ def match_experts(similarity: np.ndarray) -> Match:
     return Match(first, second, known[first, second], float(known.mean()))
 
 
-def joint_counts(first: np.ndarray, second: np.ndarray, num_first: int, num_second: int) -> np.ndarray:
-    """Tokens by the expert that they meet in either run, ``[E1, E2]``, of the choices of the same tokens."""
-    joint = np.bincount(first.ravel() * num_second + second.ravel(), minlength=num_first * num_second)
-    return joint.reshape(num_first, num_second)
-
-
 def assignment_overlap(joint: np.ndarray) -> np.ndarray:
     """Jaccard overlap of the sets of tokens that two runs' experts take, of `joint_counts`; 0 for two dead ones."""
     union = joint.sum(1, keepdims=True) + joint.sum(0, keepdims=True) - joint
