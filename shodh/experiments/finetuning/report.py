@@ -14,11 +14,20 @@ import scipy
 from shodh.experiments.finetuning.runs import SCRATCH, ZERO_SHOT, methods
 from shodh.experiments.finetuning.settings import TuningConfig
 from shodh.experiments.harness.report import WORDS, claims_section, write_study
-from shodh.experiments.harness.results import ERROR, SEED, missing_runs, over_seeds, read_results, tidy, to_table
+from shodh.experiments.harness.results import (
+    ERROR,
+    SEED,
+    compare_by_seed,
+    missing_runs,
+    over_seeds,
+    read_results,
+    tidy,
+    to_table,
+)
 from shodh.experiments.harness.run import Run
 from shodh.report.figures import lines
 from shodh.report.page import Headline, Section, Table, Tone, filled
-from shodh.report.statistics import RULE, Comparison, Verdict, compare, holm, what_seeds_can_show
+from shodh.report.statistics import RULE, Comparison, Verdict, holm, what_seeds_can_show
 
 PERSISTENCE = "persistence"
 #: Measures by column: where they stand in an evaluation.
@@ -98,9 +107,8 @@ class Outcomes:
         for claim in product(regimes, sorted(self.tuning.trajectories), self.tuning.train, others, COMPARED):
             regime, count, method, other, measure = claim
             sides = [self.errors(regime, count, name, measure) for name in (method, other)]
-            both = pd.concat(sides, axis=1, join="inner")
-            if len(both):
-                found[Claim(*claim)] = compare(both.iloc[:, 0].tolist(), both.iloc[:, 1].tolist())
+            if (paired := compare_by_seed(*sides)) is not None:
+                found[Claim(*claim)] = paired
         return holm(found)
 
     def errors(self, regime: str, count: int, method: str, measure: str) -> pd.Series:

@@ -16,6 +16,7 @@ import pandas as pd
 from shodh.experiments.harness.run import Run
 from shodh.experiments.harness.workers import read_failures
 from shodh.report.page import Table
+from shodh.report.statistics import Comparison, compare
 
 RESULT = "result.json"
 ERROR, SEED = "error", "seed"
@@ -39,6 +40,12 @@ def tidy(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         frame[ERROR] = frame[ERROR].astype(float)
         frame.loc[~np.isfinite(frame[ERROR]), ERROR] = math.inf
     return frame
+
+
+def compare_by_seed(errors: pd.Series, others: pd.Series) -> Comparison | None:
+    """Compare two series by seed, over the seeds that both have; None without one."""
+    both = pd.concat([errors, others], axis=1, join="inner")
+    return None if both.empty else compare(both.iloc[:, 0].tolist(), both.iloc[:, 1].tolist())
 
 
 def over_seeds(frame: pd.DataFrame, by: Sequence[str], column: str = ERROR) -> pd.DataFrame:

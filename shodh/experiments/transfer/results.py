@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 import scipy
 
-from shodh.experiments.harness.results import ERROR, SEED, tidy
-from shodh.report.statistics import Comparison, Interval, compare, holm, nested_bootstrap
+from shodh.experiments.harness.results import ERROR, SEED, compare_by_seed, tidy
+from shodh.report.statistics import Comparison, Interval, holm, nested_bootstrap
 
 Reading = Literal["steps", "flops", "seconds"]
 READINGS: tuple[Reading, ...] = ("steps", "flops", "seconds")
@@ -238,8 +238,7 @@ class Results:
     def paired(self, claim: Claim) -> Comparison | None:
         """Over the seeds that both have finished; p is of this comparison alone."""
         sides = [self.errors(claim.mix, name, claim.reading, claim.regime) for name in (claim.label, claim.other)]
-        both = pd.concat(sides, axis=1, join="inner")
-        return None if both.empty else compare(both.iloc[:, 0].tolist(), both.iloc[:, 1].tolist())
+        return compare_by_seed(*sides)
 
     def compared_sparse(self, mix: str) -> str | None:
         """The learned router that is compared: ``sparse``, or the first of its variants in the order of the study."""

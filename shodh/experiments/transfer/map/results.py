@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.stats import gmean
 
 from shodh.experiments.transfer.map.runs import MapRun
 from shodh.experiments.transfer.map.settings import DENSE, DENSE_ROUTER, SPECIALIST, MapConfig
@@ -57,11 +58,6 @@ def root_mean(squares: Sequence[float | None]) -> float:
     """Root of the mean; infinite where a sample has diverged."""
     values = [math.inf if v is None or not math.isfinite(v) else v for v in squares]
     return math.sqrt(sum(values) / len(values))
-
-
-def geometric(values: Sequence[float]) -> float:
-    """Geometric mean; infinite where a value is."""
-    return math.exp(sum(map(math.log, values)) / len(values)) if all(map(math.isfinite, values)) else math.inf
 
 
 class MapResults:
@@ -115,7 +111,7 @@ class MapResults:
         if not seeds:
             return None
         sides = [
-            [geometric([root_mean(self.squares(point, side, regime)[seed]) for regime in regimes]) for seed in seeds]
+            [gmean([root_mean(self.squares(point, side, regime)[seed]) for regime in regimes]) for seed in seeds]
             for side in (arm, other)
         ]
         return compare(*sides)
@@ -162,8 +158,8 @@ class MapResults:
             if (scale, name) == (fields, regime):
                 for values in seeds.values():
                     places.setdefault(values["parameters"], []).append(root_mean(values["errors"][regime]))
-        points = [(math.log(size), math.log(geometric(errors))) for size, errors in sorted(places.items())
-                  if math.isfinite(geometric(errors))]  # fmt: skip
+        points = [(math.log(size), math.log(gmean(errors))) for size, errors in sorted(places.items())
+                  if math.isfinite(gmean(errors))]  # fmt: skip
         if len(points) < 2:
             return None
         x, y = np.array(points).T
@@ -179,7 +175,7 @@ class MapResults:
         sizes = [values["parameters"] for values in self.alone(point, regime).values()]
         if law is None or not found or not sizes:
             return None
-        error = geometric([root_mean(values) for values in found.values()])
+        error = gmean([root_mean(values) for values in found.values()])
         if not math.isfinite(error):
             return None
         needed = law.parameters(error)

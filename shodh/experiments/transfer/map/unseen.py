@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import gmean, spearmanr
 
 from shodh.experiments.harness.results import spread
-from shodh.experiments.transfer.map.results import MapResults, Point, geometric, root_mean
+from shodh.experiments.transfer.map.results import MapResults, Point, root_mean
 from shodh.experiments.transfer.map.settings import DENSE
 from shodh.report.page import Section, Table, filled
 
@@ -89,4 +89,4 @@ def _over_dense(results: MapResults, point: Point, seeds: Mapping[int, Any], reg
         for seed, values in seeds.items()
         if "unseen" in dense.get(seed, {})
     ]
-    return geometric(pairs) if pairs and all(map(math.isfinite, pairs)) else None
+    return float(gmean(pairs)) if pairs and all(map(math.isfinite, pairs)) else None
