@@ -218,10 +218,6 @@ class RegimeSource:
         """Frames of each trajectory of a split."""
         return [f.num_frames for f in self.files[split] for _ in range(f.num_trajectories)]
 
-    def num_windows(self, split: Split, frames: int, stride: int = 1) -> int:
-        """Windows of ``frames`` snapshots, ``stride`` apart, that lie within one trajectory."""
-        return sum(max(0, n - (frames - 1) * stride) for n in self.num_frames(split))
-
     def name_short(self, split: Split, frames: int, wanted_for: str) -> int:
         """Count the trajectories with fewer frames than are wanted, and name them in the log, once."""
         counts = self.num_frames(split)
