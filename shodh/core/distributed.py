@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 from shodh.core.cli import error_line
 from shodh.core.errors import ShodhError
@@ -40,9 +41,21 @@ def world_size() -> int:
     return read_launch().world
 
 
+def connected() -> int:
+    """Number of ranks that collectives reach; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce a tensor over all ranks, in place. Collective."""
+    if connected() > 1:
+        dist.all_reduce(values, op=operation)
+    return values
+
+
 def gather(value: Any) -> list[Any]:
     """The value of every rank, in their order. Collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if connected() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from shodh.config import BalanceConfig
+from shodh.core.distributed import connected, sum_over_ranks
 from shodh.moe.routers import Router
 from shodh.moe.routing import Routing
 
@@ -137,10 +137,7 @@ class GlobalBalance:
         self._sum, self._count = None, 0
 
     def _globalise(self, local: Tensor) -> Tensor:
-        value = local.detach().clone()
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(value)
-            value /= dist.get_world_size()
+        value = sum_over_ranks(local.detach().clone()) / connected()
         if torch.is_grad_enabled():
             self._count += 1
             self._sum = value if self._sum is None else self._sum + value

@@ -23,16 +23,13 @@ from shodh.core.topology import Topology, fitting_ep_size
 # Measured on one H100 80GB HBM3 (torch 2.11, CUDA 13.0).
 PRODUCT_RATE = 798e12  # FLOP/s of a large bf16 product
 COPY_RATE = 2.9e12  # bytes/s of a copy in its memory, read and written
-SHARE_SPARSE, SHARE_DENSE = (
-    0.29,
-    0.42,
-)  # of PRODUCT_RATE in a step of 32,768 tokens, dim 768: 192 and 135 ms for 45 TFLOP
+# Shares of PRODUCT_RATE in a step of 32,768 tokens, dim 768: 192 and 135 ms for 45 TFLOP.
+SHARE_SPARSE, SHARE_DENSE = 0.29, 0.42
 # NVIDIA's data sheet, not measured.
 FLOAT32_RATE = 67e12
 CARD_MEMORY = 80 * 2**30
 # Data sheet (450 GB/s a direction a card; one 400 Gbit/s port a card) times a share that is assumed, as are latencies.
 LINK_SHARE = 0.8
-CARDS_OF_NODE = 8
 MOST_CARDS = 1024
 
 

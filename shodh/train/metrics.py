@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shodh.core.distributed import connected, sum_over_ranks
 from shodh.core.files import UNREADABLE, LineFile, cut_lines
 from shodh.core.reading import read_lines
 from shodh.core.strict_json import dumps
@@ -36,10 +37,9 @@ def reduce_metrics(metrics: Mapping[str, tuple[Tensor | float, Reduction]], devi
             continue
         values = [torch.as_tensor(metrics[name][0], dtype=torch.float64, device=device).detach() for name in names]
         flat = torch.stack(values)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(flat, op=operation)
-            if kind == "mean":
-                flat /= dist.get_world_size()
+        sum_over_ranks(flat, operation)
+        if kind == "mean":
+            flat /= connected()
         out.update(zip(names, flat.tolist(), strict=True))
     return out
 
@@ -47,10 +47,7 @@ def reduce_metrics(metrics: Mapping[str, tuple[Tensor | float, Reduction]], devi
 def mean_over_ranks(value: Tensor | float, device: torch.device) -> Tensor:
     """Mean of a scalar over all ranks, in float64, on the device: nothing waits for it."""
     mean = torch.as_tensor(value, dtype=torch.float64, device=device).detach().clone()
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(mean)
-        mean /= dist.get_world_size()
-    return mean
+    return sum_over_ranks(mean) / connected()
 
 
 class RegimeMeans:
@@ -79,9 +76,7 @@ class RegimeMeans:
         """
         metrics: Metrics = {}
         for name, table in self._sums.items():
-            if dist.is_initialized() and dist.get_world_size() > 1:
-                dist.all_reduce(table)
-            rows = zip(self._names, table.tolist(), strict=True)
+            rows = zip(self._names, sum_over_ranks(table).tolist(), strict=True)
             found = {regime: total / count for regime, (total, count) in rows if count}
             metrics |= {f"{prefix}/{name}/{regime}": (value, "max") for regime, value in found.items()}
             if found:

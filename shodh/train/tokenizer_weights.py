@@ -15,7 +15,7 @@ from shodh.checkpoint.folder import best_checkpoint, find_checkpoint, read_manif
 from shodh.checkpoint.run_files import write_tokenizer
 from shodh.checkpoint.weights import read_weights
 from shodh.config import RunConfig
-from shodh.core.distributed import rank
+from shodh.core.distributed import connected, rank
 from shodh.core.weights import AVERAGED, load_into
 from shodh.data import WindowDataset
 from shodh.models.basis import PATCH, PatchBasis
@@ -57,7 +57,7 @@ def fit_basis(model: Tokenizer, regimes: Regimes, frames: int = 64, patches: int
             chosen.setdefault(head, []).append(rows[index % step :: step])
         for head, basis in enumerate(model.basis.heads.values()):
             basis.fit(torch.cat(chosen[head]))  # type: ignore[operator]
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if connected() > 1:
         for buffer in model.basis.buffers():
             value = buffer.to("cuda") if dist.get_backend() == "nccl" else buffer
             dist.broadcast(value, 0)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shodh.config import ExpertsConfig
+from shodh.core.distributed import connected, sum_over_ranks
 from shodh.moe.balance import entropy
 from shodh.moe.routing import Routing, count_by_regime, regime_information
 from shodh.moe.step import finish_step
@@ -43,10 +44,10 @@ class Experts(Callback):
         table, self._table = self._table, None
         seen, self._fingerprints = self._fingerprints, []
         if trainer.applied:
-            counts, samples = lambda: sum_over_ranks(table).sum(1), lambda: join_ranks(torch.cat(seen))
+            counts, samples = lambda: sum_over_ranks(table.clone()).sum(1), lambda: join_ranks(torch.cat(seen))
             finish_step(trainer.engine.module, self._config, counts, samples if seen else None)
         if trainer.due(self._every):
-            whole = sum_over_ranks(table).cpu()
+            whole = sum_over_ranks(table.clone()).cpu()
             trainer.metrics.update(routing_metrics(whole))
             if self._metrics.writer is not None and self._picture_due(trainer):
                 picture = share_picture(whole, self._regimes)
@@ -63,19 +64,11 @@ def regime_table(routing: Sequence[Routing], regime: Tensor, num_regimes: int) -
     return torch.stack([count_by_regime(r.selected, regime, num_regimes, r.num_experts) for r in routing])
 
 
-def sum_over_ranks(table: Tensor) -> Tensor:
-    """The table of the global batch. Collective."""
-    table = table.clone()
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(table)
-    return table
-
-
 def join_ranks(rows: Tensor) -> Tensor:
     """Rows of all ranks, of which each has as many: ``[B, F] -> [world B, F]``. Collective."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
+    if connected() == 1:
         return rows
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    parts = [torch.empty_like(rows) for _ in range(connected())]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
 

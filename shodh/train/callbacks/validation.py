@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from shodh.train.callbacks.experts import regime_table, routing_metrics, sum_over_ranks
+from shodh.core.distributed import sum_over_ranks
+from shodh.train.callbacks.experts import regime_table, routing_metrics
 from shodh.train.callbacks.step_metrics import StepMetrics
 from shodh.train.metrics import RegimeMeans, reduce_metrics
 from shodh.train.trainer import Batch, Callback, Measured, Trainer, to_device
@@ -58,6 +59,6 @@ class Validation(Callback):
                 table = counts if table is None else table + counts
         metrics = means.reduce("valid")
         if table is not None:
-            found = routing_metrics(sum_over_ranks(table).cpu())
+            found = routing_metrics(sum_over_ranks(table.clone()).cpu())
             metrics.update({f"valid/{name}": value for name, value in found.items()})
         return reduce_metrics(metrics, trainer.engine.device)
