@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from shodh.report.figures import INK, panel_grid
+from shodh.report.figures import INK, bare, panel_grid
 from shodh.routing.verdict import SPECIALISED_U
 
 MAX_PANELS = 6
@@ -77,7 +77,7 @@ def curves(panel: Axes, lines: Curves, label: str, limits: tuple[float, float] |
     panel.set_xlabel("step", fontsize=8)
     panel.set_ylabel(label, fontsize=8)
     panel.tick_params(labelsize=8)
-    panel.spines[["top", "right"]].set_visible(False)
+    bare(panel)
     panel.legend(fontsize=8, frameon=False, ncols=2)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from shodh.experiments.composition.results import OUT, RIVALS, Claim, Results
 from shodh.experiments.composition.settings import Role
 from shodh.experiments.composition.tables import correlate
-from shodh.experiments.harness.report import Answer
+from shodh.experiments.harness.report import Answer, over_trajectories
 from shodh.experiments.harness.results import mean
 from shodh.merge.readout import BANK
 from shodh.report.page import Tone
@@ -44,9 +44,7 @@ def does_composition_help(results: Results, published: float | None) -> Answer:
         side = "below" if paired.ratio < 1 else "above"
         verdict = f"Composition lies {side} the anchor out of distribution, in too few seeds to tell"
     text = [f"{describe(method, paired, 'the anchor')}."]
-    wider = results.bootstrap(claim)
-    if wider is not None:
-        text.append(f"Over seeds and test trajectories together the interval is {wider.low:.3f} to {wider.high:.3f}.")
+    text += over_trajectories(results.bootstrap(claim))
     gains = {m: mean(results.improvements(m, role)) for m in READOUTS if m in results.methods}
     told = [f"{m} {_percent(gain)}" for m, gain in gains.items() if gain is not None]
     text.append(f"Improvement over the anchor, mean over seeds: {', '.join(told)}.")

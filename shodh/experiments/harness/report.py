@@ -8,10 +8,10 @@ from typing import Any
 
 from shodh.experiments.harness.settings import StudySettings
 from shodh.report.page import Headline, Section, Table, Tone, filled, records, text_table, write_page
-from shodh.report.statistics import RULE, Comparison
+from shodh.report.statistics import RULE, Comparison, Interval, Verdict
 from shodh.train.run_folder import describe_environment
 
-WORDS = {"lower": "lower", "higher": "higher", "equal": "equal", "open": "undecided"}
+WORDS: dict[Verdict, str] = {"lower": "lower", "higher": "higher", "equal": "equal", "open": "undecided"}
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,13 @@ class Answer:
     text: str
     tone: Tone
     seeds: int = 0
+
+
+def over_trajectories(interval: Interval | None) -> list[str]:
+    """The sentence on an interval over seeds and test trajectories; none without one."""
+    if interval is None:
+        return []
+    return [f"Over seeds and test trajectories together the interval is {interval.low:.3f} to {interval.high:.3f}."]
 
 
 def write_study(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from shodh.experiments.harness.report import Answer
+from shodh.experiments.harness.report import WORDS, Answer, over_trajectories
 from shodh.experiments.transfer.results import ROLLOUT, SPECIALIST, TEST, Claim, Results
 from shodh.report.page import Tone
 from shodh.report.statistics import MARGIN, Comparison, Verdict, brief, describe
@@ -20,12 +20,7 @@ Cause = Literal[
     "undecided",
     "not asked",
 ]
-SAID: dict[Verdict, str] = {
-    "lower": "lower",
-    "higher": "higher",
-    "equal": f"equal within {MARGIN:.0%}",
-    "open": "undecided",
-}
+SAID: dict[Verdict, str] = {**WORDS, "equal": f"equal within {MARGIN:.0%}"}
 
 
 def does_routing_help(results: Results, mix: str) -> Answer:
@@ -36,9 +31,7 @@ def does_routing_help(results: Results, mix: str) -> Answer:
     if sparse is None or against is None:
         return Answer("Not asked", f"{mix}: no finished pair of sparse and {dense} with the same seed.", "neutral")
     text = [f"{describe(sparse, against, dense)}."]
-    wider = results.bootstrap(claim)
-    if wider is not None:
-        text.append(f"Over seeds and test trajectories together the interval is {wider.low:.3f} to {wider.high:.3f}.")
+    text += over_trajectories(results.bootstrap(claim))
     text += _other_readings(results, mix, sparse, dense)
     text += negative_transfer(results, mix, sparse, dense, against.verdict)
     total = results.claims.get(Claim(mix, sparse, "dense_total"))

@@ -9,7 +9,7 @@ import numpy as np
 import scipy
 from matplotlib.figure import Figure
 
-from shodh.report.figures import INK
+from shodh.report.figures import INK, bare
 from shodh.report.page import Section, Table
 from shodh.routing.probe.causality import KINDS, Effect, Effects
 from shodh.routing.probe.drawing import heat, panels
@@ -175,7 +175,7 @@ def _whole_figure(effects: Effects, regimes: Sequence[str], layers: int) -> Figu
         panel.set_xticks(range(len(at)), [_layer_name(a) for a in at])
         panel.set_xlabel("layer")
         panel.set_title(regime, fontsize=9, color=INK)
-        panel.spines[["top", "right"]].set_visible(False)
+        bare(panel)
     axes[0, 0].set_ylabel("latent error / intact")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", fontsize=8, frameon=False)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from shodh.report.figures import INK
+from shodh.report.figures import INK, bare
 from shodh.report.page import Section, Table
 from shodh.routing.plots import chosen
 from shodh.routing.probe.drawing import expert_colours, heat, panels
@@ -152,7 +152,7 @@ def _share_figure(recordings: Sequence[Recording], bins: Bins, layer: int) -> Fi
             panel.set_ylim(0, 1)
             panel.set_xticks([0, len(shares) - 1], ["low", "high"] if len(shares) > 1 else ["", ""], fontsize=8)
             panel.set_yticks([0, 1])
-            panel.spines[["top", "right"]].set_visible(False)
+            bare(panel)
     figure.suptitle(
         f"layer {layer}: share of each expert (colours) by quartile of the quantity", fontsize=10, color=INK
     )
