@@ -18,7 +18,7 @@ from torch import nn
 from shodh.core.devices import uses_cuda
 from shodh.core.errors import ConfigError
 from shodh.models.blocks import Block
-from shodh.models.tokenizer import ResidualBlock
+from shodh.models.tokenizer import Decoder, ResidualBlock
 from shodh.moe.routers.base import GateRouter
 from shodh.train.operator_task import OperatorTask
 from shodh.train.trainer import Task
@@ -60,6 +60,8 @@ def _parts(model: nn.Module) -> list[tuple[nn.Module, str]]:
             parts.append((module, "route"))
         elif isinstance(module, ResidualBlock):
             parts.append((module, "forward"))
+        elif isinstance(module, Decoder):
+            parts.append((module, "enter_head"))
     return parts
 
 
