@@ -138,7 +138,7 @@ def check_finite(name: str, seeds: Sequence[int], fields: Tensor, advice: str) -
 
 def check_healthy(name: str, seeds: Sequence[int], healthy: Tensor, advice: str) -> None:
     """Refuse to go on when a trajectory is not ``healthy`` (bool ``[B]``); errors as `check_finite`."""
-    good = [bool(flag) for flag in healthy]
+    good: list[bool] = healthy.tolist()
     if not all(good):
         seed = seeds[good.index(False)]
         raise NonFiniteError(f"{name}: the trajectory of seed {seed} blew up (no finite or sensible step); {advice}")

@@ -264,7 +264,7 @@ class _Run:
                 "bulk_velocity": mean[..., 0].reshape(len(mean), -1).mean(1),
                 "fluctuation_rms": fluctuation,
                 "divergence_max": divergence,
-                "courant_max": self.flow.clock.courant.numpy(),
+                "courant_max": self.flow.clock.courant.cpu().numpy(),
                 **self.flow.clock.diagnostics(),
             },
         )

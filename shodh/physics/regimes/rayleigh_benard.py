@@ -199,7 +199,7 @@ class _Run:
                 "nusselt_dissipation": self.relation[0] * diffusion + 1.0,
                 "nusselt_thermal_dissipation": self.relation[1] * diffusion,
                 "divergence_max": divergence.double().cpu().numpy(),
-                "courant_max": self.cells.clock.courant.numpy(),
+                "courant_max": self.cells.clock.courant.cpu().numpy(),
                 **self.cells.clock.diagnostics(),
             },
         )

@@ -138,9 +138,7 @@ class StokesSolver:
         scaled = residual * self._scale
         result = self._diagonal * scaled
         for axis in range(3):
-            weight = self.spacing[axis] ** -2
-            for shift in (1, -1):
-                result.sub_(torch.roll(scaled, shift, dims=axis + 2), alpha=weight)
+            subtract_neighbours(result, scaled, axis + 2, self.spacing[axis] ** -2)
         return self._without_mean(result * self._scale)
 
     def solve(self, axis: int) -> tuple[Tensor, Tensor]:
@@ -172,6 +170,15 @@ class StokesSolver:
             residuals.append(residual.double())
             divergences.append(divergence * min(self.spacing) / speed)
         return UnitFlows(torch.stack(flows), torch.stack(residuals).amax(0), torch.stack(divergences).amax(0))
+
+
+def subtract_neighbours(result: Tensor, values: Tensor, axis: int, weight: float) -> None:
+    """Subtract ``weight`` times both periodic neighbours along a dimension, in place; no neighbour is copied first."""
+    n = values.shape[axis]
+    for to, of in ((1, 0), (0, 1)):
+        result.narrow(axis, to, n - 1).sub_(values.narrow(axis, of, n - 1), alpha=weight)
+        end, start = (n - 1) * of, (n - 1) * to
+        result.select(axis, end).sub_(values.select(axis, start), alpha=weight)
 
 
 def wall_friction(solid: Tensor, closed: Tensor, spacing: Sequence[float]) -> Tensor:
