@@ -257,8 +257,8 @@ class _Run:
         )
         lengths = [n * self.spacing[0] for n in self.grid]
         for b, seed in enumerate(self.seeds):
-            dye = tracer_blobs(seed, self.grid, lengths, [regime.tracer_scale] * 3)
-            self.tracer.values[..., b] = (dye.to(self.device) * ~self.solid[b]).to(self.dtype)
+            dye = tracer_blobs(seed, self.grid, lengths, [regime.tracer_scale] * 3, self.device)
+            self.tracer.values[..., b] = (dye * ~self.solid[b]).to(self.dtype)
         self._padded = padded_like(self.grid, batch, components=3, like=self.tracer.values)
         self.clock = Clock(batch)
 
