@@ -65,7 +65,7 @@ def _parts(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return parts
 
 
-def compile_run(model: nn.Module, task: Task, backend: str | Callable[..., Any] = "inductor") -> int:
+def compile_run(model: nn.Module, task: Task | None, backend: str | Callable[..., Any] = "inductor") -> int:
     """Compile the parts of a model and the balance terms of its loss, in place; returns how many parts there are.
 
     They compile at their first call, blocks of one kind once for all of them.
