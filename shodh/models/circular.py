@@ -31,11 +31,12 @@ def _fold(padded: Tensor, axes: Sequence[int]) -> Tensor:
 def _read_cells(x: Tensor) -> Tensor:
     """`F.pad` as one element-wise expression: the cell that each padded cell is an image of."""
     ahead = x.ndim - 3  # axes of the grid after the first
-    cells = (
+    index: list[Any] = [slice(None), slice(None)]
+    index += (
         ((torch.arange(n + 2, device=x.device) - 1) % n).view(-1, *[1] * (ahead - axis))
         for axis, n in enumerate(x.shape[2:])
     )
-    return x[(slice(None), slice(None), *cells)]
+    return x[tuple(index)]
 
 
 def _read_images(padded: Tensor, axes: Sequence[int]) -> Tensor:
