@@ -103,6 +103,27 @@ def test_looking_rarely_gives_the_same_bits(
     assert 1 < len(looks) < seldom.diagnostics["steps"].max() <= sum(looks)
 
 
+class Runaway:
+    """A trajectory at rest that loses its rate at the third step."""
+
+    decay = torch.zeros(1, 2, dtype=torch.float64)
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def tendency(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.calls += 1  # four a step, the first of which tells the rate
+        return torch.zeros_like(state), torch.tensor([10.0 if self.calls < 9 else torch.nan])
+
+
+@pytest.mark.parametrize("seldom", [False, True])
+def test_a_blow_up_between_two_looks_is_named(seldom: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stability, "waits", lambda device: seldom)
+    with pytest.raises(spectral.BlowUp) as caught:
+        spectral.advance(Runaway(), torch.zeros(1, 1, 2, dtype=torch.float64), 1.0, 1.0)
+    assert caught.value.index == 0
+
+
 def test_three_quarters_of_the_steps_pass_between_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = [torch.tensor([0.0, n]) for n in (0.0, 1.0, 2.0, 5.0, 60.0)]
     assert [steps_to_look(count) for count in counts] == [0, 1, 1, 1, 1]

@@ -244,7 +244,7 @@ def advance(equations: Equations, state: Tensor, interval: float, courant: float
     remaining = torch.full((len(state),), interval, dtype=torch.float64, device=state.device)
     steps, runaway = torch.zeros_like(remaining), torch.zeros_like(remaining, dtype=torch.bool)
     ahead = 0
-    while ahead or bool((remaining > 0).any()):
+    while ahead or bool((runaway | (remaining > 0)).any()):
         slope, rate = equations.tendency(state)
         count = torch.ceil(remaining * rate.double() / courant).clamp(min=1.0)
         runaway |= ~(steps + count <= MAX_STEPS)
