@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shodh.physics import get_regime
+from shodh.physics.regimes import porous_media
 from shodh.physics.regimes.compressible_2d import IdealGas
 from shodh.physics.regimes.porous_media import Drive
 from shodh.physics.solvers import spectral, stability
@@ -101,6 +103,36 @@ def test_looking_rarely_gives_the_same_bits(
     assert all(np.array_equal(often.values[field], seldom.values[field]) for field in often.values)
     assert all(np.array_equal(often.diagnostics[key], seldom.diagnostics[key]) for key in often.diagnostics)
     assert 1 < len(looks) < seldom.diagnostics["steps"].max() <= sum(looks)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that are read of tensors."""
+
+    found = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found += function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal")
+        return function(*args, **(kwargs or {}))
+
+
+def test_porous_media_wait_once_a_frame_however_many_steps_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    regime = get_regime("porous_media")
+    run = porous_media._Run(regime, [1, 2], (8, 8, 8), "cpu", lambda fraction: None)
+    run.solve_flows()
+    run.start_tracer()
+    copies: list[torch.Size] = []
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: (copies.append(tensor.shape), cpu(tensor))[1])
+    reads, steps = [], []
+    for interval in (0.02, 0.09):
+        before = run.clock.steps.max().item()
+        with Reads() as mode:
+            run._advance(interval)
+        reads.append(mode.found)
+        steps.append(run.clock.steps.max().item() - before)
+    assert steps[1] > 2 * steps[0] > 0
+    assert reads == [1, 1], "the number of steps, on the host"
+    assert copies == [(2, 2)] * 2, "wanted and allowed rates of both trajectories"
 
 
 class Runaway:
