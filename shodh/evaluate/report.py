@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -11,6 +12,8 @@ from shodh.evaluate import plots
 from shodh.evaluate.evaluation import Evaluation
 from shodh.evaluate.plots import interval_cell
 from shodh.evaluate.rows import VALID
+from shodh.evaluate.speed import NOTE as SPEED_NOTE
+from shodh.evaluate.speed import speed_table
 from shodh.report import figures
 from shodh.report.page import Headline, Section, Table, filled, text_table, write_page
 from shodh.report.published import SHODH_MOE
@@ -238,6 +241,7 @@ def write_report(folder: RunFolder, evaluation: Evaluation) -> str:
     if metrics["routing"] is not None:
         shares = figures.expert_shares(metrics["routing"])
         sections.append(_section("routing", "Routing", routing_table(metrics), ROUTING_NOTE, expert_shares=shares))
+    sections.append(_section("speed", "Speed of the training", speed_table(_stages(folder)), SPEED_NOTE))
     sections.append(_section("events", "Faults of the training", event_table(folder), EVENT_NOTE))
     known = [section for section in sections if section is not None]
     averaged = ", average of the weights" if metrics.get("weights") == "ema" else ""
@@ -253,6 +257,13 @@ def write_report(folder: RunFolder, evaluation: Evaluation) -> str:
     write_page(folder.report, title, top, [*known, pictures, rows], data=metrics, data_name="metrics.json")
     text = "\n\n".join(f"{s.title}\n{text_table(s.tables[s.key])}\n{s.text}" for s in known)
     return f"{title}\n{top.text}\n\n{text}\n"
+
+
+def _stages(folder: RunFolder) -> dict[str, Path]:
+    """Folders of the trainings that a model comes from."""
+    config = folder.config()
+    first = {"tokenizer": config.tokenizer_dir} if config.has_tokenizer else {}
+    return {**first, "operator": folder.path}
 
 
 def _section(key: str, title: str, table: Table, text: str, **drawn: Figure | None) -> Section | None:

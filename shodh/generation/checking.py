@@ -78,8 +78,9 @@ class _Trajectory:
 
     def examine(self, field: Field, values: np.ndarray, time: float | None) -> None:
         """Finite, in range, and without divergence where that is promised."""
-        flat = values.reshape(-1, field.num_components(self.schema.ndim))
-        low, high = flat.min(0), flat.max(0)
+        # Planes first: NumPy takes thirty times as long over few columns.
+        columns = -1, field.num_components(self.schema.ndim)
+        low, high = values.min(0).reshape(columns).min(0), values.max(0).reshape(columns).max(0)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise self.error(field.name, math.nan, time, "not finite")
         found = self.extremes.setdefault(field.name, [low, high])

@@ -81,7 +81,8 @@ class Forecaster:
             return Encoded(*self.space.pad(fields, static, self.labels(regime, fields)))
         geometry = add_walls(static, self.space.domains[regime])
         unit = self.tokenizer.units(self.space.domains, [regime], fields.device)
-        latents = [self.tokenizer.encode(frame, geometry, unit) for frame in fields.unbind(1)]
+        head = self.tokenizer.heads(self.space.domains, [regime]) * len(fields)  # Not read from the device.
+        latents = [self.tokenizer.encode(frame, geometry, unit, head) for frame in fields.unbind(1)]
         return Encoded(torch.stack(latents, 1), static_features(geometry))
 
     def step(

@@ -107,10 +107,15 @@ class Decoder(nn.Module):
         seen = geometry.to(latent.dtype)
         for embed, blocks, up in zip(self.geometry, self.blocks, self.ups, strict=True):
             x = up(blocks(x + embed(seen)))
-        # Always in float32: the velocity is a difference of neighbouring potentials, which 16 bits would round away.
-        x = circular_pad(torch.cat((F.silu(x).float(), geometry), 1))
         assert self.head.bias is not None
-        return F.conv3d(x, self.head.weight.float(), self.head.bias.float())
+        return F.conv3d(self.enter_head(x, geometry), self.head.weight.float(), self.head.bias.float())
+
+    def enter_head(self, x: Tensor, geometry: Tensor) -> Tensor:
+        """What the last convolution reads, padded, the largest field there is: ``[B, C + G, X + 2, Y + 2, Z + 2]``.
+
+        Always in float32: the velocity is a difference of neighbouring potentials, which 16 bits would round away.
+        """
+        return circular_pad(torch.cat((F.silu(x).float(), geometry), 1))
 
 
 class Tokenizer(nn.Module):

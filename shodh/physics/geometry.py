@@ -72,21 +72,33 @@ def crop_image(solid: Solid, seed: int, grid: Sequence[int]) -> Solid:
     return solid[tuple(slice(start, start + n) for start, n in zip(starts, grid))].copy()
 
 
-def label_pores(solid: Solid) -> np.ndarray:
-    """Labels of the pore clusters (6 neighbours, periodic): 0 in the solid, else 1..n."""
+def _pieces(solid: Solid) -> tuple[np.ndarray, int, list[np.ndarray]]:
+    """Pieces of the pores in the box alone: labels 1..n (0 in the solid), n, and the pairs that touch across each axis.
+
+    Of a pair ``[2, m]`` of an axis the first lies at its lower end, the second at its upper.
+    """
     labels, count = scipy.ndimage.label(~solid)
-    if count == 0:
-        return labels
     pairs = []
     for axis in range(3):
-        first, last = labels.take(0, axis=axis), labels.take(-1, axis=axis)
-        touching = (first > 0) & (last > 0)
-        pairs.append(np.stack([first[touching], last[touching]]))
+        ends = np.stack([labels.take(end, axis=axis).ravel() for end in (0, -1)])
+        pairs.append(np.unique(ends[:, ends.all(0)], axis=1))
+    return labels, count, pairs
+
+
+def _connected(nodes: int, pairs: Sequence[np.ndarray]) -> np.ndarray:
+    """The number of the component of each node of a graph, by its edges ``[2, m]``."""
     rows, columns = np.concatenate(pairs, axis=1)
-    graph = scipy.sparse.coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(count + 1, count + 1))
-    _, cluster = scipy.sparse.csgraph.connected_components(graph, directed=False)
+    graph = scipy.sparse.coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(nodes, nodes))
+    return np.asarray(scipy.sparse.csgraph.connected_components(graph, directed=False)[1])
+
+
+def label_pores(solid: Solid) -> np.ndarray:
+    """Labels of the pore clusters (6 neighbours, periodic): 0 in the solid, else 1..n."""
+    labels, count, pairs = _pieces(solid)
+    if count == 0:
+        return labels
     # Node 0 is the solid and touches nothing; number the clusters of pores from 1.
-    _, renumbered = np.unique(cluster[1:], return_inverse=True)
+    _, renumbered = np.unique(_connected(count + 1, pairs)[1:], return_inverse=True)
     return np.concatenate(([0], renumbered + 1))[labels]
 
 
@@ -99,21 +111,30 @@ def largest_cluster(solid: Solid) -> Solid:
 
 
 def percolates(solid: Solid, axis: int) -> bool:
-    """Whether the pores, a single cluster, connect to their own periodic image along ``axis``.
+    """Whether the pores, a single cluster, connect to their own periodic image along ``axis``."""
+    return _winds(_pieces(solid), axis)
 
-    The box is repeated three times, periodically: copies of one voxel share a cluster exactly if some path winds
+
+def _winds(pieces: tuple[np.ndarray, int, list[np.ndarray]], axis: int) -> bool:
+    """Whether a cluster winds around the box along ``axis``, of its pieces.
+
+    The box is repeated three times, periodically: copies of one piece share a cluster exactly if some path winds
     around the box (a number of times that is no multiple of three).
     """
-    if solid.all():
+    _, count, pairs = pieces
+    if count == 0:
         return False
-    labels = label_pores(np.concatenate([solid] * 3, axis=axis))
-    voxel = list(np.argwhere(~solid)[0])
-    copy = list(voxel)
-    copy[axis] += solid.shape[axis]
-    return bool(labels[tuple(voxel)] == labels[tuple(copy)])
+    edges = [
+        np.stack((lower + count * ((copy + (across == axis)) % 3), upper + count * copy)) - 1
+        for across, (lower, upper) in enumerate(pairs)
+        for copy in range(3)
+    ]
+    cluster = _connected(3 * count, edges)
+    return bool(cluster[0] == cluster[count])
 
 
 def pore_space(solid: Solid) -> Solid | None:
     """The solid around the largest pore cluster, or None if that does not percolate along every axis."""
     filled = largest_cluster(solid)
-    return filled if all(percolates(filled, axis) for axis in range(3)) else None
+    pieces = _pieces(filled)
+    return filled if all(_winds(pieces, axis) for axis in range(3)) else None

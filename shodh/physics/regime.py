@@ -152,24 +152,29 @@ def check_finite(name: str, seeds: Sequence[int], fields: Tensor, advice: str) -
 
 def check_healthy(name: str, seeds: Sequence[int], healthy: Tensor, advice: str) -> None:
     """Refuse to go on when a trajectory is not ``healthy`` (bool ``[B]``); errors as `check_finite`."""
-    good = [bool(flag) for flag in healthy]
+    good: list[bool] = healthy.tolist()
     if not all(good):
         seed = seeds[good.index(False)]
         raise NonFiniteError(f"{name}: the trajectory of seed {seed} blew up (no finite or sensible step); {advice}")
 
 
 def smooth_noise(
-    seed: int, purpose: str, shape: Sequence[int], lengths: Sequence[float], scales: Sequence[float]
+    seed: int,
+    purpose: str,
+    shape: Sequence[int],
+    lengths: Sequence[float],
+    scales: Sequence[float],
+    device: str | torch.device = "cpu",
 ) -> Tensor:
-    """Periodic Gaussian noise of unit variance, fp64 on the CPU.
+    """Periodic Gaussian noise of unit variance, fp64; drawn on the CPU, the same on any device to rounding.
 
     White noise on the grid, convolved with a Gaussian of standard deviation ``scales[i]`` along axis ``i`` (in the
     units of ``lengths``).
     """
-    noise = torch.randn(*shape, generator=generator(seed, purpose), dtype=torch.float64)
+    noise = torch.randn(*shape, generator=generator(seed, purpose), dtype=torch.float64).to(device)
     spectrum = torch.fft.fftn(noise)
     for axis, (n, length, scale) in enumerate(zip(shape, lengths, scales)):
-        wavenumber = 2.0 * torch.pi * torch.fft.fftfreq(n, d=length / n, dtype=torch.float64)
+        wavenumber = 2.0 * torch.pi * torch.fft.fftfreq(n, d=length / n, dtype=torch.float64, device=device)
         view = [1] * len(shape)
         view[axis] = n
         spectrum *= torch.exp(-0.5 * (scale * wavenumber) ** 2).view(view)
@@ -178,6 +183,12 @@ def smooth_noise(
     return smooth / smooth.std().clamp(min=1e-12)
 
 
-def tracer_blobs(seed: int, shape: Sequence[int], lengths: Sequence[float], scales: Sequence[float]) -> Tensor:
+def tracer_blobs(
+    seed: int,
+    shape: Sequence[int],
+    lengths: Sequence[float],
+    scales: Sequence[float],
+    device: str | torch.device = "cpu",
+) -> Tensor:
     """Smooth patches of dye between 0 and 1 (fp64): a logistic function of smooth noise."""
-    return torch.sigmoid(3.0 * smooth_noise(seed, "tracer", shape, lengths, scales))
+    return torch.sigmoid(3.0 * smooth_noise(seed, "tracer", shape, lengths, scales, device))

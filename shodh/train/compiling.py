@@ -18,7 +18,7 @@ from torch import nn
 from shodh.core.devices import uses_cuda
 from shodh.core.errors import ConfigError
 from shodh.models.blocks import Block
-from shodh.models.tokenizer import ResidualBlock
+from shodh.models.tokenizer import Decoder, ResidualBlock
 from shodh.moe.routers.base import GateRouter
 from shodh.train.operator_task import OperatorTask
 from shodh.train.trainer import Task
@@ -60,10 +60,12 @@ def _parts(model: nn.Module) -> list[tuple[nn.Module, str]]:
             parts.append((module, "route"))
         elif isinstance(module, ResidualBlock):
             parts.append((module, "forward"))
+        elif isinstance(module, Decoder):
+            parts.append((module, "enter_head"))
     return parts
 
 
-def compile_run(model: nn.Module, task: Task, backend: str | Callable[..., Any] = "inductor") -> int:
+def compile_run(model: nn.Module, task: Task | None, backend: str | Callable[..., Any] = "inductor") -> int:
     """Compile the parts of a model and the balance terms of its loss, in place; returns how many parts there are.
 
     They compile at their first call, blocks of one kind once for all of them.

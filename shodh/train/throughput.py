@@ -1,10 +1,11 @@
-"""How much of a device a run uses: work a second, and the share of what a matrix product reaches there."""
+"""How much of a device a run uses: work a second, the share of what a matrix product reaches there, and energy."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -20,7 +21,8 @@ SIDE, PRODUCTS = 8192, 10  # of the matrices whose product is the measure of a c
 
 def product_rate(dtype: torch.dtype, device: torch.device, side: int = SIDE, products: int = PRODUCTS) -> float:
     """Floating-point operations a second of a large matrix product, as this device computes it now."""
-    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    draw = torch.Generator(device).manual_seed(0)  # Zeros would cost less power than a run, and be faster.
+    left, right = (torch.randn(side, side, generator=draw, device=device, dtype=dtype) for _ in range(2))
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for _ in range(2):
         left @ right
@@ -30,6 +32,28 @@ def product_rate(dtype: torch.dtype, device: torch.device, side: int = SIDE, pro
         left @ right
     wait()
     return products * 2 * side**3 / (time.perf_counter() - start)
+
+
+def energy_counter(device: torch.device) -> Callable[[], float] | None:
+    """What reads the joules that a card has used since its driver was loaded; None on a CPU.
+
+    Not a number where nobody tells: it takes NVML, by the package ``nvidia-ml-py``, which nothing requires.
+    """
+    if device.type != "cuda":
+        return None
+
+    def read() -> float:
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            # By its name: NVML numbers all cards of the machine, CUDA those that a process may see.
+            card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(card)) / 1e3
+        except Exception:  # No NVML, another package of that name, an old card or driver, a share of a card.
+            return math.nan
+
+    return read
 
 
 class Throughput:
@@ -57,9 +81,17 @@ class Throughput:
 
     @cached_property
     def rate(self) -> float:
-        """Of a matrix product on a card, in the precision of the run."""
+        """Of a matrix product on a card, in the precision of the run; 0 where it cannot be measured."""
         train = (self._config.tokenizer if self._of_tokenizer else self._config.operator).train
-        rate = product_rate(torch.bfloat16 if train.precision == "bf16" else torch.float32, self._device)
+        try:
+            rate = product_rate(torch.bfloat16 if train.precision == "bf16" else torch.float32, self._device)
+        except (RuntimeError, ArithmeticError) as error:  # Out of memory, for one: a metric must not end a run.
+            rate, why = 0.0, str(error).strip().splitlines()[:1]
+        else:
+            why = [f"a {train.precision} product reaches {rate:g} FLOP/s"]
+        if not 0 < rate < math.inf:
+            log.warning("no perf/mfu is reported: %s", "".join(why))
+            return 0.0
         log.info("a %s product reaches %.0f TFLOP/s here; perf/mfu is relative to it", train.precision, rate / 1e12)
         return rate
 
@@ -79,6 +111,6 @@ class Throughput:
         if self.flops:
             achieved = samples_per_s * self.flops / self._world
             found["perf/tflops"] = achieved / 1e12
-            if self._device.type == "cuda":
+            if self._device.type == "cuda" and self.rate:
                 found["perf/mfu"] = achieved / self.rate
         return found

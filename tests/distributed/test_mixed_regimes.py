@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,13 @@ def test_errors_are_reported_of_the_fields_that_exist_and_of_no_others(run: dict
         "sheet": ["velocity x", "velocity y", "dye"],
     }
     assert "rock" in run["text"] and (run["folder"] / "report" / "slices_sheet.png").exists()
+
+
+def test_report_states_the_speed_of_both_trainings(run: dict[str, Any]) -> None:
+    header, *rows = csv.reader((run["folder"] / "report" / "speed.csv").open())
+    assert {"samples/s", "ms a step", "TFLOP/s a rank"} < set(header) and not {"MFU", "energy (kWh)"} & set(header)
+    assert [row[0] for row in rows] == ["tokenizer", "operator"] and rows[1][1] == "4"
+    assert all(float(cell) >= 0 for row in rows for cell, name in zip(row[2:], header[2:], strict=True) if cell)
 
 
 def test_export_writes_the_fields_that_exist_in_physical_units(run: dict[str, Any], tmp_path: Path) -> None:

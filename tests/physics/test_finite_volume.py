@@ -183,7 +183,7 @@ def shear_decay(viscosity: float, along: int, *, split: bool) -> tuple[float, fl
     state[2 - along] = amplitude * torch.sin(2 * math.pi * x)
     h = (1 / cells, 1 / cells)
     solver = FiniteVolume(AIR, ("periodic", "periodic"), h, state, viscosity=NewtonianStress(viscosity, 0.3, h))
-    solver._split[:] = split
+    solver._split[:], solver._split_members = split, [split]
     time = 0.2 / (viscosity * 4 * math.pi**2)
     solver.advance(time)
     left = solver.primitive[2 - along].norm() / state[2 - along].norm()

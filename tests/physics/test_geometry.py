@@ -52,6 +52,26 @@ def test_winding_pore_percolates_through_the_periodic_edge() -> None:
     assert percolates(solid, 0) and percolates(solid, 1) and not percolates(solid, 2)
 
 
+def percolates_reference(solid: np.ndarray, axis: int) -> bool:
+    """Whether two copies of a voxel of a single cluster are one cluster in the box repeated three times."""
+    if solid.all():
+        return False
+    labels = label_pores(np.concatenate([solid] * 3, axis=axis))
+    voxel = np.argwhere(~solid)[0]
+    copy = voxel.copy()
+    copy[axis] += solid.shape[axis]
+    return bool(labels[tuple(voxel)] == labels[tuple(copy)])
+
+
+def test_pieces_tell_what_the_repeated_box_tells() -> None:
+    draw, found = np.random.default_rng(0), []
+    for _ in range(150):
+        solid = largest_cluster(draw.random(draw.integers(1, 7, 3)) < draw.uniform(0.1, 0.95))
+        found += [(percolates(solid, axis), percolates_reference(solid, axis)) for axis in range(3)]
+    assert all(ours == theirs for ours, theirs in found)
+    assert {ours for ours, _ in found} == {True, False}
+
+
 def test_labels_join_across_the_periodic_edge() -> None:
     solid = np.ones((5, 4, 4), dtype=bool)
     solid[0, 1, 1] = solid[4, 1, 1] = solid[2, 3, 3] = False

@@ -1,7 +1,8 @@
 """Samples a second of the tokenizer: a training step (forward, loss, backward, clipping, AdamW) and encoding alone.
 
 The fields are noise in two domains, a periodic one and a channel with walls and solids, so that every part of the real
-step is run: masks, walls, projection, decode, losses. Variants take turns in one process.
+step is run: masks, walls, projection, decode, losses. Training is compiled where a run of the configuration would be
+(``compile``), encoding is not, as in a run. Variants take turns in one process.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from shodh.models.kernels import adamw
 from shodh.models.tokenizer import Tokenizer
 from shodh.moe.groups import decay_groups
 from shodh.schema.domain import Domain
+from shodh.train.compiling import compile_run, compiles
 from shodh.train.losses import reconstruction_loss, reconstruction_terms, weighted_kinds
 from shodh.train.runtime import start_distributed
 from shodh.train.tokenizer_task import Geometry
@@ -106,8 +108,9 @@ def main() -> int:
     train, parallel = config.tokenizer.train, config.parallel
     ranks = parallel.nodes * parallel.gpus_per_node
     bench = Bench(config, args.batch or train.micro_batch or max(1, train.global_batch // ranks), start_distributed())
-    model = bench.model()
-    calls = {"training": bench.training(model), "encoding": bench.encoding(model)}
+    model, trained = bench.model(), bench.model()
+    parts = compile_run(trained, None) if compiles(config.compile, zero_stage=1) else 0
+    calls = {"training": bench.training(trained), "encoding": bench.encoding(model)}
     times = in_turns({name: partial(seconds, call, bench.device) for name, call in calls.items()}, args.rounds)
     result = {name: {"samples_per_s": bench.batch / statistics.median(values)} for name, values in times.items()}
     settings = {
@@ -115,6 +118,7 @@ def main() -> int:
         "batch": bench.batch,
         "dtype": str(bench.dtype).removeprefix("torch."),
         "device": str(bench.device),
+        "compiled_parts": parts,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     sys.stdout.write(", ".join(f"{k} {v}" for k, v in settings.items()) + "\n")

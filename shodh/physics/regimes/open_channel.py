@@ -158,7 +158,7 @@ class _Run:
             dtype=self.dtype,
             device=device,
         )
-        self.flow.set_velocity(self._initial_velocity().to(device, self.dtype))
+        self.flow.set_velocity(self._initial_velocity().to(self.dtype))
         self.tracer: ScalarTransport | None = None
         self.shear = np.zeros(batch)
         self.values: dict[str, np.ndarray] = {}
@@ -166,14 +166,15 @@ class _Run:
     def _initial_velocity(self) -> Tensor:
         """Mean profile, streamwise rolls and smooth noise, ``[3, z, x, y, B]``; made solenoidal by the caller."""
         regime, (nz, nx, ny) = self.regime, self.space
-        z = (torch.arange(nz, dtype=torch.float64) + 0.5) / nz
+        z = (torch.arange(nz, dtype=torch.float64, device=self.device) + 0.5) / nz
         profile = reichardt(z, regime.re_tau)
         # No perturbation at the bed, where the viscous layer would only dissipate it.
         envelope = (torch.tanh(z * regime.re_tau / 15.0) * regime.perturbation)[:, None, None]
-        velocity = torch.zeros(3, nz, nx, ny, len(self.seeds), dtype=torch.float64)
+        velocity = torch.zeros(3, nz, nx, ny, len(self.seeds), dtype=torch.float64, device=self.device)
+        shape, lengths = (2 * nz, nx, ny), (2.0, *self.lengths[1:])
         for b, seed in enumerate(self.seeds):
             for axis, name in enumerate(("w", "u", "v")):
-                noise = smooth_noise(seed, f"initial {name}", (2 * nz, nx, ny), (2.0, *self.lengths[1:]), NOISE_SCALES)
+                noise = smooth_noise(seed, f"initial {name}", shape, lengths, NOISE_SCALES, self.device)
                 velocity[axis, ..., b] = envelope * noise[:nz]
             velocity[1, ..., b] += INITIAL_BULK * profile[:, None, None]
         return velocity
@@ -199,8 +200,8 @@ class _Run:
         scales = tuple(regime.tracer_scale * stretch for stretch in (1.0, 2.0, 1.0))
         lengths = (2.0, regime.length_x, regime.length_y)
         for b, seed in enumerate(self.seeds):
-            blobs = tracer_blobs(seed, (2 * nz, nx, ny), lengths, scales)
-            self.tracer.values[..., b] = blobs[:nz].to(self.device, self.dtype)
+            blobs = tracer_blobs(seed, (2 * nz, nx, ny), lengths, scales, self.device)
+            self.tracer.values[..., b] = blobs[:nz].to(self.dtype)
 
     def store(self, index: int, frames: int) -> None:
         """Copy frame ``index``, moved back to the frame at rest, to ``[B, T, x, y, z(, 3)]`` arrays."""
@@ -236,7 +237,7 @@ class _Run:
                 "bulk_velocity": mean[..., 0].reshape(len(mean), -1).mean(1),
                 "fluctuation_rms": fluctuation,
                 "divergence_max": divergence,
-                "courant_max": self.flow.clock.courant.numpy(),
+                "courant_max": self.flow.clock.courant.cpu().numpy(),
                 **self.flow.clock.diagnostics(),
             },
         )

@@ -175,7 +175,7 @@ class Drive:
         self.rate = rate
 
     def __call__(self, time: Tensor) -> Tensor:
-        """Force ``[B, 3]`` at ``time [B]``, fp64."""
+        """Force ``[..., B, 3]`` at ``time [..., B]``, fp64."""
         r = self._uniform
         phase = 2.0 * math.pi * r
         sense = torch.where(r[:, 5] < 0.5, -1.0, 1.0)
@@ -184,7 +184,7 @@ class Drive:
         tilt = 0.4 * torch.sin(0.7 * self.rate * time + phase[:, 3])
         strength = 1.0 + 0.3 * torch.sin(0.6 * self.rate * time + phase[:, 4])
         local = torch.stack((torch.cos(angle) * torch.cos(tilt), torch.sin(angle) * torch.cos(tilt), torch.sin(tilt)))
-        return strength[:, None] * torch.einsum("bij,jb->bi", self._basis, local)
+        return strength[..., None] * torch.einsum("bij,j...b->...bi", self._basis, local)
 
 
 class _Run:
@@ -225,9 +225,8 @@ class _Run:
         self.basis = (flows.velocity / self.scale.view(1, -1, 1, 1, 1, 1)).permute(0, 2, 3, 4, 5, 1).contiguous()
         self.progress(0.5)
 
-    def velocity(self, time: Tensor) -> Tensor:
-        """Velocity ``[3, X, Y, Z, B]`` (fp64) at ``time [B]``."""
-        force = self.drive(time).to(self.device)
+    def velocity(self, force: Tensor) -> Tensor:
+        """Velocity ``[3, X, Y, Z, B]`` (fp64) in a force ``[B, 3]``."""
         total = self.basis[0] * force[:, 0]
         return total.addcmul_(self.basis[1], force[:, 1]).addcmul_(self.basis[2], force[:, 2])
 
@@ -246,8 +245,8 @@ class _Run:
         )
         lengths = [n * self.spacing[0] for n in self.grid]
         for b, seed in enumerate(self.seeds):
-            dye = tracer_blobs(seed, self.grid, lengths, [regime.tracer_scale] * 3)
-            self.tracer.values[..., b] = (dye.to(self.device) * ~self.solid[b]).to(self.dtype)
+            dye = tracer_blobs(seed, self.grid, lengths, [regime.tracer_scale] * 3, self.device)
+            self.tracer.values[..., b] = (dye * ~self.solid[b]).to(self.dtype)
         self._padded = padded_like(self.grid, batch, components=3, like=self.tracer.values)
         self.clock = Clock(batch)
 
@@ -261,27 +260,37 @@ class _Run:
     def _advance(self, interval: float) -> None:
         """Carry the tracer on by ``interval``, each trajectory with equal steps of its own."""
         start = torch.full((len(self.seeds),), self.time, dtype=torch.float64)
+        looks = torch.tensor([[0.0], [0.5], [1.0]], dtype=torch.float64)
         rates = []
-        for part in (0.0, 0.5, 1.0):
-            self._fill(start + part * interval)
+        for force in self._forces(start + looks * interval):
+            self._fill(force)
             rates.append(advection_rate(self._padded, self.spacing))
         rate = MARGIN * torch.stack(rates).amax(0)
         # Two stages have the maximum principle of the first-order scheme up to their limit of stability, 2 C + d = 2.
         stability = self.tracer.stability_rate(rate, REAL_RK2)
         wanted = self.tracer.stability_rate(rate / self.regime.courant, REAL_RK2)
-        count = torch.ceil(interval * wanted.double().cpu()).clamp(min=1.0)
-        for index in range(int(count.max())):
-            dt = torch.where(index < count, interval / count, 0.0)
-            self.clock.record(dt, stability.double().cpu())
-            self._fill(start + torch.clamp(count - 0.5, max=index + 0.5) * (interval / count))
+        # The one wait for the device: everything that the steps need is known before the first.
+        wanted, stability = torch.stack((wanted, stability)).double().cpu()
+        count = torch.ceil(interval * wanted).clamp(min=1.0)
+        index = torch.arange(int(count.max()), dtype=torch.float64)[:, None]
+        steps = torch.where(index < count, interval / count, 0.0)
+        forces = self._forces(start + torch.minimum(count - 0.5, index + 0.5) * (interval / count))
+        for dt, force in zip(steps.to(self.device, self.dtype), forces, strict=True):
+            self._fill(force)
             self.tracer.begin_step()
             for weight in SSP_RK2:
-                self.tracer.stage(self._padded, weight, dt.to(self.device, self.dtype))
+                self.tracer.stage(self._padded, weight, dt)
+        for dt in steps:
+            self.clock.record(dt, stability)
         self.time += interval
 
-    def _fill(self, time: Tensor) -> None:
-        """Put the velocity at ``time [B]`` into the padded array."""
-        inner(self._padded, first=1).copy_(self.velocity(time))
+    def _forces(self, times: Tensor) -> Tensor:
+        """Forces ``[n, B, 3]`` at ``times [n, B]``, on the device in one copy."""
+        return self.drive(times).to(self.device)
+
+    def _fill(self, force: Tensor) -> None:
+        """Put the velocity in a force ``[B, 3]`` into the padded array."""
+        inner(self._padded, first=1).copy_(self.velocity(force))
         for axis in range(3):
             fill_periodic(self._padded, axis + 1)
 
@@ -295,7 +304,7 @@ class _Run:
                 "solid": self.solid.to(torch.uint8).cpu().numpy(),
             }
             self.divergence = torch.zeros(batch, dtype=torch.float64)
-        velocity = self.velocity(torch.full((batch,), self.time, dtype=torch.float64)).float()
+        velocity = self.velocity(self._forces(torch.full((1, batch), self.time, dtype=torch.float64))[0]).float()
         self.values["velocity"][:, index] = velocity.permute(4, 1, 2, 3, 0).cpu().numpy()
         self.values["tracer"][:, index] = self.tracer.values.permute(3, 0, 1, 2).float().cpu().numpy()
         rest = divergence(velocity.double().unbind(0), self.spacing, first=0).abs().flatten(0, 2).amax(0)

@@ -140,11 +140,11 @@ class _Run:
             dtype=torch.float64 if regime.double else torch.float32,
             device=device,
         )
-        height = (torch.arange(nz, dtype=torch.float64) + 0.5) / nz
+        height = (torch.arange(nz, dtype=torch.float64, device=device) + 0.5) / nz
         envelope = (regime.disturbance * torch.sin(math.pi * height))[:, None, None]
         lengths = (2.0, regime.length_x, regime.length_y)
         for b, seed in enumerate(seeds):
-            noise = smooth_noise(seed, "temperature", (2 * nz, nx, ny), lengths, [NOISE_SCALE] * 3)[:nz]
+            noise = smooth_noise(seed, "temperature", (2 * nz, nx, ny), lengths, [NOISE_SCALE] * 3, device)[:nz]
             self.cells.temperature.values[..., b] += (envelope * noise).to(self.cells.temperature.values)
         self.nusselt = np.zeros((3, len(seeds)))
         self.relation = np.zeros((2, len(seeds)))
@@ -186,7 +186,7 @@ class _Run:
                 "nusselt_dissipation": self.relation[0] * diffusion + 1.0,
                 "nusselt_thermal_dissipation": self.relation[1] * diffusion,
                 "divergence_max": divergence.double().cpu().numpy(),
-                "courant_max": self.cells.clock.courant.numpy(),
+                "courant_max": self.cells.clock.courant.cpu().numpy(),
                 **self.cells.clock.diagnostics(),
             },
         )

@@ -137,7 +137,7 @@ class Convection(ChannelFlow):
         out[0, :-1].add_(deviation[:-1], alpha=0.5).add_(deviation[1:], alpha=0.5)
         return out
 
-    def stability_rate(self) -> Tensor:
+    def stability_rate(self, advection: Tensor | None = None) -> Tensor:
         """Steps per time that flow and temperature ask for together, ``[B]``.
 
         Buoyancy couples them: an eigenvalue of the flow alone moves by the frequency ``N`` of internal waves along the
@@ -147,7 +147,7 @@ class Convection(ChannelFlow):
         deviation = (self.temperature.values - self.conduction).abs().flatten(0, 2).amax(0)
         waves = torch.sqrt(2.0 * deviation / self.spacing[0])
         diffusion = diffusion_rate(max(self.viscosity, self.temperature.diffusivity), self.spacing)
-        return central_rate(self.courant(1.0) + waves, diffusion)
+        return central_rate((self.courant(1.0) if advection is None else advection) + waves, diffusion)
 
     def run(self, interval: float, courant: float) -> Tensor:
         """Advance by ``interval``; see `ChannelFlow.advance`."""

@@ -171,9 +171,11 @@ class FiniteVolume:
         self.viscosity, self.courant = viscosity, courant
         self.ndim = len(self.boundary)
         self.conserved = to_conserved(fluid, primitive, self.ndim)
-        self.clock = Clock(primitive.shape[-1])
+        self.clock = Clock(primitive.shape[-1], primitive.device)
         waves, viscous = self.rates()
         self._split = viscous > SPLIT_FROM * VISCOUS_SAFETY * waves
+        #: The same on the host, of a fluid that is viscous.
+        self._split_members: list[bool] = self._split.tolist() if viscosity is not None else []
 
     @property
     def primitive(self) -> Tensor:
@@ -215,7 +217,7 @@ class FiniteVolume:
         for axis in range(self.ndim):
             flux = self.face_fluxes(primitive, axis)
             change -= torch.diff(flux, dim=1 + axis) / self.spacing[axis]
-        if self.viscosity is not None and not bool(self._split.all()):
+        if self.viscosity is not None and not all(self._split_members):
             change += torch.where(self._split, 0.0, self.viscosity.tendency(primitive, self.pad))
         return change
 
@@ -241,7 +243,7 @@ class FiniteVolume:
         Tensor [B]
             bool; False where the solution blew up (no longer finite, or its steps became absurdly small).
         """
-        viscous = torch.zeros(self.conserved.shape[-1], dtype=torch.float64)
+        viscous = torch.zeros_like(self.clock.steps)
 
         def rates() -> tuple[Tensor, Tensor]:
             nonlocal viscous
@@ -260,21 +262,25 @@ class FiniteVolume:
         before = self._diffuse(start, 0.5 * dt, viscous_rate)
         first = before + interval * self.tendency(before)
         after = 0.5 * (before + first + interval * self.tendency(first))
-        if bool(self._split.any()):
+        if any(self._split_members):
             # The waves have moved the density: the stages must suffice for the state that is there now.
             viscous_rate = torch.maximum(DENSITY_CHANGE * viscous_rate, self._viscous_rate(self._primitive_of(after)))
         self.conserved = torch.where(dt > 0, self._diffuse(after, 0.5 * dt, viscous_rate), start)
 
     def _diffuse(self, conserved: Tensor, dt: Tensor, rate: Tensor) -> Tensor:
         """Split viscous terms for ``dt [B]``, with as many stages as each trajectory needs."""
-        if self.viscosity is None or not bool(self._split.any()):
+        if self.viscosity is None or not any(self._split_members):
             return conserved
         viscosity, fluid, ndim = self.viscosity, self.fluid, self.ndim
         # Where the solution has blown up (no rate, or a negative one) any number of stages does.
-        stages = [legendre_stages(max(0.0, 2.0 * need) if need < math.inf else 0.0) for need in (rate * dt).tolist()]
+        needs, moving = torch.stack((rate * dt, dt)).tolist()  # the one wait of a step, for each of its halves
+        stages = [legendre_stages(max(0.0, 2.0 * need) if need < math.inf else 0.0) for need in needs]
         result = conserved.clone()
         for count in sorted(set(stages)):
-            members = [b for b, needed in enumerate(stages) if needed == count and self._split[b] and dt[b] > 0]
+            split = zip(self._split_members, stages, moving, strict=True)
+            members = [
+                b for b, (is_split, needed, size) in enumerate(split) if is_split and needed == count and size > 0
+            ]
             if not members:
                 continue
             start, interval = conserved[..., members], dt[members].to(conserved.dtype)

@@ -95,7 +95,7 @@ class ChannelFlow:
         self._rhs = torch.empty(batch, *space, dtype=dtype, device=device)
         self._pressure = padded_like(space, batch, like=like)
         self._poisson = ChannelPoisson(space, self.spacing, dtype, device)
-        self.clock = Clock(batch)
+        self.clock = Clock(batch, device)
 
     @property
     def interior(self) -> Tensor:
@@ -130,11 +130,14 @@ class ChannelFlow:
         fill_periodic(velocity, 2)
         fill_periodic(velocity, 3)
 
-    def project(self) -> None:
-        """Remove the divergence exactly (to rounding) and refresh the halos."""
+    def project(self, moving: Tensor | float = 1.0) -> None:
+        """Remove the divergence exactly (to rounding) and refresh the halos.
+
+        ``moving``, 0 or 1, ``[B, 1, 1, 1]`` or a number: a flow with 0 stays as it is, its pressure being zero.
+        """
         self.fill_halos()
         divergence_padded(self.velocity, self.spacing, out=self._divergence)
-        self._rhs.copy_(self._divergence.permute(3, 0, 1, 2))
+        torch.mul(self._divergence.permute(3, 0, 1, 2), moving, out=self._rhs)
         solution = self._poisson.solve(self._rhs)
         pressure, n0 = self._pressure, self.space[0]
         inner(pressure).copy_(solution.permute(1, 2, 3, 0))
@@ -150,6 +153,7 @@ class ChannelFlow:
         ``dt`` may differ from flow to flow, ``[B]``; a flow whose ``dt`` is zero is left bitwise as it is.
         """
         dt = torch.as_tensor(dt, dtype=self.velocity.dtype, device=self.velocity.device)
+        moving = (dt != 0).to(dt.dtype).view(-1, 1, 1, 1)
         self._start.copy_(self.interior)
         if scalar is not None:
             scalar.begin_step()
@@ -159,11 +163,7 @@ class ChannelFlow:
             self.interior.addcmul_(self.tendency(), dt)
             if weight:
                 self.interior.lerp_(self._start, weight)
-            self.project()
-        resting = dt == 0
-        if dt.dim() and resting.any():
-            self.interior[..., resting] = self._start[..., resting]
-            self.fill_halos()
+            self.project(moving)
 
     def advance(self, interval: float, courant: float, scalar: Transported | None = None) -> Tensor:
         """Advance all flows by ``interval``, each in steps of its own.
@@ -185,16 +185,18 @@ class ChannelFlow:
         """
 
         def rates() -> tuple[Tensor, Tensor]:
-            speed, stability = self.courant(1.0), self.stability_rate()
+            speed = self.courant(1.0)
+            stability = self.stability_rate(speed)
             if scalar is not None:
                 stability = torch.maximum(stability, scalar.stability_rate(speed))
             return stability, speed
 
         return self.clock.march(interval, rates, lambda dt: self.step(dt, scalar), courant)
 
-    def stability_rate(self) -> Tensor:
-        """Steps per time that the momentum equation asks for, ``[B]``."""
-        return central_rate(self.courant(1.0), diffusion_rate(self.viscosity, self.spacing))
+    def stability_rate(self, advection: Tensor | None = None) -> Tensor:
+        """Steps per time that the momentum equation asks for, ``[B]``; ``advection`` is that of now, where known."""
+        advection = self.courant(1.0) if advection is None else advection
+        return central_rate(advection, diffusion_rate(self.viscosity, self.spacing))
 
     def tendency(self) -> Tensor:
         """Right-hand side ``[3, n0, n1, n2, B]`` without the pressure; the buffer is reused by the next call."""

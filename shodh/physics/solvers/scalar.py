@@ -125,16 +125,14 @@ class ScalarTransport:
         if self._open is not None:
             difference *= self._open[axis]
         behind, ahead = difference.narrow(axis, 0, n), difference.narrow(axis, 1, n)
-        # Half of van Leer's harmonic slope: a b / (a + b) where a b > 0, else 0; a + b is then not zero.
-        product = (behind * ahead).clamp_(min=0.0)
-        total = (behind + ahead).masked_fill_(product == 0, 1.0)
-        torch.div(product, total, out=slope.narrow(axis, 1, n))
+        # Half of van Leer's harmonic slope: a b / (a + b) where a b > 0, else 0, also where both are 0 (0 / 0).
+        inside = slope.narrow(axis, 1, n)
+        torch.div((behind * ahead).clamp_(min=0.0), behind + ahead, out=inside).nan_to_num_(0.0)
         self._fill(self._slope, axis)
 
         u = speed.narrow(axis, 0, n + 1)
-        flux = lower + slope.narrow(axis, 0, n + 1)
-        flux *= u.clamp(min=0.0)
-        flux.addcmul_(upper - slope.narrow(axis, 1, n + 1), u.clamp(max=0.0))
+        left, right = lower + slope.narrow(axis, 0, n + 1), upper - slope.narrow(axis, 1, n + 1)
+        flux = torch.where(u > 0, left, right).mul_(u)
         diffusivity = self.diffusivity / self.spacing[axis]
         if isinstance(diffusivity, Tensor):
             flux -= difference * diffusivity

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from shodh.core.seeding import generator
-from shodh.physics.solvers.stability import Clock
+from shodh.physics.solvers.stability import Clock, steps_to_look
 
 #: Fourth-order Runge-Kutta is stable up to ``2 sqrt(2)`` on the imaginary axis; truncation leaves ``k h <= 2 pi / 3``.
 COURANT_LIMIT = 2.0 * math.sqrt(2.0) / (2.0 * math.pi / 3.0)
@@ -241,18 +241,22 @@ def advance(equations: Equations, state: Tensor, interval: float, courant: float
     BlowUp
         If a trajectory is not finite, or would need more than `MAX_STEPS` steps.
     """
-    remaining = torch.full((len(state),), interval, dtype=torch.float64)
-    steps = torch.zeros(len(state), dtype=torch.int64)
-    while bool((remaining > 0).any()):
+    remaining = torch.full((len(state),), interval, dtype=torch.float64, device=state.device)
+    steps, runaway = torch.zeros_like(remaining), torch.zeros_like(remaining, dtype=torch.bool)
+    ahead = 0
+    while ahead or bool((runaway | (remaining > 0)).any()):
         slope, rate = equations.tendency(state)
-        count = torch.ceil(remaining * rate.double().cpu() / courant).clamp(min=1.0)
-        runaway = ~(steps + count <= MAX_STEPS)
-        if bool(runaway.any()):
-            raise BlowUp(int(runaway.nonzero()[0]))
+        count = torch.ceil(remaining * rate.double() / courant).clamp(min=1.0)
+        runaway |= ~(steps + count <= MAX_STEPS)
+        if not ahead:
+            if bool(runaway.any()):
+                raise BlowUp(int(runaway.nonzero()[0]))
+            ahead = steps_to_look(torch.where(remaining > 0, count, 0.0))
+        ahead -= 1
         # A trajectory that has arrived takes steps of length zero, which leave it as it is.
         dt = remaining / count
         if clock is not None:
-            clock.record(dt, rate.double().cpu() / COURANT_LIMIT)
+            clock.record(dt, rate.double() / COURANT_LIMIT)
         state = step(equations, state, dt, slope)
         steps += remaining > 0
         remaining = torch.where(count > 1, remaining - dt, 0.0)

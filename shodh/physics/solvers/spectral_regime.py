@@ -131,7 +131,7 @@ class _Run:
         remedy = f"use a finer grid, a higher viscosity, or a lower {regime.name}.courant (now {regime.courant})"
         self.frame_store = FrameStore(regime.schema, seeds, grid, frames, remedy)
         self.history: dict[str, list[Tensor]] = {}
-        self.clock = Clock(len(seeds))
+        self.clock = Clock(len(seeds), self.space.device)
 
     def _on_device(self, spectrum: Tensor) -> Tensor:
         spectrum = spectrum.to(self.space.device, self.space.dtype.to_complex())

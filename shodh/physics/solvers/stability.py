@@ -55,16 +55,21 @@ def advection_rate(velocity: Tensor, spacing: Sequence[float]) -> Tensor:
     Half the sum of ``|u| / h`` over the faces of a cell: what flows out of it (and in), and the modulus of a row of the
     central scheme. The row of a staggered velocity component is the mean of those of its two cells.
     """
-    total = torch.zeros((), dtype=velocity.dtype, device=velocity.device)
+    total: Tensor | None = None
     for axis, h in enumerate(spacing):
-        faces = shifted(velocity[axis], axis, 0).abs() + shifted(velocity[axis], axis, -1).abs()
-        total = total + faces.mul_(0.5 / h)
+        upper, lower = (shifted(velocity[axis], axis, offset) for offset in (0, -1))
+        faces = (upper.abs() + lower.abs()).mul_(0.5 / h)
+        total = faces if total is None else total.add_(faces)
+    assert total is not None
     return total.flatten(0, -2).amax(0)
 
 
 def central_rate(advection: Tensor, diffusion: float | Tensor) -> Tensor:
     """Steps per time that central differences ask of the third-order scheme."""
-    return torch.hypot(advection / IMAGINARY_RK3, torch.as_tensor(diffusion / REAL_RK3).to(advection))
+    decay = diffusion / REAL_RK3
+    # A number is not copied to the device, which would be waited for.
+    decay = decay.to(advection) if isinstance(decay, Tensor) else torch.full_like(advection, decay)
+    return torch.hypot(advection / IMAGINARY_RK3, decay)
 
 
 def upwind_rate(advection: Tensor, diffusion: float | Tensor, real: float = REAL_RK3) -> Tensor:
@@ -72,18 +77,33 @@ def upwind_rate(advection: Tensor, diffusion: float | Tensor, real: float = REAL
     return (2.0 * advection + diffusion) / real
 
 
+def waits(device: torch.device) -> bool:
+    """Whether reading a number waits for what the device was given to do."""
+    return device.type != "cpu"
+
+
+def steps_to_look(count: Tensor) -> int:
+    """Steps to take before the host reads again how many are left of ``count [B]``, those wanted now; 0: none.
+
+    Where reading waits, three quarters of them: some reads for a whole interval. Rates that fall by more than a quarter
+    meanwhile cost steps of no length, which change nothing.
+    """
+    wanted = int(count.max())
+    return -(-3 * wanted // 4) if waits(count.device) else min(wanted, 1)
+
+
 class Clock:
-    """The steps that each trajectory of a batch takes.
+    """The steps that each trajectory of a batch takes; kept on the device, so that no step waits for it.
 
     Attributes
     ----------
     steps, longest, share, courant : Tensor [B]
         Number of steps, the longest one, the largest share of its limit of stability that one took, and the largest
-        Courant number at the start or the end of one; fp64, on the CPU.
+        Courant number at the start or the end of one; fp64.
     """
 
-    def __init__(self, batch: int) -> None:
-        self.steps, self.longest, self.share, self.courant = torch.zeros(4, batch, dtype=torch.float64)
+    def __init__(self, batch: int, device: str | torch.device = "cpu") -> None:
+        self.steps, self.longest, self.share, self.courant = torch.zeros(4, batch, dtype=torch.float64, device=device)
 
     def record(self, dt: Tensor, rate: Tensor) -> None:
         """Count a step of ``dt [B]`` (zero: none) where the limit of stability is ``1 / rate [B]``."""
@@ -108,7 +128,7 @@ class Clock:
             Of the current state: steps per time that stability asks for, and the rate whose Courant number is
             bounded for accuracy; ``[B]``.
         step : callable
-            Takes ``dt [B]``, fp64 on the CPU; zero leaves a trajectory as it is.
+            Takes ``dt [B]``, fp64 on the device of the rates; zero leaves a trajectory as it is.
         courant : float
             Bound of the Courant number.
         most : float
@@ -121,17 +141,21 @@ class Clock:
         """
         remaining = torch.full_like(self.share, interval)
         healthy = torch.ones_like(remaining, dtype=torch.bool)
-        dt, taken = torch.zeros(2, *remaining.shape, dtype=torch.float64)
+        dt, taken = torch.zeros_like(remaining), torch.zeros_like(remaining)
+        ahead = 0
         while True:
-            stability, speed = (rate.double().cpu() for rate in rates())
+            stability, speed = (rate.double() for rate in rates())
             self.courant = torch.maximum(self.courant, torch.where(dt > 0, dt * speed, 0.0))
             rate = torch.maximum(stability / SAFETY, speed / courant)
             count = torch.ceil(remaining * rate * (1.0 - 1e-12)).clamp(min=1.0)
             healthy &= taken + count <= most
             remaining = torch.where(healthy, remaining, 0.0)
             active = remaining > 0
-            if not bool(active.any()):
-                return healthy
+            if not ahead:
+                ahead = steps_to_look(torch.where(active, count, 0.0))
+                if not ahead:
+                    return healthy
+            ahead -= 1
             # Equal steps to the end, so that no sliver of a step is left over.
             dt = torch.where(active, remaining / count, 0.0)
             self.courant = torch.maximum(self.courant, torch.where(active, dt * speed, 0.0))
@@ -147,4 +171,5 @@ class Clock:
 
     def diagnostics(self) -> dict[str, np.ndarray]:
         """``steps``, ``step_max`` and ``limit_share``, ``[B]`` each."""
-        return {"steps": self.steps.numpy(), "step_max": self.longest.numpy(), "limit_share": self.share.numpy()}
+        found = {"steps": self.steps, "step_max": self.longest, "limit_share": self.share}
+        return {name: values.cpu().numpy() for name, values in found.items()}

@@ -57,12 +57,13 @@ class PeriodicStokes:
         complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
         # Unit gradient direction: u_hat = (f_hat - e (e* . f_hat)) / (nu |g|^2).
         self._direction = (gradient * inverse.sqrt()).to(device, complex_dtype)
+        self._conjugate = self._direction.conj().resolve_conj()
         self._inverse = (inverse / viscosity).to(device, dtype)
 
     def __call__(self, force: Tensor) -> Tensor:
         """Velocity ``[B, 3, X, Y, Z]`` of the force field ``[B, 3, X, Y, Z]``; the mean force is ignored."""
         spectrum = torch.fft.rfftn(force, dim=SPACE)
-        along = (spectrum * self._direction.conj()).sum(1, keepdim=True)
+        along = (spectrum * self._conjugate).sum(1, keepdim=True)
         spectrum.addcmul_(self._direction, along, value=-1.0)
         spectrum *= self._inverse
         return torch.fft.irfftn(spectrum, s=self.space, dim=SPACE)
@@ -125,23 +126,20 @@ class StokesSolver:
         self._scale = self._support / (1.0 + self._compliance * self._diagonal)
         self._green = PeriodicStokes(solid.shape[1:], spacing, 1.0, dtype, solid.device)
 
-    def _without_mean(self, force: Tensor) -> Tensor:
-        """Restrict to ``D`` and project on the forces with zero mean for each component."""
-        force = force * self._support
+    def _subtract_mean(self, force: Tensor) -> Tensor:
+        """Project a force on ``D`` on those with zero mean for each component, in place."""
         mean = force.sum(SPACE, keepdim=True) / self._count.clamp(min=1.0)
         return force.sub_(mean).mul_(self._support)
 
     def _apply(self, force: Tensor) -> Tensor:
-        return self._without_mean(self._green(force) + self._compliance * force)
+        return self._subtract_mean(self._green(force).add_(self._compliance * force).mul_(self._support))
 
     def _precondition(self, residual: Tensor) -> Tensor:
         scaled = residual * self._scale
         result = self._diagonal * scaled
         for axis in range(3):
-            weight = self.spacing[axis] ** -2
-            for shift in (1, -1):
-                result.sub_(torch.roll(scaled, shift, dims=axis + 2), alpha=weight)
-        return self._without_mean(result * self._scale)
+            subtract_neighbours(result, scaled, axis + 2, self.spacing[axis] ** -2)
+        return self._subtract_mean(result.mul_(self._scale))
 
     def solve(self, axis: int) -> tuple[Tensor, Tensor]:
         """Velocity ``[B, 3, X, Y, Z]`` for a unit force along ``axis``, and the relative residual ``[B]``."""
@@ -172,6 +170,15 @@ class StokesSolver:
             residuals.append(residual.double())
             divergences.append(divergence * min(self.spacing) / speed)
         return UnitFlows(torch.stack(flows), torch.stack(residuals).amax(0), torch.stack(divergences).amax(0))
+
+
+def subtract_neighbours(result: Tensor, values: Tensor, axis: int, weight: float) -> None:
+    """Subtract ``weight`` times both periodic neighbours along a dimension, in place; no neighbour is copied first."""
+    n = values.shape[axis]
+    for to, of in ((1, 0), (0, 1)):
+        result.narrow(axis, to, n - 1).sub_(values.narrow(axis, of, n - 1), alpha=weight)
+        end, start = (n - 1) * of, (n - 1) * to
+        result.select(axis, end).sub_(values.select(axis, start), alpha=weight)
 
 
 def wall_friction(solid: Tensor, closed: Tensor, spacing: Sequence[float]) -> Tensor:

@@ -74,7 +74,7 @@ class ThroughFlow:
         symbol = symbol_x[:, None] + symbol_y
         self._inverse = torch.where(symbol > 0, -1.0 / symbol.clamp(min=1e-300), 0.0).to(dtype)
         self._modes = modes_x.to(dtype), modes_y.to(dtype)
-        self.clock = Clock(batch)
+        self.clock = Clock(batch, device)
         self._enforce()
         self._project()
 
@@ -97,9 +97,10 @@ class ThroughFlow:
         cells = 0.5 * ((along[1:] + along[:-1]) / hx + (across[:, 1:] + across[:, :-1]) / hy)
         return cells.flatten(0, 1).amax(0).clamp(min=abs(self.bulk) / hx)
 
-    def stability_rate(self) -> Tensor:
-        """Steps per time that the momentum equation asks for, ``[B]``."""
-        return central_rate(self.rate(), diffusion_rate(self.viscosity, self.spacing))
+    def stability_rate(self, advection: Tensor | None = None) -> Tensor:
+        """Steps per time that the momentum equation asks for, ``[B]``; ``advection`` is that of now, where known."""
+        advection = self.rate() if advection is None else advection
+        return central_rate(advection, diffusion_rate(self.viscosity, self.spacing))
 
     def advance(self, interval: float, courant: float) -> Tensor:
         """Advance all flows by ``interval``, each in steps of its own.
@@ -109,9 +110,12 @@ class ThroughFlow:
         Tensor [B]
             bool; False where a flow blew up (no longer finite, or its steps became absurdly small).
         """
-        return self.clock.march(
-            interval, lambda: (self.stability_rate(), self.rate()), lambda dt: self.step(dt.to(self.along)), courant
-        )
+
+        def rates() -> tuple[Tensor, Tensor]:
+            speed = self.rate()
+            return self.stability_rate(speed), speed
+
+        return self.clock.march(interval, rates, lambda dt: self.step(dt.to(self.along)), courant)
 
     def step(self, dt: Tensor) -> None:
         """One step of ``dt [B]``; a flow whose ``dt`` is zero is left as it is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from shodh.core.devices import uses_cuda
 from shodh.core.distributed import rank
 from shodh.train.compiling import CompileCount
 from shodh.train.metrics import Metrics, MetricWriter, StepRecord, mean_over_ranks, reduce_metrics
-from shodh.train.throughput import Throughput
+from shodh.train.throughput import Throughput, energy_counter
 from shodh.train.trackers import Tracker
 from shodh.train.trainer import Callback, Trainer
 
@@ -76,6 +77,8 @@ class StepMetrics(Callback):
         if uses_cuda():
             metrics["mem/peak_gib"] = (torch.cuda.max_memory_allocated() / 2**30, "max")
         reduced = reduce_metrics(metrics, trainer.engine.device)
+        if math.isnan(reduced.get("perf/energy_j", 0.0)):  # A card did not tell.
+            del reduced["perf/energy_j"], reduced["perf/power_w"]
         if self._throughput is not None and rank() == 0:
             reduced |= self._throughput.of(reduced["perf/samples_per_s"])
         values = self._write_record(reduced)
@@ -124,10 +127,13 @@ class StepMetrics(Callback):
 
 
 class _Clock:
-    """Samples a second and the share of time spent waiting for data, since the last reading."""
+    """Samples a second, the share of time spent waiting for data, and on cards the energy of all ranks, since the last
+    reading."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._step, self._waited, self._start = trainer.step, trainer.waited, time.perf_counter()
+        self._counter = energy_counter(trainer.engine.device)
+        self._energy = self._counter() if self._counter else 0.0
 
     def read(self, trainer: Trainer) -> Metrics:
         now = time.perf_counter()
@@ -137,5 +143,9 @@ class _Clock:
             "perf/step_ms": (1e3 * elapsed / max(1, steps), "mean"),
             "perf/data_wait_frac": ((trainer.waited - self._waited) / elapsed, "mean"),
         }
+        if self._counter:  # On every rank or none, as reductions want it.
+            before, self._energy = self._energy, self._counter()
+            used = self._energy - before
+            metrics |= {"perf/energy_j": (used, "sum"), "perf/power_w": (used / elapsed, "sum")}
         self._step, self._waited, self._start = trainer.step, trainer.waited, now
         return metrics
