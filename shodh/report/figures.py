@@ -139,13 +139,18 @@ def training_curve(lines: Sequence[Mapping[str, float]]) -> Figure | None:
     return figure
 
 
+def _short(value: float, _: int | None = None) -> str:
+    """``0.02``, ``5e-3``: narrow enough for a small panel."""
+    return f"{value:g}" if value >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
+
+
 def plain_log(axis: Axis) -> None:
     """A logarithmic axis with labels in plain text, at 1, 2 and 5 of each decade where there are few: the mathematics
     of matplotlib's own labels is parsed anew in every process, a good part of a page's time."""
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(_short))
     axis.set_minor_formatter(NullFormatter())
 
 
