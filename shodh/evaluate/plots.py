@@ -101,8 +101,8 @@ def spectra(regimes: Mapping[str, Any], step: int) -> Figure | None:
             panel.plot(*_density(values), label=f"error of {of}", **style)
         if largest > 0:
             panel.set_ylim(1e-7 * largest, 3 * largest)
-        plain_log(panel.xaxis)
-        plain_log(panel.yaxis)
+        plain_log(panel, "x")
+        plain_log(panel, "y")
         panel.minorticks_off()
         panel.set_xlabel("wave number / (2 pi / longest axis)", fontsize=8)
         panel.set_ylabel("mean energy of a shell", fontsize=8)

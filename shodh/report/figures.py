@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import colormaps
@@ -127,7 +127,7 @@ def training_curve(lines: Sequence[Mapping[str, float]]) -> Figure | None:
         panel.plot(*zip(*points, strict=True), f"{marker}--", label=f"held out, {key.rsplit('/', 1)[-1]}")
     panel.set_xlabel("step")
     panel.set_ylabel(MEASURES[measure])
-    plain_log(panel.yaxis)
+    plain_log(panel, "y")
     information = [(line["step"], line["moe/regime_information"]) for line in lines if "moe/regime_information" in line]
     if information:
         right = panel.twinx()
@@ -144,10 +144,11 @@ def _short(value: float, _: int | None = None) -> str:
     return f"{value:g}" if value >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
 
 
-def plain_log(axis: Axis) -> None:
+def plain_log(panel: Axes, name: Literal["x", "y"]) -> None:
     """A logarithmic axis with labels in plain text, at 1, 2 and 5 of each decade where there are few: the mathematics
     of matplotlib's own labels is parsed anew in every process, a good part of a page's time."""
-    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    axis: Axis = getattr(panel, f"{name}axis")
+    getattr(panel, f"set_{name}scale")("log")
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
     axis.set_major_formatter(FuncFormatter(_short))
