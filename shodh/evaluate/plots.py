@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from shodh.report.figures import BASELINE, INK, MODEL, bare
+from shodh.report.figures import BASELINE, INK, MODEL, bare, plain_log
 from shodh.report.page import format_cell
 
 TOKENIZER, TRUTH = "#7b6fa6", INK
@@ -71,9 +71,10 @@ def rollouts(regimes: Mapping[str, Any]) -> Figure | None:
             panel.plot(steps, known, marker="o", markersize=3, label=of, **STYLES[of])
             low, high = np.array(regimes[name]["intervals"]["rollout"][field][of], float)[there].T
             panel.fill_between(steps, low, high, color=STYLES[of]["color"], alpha=0.15, linewidth=0)
-            top = max([top, *known])
+            ends = high[np.isfinite(high) & (high < 3 * known)]  # a wide interval may leave the panel, a curve not
+            top = max([top, *known, *ends])
         panel.axhline(0.5, color=INK, linewidth=0.6, linestyle="-", alpha=0.5)
-        panel.set_ylim(0, 1.15 * max(top, 0.5))
+        panel.set_ylim(0, 1.08 * max(top, 0.5))
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         panel.set_xlabel("autoregressive step", fontsize=8)
         panel.set_ylabel("VRMSE", fontsize=8)
@@ -98,11 +99,11 @@ def spectra(regimes: Mapping[str, Any], step: int) -> Figure | None:
         for of, values in errors.items():
             style = {**STYLES[of], "linewidth": 0.9, "marker": ".", "markersize": 2.5}
             panel.plot(*_density(values), label=f"error of {of}", **style)
-        panel.set_xscale("log")
-        panel.set_yscale("log")
-        panel.minorticks_off()
         if largest > 0:
             panel.set_ylim(1e-7 * largest, 3 * largest)
+        plain_log(panel, "x")
+        plain_log(panel, "y")
+        panel.minorticks_off()
         panel.set_xlabel("wave number / (2 pi / longest axis)", fontsize=8)
         panel.set_ylabel("mean energy of a shell", fontsize=8)
     _legend(figure, panels)

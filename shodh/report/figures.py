@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 INK = "#1b2a41"
 MODEL, BASELINE = "#0b6e4f", "#b23a48"
@@ -71,14 +72,14 @@ def slices(
                 cmap=colours,
             )
         panel.text(-0.03 * width, bottom + height / 2, label, rotation=90, ha="right", va="center", color=INK)
-        scale = f"colours:\n{low:.3g} to {high:.3g}\nerror: $\\pm${extent:.3g}"
+        scale = f"colours:\n{low:.3g} to {high:.3g}\nerror: ±{extent:.3g}"
         panel.text(across + 0.06 * width, bottom + height / 2, scale, va="center", fontsize=8, color=INK)
     panel.set_xlim(0, across)
     panel.set_ylim(0, up)
     figure.text(
         0.35 / size[0],
         1 - 0.1 / size[1],
-        f"{title}: {'x-y' if flat else 'x-z'} plane, one model step, normalised",
+        f"{title}, one model step, normalised; x to the right, {'y' if flat else 'z'} up",
         va="top",
         color=INK,
         fontsize=12,
@@ -126,7 +127,7 @@ def training_curve(lines: Sequence[Mapping[str, float]]) -> Figure | None:
     train = [(line["step"], line[f"train/{measure}"]) for line in lines if f"train/{measure}" in line]
     figure = Figure(figsize=(7.2, 3.2))
     panel = figure.subplots()
-    figure.subplots_adjust(left=0.1, right=0.91, bottom=0.16, top=0.95)
+    figure.subplots_adjust(left=0.12, right=0.91, bottom=0.16, top=0.87)
     panel.plot(*zip(*train, strict=True), color=INK, label="training")
     held_out = sorted({k for line in lines for k in line if k.startswith(f"valid/{measure}/")})
     for marker, key in zip(MARKERS, held_out, strict=False):
@@ -134,15 +135,32 @@ def training_curve(lines: Sequence[Mapping[str, float]]) -> Figure | None:
         panel.plot(*zip(*points, strict=True), f"{marker}--", label=f"held out, {key.rsplit('/', 1)[-1]}")
     panel.set_xlabel("step")
     panel.set_ylabel(MEASURES[measure])
-    panel.set_yscale("log")
+    plain_log(panel, "y")
     information = [(line["step"], line["moe/regime_information"]) for line in lines if "moe/regime_information" in line]
     if information:
         right = panel.twinx()
         right.plot(*zip(*information, strict=True), color=MODEL, alpha=0.6, label="regime information U")
         right.set_ylim(0, 1.05)
         right.set_ylabel("U", color=MODEL)
-    panel.legend(fontsize=8, frameon=False)
+    handles = [line for axes in figure.axes for line in axes.get_lines()]
+    figure.legend(handles=handles, loc="upper center", ncols=min(5, len(handles)), fontsize=8, frameon=False)
     return figure
+
+
+def _short(value: float, _: int | None = None) -> str:
+    """``0.02``, ``5e-3``: narrow enough for a small panel."""
+    return f"{value:g}" if value >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
+
+
+def plain_log(panel: Axes, name: Literal["x", "y"]) -> None:
+    """A logarithmic axis with labels in plain text, at 1, 2 and 5 of each decade where there are few: the mathematics
+    of matplotlib's own labels is parsed anew in every process, a good part of a page's time."""
+    axis: Axis = getattr(panel, f"{name}axis")
+    getattr(panel, f"set_{name}scale")("log")
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(_short))
+    axis.set_minor_formatter(NullFormatter())
 
 
 #: Names that look the same in every figure; others follow in their own order.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from results_cases import REGIMES, result, study_of
 
+from shodh.experiments.harness.report import claims_section
 from shodh.experiments.transfer import tables
 from shodh.experiments.transfer.report import write_study_report
 from shodh.experiments.transfer.results import Results
@@ -292,6 +293,14 @@ def test_interval_over_trajectories_is_of_the_error_and_not_of_its_square(tmp_pa
             error["by_trajectory"] = [0.64 * x if r.label == "sparse" else x for x in (1.0, 2.0, 3.0)]
     (claim,) = (c for c in results.claims if c.reading == "test" and c.regime is None)
     assert results.bootstrap(claim) == pytest.approx((0.8, 0.8))
+    assert results.bootstrap(claim._replace(regime="a")) == pytest.approx((0.8, 0.8))
+    assert results.bootstrap(claim._replace(reading="rollout")) is None
+    section = claims_section(results.claims, claim._fields, results.bootstrap)
+    assert section is not None
+    table = section.tables["claims"]
+    nested = {tuple(row[:5]): row[-2:] for row in table.rows}
+    assert nested[tuple(claim)] == pytest.approx([0.8, 0.8])
+    assert nested[tuple(claim._replace(reading="rollout"))] == [None, None]
     assert "Over seeds and test trajectories together" in does_routing_help(results, "both").text
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shodh.physics.regime import smooth_noise
-from tools.bench.inference import breakeven, coarsened, noise_of
+from tools.bench.inference import breakeven, coarsened, noise_of, verdict
 
 
 @pytest.mark.parametrize(("factor", "fine"), [(2, (32, 24)), (4, (32, 64))])
@@ -35,3 +35,16 @@ def test_means_over_blocks_keep_the_flux_through_coarse_faces() -> None:
 def test_training_is_paid_back_only_where_the_model_is_faster() -> None:
     assert breakeven(600.0, 3.0, 1.0) == 300.0
     assert breakeven(600.0, 1.0, 1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("equal", "winners"), [(0.5, ["model", "solver"]), (4.0, ["model", "model"]), (None, ["model", "unknown"])]
+)
+def test_verdict_names_the_faster_one(equal: float | None, winners: list[str]) -> None:
+    text = verdict(600.0, 1.0, 3.0, equal)
+    parts = text.split("; ")
+    for part, winner in zip(parts, winners, strict=True):
+        assert winner == "unknown" if ": unknown" in part else f": the {winner} is" in part
+    assert "after 300 forecasts" in parts[0]
+    assert ("never" in text) == ("solver" in winners)
+    assert "unknown number" in verdict(float("nan"), 1.0, 3.0, None)

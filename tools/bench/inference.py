@@ -8,7 +8,8 @@ noise that a regime draws on its grid is cut off at the wave numbers of the coar
 stored truth, averaged over the coarse cells, which spares it all that the coarse grid cannot hold; but it starts at the
 first frame, and the model at the last of its history. The solver at equal error is the fastest one whose VRMSE is not
 above the model's; *breakeven* is the number of forecasts after which the training, tokenizer included, is paid back,
-null where the solver is faster. Where a coarse solve does not start from the stored first frame (`start`, VRMSE of that
+null where the solver is faster: each regime is charged the whole training, and none the data. ``verdict`` says it in
+words. Where a coarse solve does not start from the stored first frame (`start`, VRMSE of that
 frame: a turbulent spin-up forgets the noise), it cannot be compared, and the figure against the solver on the data's
 own grid, whose error is zero, is an upper bound of what the model is worth.
 """
@@ -16,6 +17,7 @@ own grid, whose error is zero, is an upper bound of what the model is worth.
 from __future__ import annotations
 
 import math
+import os
 import resource
 import statistics
 import sys
@@ -86,15 +88,15 @@ def peak_memory(device: torch.device, work: Callable[[], Any]) -> float:
 
 
 def seconds(device: torch.device, work: Callable[[], Any], repeats: int = 3) -> float:
-    """The shortest of some runs, after one that warms up."""
+    """The shortest of some runs."""
     found = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats):
         start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         found.append(time.perf_counter() - start)
-    return min(found[1:])
+    return min(found)
 
 
 def coarsened(values: np.ndarray, factor: int, ndim: int, *, face: bool) -> np.ndarray:
@@ -129,8 +131,11 @@ def compare(found: Trajectories, truth: dict[str, np.ndarray], factor: int, fram
     return float(torch.stack(errors).nanmean())
 
 
-def solver_costs(path: Path, frames: int, history: int, factors: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """Seconds, memory and error of the solver that made a file of test trajectories, by grid."""
+def solver_costs(path: Path, frames: int, given: int, factors: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """Seconds, memory and error of the solver that made a file of test trajectories, by grid.
+
+    Seconds are those of the frames after the ``given`` first ones: the state that both start from is not charged.
+    """
     with h5py.File(path) as file:
         if SETTINGS not in file.attrs:
             raise DataError(f"{path}: was not made by tools/generate_data.py, so there is no solver to compare with")
@@ -152,9 +157,9 @@ def solver_costs(path: Path, frames: int, history: int, factors: Sequence[int], 
             def solve(steps: int, grid: tuple[int, ...] = grid, seeds: list[int] = seeds[:1]) -> Trajectories:
                 return regime.simulate(seeds, grid, steps, device=str(device))
 
-            taken = seconds(device, lambda: solve(frames), 1) - seconds(device, lambda: solve(history), 1)
+            memory = peak_memory(device, lambda: solve(frames))  # warms up
+            taken = seconds(device, lambda: solve(frames), 1) - seconds(device, lambda: solve(given), 1)
             found = solve(frames, seeds=seeds)
-            memory = peak_memory(device, lambda: solve(frames))
         by_grid["x".join(map(str, grid))] = {
             "seconds": max(taken, 0.0),
             "memory_gib": memory,
@@ -179,11 +184,14 @@ def model_costs(part: RegimeEvaluation, steps: int, device: torch.device) -> dic
         return forecaster.decode(states, static, number)
 
     size = len(batch.fields)
+    memory = peak_memory(device, lambda: forecast(1))  # warms up
+    alone, in_batch = seconds(device, lambda: forecast(1)), seconds(device, lambda: forecast(size)) / size
     return {
-        "seconds": seconds(device, lambda: forecast(1)),
+        "seconds": alone,
         "batch": size,
-        "seconds_in_batch": seconds(device, lambda: forecast(size)) / size,
-        "memory_gib": peak_memory(device, lambda: forecast(1)),
+        "seconds_in_batch": in_batch,
+        "samples_per_second": 1 / in_batch,
+        "memory_gib": memory,
     }
 
 
@@ -203,6 +211,22 @@ def breakeven(training: float, solver: float, model: float) -> float | None:
     return training / (solver - model) if solver > model else None
 
 
+def verdict(training: float, model: float, own: float, equal: float | None) -> str:
+    """Which is faster, in words: against the solver on the grid of the data, and at equal error (None: unknown)."""
+
+    def beside(solver: float, where: str) -> str:
+        if (forecasts := breakeven(training, solver, model)) is None:
+            times = f"{model / solver:.2g} times" if solver > 0 else "immeasurably"
+            return f"{where}: the solver is {times} faster, and the training is never paid back"
+        paid = f"after {forecasts:.0f} forecasts" if math.isfinite(forecasts) else "at an unknown number of forecasts"
+        return f"{where}: the model is {solver / model:.2g} times faster, and the training is paid back {paid}"
+
+    found = beside(own, "on the grid of the data (error 0)")
+    if equal is None:
+        return f"{found}; at equal error: unknown, as no coarser solve can be compared, and the model is worth no more"
+    return f"{found}; {beside(equal, 'at equal error')}"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__)
     parser.add_argument("run", type=Path)
@@ -218,31 +242,42 @@ def main(argv: list[str] | None = None) -> int:
         part = RegimeEvaluation(evaluator, number, "test")
         steps, history = part.schedule.steps, part.history
         path = evaluator.regimes.sources[number].files["test"][0].path
-        errors = [kinds["model"][-1] for kinds in metrics[name]["rollout"].values()]
-        model = {**model_costs(part, steps, device), "vrmse": statistics.fmean(errors)}
-        frames = (history + steps - 1) * evaluator.config.data.stride + 1
-        solver = solver_costs(Path(path), frames, history, args.coarser, device)
+        # Without rollouts there are the values of one step.
+        last = {f: kinds["model"][-1] for f, kinds in metrics[name].get("rollout", {}).items()}
+        errors = last or {f: kinds["model"] for f, kinds in metrics[name]["vrmse"].items()}
+        model = {**model_costs(part, steps, device), "vrmse": statistics.fmean(errors.values())}
+        given, frames = ((n - 1) * evaluator.config.data.stride + 1 for n in (history, history + steps))
+        solver = solver_costs(Path(path), frames, given, args.coarser, device)
         own = next(iter(solver.values()))["seconds"]
         fit = [s for s in solver.values() if s["start"] <= SAME_START and s["vrmse"] <= model["vrmse"]]
         equal = min(fit, key=lambda s: s["seconds"], default=None)
         comparable = any(s["start"] <= SAME_START for s in list(solver.values())[1:])
+        matched = equal["seconds"] if equal is not None and comparable else None
         found[name] = {
+            "verdict": verdict(training, model["seconds"], own, matched),
             "steps": steps,
             "model": model,
             "solver": solver,
             "breakeven_at_own_grid": breakeven(training, own, model["seconds"]),
-            "breakeven_at_equal_error": breakeven(training, equal["seconds"], model["seconds"])
-            if equal is not None and comparable
-            else None,
+            "breakeven_at_equal_error": None if matched is None else breakeven(training, matched, model["seconds"]),
             "coarse_solves_can_be_compared": comparable,
         }
-        lines = [f"{name}: {steps} steps", f"  model {model['seconds']:.3g} s, VRMSE {model['vrmse']:.3g}"]
+        lines = [
+            f"{name}: {steps} steps",
+            f"  model {model['seconds']:.3g} s, VRMSE {model['vrmse']:.3g}, "
+            f"{model['samples_per_second']:.3g} forecasts a second in batches of {model['batch']}",
+        ]
         for grid, s in solver.items():
             lines.append(f"  solver {grid} {s['seconds']:.3g} s, VRMSE {s['vrmse']:.3g}, first frame {s['start']:.2g}")
-        lines += [f"  {key} {found[name][key]}" for key in found[name] if key.startswith(("breakeven", "coarse"))]
+        lines.append(f"  {found[name]['verdict']}")
         sys.stdout.write("\n".join(lines) + "\n")
     out = args.out or evaluator.folder.report / "inference.json"
-    settings = {"run": str(args.run), "device": str(device), "threads": torch.get_num_threads()}
+    settings = {
+        "run": str(args.run),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg(),
+    }
     write_record(out, {**settings, "training_seconds": training, "regimes": found})
     return 0
 

@@ -130,7 +130,7 @@ def _sections(study: CCMConfig, results: Results) -> list[Section | None]:
     return [
         filled("summary", "Errors", protocol, errors, ("results",), error_by_parameter=by_parameter),
         Section("why", "Why: what the diagnostics say", " ".join(reasons(results))),
-        claims_section(results.claims, ("role", "method", "against")),
+        claims_section(results.claims, ("role", "method", "against"), results.bootstrap),
         filled("values", "Errors by value", VALUES, {"errors_by_value": tables.value_table(results)}),
         filled("alphas", best, ALPHAS, alphas, alpha_by_parameter=by_alpha),
         filled("line", "Along the line", LINE, bank, ("bank",), error_along_line=plots.error_along_line(results)),

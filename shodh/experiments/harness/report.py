@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,12 +71,27 @@ def write_study(
 GOES_ON = "The same command goes on with them."
 
 
-def claims_section(claims: Mapping[Any, Comparison], columns: Sequence[str]) -> Section | None:
-    """Everything that a page claims, a row a claim; keys are rows of ``columns``."""
+def claims_section(
+    claims: Mapping[Any, Comparison],
+    columns: Sequence[str],
+    bootstrap: Callable[[Any], Interval | None] | None = None,
+) -> Section | None:
+    """Everything that a page claims, a row a claim; keys are rows of ``columns``.
+
+    ``bootstrap`` is that of a claim over seeds and trajectories, where a study keeps the errors of each trajectory.
+    """
     header = [*columns, "seeds", "ratio", "95 % low", "95 % high", "p", "p Holm", "p sign-flip", "lower in", "diverged"]
     rows = [
         [*key, c.seeds, c.ratio, c.low, c.high, c.p, c.p_holm, c.p_sign, c.wins, c.diverged, WORDS[c.verdict]]
         for key, c in claims.items()
     ]
-    text = f"Errors of the first over those of the other, paired by seed. p is of what is claimed. {RULE}"
-    return filled("claims", "Claims", text, {"claims": Table([*header, "verdict"], rows)})
+    nested = "Nothing is said of other trajectories."
+    if bootstrap is not None:
+        rows = [[*row, *(bootstrap(key) or (None, None))] for row, key in zip(rows, claims, strict=True)]
+        nested = "Nested: bootstrap over seeds and test trajectories, of errors on the test split."
+    text = (
+        "Errors of the first over those of the other, paired by seed. Intervals and p are over seeds; p is of what is "
+    )
+    text += f"claimed. {nested} {RULE}"
+    shown = [*header, "verdict", *(["nested low", "nested high"] if bootstrap else [])]
+    return filled("claims", "Claims", text, {"claims": Table(shown, rows)})

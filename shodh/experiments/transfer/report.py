@@ -89,7 +89,7 @@ def _sections(results: Results, missing: dict[str, str]) -> list[Section | None]
     cosines = lines(_mean_curves(tables.cosine_curves(results)), "step", "cosine", 0)
     return [
         _answers(results),
-        claims_section(results.claims, ("mix", "model", "against", "reading", "regime")),
+        claims_section(results.claims, ("mix", "model", "against", "reading", "regime"), results.bootstrap),
         filled(
             "transfer", "Transfer index", TRANSFER, {"transfer": transfer}, transfer_index=plots.index_bars(transfer)
         ),

@@ -261,10 +261,18 @@ class Results:
         yield from (Claim(mix, label, SPECIALIST, TEST, regime) for label in labels for regime in self.regimes(mix))
 
     def bootstrap(self, claim: Claim) -> Interval | None:
-        """Interval of a claim's ratio on the test split over seeds and trajectories; None where these are not known."""
-        sides = [{r.seed: r for r in self.of(claim.mix, name)} for name in (claim.label, claim.other)]
+        """Interval of a claim's ratio on the test split over seeds and trajectories.
+
+        None where these are not known, and of other readings.
+        """
+        if claim.reading != TEST:
+            return None
+        regimes = self.regimes(claim.mix) if claim.regime is None else [claim.regime]
+        sides = [
+            {r.seed: r for r in self.of(claim.mix, name) if set(regimes) <= set(r.regimes)}
+            for name in (claim.label, claim.other)
+        ]
         seeds = sorted(set(sides[0]) & set(sides[1]))
-        regimes = self.regimes(claim.mix)
         kept = [
             [[side[s].values["errors"].get(g, {}).get("by_trajectory") for s in seeds] for g in regimes]
             for side in sides
