@@ -300,8 +300,10 @@ def _mended(groups: list[dict[str, Any]]) -> Iterator[None]:
 
     ZeRO 1 and 2 insist on a group of experts in the optimiser; where all are frozen they are to find none. And ZeRO 1
     in bf16 with gradients in float32 would get another optimiser, with checkpoints of its own, though its own class
-    can do that.
+    can do that. The first step asks whether the optimiser is Muon, whose module compiles functions at its import: that
+    brings torch's compiler, some seconds a rank, to runs that compile nothing.
     """
+    from deepspeed.runtime import compiler
     from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Zero
 
@@ -311,9 +313,13 @@ def _mended(groups: list[dict[str, Any]]) -> Iterator[None]:
         Zero._configure_moe_settings = lambda self: setattr(  # type: ignore[method-assign]
             self, "is_moe_param_group", [False] * len(self.optimizer.param_groups)
         )
+    decorator, compiler.compile = compiler.compile, lambda: lambda function: function
     try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
         yield
     finally:
+        compiler.compile = decorator
         Zero._configure_moe_settings = configure  # type: ignore[method-assign]
         DeepSpeedEngine._do_optimizer_sanity_check = check  # type: ignore[method-assign]
 

@@ -12,7 +12,8 @@ from shodh.core.launcher import read_launch
 signals.catch()
 launch, act = read_launch(), os.environ.get("ACT", "show")
 if launch.rank == 0:
-    sys.stdout.write(f"{os.getcwd()} {' '.join(sys.argv[3:])} of {launch.world} {os.environ['OMP_NUM_THREADS']}\n")
+    sys.stdout.write(f"{os.getcwd()} {' '.join(sys.argv[3:])} of {launch.world} {os.environ['OMP_NUM_THREADS']}")
+    sys.stdout.write(f" by {launch.name} at {launch.address}\n")
     sys.stdout.flush()
 code = 0
 if act == "error of one":

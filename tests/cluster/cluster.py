@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -34,8 +35,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 MpiDefault=none
 SlurmdParameters=config_overrides
-SchedulerParameters=batch_sched_delay=0,sched_interval=1,requeue_delay=0
-KillWait=20
+SchedulerParameters=batch_sched_delay=0,sched_interval=1
+KillWait=8
 MinJobAge=3600
 ReturnToService=2
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -65,6 +66,23 @@ class Finished(NamedTuple):
 
     def _lines(self) -> list[str]:
         return [line for line in self.text.splitlines() if not line.startswith(("srun: ", "slurmstepd: ", "sbatch: "))]
+
+
+def launched(runs: Path) -> tuple[int, str]:
+    """Ranks and launcher of the only run of a folder, as the run itself says."""
+    (path,) = runs.glob("[!.]*/env.json")
+    found = json.loads(path.read_text())
+    return found["world_size"], found["launcher"]
+
+
+def newest(runs: Path) -> int:
+    """Step of the newest checkpoint of the only run of a folder; 0: there is none."""
+    return max((int(path.name.removeprefix("step_")) for path in runs.glob("*/checkpoints/step_*")), default=0)
+
+
+def trains(runs: Path) -> bool:
+    """Whether the only run of a folder takes steps."""
+    return any(path.stat().st_size for path in runs.glob("*/metrics.jsonl"))
 
 
 def processes(*words: str) -> dict[int, list[str]]:
@@ -145,6 +163,17 @@ class Cluster:
         assert finished.code == 0, finished.text
         return finished.text.split()[-1].split(";")[0]
 
+    def hurry(self) -> bool:
+        """Start jobs that were put back without SLURM's two minutes; False if none waits for them, or not yet."""
+        shown = self.run("squeue", "--noheader", "--states=PENDING", "--format=%i %r").text.splitlines()
+        waiting = [line.split()[0] for line in shown if line.endswith(" BeginTime")]
+        if not waiting or "comp" in self.run("sinfo", "--noheader", "--format=%T").text:
+            return False
+        time.sleep(2)  # A node that still ends the attempt before would end the next one, too.
+        for job in waiting:
+            self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        return True
+
     def start_slurmd(self, name: str) -> None:
         """Let a node answer; also one whose daemon was killed."""
         subprocess.run([*_on(name), "slurmd", "-N", name], env=self.environment, cwd=self.folder, check=True)
@@ -213,7 +242,7 @@ def _slurm(folder: Path, environment: dict[str, str]) -> None:
     options = [f"--{name}={folder / file}" for name, file in files.items()]
     subprocess.run(["munged", "--force", "--origin=127.0.0.1", *options], env=environment, check=True)
     nodes = "".join(
-        f"NodeName={name} NodeAddr={address} Port={7000 + number} CPUs=4 RealMemory=1000\n"
+        f"NodeName={name} NodeAddr={address} Port={7000 + number} CPUs=16 RealMemory=1000\n"
         for number, (name, address) in enumerate(NODES.items())
     )
     text = SLURM.format(host=os.uname().nodename, folder=folder)

@@ -19,6 +19,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
 
 @pytest.fixture
 def config(write_config: Callable[..., Path], tmp_path: Path) -> Path:
-    """The tiny configuration, with a tokenizer's training that takes a while; its runs go to ``tmp_path / "runs"``."""
+    """The tiny configuration, with a short training of a tokenizer; its runs go to ``tmp_path / "runs"``."""
     train = {"steps": 4, "checkpoint_every": 2, "valid_every": 0}
     return write_config(tmp_path / "tiny.yaml", tokenizer={"train": train})

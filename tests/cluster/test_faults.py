@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, host, parent, processes, wait_for
+from cluster import Cluster, host, launched, newest, parent, processes, trains, wait_for
 
 LAUNCH = ("python", "-m", "shodh", "launch")
 
@@ -33,10 +33,6 @@ def ranks(config: Path) -> list[int]:
     return list(processes(str(config), "--local_rank="))
 
 
-def trains(config: Path) -> bool:
-    return any(path.stat().st_size for path in config.parent.glob("runs/*/metrics.jsonl"))
-
-
 def test_node_that_ssh_does_not_reach(cluster: Cluster, config: Path, tmp_path: Path) -> None:
     lost = tmp_path / "lost"
     lost.write_text("node-1 slots=1\nnode-9 slots=1\n")
@@ -54,9 +50,11 @@ def test_two_nodes_over_ssh_get_the_variables(cluster: Cluster, config: Path, ho
     assert finished.code == 0 and "2 ranks" in finished.text, finished.text
     told = re.findall(r"^(node-\d): .*NCCL_BED=seen", finished.text, re.MULTILINE)  # by DeepSpeed, of each node
     assert sorted(told) == ["node-1", "node-2"]
+    assert launched(tmp_path / "runs") == (2, "deepspeed")
 
 
-def test_one_job_is_stopped_and_the_other_goes_on(cluster: Cluster, long: Path, hostfile: Path, tmp_path: Path) -> None:
+def test_jobs_side_by_side(cluster: Cluster, long: Path, hostfile: Path, tmp_path: Path) -> None:
+    """One is stopped, and the other goes on; its session on a node is killed: all save, it ends and names the node."""
     second = tmp_path / "b" / "long.yaml"
     second.parent.mkdir()
     second.write_text(long.read_text().replace("/runs", "/b/runs"))
@@ -64,62 +62,59 @@ def test_one_job_is_stopped_and_the_other_goes_on(cluster: Cluster, long: Path, 
     for config in (long, second):
         options = ("--hostfile", hostfile, "--master_addr", "127.0.0.2", "tokenizer", "--config", config)
         jobs.append(cluster.start(*LAUNCH, *options, log=config.with_suffix(".log")))
-    wait_for(lambda: trains(long) and trains(second), 250)
+    wait_for(lambda: trains(tmp_path / "runs") and trains(tmp_path / "b" / "runs"), 250)
     jobs[0].send_signal(signal.SIGTERM)
     wait_for(lambda: not ranks(long), 60)
-    assert len(ranks(second)) == 2 and jobs[1].poll() is None
-    assert list(tmp_path.glob("runs/*/checkpoints/step_*"))
-    os.killpg(jobs[1].pid, signal.SIGTERM)
+    assert newest(tmp_path / "runs")
+    found = {host(rank): rank for rank in ranks(second)}
+    assert sorted(found) == ["node-1", "node-2"] and jobs[1].poll() is None
+    assert not newest(tmp_path / "b" / "runs")
+    os.kill(parent(parent(found["node-2"])), signal.SIGKILL)
     wait_for(lambda: not ranks(second), 60)
+    assert newest(tmp_path / "b" / "runs")
+    assert jobs[1].wait(60) == 255 and "node-2: ssh exited" in second.with_suffix(".log").read_text()
 
 
-def test_ranks_end_with_a_launcher_that_is_killed(cluster: Cluster, long: Path) -> None:
+def test_ranks_end_with_a_launcher_that_is_killed(cluster: Cluster, long: Path, tmp_path: Path) -> None:
     log = long.with_suffix(".log")
     cluster.start("deepspeed", "--num_gpus", 2, "launch/train_tokenizer.py", "--config", long, log=log)
-    wait_for(lambda: trains(long), 150)
+    wait_for(lambda: trains(tmp_path / "runs"), 150)
     found = ranks(long)
     assert len(found) == 2
     os.kill(parent(found[0]), signal.SIGKILL)
     wait_for(lambda: not ranks(long), 60)
-    assert list(long.parent.glob("runs/*/checkpoints/step_*"))
-
-
-def test_session_of_a_node_is_killed(cluster: Cluster, long: Path, hostfile: Path) -> None:
-    """All ranks save, the command ends, and the node is named."""
-    log, options = long.with_suffix(".log"), ("--hostfile", hostfile, "--master_addr", "127.0.0.2")
-    job = cluster.start(*LAUNCH, *options, "tokenizer", "--config", long, log=log)
-    wait_for(lambda: trains(long), 150)
-    (rank,) = [process for process in ranks(long) if host(process) == "node-2"]
-    os.kill(parent(parent(rank)), signal.SIGKILL)
-    wait_for(lambda: not ranks(long), 60)
-    assert list(long.parent.glob("runs/*/checkpoints/step_*"))
-    assert job.wait(60) == 255 and "node-2: ssh exited" in log.read_text()
+    assert newest(tmp_path / "runs")
 
 
 @pytest.mark.parametrize(("number", "group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
-def test_command_of_one_node_is_ended(number: int, group: bool, cluster: Cluster, long: Path) -> None:
+def test_command_of_one_node_is_ended(number: int, group: bool, cluster: Cluster, long: Path, tmp_path: Path) -> None:
     """Ctrl-C goes to all processes, saves nothing and says what to type; after SIGTERM to the command all save."""
     log = long.with_suffix(".log")
     job = cluster.start("deepspeed", "--num_gpus", 2, "launch/train_tokenizer.py", "--config", long, log=log)
-    wait_for(lambda: trains(long), 150)
+    wait_for(lambda: trains(tmp_path / "runs"), 150)
     (os.killpg if group else os.kill)(job.pid, number)
     assert job.wait(60) != 0  # Its code is the launcher's.
     wait_for(lambda: not processes(str(long)), 60)
     said = [line for line in log.read_text().splitlines() if "--resume auto" in line]
     assert len(said) == 1
-    assert bool(list(long.parent.glob("runs/*/checkpoints/step_*"))) is not group
+    assert bool(newest(tmp_path / "runs")) is not group
+    assert launched(tmp_path / "runs") == (2, "deepspeed")
 
 
-def test_torchrun_starts_the_ranks_again(cluster: Cluster, long: Path) -> None:
-    log = long.with_suffix(".log")
+def test_torchrun_starts_the_ranks_again(
+    cluster: Cluster, long: Path, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A rank is killed; both go on from the checkpoint to the last step, and torchrun ends with 0."""
+    log, runs = long.with_suffix(".log"), tmp_path / "runs"
     options = ("--nproc_per_node", 2, "--max_restarts", 1, "launch/train_tokenizer.py", "--config", long)
     settings = ("--resume", "auto", "--set", "tokenizer.train.checkpoint_every=1")
     job = cluster.start("torchrun", *options, *settings, log=log)
-    wait_for(lambda: bool(list(long.parent.glob("runs/*/checkpoints/step_*"))), 150)
+    wait_for(lambda: newest(runs) > 0, 150)
     children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    wait_for(lambda: "resumed from" in log.read_text(), 150)
-    os.killpg(job.pid, signal.SIGKILL)
+    write_config(long, tokenizer={"train": {"steps": newest(runs) + 2, "valid_every": 0}})
+    assert job.wait(150) == 0, log.read_text()
+    assert "resumed from" in log.read_text() and launched(runs) == (2, "torchrun")
 
 
 def test_a_node_that_does_not_come(cluster: Cluster, config: Path, tmp_path: Path) -> None:

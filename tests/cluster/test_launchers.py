@@ -1,40 +1,23 @@
-"""Each launcher trains one job of two ranks."""
+"""Ranks of one job by srun and mpirun; deepspeed, torchrun and sbatch train in the tests of faults and of sbatch."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
+from cluster import ROOT, Cluster, launched
 
-TRAIN = ("python", "launch/train_tokenizer.py", "--config")
-HOSTS = "node-1:1,node-2:1"
-LAUNCHERS = {
-    "srun": ("srun", "-N", 2, "-n", 2, *TRAIN),
-    "mpirun": ("mpirun", "-n", 2, *TRAIN),
-    "mpirun on two nodes": (
-        "mpirun",
-        "--host",
-        HOSTS,
-        "-x",
-        "MASTER_ADDR=node-1",
-        "-x",
-        "PYTHONPATH",
-        "-x",
-        "PATH",
-        *TRAIN,
-    ),
-    "torchrun": ("torchrun", "--nproc_per_node", 2, *TRAIN[1:]),
-    "deepspeed": ("deepspeed", "--num_gpus", 2, *TRAIN[1:]),
-}
+TWO_NODES = ("--host", "node-1:1,node-2:1", "-x", "MASTER_ADDR=node-1", "-x", "PYTHONPATH", "-x", "PATH")
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
-def test_two_ranks_of_one_job(name: str, cluster: Cluster, config: Path, tmp_path: Path) -> None:
-    finished = cluster.run(*LAUNCHERS[name], config)
-    assert finished.code == 0, finished.text
-    assert "2 ranks" in finished.text
-    (run,) = (tmp_path / "runs").glob("[!.]*")
-    found = json.loads((run / "env.json").read_text())
-    assert (found["world_size"], found["launcher"]) == (2, name.split()[0])
+@pytest.mark.parametrize("options", [("-n", 2), TWO_NODES], ids=["one node", "two nodes"])
+def test_mpirun_trains(options: tuple[object, ...], cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    finished = cluster.run("mpirun", *options, "python", "launch/train_tokenizer.py", "--config", config)
+    assert finished.code == 0 and "2 ranks" in finished.text, finished.text
+    assert launched(tmp_path / "runs") == (2, "mpirun")
+
+
+def test_srun_without_a_batch_script(cluster: Cluster) -> None:
+    acting = ROOT / "tests" / "cluster" / "acting.py"
+    finished = cluster.run("srun", "-N", 2, "-n", 2, acting, "-m", "shodh", "evaluate")
+    assert finished.code == 0 and "evaluate of 2 " in finished.text and "by srun at node-1" in finished.text

@@ -78,6 +78,14 @@ def error_of_gradient(deepspeed_json: Path, accumulation: int) -> float:
     return worst
 
 
+def compiled_by_engine(deepspeed_json: Path) -> list[str]:
+    """Functions of Muon, which every engine imports, that are compiled after a step: they need torch's compiler."""
+    error_of_gradient(deepspeed_json, 1)
+    from deepspeed.runtime.zero.muon import original_muon
+
+    return [name for name, value in vars(original_muon).items() if hasattr(value, "_torchdynamo_orig_callable")]
+
+
 def still_after(deepspeed_json: Path, cases: list[dict[str, Any]]) -> list[list[str]]:
     """Names that the check after the first step finds in an engine of one rank, for each of ``cases``.
 

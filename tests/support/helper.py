@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PRELOAD = [
     "torch",
     "deepspeed",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # imported by every engine, and brings torch's compiler
+    "torch._inductor.compile_fx",  # torch's compiler; optimisers import half of it
     "shodh.moe.layer",
     *sorted(f"shodh.commands.{path.stem}" for path in (ROOT / "shodh" / "commands").glob("[!_]*.py")),
     "shodh.experiments.harness.worker",
