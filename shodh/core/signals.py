@@ -79,6 +79,23 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
+def heed_parent_alone() -> None:
+    """In a helper process: SIGTERM of its parent ends it; what a scheduler sends to all processes of a job does not.
+
+    Without the first, a parent that exits would wait for its helpers without end (`multiprocessing` terminates, and
+    joins, what is left).
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    threading.Thread(target=_end_by_parent, name="signals", daemon=True).start()
+
+
+def _end_by_parent() -> None:
+    while True:
+        sent = signal.sigwaitinfo(STOPS)
+        if sent.si_signo == signal.SIGTERM and sent.si_pid == os.getppid():
+            os._exit(0)
+
+
 def _end_with_command(launcher: int) -> None:
     """Get SIGTERM when what started the launcher of this machine dies: the command, or a session of ssh.
 

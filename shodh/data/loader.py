@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from shodh.data.mixture import MixtureSampler, Sample
 from shodh.data.ring import Filled, SharedRing
 from shodh.core.errors import DataError, ShodhError
 from shodh.core.files import SHARED, naming
-from shodh.core.signals import STOPS
+from shodh.core.signals import heed_parent_alone
 
 Batch = dict[str, torch.Tensor]
 #: Of one whose workers could not start there is nothing to shut down, and torch would show a traceback.
@@ -97,7 +96,7 @@ class MixtureLoader:
                 "prefetch_factor": prefetch,
                 "timeout": timeout,
                 "multiprocessing_context": multiprocessing_context,
-                "worker_init_fn": _ignore_stops,
+                "worker_init_fn": _heed_parent_alone,
             }
         self._workers: _Workers = _Workers(options) if workers_of is None else workers_of._workers
         self._stream = self._workers.add(datasets, sampler.global_batch // (world * num_micro))
@@ -330,10 +329,9 @@ def _keep(batch: Any) -> Any:
     return batch
 
 
-def _ignore_stops(_: int) -> None:
+def _heed_parent_alone(_: int) -> None:
     """Schedulers send SIGTERM and SIGUSR1 to all processes of a job; the last step still needs its batches."""
-    for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
+    heed_parent_alone()
 
 
 def _check_fit(datasets: Sequence[SampleDataset], sampler: MixtureSampler) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 
 import h5py
@@ -17,6 +18,7 @@ from shodh.data.normalize import fit_normalizer
 from shodh.data import MixtureLoader, MixtureSampler, RegimeSource, WindowDataset
 from shodh.data.loader import _next
 from shodh.core.errors import DataError, TopologyError
+from shodh.core.signals import STOPS
 
 FRAMES = 5
 
@@ -99,6 +101,22 @@ def test_loaders_share_workers_and_change_nothing(datasets, sampler, num_workers
     assert_equal(collect(train, 9, 12), ours[9:])
     assert len(set(multiprocessing.active_children()) - before) == num_workers
     train.close()
+
+
+def test_workers_heed_their_parent_alone(datasets, sampler):
+    """A scheduler signals all processes of a job; a parent that exits ends its workers by SIGTERM, and joins them."""
+    expected = collect(MixtureLoader(datasets, sampler), 0, 12)
+    loader, before = MixtureLoader(datasets, sampler, num_workers=1), set(multiprocessing.active_children())
+    batches = loader.iterate(0, 12)
+    found = [next(batches)]
+    (worker,) = set(multiprocessing.active_children()) - before
+    for number in STOPS:
+        subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
+    assert_equal([*found, *batches], expected)
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
+    loader.close()
 
 
 def test_spawned_workers_read_the_same(datasets, sampler):
