@@ -39,6 +39,7 @@ except ConfigError as error:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_models_on_one_set_and_again_after_a_kill(tmp_path: Path) -> None:
     asked = ("--only", "dam_break", "fno", "dpot", "--seeds", "1", "--rates", "published")
     command = [sys.executable, "-c", THRICE, str(tmp_path), *asked]

@@ -58,15 +58,27 @@ def test_the_average_is_that_of_the_weights_of_every_step(averaged: Run) -> None
     assert read_manifest(averaged.checkpoint(10))["state"]["ema"] == {"decay": DECAY, "updates": 10}
 
 
-def test_training_does_not_notice_the_average_nor_its_validation(laboratory: Laboratory, averaged: Run) -> None:
+@pytest.mark.parametrize(
+    ("layout", "more", "settings"),
+    [
+        ((2, 2, 1), (), AVERAGE),
+        pytest.param(
+            (2, 1, 3),
+            ("operator.train.precision=bf16",),
+            (f"operator.train.ema={DECAY}",),
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
+)
+def test_training_does_not_notice_the_average_nor_its_validation(
+    laboratory: Laboratory, layout: tuple[int, int, int], more: tuple[str, ...], settings: tuple[str, ...]
+) -> None:
     """Bit by bit, though the model computes with other weights at every validation: in fp32, bf16 and under ZeRO 3."""
-    for layout, more in (((2, 2, 1), ()), ((2, 1, 3), ("operator.train.precision=bf16",))):
-        plain = laboratory.run(*layout, *more)
-        other = averaged if not more else laboratory.run(*layout, *more, f"operator.train.ema={DECAY}")
-        assert list(plain.training("train/loss")) == other.training("train/loss")
-        ours, theirs = weights_of(plain, 10, WEIGHTS), weights_of(other, 10, WEIGHTS)
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-        assert plain.lines()[-1]["valid/latent_nmse"] != other.lines()[-1]["valid/latent_nmse"]
+    plain, other = laboratory.run(*layout, *more), laboratory.run(*layout, *more, *settings)
+    assert list(plain.training("train/loss")) == other.training("train/loss")
+    ours, theirs = weights_of(plain, 10, WEIGHTS), weights_of(other, 10, WEIGHTS)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert plain.lines()[-1]["valid/latent_nmse"] != other.lines()[-1]["valid/latent_nmse"]
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 3), (2, 1, 2)])

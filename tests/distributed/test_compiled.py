@@ -9,10 +9,10 @@ from laboratory import Laboratory
 
 from shodh.train.metrics import read_metrics
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.exhaustive]
 
 
-@pytest.mark.parametrize("stage", (pytest.param(1, marks=pytest.mark.exhaustive), 2))
+@pytest.mark.parametrize("stage", (1, 2))
 def test_compiling_changes_no_number(laboratory: Laboratory, stage: int) -> None:
     expected = laboratory.run(1, 1, stage).training("train/loss")
     overrides = laboratory.overrides(f"compiled{stage}", 1, stage)

@@ -25,8 +25,8 @@ from shodh.train.run_folder import RunFolder
 
 pytestmark = pytest.mark.distributed
 
-LAYOUTS = [(1, 1), (2, 2), (3, 2)]
-LAYOUTS += [pytest.param(*layout, marks=pytest.mark.exhaustive) for layout in ((1, 2), (2, 1), (3, 1))]
+LAYOUTS = [(1, 1), (3, 2)]
+LAYOUTS += [pytest.param(*layout, marks=pytest.mark.exhaustive) for layout in ((1, 2), (2, 1), (2, 2), (3, 1))]
 
 
 def converted(laboratory: Laboratory, run: Run, folder: Path) -> Path:

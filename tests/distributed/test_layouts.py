@@ -84,9 +84,9 @@ def assert_moved(moved: list[dict[str, Any]], sources: list[Run], folder: Path) 
 @pytest.mark.parametrize(
     ("layout", "written"),
     [
-        ((1, 1, 3), [(1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 3)]),
+        pytest.param((1, 1, 3), [(1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 3)], marks=pytest.mark.exhaustive),
         ((2, 2, 2), [(1, 1, 1), (2, 2, 3), (2, 1, 1)]),
-        ((2, 1, 1), [(2, 2, 1), (2, 2, 3), (2, 1, 3)]),
+        pytest.param((2, 1, 1), [(2, 2, 1), (2, 2, 3), (2, 1, 3)], marks=pytest.mark.exhaustive),
     ],
 )
 def test_resume_at_another_layout_goes_on_as_the_uninterrupted_run(

@@ -45,7 +45,7 @@ def assert_same_training(one: Run, other: Run, *more: str) -> None:
     assert other.counts() == one.counts()
 
 
-@pytest.mark.parametrize(("world", "stage"), [(2, 3), (4, 1)])
+@pytest.mark.parametrize(("world", "stage"), [(2, 3), pytest.param(4, 1, marks=pytest.mark.exhaustive)])
 def test_experts_on_several_ranks_train_as_on_one(laboratory: Laboratory, world: int, stage: int) -> None:
     """Losses, balance terms, gradient norms, choices and weights."""
     one = laboratory.run(1, 1, 1, *settings(*MOE_POT))

@@ -43,6 +43,7 @@ def growth_rate(cells: int, rayleigh: float) -> float:
     return float(torch.log((flow.temperature.values - flow.conduction).norm() / before)) / 7.0
 
 
+@pytest.mark.exhaustive
 def test_convection_starts_at_the_critical_rayleigh_number() -> None:
     """Zero of the growth rate between 0.95 and 1.05 Ra_c: second order in the spacing, 1707.762 in the limit."""
 
@@ -85,6 +86,7 @@ def test_budgets_of_energy_and_temperature_variance_close_exactly() -> None:
     assert (volume - 1).abs().min() > 0.01
 
 
+@pytest.mark.exhaustive
 def test_steady_rolls_carry_the_known_heat_and_obey_the_exact_relations() -> None:
     """Nu = 2.116 at Ra = 5000, Pr = 0.71, k = 3.117 (Clever & Busse, J. Fluid Mech. 65, 1974), at second order."""
     nusselt = {}

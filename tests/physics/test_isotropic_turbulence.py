@@ -9,6 +9,7 @@ from shodh.core.errors import ConfigError
 from shodh.physics import get_regime
 
 
+@pytest.mark.exhaustive
 def test_forced_turbulence_is_statistically_steady() -> None:
     """Over many turnovers the mean dissipation is the injection, but for the change of energy over the time."""
     injection, interval, frames = 0.1, 0.5, 61

@@ -87,6 +87,7 @@ def test_mass_is_conserved_in_every_cell() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_vortices_are_shed_at_the_benchmarks_frequency() -> None:
     """Case 2D-2 (Re = 100): Strouhal number .295 to .305; 5 % for the staircase of 5 cells, and the sampling."""
     flow = cylinder(110, 41, 100.0)

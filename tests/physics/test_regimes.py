@@ -72,6 +72,7 @@ def test_consecutive_frames_clearly_differ(name: str) -> None:
         assert 0.05 < change < 1.5
 
 
+@pytest.mark.exhaustive
 def test_channel_turbulence_is_alive_and_moves_downstream() -> None:
     """Turbulent at a coarse grid: fluctuations and Reynolds stress of the known size, bed shear near its balance."""
     grid, frames = (24, 24, 24), 6
