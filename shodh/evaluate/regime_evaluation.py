@@ -22,7 +22,7 @@ from shodh.evaluate.conserved import drifts
 from shodh.evaluate.divergence import DivergenceMeter
 from shodh.evaluate.rows import Key, Place, Rows
 from shodh.evaluate.spectra import Shells
-from shodh.evaluate.windows import Schedule, chunks
+from shodh.evaluate.windows import Schedule
 from shodh.models.forecaster import Forecaster
 from shodh.models.operator import LatentTransformer, OperatorOutput
 from shodh.models.registry import FieldOperator
@@ -180,8 +180,6 @@ class RegimeEvaluation:
         given = batch.fields[:, self.history - 1]
         past = batch.states[:, : self.history]
         outputs = self.forecaster.unroll(past, batch.features, labels, conditions=batch.conditions)
-        # The tokenizer does not know how far a frame is ahead, and decoding costs most: the first and the last step.
-        alone = self._reconstructed(batch, sorted({1, horizon})) if self.forecaster.tokenizer is not None else {}
         for step, output in enumerate(islice(outputs, horizon), 1):
             values: dict[Key, Tensor] = {}
             emitted = self.forecaster.emit(output.latent, batch.static, self.number)
@@ -191,8 +189,9 @@ class RegimeEvaluation:
                 target, last = batch.states[:, self.history + step - 1], batch.states[:, self.history - 1]
                 values[Key("latent_mse", "", "model")] = _finite(mean_over((output.latent - target).square()))
                 values[Key("latent_mse", "", "persistence")] = mean_over((last - target).square())
-                if step in alone:
-                    compared["tokenizer"] = alone[step]
+                if step in (1, horizon):  # It does not know how far a frame is ahead, and decoding costs most.
+                    decoded = self.forecaster.decode(target.unsqueeze(1), batch.static, self.number)
+                    compared["tokenizer"] = decoded[:, 0].float()
             values |= self._errors(compared, truth, batch.static)
             values |= self._drifts(compared, truth, given, batch.static)
             if step in (1, horizon):
@@ -204,23 +203,6 @@ class RegimeEvaluation:
                 self._add_routing(output)
                 self._keep_example(truth, compared["model"], batch)
             self.rows.add(batch.places, horizon, step, values)
-
-    def _reconstructed(self, batch: Windows, steps: Sequence[int]) -> dict[int, Tensor]:
-        """What the tokenizer alone makes of the truth of some steps; a frame of several windows is decoded once."""
-        count, offsets = len(batch.places), [self.history + step - 1 for step in steps]
-        stride = self.e.config.data.stride
-        frames = [(place.trajectory, place.start + offset * stride) for offset in offsets for place in batch.places]
-        rows = {frame: row for row, frame in enumerate(frames)}
-        parts = []
-        for chosen in chunks(list(rows.values()), count):  # no larger than a batch of predictions
-            states = torch.stack([batch.states[row % count, offsets[row // count]] for row in chosen])
-            static = batch.static[[row % count for row in chosen]]
-            parts.append(self.forecaster.decode(states.unsqueeze(1), static, self.number)[:, 0].float())
-        decoded, number = torch.cat(parts), {frame: i for i, frame in enumerate(rows)}
-        return {
-            step: decoded[[number[frame] for frame in frames[i * count : (i + 1) * count]]]
-            for i, step in enumerate(steps)
-        }
 
     def _fields(self, static: Tensor) -> Iterator[tuple[str, slice, Tensor | None, float | None]]:
         """Name, channels, cells (None: all), and model units of a physical zero of each field that exists.

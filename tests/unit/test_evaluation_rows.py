@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from shodh.evaluate.regime_evaluation import RegimeEvaluation, Windows
+from shodh.evaluate.regime_evaluation import RegimeEvaluation
 from shodh.evaluate.rows import Key, Place, Rows, by_trajectory, over_trajectories, valid_times
 from shodh.evaluate.spectra import Shells
 from shodh.evaluate.summary import summarise
@@ -134,25 +134,3 @@ def test_garbage_in_solids_changes_no_number_and_a_constant_has_no_error() -> No
 )
 def test_test_splits_are_large_enough_for_intervals(trajectories: int, split: Any, expected: tuple[int, ...]) -> None:
     assert tuple(split_sizes(trajectories, split).values()) == expected
-
-
-def test_a_frame_of_several_windows_is_reconstructed_once() -> None:
-    decoded: list[int] = []
-
-    def decode(states: torch.Tensor, static: torch.Tensor, number: int) -> torch.Tensor:
-        decoded.extend(int(value) for value in states.flatten())
-        return states * 10 + static.unsqueeze(1)
-
-    part = object.__new__(RegimeEvaluation)
-    part.e = SimpleNamespace(config=SimpleNamespace(data=SimpleNamespace(stride=2)))  # type: ignore[assignment]
-    part.forecaster = SimpleNamespace(decode=decode)  # type: ignore[assignment]
-    part.history, part.number = 1, 0
-    places = [Place(trajectory, start) for trajectory in (0, 1) for start in (0, 4, 8)]
-    frames = torch.tensor([[100.0 * p.trajectory + p.start + 2 * i for i in range(4)] for p in places])
-    static = torch.tensor([[p.trajectory / 2] for p in places])
-    batch = Windows(places, frames.unsqueeze(-1), static, frames, static, None)
-    found = part._reconstructed(batch, [1, 3])
-    # Frames 2 and 6, 6 and 10, 10 and 14 of each trajectory: 4 of 6 are different.
-    assert sorted(decoded) == [2, 6, 10, 14, 102, 106, 110, 114]
-    for step in (1, 3):
-        torch.testing.assert_close(found[step], 10 * frames[:, step, None] + static)
