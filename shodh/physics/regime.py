@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ FIELDS = (
 
 
 @dataclass(frozen=True)
-class SolvedRegime(ABC):
+class Regime(ABC):
     """One physical regime: a schema and a batched solver. Parameters are the dataclass fields of the regime.
 
     A regime is one frozen dataclass in `shodh.physics.regimes`. The time between frames is the parameter
@@ -111,9 +111,6 @@ class SolvedRegime(ABC):
         frames = values[self.schema.dynamic[0].name].shape[1]
         time = np.arange(frames) * self.frame_interval  # type: ignore[attr-defined]
         return Trajectories(self.schema, lengths, time, values, parameters, diagnostics)
-
-
-Regime: TypeAlias = SolvedRegime
 
 
 def check_request(

@@ -19,7 +19,8 @@ from shodh.core.cli import REMEDIES, error_line, run_main
 from shodh.core.files import LineFile, write_atomically
 from shodh.moe.routing import Routing
 from shodh.moe.trace import TraceWriter
-from shodh.train import attempts
+from shodh.train.attempts import ATTEMPTS
+from shodh.train.events import add_line
 from shodh.train.metrics import MetricWriter
 
 
@@ -106,7 +107,7 @@ def test_each_file_of_a_run_that_cannot_be_written_is_named(tmp_path: Path) -> N
     writers: dict[str, Callable[[], object]] = {
         "metrics.jsonl": lambda: (metrics.write(0, {"a": 1.0}), metrics.flush()),
         "trace": write_trace,
-        "attempts.jsonl": lambda: attempts._add(tmp_path, {}),
+        "attempts.jsonl": lambda: add_line(tmp_path / ATTEMPTS),
         "small": lambda: write_atomically(tmp_path / "small", "x"),
     }
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shodh.physics.bounds import Bounds, Limit, Range
 from shodh.physics.frames import FrameStore, run_frames
-from shodh.physics.regime import Progress, SolvedRegime, smooth_noise
+from shodh.physics.regime import Progress, Regime, smooth_noise
 from shodh.physics.solvers.acoustics import SoundField, stable_steps, wave_rate
 from shodh.physics.solvers.stability import Clock
 from shodh.schema.fields import Field, Trajectories
@@ -37,7 +37,7 @@ def walled_noise(seed: int, purpose: str, grid: Sequence[int], lengths: Sequence
 
 
 @dataclass(frozen=True)
-class Acoustics(SolvedRegime):
+class Acoustics(Regime):
     """Sound in a heterogeneous medium; the fields are its parameters.
 
     Parameters

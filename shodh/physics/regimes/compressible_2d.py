@@ -28,7 +28,7 @@ from torch import Tensor
 from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds, Limit, Range
 from shodh.physics.frames import FrameStore, run_frames
-from shodh.physics.regime import Progress, SolvedRegime
+from shodh.physics.regime import Progress, Regime
 from shodh.physics.solvers.finite_volume import FiniteVolume
 from shodh.schema.fields import Field, Trajectories
 
@@ -108,7 +108,7 @@ class NewtonianStress:
 
 
 @dataclass(frozen=True)
-class Compressible2d(SolvedRegime):
+class Compressible2d(Regime):
     """Compressible flow from random fields; the fields are its parameters.
 
     Parameters

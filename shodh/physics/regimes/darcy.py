@@ -27,7 +27,7 @@ from torch import Tensor
 from shodh.core.errors import NonFiniteError
 from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds, Limit, Range
-from shodh.physics.regime import Progress, SolvedRegime, smooth_noise
+from shodh.physics.regime import Progress, Regime, smooth_noise
 from shodh.physics.solvers.conduction import HeterogeneousDiffusion
 from shodh.physics.solvers.operators import divergence
 from shodh.schema.fields import Field, Trajectories
@@ -54,7 +54,7 @@ class WellRates:
 
 
 @dataclass(frozen=True)
-class Darcy(SolvedRegime):
+class Darcy(Regime):
     """Darcy flow between wells; the fields are its parameters.
 
     Parameters

@@ -22,7 +22,7 @@ from torch import Tensor
 from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds, Range
 from shodh.physics.frames import FrameStore, run_frames
-from shodh.physics.regime import Progress, SolvedRegime
+from shodh.physics.regime import Progress, Regime
 from shodh.physics.solvers.reaction_diffusion import Reaction, ReactionDiffusion
 from shodh.physics.solvers.stability import Clock
 from shodh.schema.fields import Field, Trajectories
@@ -44,7 +44,7 @@ def fitzhugh_nagumo(k: float) -> Reaction:
 
 
 @dataclass(frozen=True)
-class DiffusionReaction2d(SolvedRegime):
+class DiffusionReaction2d(Regime):
     """FitzHugh-Nagumo reaction and diffusion; the fields are its parameters.
 
     Parameters

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from shodh.physics.bounds import Bounds, Range
 from shodh.physics.frames import FrameStore, run_frames
-from shodh.physics.regime import Progress, SolvedRegime, smooth_noise
+from shodh.physics.regime import Progress, Regime, smooth_noise
 from shodh.physics.solvers.reaction_diffusion import Reaction, ReactionDiffusion
 from shodh.physics.solvers.stability import Clock
 from shodh.schema.fields import Boundary, Field, Trajectories
@@ -58,7 +58,7 @@ def random_patches(seed: int, grid: Sequence[int], length: float, size: float) -
 
 
 @dataclass(frozen=True)
-class GrayScott(SolvedRegime):
+class GrayScott(Regime):
     """Gray-Scott reaction in three dimensions; the fields are its parameters.
 
     Parameters

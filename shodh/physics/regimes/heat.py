@@ -28,7 +28,7 @@ from torch import Tensor
 from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds, Range
 from shodh.physics.frames import FrameStore, run_frames
-from shodh.physics.regime import Progress, SolvedRegime, smooth_noise
+from shodh.physics.regime import Progress, Regime, smooth_noise
 from shodh.physics.solvers.conduction import HeterogeneousDiffusion
 from shodh.physics.solvers.stability import Clock, diffusion_rate
 from shodh.physics.solvers.stabilized import legendre_step, legendre_steps, stability_limit
@@ -94,7 +94,7 @@ class TravellingSources:
 
 
 @dataclass(frozen=True)
-class Heat(SolvedRegime):
+class Heat(Regime):
     """Conduction in a heterogeneous medium; the fields are its parameters.
 
     Parameters

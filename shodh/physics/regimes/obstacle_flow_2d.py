@@ -26,7 +26,7 @@ from shodh.core.errors import ConfigError
 from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds, Limit, Range
 from shodh.physics.frames import FrameStore, run_frames
-from shodh.physics.regime import Progress, SolvedRegime
+from shodh.physics.regime import Progress, Regime
 from shodh.physics.solvers.through_flow import ThroughFlow
 from shodh.schema.fields import Field, Trajectories
 
@@ -60,7 +60,7 @@ class Obstacle:
 
 
 @dataclass(frozen=True)
-class ObstacleFlow2d(SolvedRegime):
+class ObstacleFlow2d(Regime):
     """Channel flow past obstacles; the fields are its parameters.
 
     Parameters

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from shodh.physics.bounds import Bounds, Energy
-from shodh.physics.regime import FIELDS, Progress, SolvedRegime, check_healthy, smooth_noise, tracer_blobs
+from shodh.physics.regime import FIELDS, Progress, Regime, check_healthy, smooth_noise, tracer_blobs
 from shodh.physics.solvers.mac import ADVECTION_LIMIT, ChannelFlow
 from shodh.physics.solvers.scalar import TRACER_RANGE, ScalarTransport
 from shodh.schema.fields import Trajectories
@@ -50,7 +50,7 @@ def reichardt(height: Tensor, re_tau: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class OpenChannel(SolvedRegime):
+class OpenChannel(Regime):
     """Open-channel turbulence; the fields are its parameters.
 
     Parameters

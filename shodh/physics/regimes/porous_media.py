@@ -32,7 +32,7 @@ from shodh.core.errors import ConfigError, DataError
 from shodh.core.seeding import generator, stable_seed
 from shodh.physics.bounds import Bounds
 from shodh.physics.geometry import GENERATORS, Solid, crop_image, load_image, pore_space
-from shodh.physics.regime import FIELDS, Progress, SolvedRegime, tracer_blobs
+from shodh.physics.regime import FIELDS, Progress, Regime, tracer_blobs
 from shodh.physics.solvers.operators import divergence, fill_periodic, inner, padded_like
 from shodh.physics.solvers.poisson import closed_faces
 from shodh.physics.solvers.scalar import SSP_RK2, TRACER_RANGE, ScalarTransport
@@ -48,7 +48,7 @@ MARGIN = 1.1
 
 
 @dataclass(frozen=True)
-class PorousMedia(SolvedRegime):
+class PorousMedia(Regime):
     """Stokes flow in porous media; the fields are its parameters.
 
     Parameters

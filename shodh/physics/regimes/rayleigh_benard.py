@@ -26,7 +26,7 @@ import torch
 
 from shodh.physics.bounds import Bounds, Energy, Range
 from shodh.physics.frames import run_frames
-from shodh.physics.regime import FIELDS, Progress, SolvedRegime, check_healthy, smooth_noise
+from shodh.physics.regime import FIELDS, Progress, Regime, check_healthy, smooth_noise
 from shodh.physics.solvers.convection import Convection
 from shodh.physics.solvers.mac import ADVECTION_LIMIT
 from shodh.schema.fields import Field, Trajectories
@@ -50,7 +50,7 @@ def initial_excess(amplitude: float) -> float:
 
 
 @dataclass(frozen=True)
-class RayleighBenard(SolvedRegime):
+class RayleighBenard(Regime):
     """Rayleigh-Benard convection; the fields are its parameters.
 
     Parameters

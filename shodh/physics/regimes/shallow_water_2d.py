@@ -23,7 +23,7 @@ from shodh.core.errors import ConfigError
 from shodh.core.seeding import generator
 from shodh.physics.bounds import Bounds, Limit, Range
 from shodh.physics.frames import FrameStore, run_frames
-from shodh.physics.regime import Progress, SolvedRegime
+from shodh.physics.regime import Progress, Regime
 from shodh.physics.solvers.finite_volume import FiniteVolume
 from shodh.schema.fields import Field, Trajectories
 
@@ -52,7 +52,7 @@ class ShallowFluid:
 
 
 @dataclass(frozen=True)
-class ShallowWater2d(SolvedRegime):
+class ShallowWater2d(Regime):
     """Radial dam break; the fields are its parameters.
 
     Parameters

@@ -15,7 +15,7 @@ from torch import Tensor
 from shodh.core.errors import ConfigError
 from shodh.physics.bounds import Energy, Range
 from shodh.physics.frames import FrameStore
-from shodh.physics.regime import Progress, SolvedRegime, check_positive
+from shodh.physics.regime import Progress, Regime, check_positive
 from shodh.physics.solvers.operators import divergence
 from shodh.physics.solvers.spectral import COURANT_LIMIT, BlowUp, Equations, SpectralGrid, advance
 from shodh.physics.solvers.stability import Clock
@@ -35,7 +35,7 @@ _REDUCTIONS: dict[str, Callable[..., Tensor]] = {"max": Tensor.amax, "min": Tens
 
 
 @dataclass(frozen=True)
-class SpectralRegime(SolvedRegime):
+class SpectralRegime(Regime):
     """A regime on a periodic box, solved by :mod:`shodh.physics.solvers.spectral`.
 
     Parameters
