@@ -70,7 +70,8 @@ def catch() -> None:
         if (launcher := read_launch().name) not in ("none", "by hand"):
             end_with_parent()
         if launcher == "deepspeed" and sys.platform == "linux":
-            threading.Thread(target=_end_with_command, args=(os.getppid(),), name="launcher", daemon=True).start()
+            watched = (os.getppid(), _parent(os.getppid()))  # Now: the thread may begin after the command has died.
+            threading.Thread(target=_end_with_command, args=watched, name="launcher", daemon=True).start()
 
 
 def end_with_parent() -> None:
@@ -96,13 +97,12 @@ def _end_by_parent() -> None:
             os._exit(0)
 
 
-def _end_with_command(launcher: int) -> None:
+def _end_with_command(launcher: int, command: int | None) -> None:
     """Get SIGTERM when what started the launcher of this machine dies: the command, or a session of ssh.
 
     deepspeed's launcher itself would go on without it, with ranks that nobody hears.
     """
-    began = _parent(launcher)
-    while (now := _parent(launcher)) == began:
+    while (now := _parent(launcher)) == command:
         time.sleep(1.0)
     if now is not None:  # Whoever loses the launcher itself is told by the system.
         os.kill(os.getpid(), signal.SIGTERM)
