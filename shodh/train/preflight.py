@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,6 +135,7 @@ def preflight(config: RunConfig, asked: Mapping[str, Any], decision: Decision, d
              time.perf_counter() - started, network)  # fmt: skip
 
 
+@cache
 def sources() -> dict[str, str]:
     """SHA-256 of every source file of the package, by its place in it."""
     root = Path(shodh.__file__).parent

@@ -282,6 +282,7 @@ def test_more_ranks_than_cards(config: Path, out: Path, local_size: str) -> None
 
 @pytest.mark.distributed
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_launcher_refuses_more_ranks_than_cards(config: Path, out: Path) -> None:
     """``deepspeed --num_gpus 2 ...``, as a user types it: it ends both ranks at the first that fails."""
     command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", free_port()]

@@ -378,6 +378,7 @@ def test_killing_it_again_and_again_gives_the_same_files(tool: ModuleType, tmp_p
     assert len(whole) == 18 and snapshot(tmp_path / "killed") == whole
 
 
+@pytest.mark.exhaustive
 def test_interrupted_run_leaves_whole_files_only(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [

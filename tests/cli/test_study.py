@@ -90,6 +90,7 @@ def _check_result(result: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_interrupt_saves_a_checkpoint_and_starts_no_other_run(study_file: Path, tmp_path: Path) -> None:
     """Ctrl-C in a terminal goes to the study and to its runs at once."""
     command = [sys.executable, STUDY, "--config", str(study_file), "--set", "operator.train.steps=100000"]

@@ -47,11 +47,13 @@ PRELOAD = [
     "torch.utils.tensorboard",
     "scipy.stats",  # what commands import when they need it costs one that reports four seconds
     "sklearn.linear_model",
+    "warm",
 ]
 
 #: Tests compare ranks, resumed runs and devices to the last bit, and start more ranks than a machine may have cards:
 #: their processes compute on the CPU, whatever the machine has.
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+SUPPORT = Path(__file__).parent
 
 
 T = TypeVar("T")
@@ -119,7 +121,8 @@ def _enter(environment: Mapping[str, str]) -> None:
     gc.freeze()
     os.chdir(ROOT)
     # One thread a process: threads that wait for each other on busy cores cost more than they give.
-    os.environ.update({"OMP_NUM_THREADS": "1", **environment})
+    path = os.environ["PYTHONPATH"].removeprefix(str(SUPPORT)).removeprefix(os.pathsep)  # Without the server's `warm`.
+    os.environ.update({"OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment})
     torch.set_num_threads(1)
 
 
@@ -220,7 +223,8 @@ def _python_main(
 
 def _server() -> str:
     """Where the fork server listens, which runs."""
-    with _STARTING, mock.patch.dict(os.environ, ON_CPU):
+    path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
+    with _STARTING, mock.patch.dict(os.environ, {**ON_CPU, "PYTHONPATH": path}):
         forkserver._forkserver.ensure_running()
     return str(forkserver._forkserver._forkserver_address)
 
