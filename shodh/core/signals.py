@@ -128,7 +128,9 @@ def hold(start: str = "") -> None:
 
 
 def release() -> None:
-    """What was to be saved is: the next signal ends the process at once again."""
+    """What was to be saved is, or is lost by a Ctrl-C: the next signal ends the process at once again."""
+    if isinstance(sys.exc_info()[1], KeyboardInterrupt):  # Said while it is known what that has ended.
+        say_interrupted()
     _State.held = False
 
 

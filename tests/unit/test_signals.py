@@ -50,6 +50,14 @@ def test_a_training_is_asked_and_ends_by_itself(tmp_path: Path) -> None:
     assert (tmp_path / "job.start").read_text() == "runs/a 7\n"
 
 
+def test_what_ctrl_c_has_ended_is_said_before_it_is_released() -> None:
+    """A busy machine may let the main thread leave the training before the thread that watches has said a word."""
+    code = "try:\n signals.hold()\n try: raise KeyboardInterrupt\n finally: signals.release()\n"
+    process = start(code + "except KeyboardInterrupt: signals.say_interrupted()\nprint('ready', flush=True)\n")
+    _, error = process.communicate(timeout=30)
+    assert error.count("\n") == 1 and "--resume auto" in error
+
+
 def test_signals_to_a_forked_helper_are_not_for_its_parent() -> None:
     code = (
         "child = os.fork()\n"
