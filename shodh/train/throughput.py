@@ -42,18 +42,27 @@ def energy_counter(device: torch.device) -> Callable[[], float] | None:
     if device.type != "cuda":
         return None
 
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        # By its name: NVML numbers all cards of the machine, CUDA those that a process may see.
+        card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    except Exception:  # No NVML, or another package of that name.
+        return lambda: math.nan
+
     def read() -> float:
         try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            # By its name: NVML numbers all cards of the machine, CUDA those that a process may see.
-            card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
             return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(card)) / 1e3
-        except Exception:  # No NVML, another package of that name, an old card or driver, a share of a card.
+        except Exception:  # An old card or driver, or a share of a card.
             return math.nan
 
     return read
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message."""
+    return "".join(str(error).strip().splitlines()[:1])
 
 
 class Throughput:
@@ -76,7 +85,7 @@ class Throughput:
         try:
             return (rehearse_tokenizer if self._of_tokenizer else rehearse_operator)(config, 1).flops
         except (NotImplementedError, RuntimeError) as error:  # A metric must not end a run.
-            log.warning("no perf/tflops is reported: %s", str(error).strip().splitlines()[0])
+            log.warning("no perf/tflops is reported: %s", _reason(error))
             return 0
 
     @cached_property
@@ -85,12 +94,10 @@ class Throughput:
         train = (self._config.tokenizer if self._of_tokenizer else self._config.operator).train
         try:
             rate = product_rate(torch.bfloat16 if train.precision == "bf16" else torch.float32, self._device)
+            if not 0 < rate < math.inf:
+                raise ArithmeticError(f"a {train.precision} product reaches {rate:g} FLOP/s")
         except (RuntimeError, ArithmeticError) as error:  # Out of memory, for one: a metric must not end a run.
-            rate, why = 0.0, str(error).strip().splitlines()[:1]
-        else:
-            why = [f"a {train.precision} product reaches {rate:g} FLOP/s"]
-        if not 0 < rate < math.inf:
-            log.warning("no perf/mfu is reported: %s", "".join(why))
+            log.warning("no perf/mfu is reported: %s", _reason(error))
             return 0.0
         log.info("a %s product reaches %.0f TFLOP/s here; perf/mfu is relative to it", train.precision, rate / 1e12)
         return rate

@@ -91,7 +91,7 @@ def claims_section(
         nested = "Nested: bootstrap over seeds and test trajectories, of errors on the test split."
     text = (
         "Errors of the first over those of the other, paired by seed. Intervals and p are over seeds; p is of what is "
+        f"claimed. {nested} {RULE}"
     )
-    text += f"claimed. {nested} {RULE}"
     shown = [*header, "verdict", *(["nested low", "nested high"] if bootstrap else [])]
     return filled("claims", "Claims", text, {"claims": Table(shown, rows)})

@@ -27,10 +27,9 @@ def write_map_report(study: MapConfig, runs: Sequence[MapRun]) -> str:
     results = MapResults(study, runs)
     sections = [_index(results), _by_regime(results), _effective(results), _gradients(results)]
     sections += [unseen_section(results), _runs(results)]
-    claims = {(*claim.point, claim.arm, claim.other): (claim, c) for claim, c in results.claims.items()}
-    nested = {key: results.bootstrap(claim.point, claim.arm, claim.other) for key, (claim, _) in claims.items()}
-    compared = {key: c for key, (_, c) in claims.items()}
-    sections.append(claims_section(compared, [*AXES, "model", "against"], nested.get))
+    rows = {(*claim.point, claim.arm, claim.other): claim for claim in results.claims}
+    claims = {row: results.claims[claim] for row, claim in rows.items()}
+    sections.append(claims_section(claims, [*AXES, "model", "against"], lambda row: results.bootstrap(*rows[row])))
     return write_study(study, "Map of negative transfer", headline(results), sections, missing(study, runs), ["index"])
 
 
