@@ -84,10 +84,11 @@ def heed_parent_alone() -> None:
     """In a helper process: SIGTERM of its parent ends it; what a scheduler sends to all processes of a job does not.
 
     Without the first, a parent that exits would wait for its helpers without end (`multiprocessing` terminates, and
-    joins, what is left).
+    joins, what is left). Linux alone tells who sent a signal; elsewhere helpers take them as they come.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    threading.Thread(target=_end_by_parent, name="signals", daemon=True).start()
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        threading.Thread(target=_end_by_parent, name="signals", daemon=True).start()
 
 
 def _end_by_parent() -> None:
