@@ -60,7 +60,7 @@ def test_two_models_on_one_set_and_again_after_a_kill(tmp_path: Path) -> None:
 def test_every_model_predicts_a_frame_from_the_seed(name: str) -> None:
     if missing := MODELS[name].missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
-    widths = dict.fromkeys(("fno", "neuralop_fno", "neuralop_tfno", "dpot", "pde_transformer"), 16)
+    widths = dict.fromkeys(("fno", "neuralop_fno", "neuralop_tfno", "dpot", "latent", "pde_transformer"), 16)
     size, shape = Size(4, 4, {**widths, "unet_classic": 4, "unet_convnext": 4}), Shape(2, 3, 16, True)
     history = torch.randn(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     models = [MODELS[name].build(size, shape, seed) for seed in (0, 0, 1)]

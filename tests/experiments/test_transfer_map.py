@@ -15,13 +15,14 @@ import yaml
 from shodh.core.errors import ConfigError
 from shodh.core.strict_json import write_json
 from shodh.experiments.harness.settings import load_settings
-from shodh.experiments.transfer.map.learner import Learner, build_model, unfold
+from shodh.experiments.transfer.map.learner import Learner, build_model
 from shodh.experiments.transfer.map.report import headline
 from shodh.experiments.transfer.map.results import MapResults, Point
 from shodh.experiments.transfer.map.runs import MapRun, expand
 from shodh.experiments.transfer.map.settings import MapConfig
 from shodh.experiments.transfer.map.unseen import nearest, prediction, unseen_section
 from shodh.experiments.transfer.map.worker import Group, carry_out, job_of
+from shodh.models.unfolding import fold, unfold
 from shodh.physics.opposed import EQUATIONS
 
 CPU = torch.device("cpu")
@@ -77,6 +78,8 @@ def test_unfolding_keeps_every_cell() -> None:
     latents = unfold(frames, 4)
     assert latents.shape == (2, 3, 16, 2, 2, 1)
     assert torch.equal(latents[1, 2, :, 1, 0, 0].view(4, 4), frames[1, 2, 0, 4:, :4])
+    odd = torch.arange(5 * 6 * 15.0).view(5, 6, 15)
+    assert unfold(odd, 3).shape == (45, 2, 5, 1) and torch.equal(fold(unfold(odd, 3), 3), odd)
 
 
 def test_run_does_not_depend_on_those_beside_it(study: Make, tmp_path: Path) -> None:

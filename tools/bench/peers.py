@@ -104,14 +104,17 @@ def build(run: Run, entry: Entry, shape: Shape, seed: int) -> torch.nn.Module:
 
 
 def measure_costs(run: Run, names: Sequence[str], shape: Shape) -> None:
-    """Seconds of a step of each model for so many channels, in ``costs/CHANNELS.json``."""
+    """Seconds of a step of each model for so many channels, in ``costs/CHANNELS.json``; what is known stays.
+
+    All models take turns, those with a known cost as well: the state of the machine is the same for all.
+    """
     path = run.out / "costs" / f"{shape.channels}.json"
     given = torch.randn(run.scale.batch, shape.history, shape.channels, shape.grid, shape.grid)
     models = {name: (MODELS[name], build(run, MODELS[name], shape, 0)) for name in names}
     found = training.step_costs(models, given, given[:, 0].clone(), rounds=run.scale.rounds, device=run.device)
     known = read_json(path, "costs")["seconds"] if path.exists() else {}
     path.parent.mkdir(exist_ok=True)
-    write_json(path, {"seconds": {**known, **found}, "env": describe_environment()})
+    write_json(path, {"seconds": {**found, **known}, "env": describe_environment()})
 
 
 def run_cell(run: Run, cell: Cell, rate: float) -> None:
@@ -247,14 +250,14 @@ def compare(run: Run, sets: Sequence[str], models: Sequence[str], budgets: Seque
     sets = [name for name in sets if solved(name)]
     rate_sets = [name for name in rate_sets if solved(name)]
 
-    shapes: dict[int, tuple[list[str], Shape]] = {}
+    shapes: dict[int, Shape] = {}
     for name in [*rate_sets, *sets]:
         channels = read(run.data, name).channels
         path = run.out / "costs" / f"{channels}.json"
         measured = read_json(path, "costs")["seconds"] if path.exists() else {}
-        if unknown := [model for model in models if model not in measured]:
-            shapes.setdefault(channels, (unknown, run.shape(name, channels)))
-    costs = {f"costs.{n}": partial(measure_costs, run, *job) for n, job in shapes.items()}
+        if any(model not in measured for model in models):
+            shapes.setdefault(channels, run.shape(name, channels))
+    costs = {f"costs.{n}": partial(measure_costs, run, models, shape) for n, shape in shapes.items()}
     failed += run.run("costs", costs, 1)
 
     tuning = {

@@ -26,7 +26,9 @@ from shodh.config import OperatorConfig
 from shodh.core.environment import installed_version
 from shodh.models.field_space import FieldSpace
 from shodh.models.init import initialise
+from shodh.models.operator import LatentTransformer
 from shodh.models.registry import build_field_operator
+from shodh.models.unfolding import fold, unfold
 from shodh.moe.balance import GlobalBalance
 from shodh.moe.experts import ExpertLayerReference
 from shodh.moe.step import finish_step
@@ -52,26 +54,38 @@ class Shape:
 
 
 class Ours(nn.Module):
-    """An operator on fields of this project, its balance term, and what its routers do after a step."""
+    """An operator of this project, its balance term, and what its routers do after a step.
 
-    def __init__(self, settings: Mapping[str, Any], shape: Shape, seed: int) -> None:
+    A latent transformer has no tokenizer here: the ``unfolded`` cells of a side are the channels of one latent cell.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], shape: Shape, seed: int, unfolded: int = 1) -> None:
         super().__init__()
         common = {"experts": {"num_experts": 0}, "loss": "mse", "random_shifts": False}
         self.config = OperatorConfig.model_validate({**common, **settings})
-        space = FieldSpace(shape.channels, 0, (shape.grid,) * 2, shape.history)
-        self.operator = build_field_operator(self.config, space, ExpertLayerReference)
+        self.unfolded = unfolded
+        self.operator = self._build(shape)
         initialise(self.operator, seed)
         self.balance = GlobalBalance()
         self.added: Tensor | None = None
         self.counts: Tensor | None = None
 
+    def _build(self, shape: Shape) -> nn.Module:
+        if self.config.kind != "latent_transformer":
+            space = FieldSpace(shape.channels, 0, (shape.grid,) * 2, shape.history)
+            return build_field_operator(self.config, space, ExpertLayerReference)
+        side = shape.grid // self.unfolded
+        return LatentTransformer(self.config, shape.channels * self.unfolded**2, 0, (side, side, 1), shape.history)
+
     def forward(self, history: Tensor) -> Tensor:
-        output = self.operator(history, history.new_zeros(len(history), 0, *history.shape[3:]))
+        latent = self.config.kind == "latent_transformer"
+        given = unfold(history, self.unfolded) if latent else history
+        output = self.operator(given, given.new_zeros(len(given), 0, *given.shape[3:]))
         if output.routing and self.training:
             self.balance.start_step()
             self.added = self.balance(output.routing).weighted(self.config.experts.balance)
             self.counts = torch.stack([layer.counts for layer in output.routing])
-        return output.latent
+        return fold(output.latent, self.unfolded) if latent else output.latent
 
     def finish_step(self) -> None:
         """After an optimiser step: temperatures and biases of routers."""
@@ -107,6 +121,19 @@ def _pot(kind: str, experts: Mapping[str, Any], size: Size, shape: Shape, seed: 
     if experts:
         settings["experts"] = {**experts, "hidden": width}
     return Ours(settings, shape, seed)
+
+
+def _latent(num_experts: int, size: Size, shape: Shape, seed: int) -> nn.Module:
+    width = size.widths["latent"]
+    experts = {
+        "num_experts": num_experts,
+        "top_k": 1,
+        "hidden": 2 * width,
+        "num_shared": 1,
+        "router": {"kind": "token"},
+    }
+    settings = {"dim": width, "depth": 3, "heads": 4, "experts": experts}
+    return Ours(settings, shape, seed, unfolded=shape.grid // size.tokens)
 
 
 #: As in MoE-POT's public code, and launch/configs/moe_pot_tiny.yaml.
@@ -238,6 +265,13 @@ class Entry:
         return shodh.__version__ if self.ours else installed_version(self.package)
 
 
+_LATENT = {
+    "package": "shodh",
+    "rate": 2e-3,
+    "decay": 0.01,
+    "betas": (0.9, 0.95),
+    "scaled": "unfolded fields, no tokenizer",
+}
 _POT = {"package": "shodh", "rate": 1e-3, "decay": 1e-6, "betas": (0.9, 0.9), "scaled": "width, patch"}
 _WELL = {"package": "the-well", "rate": 1e-3, "decay": 1e-5, "scaled": "width", "modules": ("the_well", "einops")}
 _NEURALOP = {"package": "neuraloperator", "rate": 3e-4, "decay": 1e-4, "modules": ("neuralop",)}
@@ -257,6 +291,18 @@ MODELS: dict[str, Entry] = {
         build=partial(_pot, "moe_pot", EXPERTS),
         published="MoE-POT Tiny, 16 experts, top-4, 2 shared",
         **_POT,
+    ),
+    "latent_dense": Entry(
+        "latent transformer, dense of equal active size",
+        build=partial(_latent, 0),
+        published="launch/configs/demo.yaml without routing",
+        **_LATENT,
+    ),
+    "latent_moe": Entry(
+        "latent MoE",
+        build=partial(_latent, 2),
+        published="launch/configs/demo.yaml: 3 layers, 2 experts, top-1, 1 shared",
+        **_LATENT,
     ),
     "neuralop_fno": Entry(
         "neuraloperator FNO",

@@ -27,9 +27,9 @@ class Scale:
     rate_sets: tuple[str, ...] = ("navier_stokes", "dam_break")
 
 
-def _widths(fno: int, dpot: int, unet: int, pde: int) -> dict[str, int]:
+def _widths(fno: int, dpot: int, latent: int, unet: int, pde: int) -> dict[str, int]:
     same = {"fno": fno, "neuralop_fno": fno, "neuralop_tfno": fno}
-    return {**same, "dpot": dpot, "unet_classic": unet, "unet_convnext": unet, "pde_transformer": pde}
+    return {**same, "dpot": dpot, "latent": latent, "unet_classic": unet, "unet_convnext": unet, "pde_transformer": pde}
 
 
 SCALES = {
@@ -42,7 +42,7 @@ SCALES = {
         seconds=0.05,
         rollout=3,
         starts=(0,),
-        size=Size(4, 4, _widths(8, 16, 4, 8)),
+        size=Size(4, 4, _widths(8, 16, 16, 4, 8)),
         rounds=1,
         rates=(1e-3, 1e-2),
     ),
@@ -55,7 +55,7 @@ SCALES = {
         seconds=15.0,
         rollout=12,
         starts=(0, 8),
-        size=Size(8, 4, _widths(24, 64, 8, 16)),
+        size=Size(8, 4, _widths(24, 64, 128, 8, 16)),
     ),
     "h100": Scale(
         grid=64,
@@ -66,7 +66,7 @@ SCALES = {
         seconds=3.0,
         rollout=12,
         starts=(0, 8),
-        size=Size(16, 8, _widths(48, 256, 24, 48)),
+        size=Size(16, 8, _widths(48, 256, 256, 24, 48)),
         rounds=20,
     ),
 }

@@ -17,6 +17,7 @@ from shodh.models.factory import count_parameters
 from shodh.models.init import initialise
 from shodh.models.kernels import adamw
 from shodh.models.operator import LatentTransformer, OperatorOutput
+from shodh.models.unfolding import unfold
 from shodh.moe.balance import GlobalBalance
 from shodh.moe.clusters import Clusters
 from shodh.moe.fingerprint import fingerprint
@@ -29,12 +30,6 @@ from shodh.train.schedule import learning_rate
 
 Frames = Mapping[str, Tensor]  # trajectories [B, history + 1, 1, n, n] by regime
 LAST = 1e-12  # squared norms below it are those of no gradient
-
-
-def unfold(frames: Tensor, cells: int) -> Tensor:
-    """Fields as latents: ``[B, T, C, n, n] -> [B, T, C * cells^2, n / cells, n / cells, 1]``; nothing is lost."""
-    apart = frames.unflatten(-1, (-1, cells)).unflatten(-3, (-1, cells))
-    return apart.permute(0, 1, 2, 4, 6, 3, 5).flatten(2, 4).unsqueeze(-1)
 
 
 def build_model(run: MapRun) -> LatentTransformer:
