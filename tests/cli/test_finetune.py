@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import yaml
@@ -42,6 +43,13 @@ def test_runs_are_trained_once_and_reported(run: Path, tiny_data: Path, tmp_path
         found = [error[field]["model"] for error in errors.values()]
         assert len(set(found)) == 3, "each method has an error of its own"
         assert len({error[field]["persistence"] for error in errors.values()}) == 1, "on the same windows"
+    for values in runs.values():
+        regime_of = values["evaluation"]["regimes"]["unseen"]
+        for field, kept in values["by_trajectory"]["VRMSE"].items():
+            assert len(kept) == regime_of["trajectories"]
+            assert fmean(kept) == pytest.approx(regime_of["vrmse"][field]["model"], rel=1e-6)
+            rolled = values["by_trajectory"]["VRMSE rollout"][field]
+            assert fmean(rolled) == pytest.approx(fmean(regime_of["rollout"][field]["model"]), rel=1e-6)
     assert "unseen  tracer    2             new_expert   1" in finished.stdout
     assert (out / "report" / "index.html").exists()
     before = {name: (out / "runs" / name / "result.json").stat().st_mtime_ns for name in runs}

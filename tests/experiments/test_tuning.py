@@ -212,6 +212,8 @@ def write_result(one: Run, errors: dict[str, float]) -> None:
         "parameters": {"total": 10, "trained": 5},
         "seconds_per_step": 0.1,
         "evaluation": {"regimes": {one.labels["regime"]: measures}},
+        # Two trajectories: the second is twice as hard for every way but fine-tuning of everything.
+        "by_trajectory": {"VRMSE": {"tracer": [error, error if one.labels["method"] == "all" else 2 * error]}},
     }
     one.config.run_dir.mkdir(parents=True)
     (one.config.run_dir / "result.json").write_text(json.dumps(values))
@@ -243,6 +245,11 @@ def test_report_states_what_the_runs_say(
     ratios = {(r["method"], r["against"]): r["ratio"] for r in compared}
     assert ratios[("experts", ZERO_SHOT)] == pytest.approx(0.5 / 0.9)
     assert ratios[("all", SCRATCH)] == pytest.approx(0.4 / scratch)
+    nested = {(r["method"], r["against"]): (r["nested low"], r["nested high"]) for r in compared}
+    assert nested[("all", SCRATCH)] == pytest.approx((0.4 / (2 * scratch), 0.4 / scratch))
+    assert nested[("experts", ZERO_SHOT)] == pytest.approx((0.5 / 0.9,) * 2)  # Alike in every trajectory.
+    long = [r for r in summary["claims"]["claims"] if r["measure"] == "VRMSE rollout"]
+    assert all(r["nested low"] is None for r in long), "these results do not know the rollouts of trajectories"
     files = {path.name for path in (tuning.folder / "report").iterdir()}
     assert {
         "index.html",

@@ -8,6 +8,7 @@ from itertools import product
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import scipy
 
@@ -27,7 +28,15 @@ from shodh.experiments.harness.results import (
 from shodh.experiments.harness.run import Run
 from shodh.report.figures import lines
 from shodh.report.page import Headline, Section, Table, Tone, filled
-from shodh.report.statistics import RULE, Comparison, Verdict, holm, what_seeds_can_show
+from shodh.report.statistics import (
+    RULE,
+    Comparison,
+    Interval,
+    Verdict,
+    holm,
+    nested_bootstrap,
+    what_seeds_can_show,
+)
 
 PERSISTENCE = "persistence"
 #: Measures by column: where they stand in an evaluation.
@@ -111,6 +120,22 @@ class Outcomes:
                 found[Claim(*claim)] = paired
         return holm(found)
 
+    def bootstrap(self, claim: Claim) -> Interval | None:
+        """Interval of a claim's ratio over seeds and test trajectories; None where these are not known."""
+        kept: list[dict[int, dict[str, list[float]]]] = [{}, {}]
+        for values in self.values:
+            run = values["run"]
+            if (run["regime"], run["count"]) != (claim.regime, claim.trajectories):
+                continue
+            for side, method in zip(kept, (claim.method, claim.other)):
+                if run["method"] == method and (found := values.get("by_trajectory", {}).get(claim.measure)):
+                    side[run[SEED]] = found
+        seeds = sorted(kept[0].keys() & kept[1].keys())
+        if not seeds:
+            return None
+        fields = list(kept[0][seeds[0]])
+        return nested_bootstrap(*([np.array([side[s][f] for s in seeds], float) for f in fields] for side in kept))
+
     def errors(self, regime: str, count: int, method: str, measure: str) -> pd.Series:
         """By seed."""
         table = self.means
@@ -192,7 +217,7 @@ def _sections(outcomes: Outcomes) -> list[Section | None]:
     figure = lines(_curves(outcomes), "training trajectories", "error")
     return [
         filled("errors", "Errors", text, found, ("errors", "results"), error_by_trajectories=figure),
-        claims_section(outcomes.claims, ("regime", "trajectories", "method", "against", "measure")),
+        claims_section(outcomes.claims, ("regime", "trajectories", "method", "against", "measure"), outcomes.bootstrap),
     ]
 
 
