@@ -81,7 +81,14 @@ class Watchdog:
             thread.start()
 
     def stop(self) -> None:
+        """Waits for its threads, as long as they do not hang.
+
+        One that ended later could be the last to hold the model, through ``step``, and where tensors die in a thread
+        beside the exit of the interpreter, torch aborts the process.
+        """
         self._ended.set()
+        for thread in self._threads:
+            thread.join(2 * self._poll + 1.0)
         faulthandler.cancel_dump_traceback_later()
 
     # What the ranks tell each other
@@ -124,8 +131,6 @@ class Watchdog:
         None where another rank, the first of those that ask, is to say it.
         """
         self.stop()
-        for thread in self._threads:
-            thread.join(2 * self._poll)
         everyone = range(world_size())
         try:
             store, keys = self._own_store(), [str(other) for other in everyone]

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,3 +62,12 @@ def test_one_process(task: Callable[[], None], code: int, tmp_path: Path) -> Non
         assert json.loads((tmp_path / "events.jsonl").read_text())["seconds"] >= 0.6
     else:
         assert not (tmp_path / STACKS).exists()
+
+
+def test_no_thread_outlives_it(tmp_path: Path) -> None:
+    """One that ends later may be the last to hold the model: torch aborts where tensors die beside an exit."""
+    dog = Watchdog(tmp_path, 100.0, 50.0, lambda: 0)
+    dog.start()
+    assert any(thread.name == "watchdog" for thread in threading.enumerate())
+    dog.stop()
+    assert not any(thread.name == "watchdog" for thread in threading.enumerate())
