@@ -113,3 +113,18 @@ def over_trajectories(means: pd.DataFrame, *, intervals: bool = True) -> pd.Data
     if intervals:
         found["low"], found["high"] = mean_intervals(values[None])
     return pd.DataFrame(found, index=wide.columns)
+
+
+def trajectory_errors(means: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
+    """The model's VRMSE of each trajectory of one regime, by measure and field: ``{"vrmse": {field: [N]}}``.
+
+    ``vrmse`` of one step; ``rollout``, where there were any, the mean over their steps.
+    """
+    chosen = means[(means["measure"] == "vrmse") & (means["of"] == "model") & (means["shell"] < 0)]
+    parts = {"vrmse": chosen[chosen["step"] == 1]}
+    if (longest := chosen["horizon"].max()) > 1:
+        parts["rollout"] = chosen[chosen["horizon"] == longest]
+    return {
+        measure: {str(field): rows.groupby("trajectory")["value"].mean().tolist() for field, rows in by_field}
+        for measure, by_field in ((name, part.groupby("field", sort=False)) for name, part in parts.items())
+    }

@@ -45,10 +45,10 @@ def test_runs_are_trained_once_and_reported(run: Path, tiny_data: Path, tmp_path
         assert len({error[field]["persistence"] for error in errors.values()}) == 1, "on the same windows"
     for values in runs.values():
         regime_of = values["evaluation"]["regimes"]["unseen"]
-        for field, kept in values["by_trajectory"]["VRMSE"].items():
+        for field, kept in values["by_trajectory"]["vrmse"].items():
             assert len(kept) == regime_of["trajectories"]
             assert fmean(kept) == pytest.approx(regime_of["vrmse"][field]["model"], rel=1e-6)
-            rolled = values["by_trajectory"]["VRMSE rollout"][field]
+            rolled = values["by_trajectory"]["rollout"][field]
             assert fmean(rolled) == pytest.approx(fmean(regime_of["rollout"][field]["model"]), rel=1e-6)
     assert "unseen  tracer    2             new_expert   1" in finished.stdout
     assert (out / "report" / "index.html").exists()

@@ -213,7 +213,7 @@ def write_result(one: Run, errors: dict[str, float]) -> None:
         "seconds_per_step": 0.1,
         "evaluation": {"regimes": {one.labels["regime"]: measures}},
         # Two trajectories: the second is twice as hard for every way but fine-tuning of everything.
-        "by_trajectory": {"VRMSE": {"tracer": [error, error if one.labels["method"] == "all" else 2 * error]}},
+        "by_trajectory": {"vrmse": {"tracer": [error, error if one.labels["method"] == "all" else 2 * error]}},
     }
     one.config.run_dir.mkdir(parents=True)
     (one.config.run_dir / "result.json").write_text(json.dumps(values))

@@ -1,47 +1,60 @@
-"""Train the demo's operator in each metric of its loss, and compare the errors of what it decodes to.
+"""Train an operator in ways that differ in settings, and compare what they decode to.
 
-Every arm has the same data, tokenizer, seeds and steps; one process trains at a time, each from the command line.
-Reported of each regime: mean square error of the decoded forecast of one step over that of persistence, the mean of all
-held-out windows; by seed, and the difference of an arm from the first one in pairs of equal seeds. Before that, how
-well each metric of latents agrees with the error of what they decode to, around the first run's own forecasts: the
-cosine between gradients by the prediction, and the correlation of the errors of samples; ``probed`` weighs channels by
-the diagonal of the decoder's pull-back metric, the mean of J^T J, probed with random vectors.
+Every arm has the same data, tokenizer, seeds and steps; one process trains at a time, each from the command line. An
+arm is ``name:setting=value,...``; if it keeps an average of the weights or a best checkpoint, these are judged beside the
+last weights of the same training, as ``name ema`` and ``name best``. Reported of each regime, on all test trajectories:
+decoded mean square error of one step over persistence's, VRMSE of one step and of rollouts (mean over fields); and of
+each arm the ratio to the first one, paired by seed, with its t interval, Holm's p over all ratios of the file, and an
+interval over seeds and trajectories.
 
-An arm is ``name:setting=value,...``. What is finished is not done again.
+With ``--agreement``: how well each metric of latents agrees with the error of what they decode to, around the first
+run's own forecasts: the cosine between gradients by the prediction, and the correlation of the errors of samples;
+``probed`` weighs channels by the diagonal of the decoder's pull-back metric, the mean of J^T J, probed with random
+vectors. What is finished is not done again.
 
 example:
   python tools/bench/objective.py --config launch/configs/demo.yaml --set operator.train.steps=300 --seeds 3 \\
     --out tools/bench/results/objective_demo_cpu.json
+  python tools/bench/objective.py --arms plain 'unrolled:operator.unroll={steps: 2}' --out unroll.json
   python tools/bench/objective.py --tiny --out /tmp/objective.json
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from processes import ROOT, call
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import default_collate
 
 import shodh
+from shodh.checkpoint.description import Kind
+from shodh.checkpoint.folder import BEST
 from shodh.config import RunConfig, load_config
-from shodh.core.cli import command_parser
+from shodh.core.cli import command_parser, positive
 from shodh.core.environment import write_record
 from shodh.core.reading import read_json
+from shodh.evaluate.evaluation import evaluate, open_run
+from shodh.evaluate.rows import trajectory_errors
 from shodh.models.forecaster import Forecaster
+from shodh.report.page import Table, text_table
+from shodh.report.statistics import Comparison, compare, holm, nested_bootstrap
 from shodh.schema.measures import mean_over
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.field_task import open_windows
 from shodh.train.latent_metric import channel_weights, weighted_square
-from shodh.train.latents import load_tokenizer, open_latents, prepare_latents
 from shodh.train.metrics import read_metrics
 
+Groups = list[list[float]]  # errors of trajectories, a list a field
+DECODED = "decoded_mse_over_persistence"
 ARMS = ("whitened:operator.metric=whitened", "variance:operator.metric=variance")
 TINY = [
     "data.grid=[16, 16, 16]",
@@ -66,27 +79,6 @@ def fields_error(forecaster: Forecaster, fields: Tensor, truth: Tensor, static: 
     exists, cells = forecaster.space.exists(labels), forecaster.space.cells(static, labels)
     by_channel = mean_over((fields - truth).square(), cells, 2)
     return torch.where(exists, by_channel, 0.0).sum(1) / exists.sum(1)
-
-
-@torch.no_grad()
-def decoded_errors(config: RunConfig, regimes: Regimes, size: int = 8) -> dict[str, dict[str, float]]:
-    """Mean square errors of one step over all test windows, of the model and of persistence, by regime."""
-    forecaster, past, found = shodh.from_pretrained(config.run_dir).forecaster, config.data.history, {}
-    cache = prepare_latents(config, regimes, load_tokenizer(config), torch.device("cpu"))
-    pairs = zip(open_windows(config, regimes, "test"), open_latents(config, regimes, cache, "test"), strict=True)
-    for number, (data, latents) in enumerate(pairs):
-        sums = torch.zeros(2, dtype=torch.float64)
-        for start in range(0, len(data), size):
-            rows = range(start, min(start + size, len(data)))
-            given, stored = (default_collate([source[row] for row in rows]) for source in (data, latents))
-            fields, static, labels = given["fields"], given["static"], forecaster.labels(number, given["fields"])
-            ahead = forecaster.step(stored["latents"][:, :past], stored["static"], labels).latent
-            decoded = forecaster.decode(ahead[:, None], static, number)[:, 0]
-            for place, guess in enumerate((decoded, fields[:, past - 1])):
-                sums[place] += fields_error(forecaster, guess, fields[:, past], static, number).double().sum()
-        means = (sums / len(data)).tolist()
-        found[regimes.names[number]] = dict(zip(("model", "persistence"), means, strict=True))
-    return found
 
 
 def agreement(run: Path, regimes: Regimes, samples: int, probes: int = 4) -> dict[str, Any]:
@@ -138,33 +130,77 @@ def agreement(run: Path, regimes: Regimes, samples: int, probes: int = 4) -> dic
     }
 
 
-def compare(runs: Mapping[str, Any], arms: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    """Mean over the finished seeds of each arm by regime, and its difference from the first in pairs of equal seeds."""
-    table: dict[str, Any] = {}
-    first: dict[str, dict[int, float]] = {}
-    for arm in (name.partition(":")[0] for name in arms):
-        found: dict[str, dict[int, float]] = {}
-        for seed in (s for s in seeds if f"{arm}-{s}" in runs):
-            for regime, errors in runs[f"{arm}-{seed}"]["test"].items():
-                found.setdefault(regime, {})[seed] = errors["model"] / errors["persistence"]
-        for regime, values in found.items():
-            entry: dict[str, Any] = {"mean": statistics.fmean(values.values()), "by_seed": list(values.values())}
-            if pairs := [value - first[regime][s] for s, value in values.items() if s in first.get(regime, {})]:
-                entry["difference"] = {"mean": statistics.fmean(pairs), "by_seed": pairs}
-            table.setdefault(arm, {})[regime] = entry
-        first = first or found
-    return table
+def judge(config: RunConfig, checkpoint: str | None, kind: Kind) -> dict[str, dict[str, Groups]]:
+    """Errors of the test trajectories by regime and measure, a list a field."""
+    evaluator = open_run(config.run_dir, checkpoint, torch.device("cpu"), kind)
+    frame = evaluate(evaluator, "test").trajectories
+    found: dict[str, dict[str, Groups]] = {}
+    for regime, means in frame.groupby("regime", sort=False):
+        decoded = means[(means["measure"] == "decoded_mse") & (means["step"] == 1)]
+        sides = (decoded[decoded["of"] == of].groupby("trajectory")["value"].mean() for of in ("model", "persistence"))
+        model, persistence = sides
+        fields = {name: list(by_field.values()) for name, by_field in trajectory_errors(means).items()}
+        found[str(regime)] = {DECODED: [(model / persistence.mean()).tolist()], **fields}
+    return found
 
 
-def measure(config: RunConfig, regimes: Regimes) -> dict[str, Any]:
-    """Decoded errors of a finished run, and the seconds of its steps."""
+def measure(config: RunConfig) -> dict[str, Any]:
+    """Errors of the weights that a finished run has kept, by their names, and the milliseconds of a step."""
     lines = read_metrics(config.run_dir / "metrics.jsonl")
-    steps = [line["perf/step_ms"] for line in lines if "perf/step_ms" in line]
+    train = config.operator.train
+    kinds: dict[str, tuple[str | None, Kind]] = {"": (None, "raw")}
+    if train.ema:
+        kinds[" ema"] = (None, "ema")
+    if train.best is not None:
+        kinds[" best"] = (BEST, "ema" if train.ema else "raw")
     return {
-        "test": decoded_errors(config, regimes),
-        "step_ms": statistics.median(steps),
-        "steps": config.operator.train.steps,
+        "test": {name: judge(config, *which) for name, which in kinds.items()},
+        "step_ms": statistics.median(line["perf/step_ms"] for line in lines if "perf/step_ms" in line),
+        "steps": train.steps,
     }
+
+
+def compare_arms(runs: Mapping[str, Any], arms: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """A row a regime, measure and arm: its mean, and its ratio to the first arm over the seeds that both have."""
+    errors: dict[tuple[str, str, str], dict[int, Groups]] = {}
+    for arm, seed in product(arms, seeds):
+        for weights, regimes in runs.get(f"{arm}-{seed}", {"test": {}})["test"].items():
+            for regime, measures in regimes.items():
+                for name, groups in measures.items():
+                    errors.setdefault((regime, name, arm + weights), {})[seed] = groups
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    claims: dict[tuple[str, str, str], Comparison] = {}
+    for (regime, name, arm), by_seed in errors.items():
+        means = {seed: [statistics.fmean(group) for group in groups] for seed, groups in by_seed.items()}
+        values = [statistics.fmean(fields) for fields in means.values()]
+        row = {"regime": regime, "measure": name, "arm": arm, "mean": statistics.fmean(values), "by_seed": values}
+        rows[regime, name, arm] = row
+        first = errors.get((regime, name, arms[0]), {})
+        both = sorted(first.keys() & by_seed.keys())
+        if arm == arms[0] or not both:
+            continue
+        sides = [[[found[seed][k] for seed in both] for k in range(len(first[both[0]]))] for found in (by_seed, first)]
+        ours, theirs = (
+            [statistics.geometric_mean(map(statistics.fmean, found[s])) for s in both] for found in (by_seed, first)
+        )
+        claims[regime, name, arm] = compare(ours, theirs)
+        nested = nested_bootstrap(*([np.array(group) for group in side] for side in sides))
+        row["nested"] = None if nested is None else list(nested)
+    for key, found in holm(claims).items():
+        ends = {"ratio": found.ratio, "low": found.low, "high": found.high}
+        rows[key] |= {**ends, "p": found.p, "p_holm": found.p_holm, "verdict": found.verdict}
+    order = list(dict.fromkeys(key[:2] for key in rows))
+    return [rows[key] for key in sorted(rows, key=lambda key: order.index(key[:2]))]
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows as text."""
+    header = ["regime", "measure", "arm", "mean", "ratio", "low", "high", "nested low", "nested high", "verdict"]
+    cells = [
+        [*(row.get(name) for name in header[:7]), *(row.get("nested") or (None, None)), row.get("verdict")]
+        for row in rows
+    ]
+    return Table(header, cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -174,7 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--arms", nargs="+", default=list(ARMS), metavar="NAME:KEY=VALUE,...", help="the first is the baseline"
     )
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--agreement", action="store_true", help="also of gradients and errors, around the first run")
     parser.add_argument("--work", type=Path, help="folder of the runs; by default one that is removed")
     parser.add_argument("--tiny", action="store_true", help="a minute: nothing but whether it runs")
     parser.add_argument("--out", type=Path, required=True)
@@ -199,13 +236,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 key = f"{name}-{seed}"
                 if key not in record["runs"]:
                     call("launch/pretrain.py", "--config", args.config, "--resume", "auto", "--set", *settings)
+                    record["runs"][key] = measure(config)
+                if args.agreement and "agreement" not in record:
                     regimes = open_regimes(config, shodh.from_pretrained(config.run_dir).space)
-                    record["runs"][key] = measure(config, regimes)
-                    if "agreement" not in record:
-                        record["agreement"] = agreement(config.run_dir, regimes, 3 if args.tiny else 10)
+                    record["agreement"] = agreement(config.run_dir, regimes, 3 if args.tiny else 10)
                     regimes.close()
-                record["decoded_mse_over_persistence"] = compare(record["runs"], args.arms, seeds)
+                names = [name.partition(":")[0] for name in args.arms]
+                record["comparisons"] = compare_arms(record["runs"], names, seeds)
                 write_record(args.out, record)
+        sys.stdout.write(text_table(table_of(record["comparisons"])))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from shodh.config import RunConfig, dump_config
 from shodh.core.files import write_atomically
 from shodh.core.precision import ieee_float32
 from shodh.data.identity import DataRecord
-from shodh.evaluate.evaluation import Evaluation, evaluate, open_given, open_run
+from shodh.evaluate.evaluation import evaluate, open_given, open_run
 from shodh.evaluate.report import write_report
+from shodh.evaluate.rows import trajectory_errors
 from shodh.experiments.harness.run import Run, judged_checkpoint
 from shodh.experiments.transfer.measure import seconds_per_step
 from shodh.models.factory import operator_shapes
@@ -43,24 +44,8 @@ def measure(run: Run, device: torch.device) -> dict[str, Any]:
         "parameters": count_trained(config, trains=run.trains),
         "seconds_per_step": seconds_per_step(folder, train.valid_every or train.steps) if run.trains else None,
         "evaluation": evaluation.metrics,
-        "by_trajectory": by_trajectory(evaluation),
+        "by_trajectory": trajectory_errors(evaluation.trajectories),
         "last": last,
-    }
-
-
-def by_trajectory(evaluation: Evaluation) -> dict[str, dict[str, list[float]]]:
-    """VRMSE of each test trajectory by measure and field: of one step, and the mean over the steps of rollouts."""
-    frame = evaluation.trajectories
-    chosen = frame[(frame["measure"] == "vrmse") & (frame["of"] == "model") & (frame["shell"] < 0)]
-    parts = {"VRMSE": chosen[chosen["step"] == 1]}
-    if (longest := chosen["horizon"].max()) > 1:
-        parts["VRMSE rollout"] = chosen[chosen["horizon"] == longest]
-    return {
-        measure: {
-            str(field): rows.groupby("trajectory")["value"].mean().tolist()
-            for field, rows in part.groupby("field", sort=False)
-        }
-        for measure, part in parts.items()
     }
 
 

@@ -127,8 +127,9 @@ class Outcomes:
             run = values["run"]
             if (run["regime"], run["count"]) != (claim.regime, claim.trajectories):
                 continue
+            found = values.get("by_trajectory", {}).get(MEASURES[claim.measure][0])
             for side, method in zip(kept, (claim.method, claim.other)):
-                if run["method"] == method and (found := values.get("by_trajectory", {}).get(claim.measure)):
+                if found and run["method"] == method:
                     side[run[SEED]] = found
         seeds = sorted(kept[0].keys() & kept[1].keys())
         if not seeds:
