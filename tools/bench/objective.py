@@ -1,11 +1,11 @@
 """Train an operator in ways that differ in settings, and compare what they decode to.
 
 Every arm has the same data, tokenizer, seeds and steps; one process trains at a time, each from the command line. An
-arm is ``name:setting=value,...``; if it keeps an average of the weights or a best checkpoint, these are judged beside the
-last weights of the same training, as ``name ema`` and ``name best``. Reported of each regime, on all test trajectories:
-decoded mean square error of one step over persistence's, VRMSE of one step and of rollouts (mean over fields); and of
-each arm the ratio to the first one, paired by seed, with its t interval, Holm's p over all ratios of the file, and an
-interval over seeds and trajectories.
+arm is ``name:setting=value,...``; if it keeps an average of the weights or a best checkpoint, these are judged beside
+the last weights of the same training, as ``name ema`` and ``name best``. Reported of each regime, on all test
+trajectories: decoded mean square error of one step over persistence's, VRMSE of one step and of rollouts (mean over
+fields); and of each arm the ratio to the first one, paired by seed, with its t interval, Holm's p over all ratios of
+the file, and an interval over seeds and trajectories.
 
 With ``--agreement``: how well each metric of latents agrees with the error of what they decode to, around the first
 run's own forecasts: the cosine between gradients by the prediction, and the correlation of the errors of samples;
