@@ -79,7 +79,7 @@ def decide(
     if start is None:
         topology, _ = plan_ranks(config, world_size(), of_tokenizer)
     else:
-        check_same_run(config, folder)
+        check_same_run(config, folder, of_tokenizer)
         topology = refit(config, read_manifest(start)["topology"], device, of_tokenizer)
     planned = laid_out(config, topology, of_tokenizer)
     check_space(folder.path, stage_of(planned, world_size(), of_tokenizer).checkpoint_bytes)
@@ -193,10 +193,11 @@ def _verified(checkpoint: Path, share: tuple[int, int]) -> str | None:
     return None
 
 
-def check_same_run(config: RunConfig, folder: RunFolder) -> None:
+def check_same_run(config: RunConfig, folder: RunFolder, of_tokenizer: bool = False) -> None:
     """A resumed run must learn the same thing from the same batches; where its data lie may change.
 
-    Checked before anything is written into its folder.
+    A tokenizer has nothing of the operator, whose settings may change beside it. Checked before anything is written
+    into its folder.
     """
     if not (folder.path / "config.yaml").exists():
         return
@@ -208,7 +209,8 @@ def check_same_run(config: RunConfig, folder: RunFolder) -> None:
         if (folder.path / RECORD).exists():
             for regime in tree["data"]["regimes"]:
                 del regime["path"]
-    changed = [key for key in ("seed", "data", "tokenizer", "operator", "finetune") if old[key] != new[key]]
+    learned = ("seed", "data", "tokenizer", *(() if of_tokenizer else ("operator", "finetune")))
+    changed = [key for key in learned if old[key] != new[key]]
     if changed:
         places = [where for key in changed for where in _differences(old[key], new[key], key)]
         shown = ", ".join(places[:5]) + (f" and {len(places) - 5} more" if len(places) > 5 else "")

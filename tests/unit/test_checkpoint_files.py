@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,11 +29,12 @@ from shodh.checkpoint.folder import (
     remove_leftovers,
     verify_checkpoint,
 )
+from shodh.config import dump_config, load_config
 from shodh.core.errors import CheckpointError, ConfigError
 from shodh.core.files import write_atomically
 from shodh.core.weights import load_into, load_weights
 from shodh.train.run_folder import RunFolder
-from shodh.train.start import find_start
+from shodh.train.start import check_same_run, find_start
 
 
 @pytest.fixture
@@ -351,3 +353,16 @@ def test_best_of_a_run_that_keeps_none_is_said(run: Path) -> None:
     (run / "checkpoints" / "best").rename(run / "checkpoints" / "mine")
     with pytest.raises(CheckpointError, match="has no best checkpoint"):
         find_checkpoint(run, "best")
+
+
+def test_a_tokenizer_goes_on_beside_another_operator(tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    config = write_config(tmp_path / "config.yaml")
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    (folder.path / "config.yaml").write_text(dump_config(load_config(config)))
+    operator = load_config(config, ["operator.experts.hidden=24"])
+    check_same_run(operator, folder, of_tokenizer=True)
+    with pytest.raises(ConfigError, match="other settings of operator"):
+        check_same_run(operator, folder)
+    with pytest.raises(ConfigError, match="other settings of tokenizer"):
+        check_same_run(load_config(config, ["tokenizer.latent_channels=12"]), folder, of_tokenizer=True)
