@@ -100,7 +100,7 @@ class Change(torch.nn.Module):
 
 def build(run: Run, entry: Entry, shape: Shape, seed: int) -> torch.nn.Module:
     model = entry.build(run.scale.size, shape, seed)
-    return (Change(model) if run.residual else model).to(run.device)
+    return (Change(model) if run.residual and not entry.predicts_change else model).to(run.device)
 
 
 def measure_costs(run: Run, names: Sequence[str], shape: Shape) -> None:

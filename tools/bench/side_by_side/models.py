@@ -239,6 +239,8 @@ class Entry:
         Published settings of Adam.
     published, scaled : str
         The setting that was taken, and what is changed.
+    predicts_change : bool
+        Whether it adds to the last frame what it computes.
     """
 
     label: str
@@ -250,6 +252,7 @@ class Entry:
     scaled: str
     betas: tuple[float, float] = (0.9, 0.999)
     modules: tuple[str, ...] = field(default=())
+    predicts_change: bool = False
 
     @property
     def ours(self) -> bool:
@@ -271,6 +274,7 @@ _LATENT = {
     "decay": 0.01,
     "betas": (0.9, 0.95),
     "scaled": "unfolded fields, no tokenizer",
+    "predicts_change": True,
 }
 _POT = {"package": "shodh", "rate": 1e-3, "decay": 1e-6, "betas": (0.9, 0.9), "scaled": "width, patch"}
 _WELL = {"package": "the-well", "rate": 1e-3, "decay": 1e-5, "scaled": "width", "modules": ("the_well", "einops")}
