@@ -87,12 +87,19 @@ def slices(
     return figure
 
 
+def short(share: float) -> str:
+    """A share for a small cell: ``.72``, ``1``, and nothing where it rounds to zero."""
+    text = f"{share:.2f}".removeprefix("0")
+    return {".00": "", "1.00": "1"}.get(text, text)
+
+
 def expert_shares(routing: Mapping[str, Any]) -> Figure:
     """Share of each regime's tokens by expert, a panel a layer, with U and NMI."""
     layers = routing["layers"]
     regimes = list(layers[0]["shares"])
     left = 0.3 + 0.085 * max(map(len, regimes))
-    size = (left + 0.2 + 2.6 * len(layers), 1.1 + 0.6 * len(regimes))
+    experts = len(next(iter(layers[0]["shares"].values())))
+    size = (left + 0.2 + max(2.6, 0.32 * experts) * len(layers), 1.1 + 0.6 * len(regimes))
     figure = Figure(figsize=size)
     panels = figure.subplots(1, len(layers), squeeze=False)[0]
     figure.subplots_adjust(
@@ -102,7 +109,7 @@ def expert_shares(routing: Mapping[str, Any]) -> Figure:
         shares = np.array([layer["shares"][r] for r in regimes])
         panel.imshow(shares, vmin=0, vmax=1, cmap="Greens", aspect="auto")
         for (row, column), value in np.ndenumerate(shares):
-            panel.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else INK)
+            panel.text(column, row, short(value), ha="center", va="center", color="white" if value > 0.6 else INK)
         panel.set_title(f"layer {number}: U {layer['regime_information']:.2f}, NMI {layer['nmi']:.2f}", fontsize=9)
         panel.set_xticks(range(shares.shape[1]))
         panel.set_xlabel("expert")

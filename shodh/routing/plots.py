@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from shodh.report.figures import INK, bare, panel_grid
+from shodh.report.figures import INK, bare, panel_grid, short
 from shodh.routing.verdict import SPECIALISED_U
 
 MAX_PANELS = 6
@@ -53,7 +53,7 @@ def matrix(panel: Axes, values: np.ndarray, title: str, names: Sequence[str], la
         for (row, column), value in np.ndenumerate(values):
             if not np.isnan(value):
                 color = "white" if value > 0.6 * top else INK
-                panel.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
+                panel.text(column, row, short(value), ha="center", va="center", color=color, fontsize=8)
     panel.set_title(title, fontsize=9, color=INK)
     panel.set_xlabel(label, fontsize=8)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
