@@ -70,7 +70,7 @@ def fingerprint(frames: Tensor, periodic: Tensor, exists: Tensor | None = None) 
     square_of_x = x.square() - x.square().mean(axes, keepdim=True)
     spectrum, of_square = _spectrum(x, periodic), _spectrum(square_of_x, periodic)[:, :-1]
     old, new = spectrum[:, :-1], spectrum[:, 1:]
-    bins = _bins_of_waves(len(axes), x.device)
+    bins = _bins_of_waves(x.shape[3:], x.device)[1]
     linear, known, found = (_binned(a.conj() * b, bins) for a, b in ((old, new), (of_square, old), (of_square, new)))
     before, after, energy = (_binned(part.real.square() + part.imag.square(), bins) for part in (old, new, of_square))
     quadratic = found - linear / _raised(before) * known
@@ -88,7 +88,7 @@ def fingerprint(frames: Tensor, periodic: Tensor, exists: Tensor | None = None) 
 
 
 def _spectrum(x: Tensor, periodic: Tensor) -> Tensor:
-    """Low waves of ``[B, T, C, *grid]`` by all numbers from ``-WAVES`` to ``WAVES``: ``[B, T, C, W]``, complex.
+    """The waves of ``[B, T, C, *grid]`` that are of a bin: ``[B, T, C, W]``, complex.
 
     So few of them that a product with their cosines and sines, axis by axis, is less work than a whole transform.
     """
@@ -103,7 +103,7 @@ def _spectrum(x: Tensor, periodic: Tensor) -> Tensor:
         else:
             rows = torch.complex(rows @ waves.real, rows @ waves.imag)
         out = rows.view(*shape, -1).movedim(-1, 2 + axis)
-    return out.flatten(2).unflatten(1, x.shape[1:3])
+    return out.flatten(2)[..., _bins_of_waves(x.shape[3:], x.device)[0]].unflatten(1, x.shape[1:3])
 
 
 def _binned(waves: Tensor, bins: Tensor) -> Tensor:
@@ -124,14 +124,17 @@ def _grouped(values: Tensor) -> Tensor:
     return torch.stack([group.sum(1) for group in groups], 1)
 
 
+def _numbers(cells: int) -> range:
+    """Wave numbers along an axis: those that the grid resolves."""
+    most = min(WAVES, cells // 2)
+    return range(-most, most + 1)
+
+
 @lru_cache
 def _waves(cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``exp(-2 pi i k x / n) / sqrt(n)`` by cell and wave number, ``[n, 2 WAVES + 1]``, without and with a Hann window.
-
-    Zero where the grid does not resolve the wave.
-    """
-    number, cell = torch.arange(-WAVES, WAVES + 1), torch.arange(cells).double().unsqueeze(1)
-    wave = torch.exp(-2j * math.pi * number * cell / cells) / cells**0.5 * (number.abs() <= cells // 2)
+    """``exp(-2 pi i k x / n) / sqrt(n)`` by cell and wave number, ``[n, numbers]``, without and with a Hann window."""
+    number, cell = torch.tensor(_numbers(cells)), torch.arange(cells).double().unsqueeze(1)
+    wave = torch.exp(-2j * math.pi * number * cell / cells) / cells**0.5
     window = torch.sin(math.pi * (cell + 0.5) / cells).square()
     return wave.to(device, torch.complex64), (wave * window).to(device, torch.complex64)
 
@@ -158,11 +161,13 @@ def num_bins(ndim: int) -> int:
 
 
 @lru_cache
-def _bins_of_waves(ndim: int, device: torch.device) -> Tensor:
-    """1 where a wave is of a bin, ``[W, bins]``; of two opposite waves, which say the same, one is."""
-    bins = _bins(ndim)
-    table = torch.zeros((2 * WAVES + 1) ** ndim, num_bins(ndim))
-    for row, wave in enumerate(itertools.product(range(-WAVES, WAVES + 1), repeat=ndim)):
-        if wave in bins:
-            table[row, bins[wave]] = 1.0
-    return table.to(device)
+def _bins_of_waves(grid: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which of all waves are of a bin, ``[W]``, and 1 where one is of which, ``[W, bins]``.
+
+    Of two opposite waves, which say the same, one is. A bin may have none on a small grid.
+    """
+    bins = _bins(len(grid))
+    waves = [(row, bins[k]) for row, k in enumerate(itertools.product(*map(_numbers, grid))) if k in bins]
+    rows, numbers = torch.tensor(waves).unbind(1)
+    table = torch.nn.functional.one_hot(numbers, num_bins(len(grid))).float()
+    return rows.to(device), table.to(device)
