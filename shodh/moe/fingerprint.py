@@ -164,10 +164,10 @@ def num_bins(ndim: int) -> int:
 def _bins_of_waves(grid: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Which of all waves are of a bin, ``[W]``, and 1 where one is of which, ``[W, bins]``.
 
-    Of two opposite waves, which say the same, one is. A bin may have none on a small grid.
+    Of two opposite waves, which say the same, one is. A bin may have none on a small grid; one cell has none at all.
     """
     bins = _bins(len(grid))
     waves = [(row, bins[k]) for row, k in enumerate(itertools.product(*map(_numbers, grid))) if k in bins]
-    rows, numbers = torch.tensor(waves).unbind(1)
+    rows, numbers = torch.tensor(waves, dtype=torch.long).view(-1, 2).unbind(1)
     table = torch.nn.functional.one_hot(numbers, num_bins(len(grid))).float()
     return rows.to(device), table.to(device)

@@ -111,6 +111,14 @@ def test_size_depends_on_neither_grid_nor_history_and_many_channels_are_taken_to
     assert fingerprint_size(96, 3) == fingerprint_size(CHANNELS, 3)
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (1, 1, 1), (1, 2, 1), (2, 3, 1)])
+def test_a_grid_that_resolves_few_waves_or_none_has_finite_features(grid: tuple[int, ...]) -> None:
+    found = fingerprint(torch.randn(2, 3, 2, *grid), torch.ones(2, len(grid), dtype=torch.bool))
+    assert found.shape == (2, fingerprint_size(2, len(grid))) and found.abs().max() <= 1 + 1e-5
+    if math.prod(grid) == 1:
+        assert not found.any()
+
+
 def test_a_transported_wave_has_the_phase_of_its_speed_in_every_pair_of_frames() -> None:
     place = torch.arange(N) * 2 * math.pi / N
     frames = torch.stack([(place - 0.3 * t).cos() for t in range(4)])[None, :, None, :, None].expand(1, 4, 1, N, N)
