@@ -161,7 +161,10 @@ def measure(config: RunConfig) -> dict[str, Any]:
 
 
 def compare_arms(runs: Mapping[str, Any], arms: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """A row a regime, measure and arm: its mean, and its ratio to the first arm over the seeds that both have."""
+    """A row a regime, measure and arm: its mean, and its ratio to the first arm over the seeds that both have.
+
+    Means are over fields; ratios are of geometric means over fields, as in the pages of studies.
+    """
     errors: dict[tuple[str, str, str], dict[int, Groups]] = {}
     for arm, seed in product(arms, seeds):
         for weights, regimes in runs.get(f"{arm}-{seed}", {"test": {}})["test"].items():
@@ -171,8 +174,7 @@ def compare_arms(runs: Mapping[str, Any], arms: Sequence[str], seeds: Sequence[i
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     claims: dict[tuple[str, str, str], Comparison] = {}
     for (regime, name, arm), by_seed in errors.items():
-        means = {seed: [statistics.fmean(group) for group in groups] for seed, groups in by_seed.items()}
-        values = [statistics.fmean(fields) for fields in means.values()]
+        values = [statistics.fmean(map(statistics.fmean, groups)) for groups in by_seed.values()]
         row = {"regime": regime, "measure": name, "arm": arm, "mean": statistics.fmean(values), "by_seed": values}
         rows[regime, name, arm] = row
         first = errors.get((regime, name, arms[0]), {})
