@@ -47,6 +47,9 @@ class FreshRegime:
         Of a trajectory.
     unit : float, optional
         Standard deviation of the field as it is given, and mean zero; None: as it is solved.
+    noise : float
+        Standard deviation, over the field's, of white noise on all frames but the last: on what a model is given, not
+        on what it is asked for. It follows from the name of the sample as well.
 
     Raises
     ------
@@ -58,6 +61,7 @@ class FreshRegime:
     n: int = 32
     frames: int = 3
     unit: float | None = 1.0
+    noise: float = 0.0
     device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
@@ -77,7 +81,7 @@ class FreshRegime:
 
     @property
     def change(self) -> float:
-        """Mean square of a change in one step of the field as it is given: the error of persistence."""
+        """Mean square of a change in one step of the field as it is given, without noise: the error of persistence."""
         return (self.constants.change * self._factor) ** 2
 
     @property
@@ -87,13 +91,18 @@ class FreshRegime:
     def samples(self, keys: Sequence[tuple[Key, ...]]) -> Tensor:
         """Trajectories ``[B, frames, 1, n, n]`` by name, float32; a key is (seed, step, number) or any other."""
         solved = self._solve(keys)
+        if self.noise:
+            white = normal(fold(self._seeds(keys), 1), (self.frames - 1, self.n, self.n))
+            solved[:, :-1] += self.noise * self.constants.deviation * white
         if self.unit is not None:
             solved = (solved - self.constants.mean) * self._factor
         return solved.unsqueeze(2)
 
+    def _seeds(self, keys: Sequence[tuple[Key, ...]]) -> Tensor:
+        return send([stable_seed("fresh", self.name, *key) for key in keys], torch.device(self.device))
+
     def _solve(self, keys: Sequence[tuple[Key, ...]]) -> Tensor:
-        equation = EQUATIONS[self.name]
-        seeds = send([stable_seed("fresh", self.name, *key) for key in keys], torch.device(self.device))
+        equation, seeds = EQUATIONS[self.name], self._seeds(keys)
         uniform = torch.special.ndtr(normal(fold(seeds, 0), (MOST_PARAMETERS,)))
         field = coloured(self.waves, normal(seeds, (self.n, self.n)))
         return equation.solve(self.waves, field, equation.draw(uniform), self.frames)

@@ -1,8 +1,9 @@
-"""Sixteen equations of one scalar on the same periodic square, several of them opposed to one another.
+"""Equations of one scalar on the same periodic square, several of them opposed to one another.
 
 For the question whether learning one operator harms another: the field, the grid and the spread of initial states are
 the same, so nothing but the change from frame to frame tells them apart. Parameters are drawn for each sample. The side
-is ``2 pi``; intervals, steps and ranges are such that a 32^2 grid resolves all of them.
+is ``2 pi``; intervals, steps and ranges are such that a 32^2 grid resolves all of them. Sixteen stand
+apart from one another (`OPPOSED`); two are families without gaps, whose direction is drawn as well.
 """
 
 from __future__ import annotations
@@ -93,6 +94,11 @@ def _disperse(x: int, y: int) -> Callable[[Waves, Parameters], Tensor]:
     return lambda w, p: 1j * p["dispersion"] * (x * w.x**3 + y * w.y**3)
 
 
+def _turned(rate: Callable[[Tensor, Parameters], Tensor]) -> Callable[[Waves, Parameters], Tensor]:
+    """``i (cos(angle) r(kx) + sin(angle) r(ky))``"""
+    return lambda w, p: 1j * (torch.cos(p["angle"]) * rate(w.x, p) + torch.sin(p["angle"]) * rate(w.y, p))
+
+
 def _diffuse(w: Waves, p: Parameters) -> Tensor:
     return -p["diffusivity"] * w.squared
 
@@ -148,8 +154,9 @@ def _vortices(forced: bool) -> Callable[[Waves, Parameters], Nonlinear]:
 
 _SPEED = {"speed": (2 * 2 * math.pi / 32, 4 * 2 * math.pi / 32)}  # 2 to 4 cells of a 32^2 grid in a frame
 _DISPERSION = {"dispersion": (0.015, 0.025)}
+_ANGLE = {"angle": (0.0, 2 * math.pi)}
 
-#: In the order in which mixes grow: the first two are opposed, the first eight are those of the toy.
+#: In the order in which mixes grow: the first two are opposed, the first eight are those of the toy; families last.
 EQUATIONS: dict[str, Equation] = {
     "advection_right": Equation(_drift(1, 0), _SPEED),
     "advection_left": Equation(_drift(-1, 0), _SPEED),
@@ -205,4 +212,7 @@ EQUATIONS: dict[str, Equation] = {
     "kolmogorov": Equation(
         _diffuse, {"diffusivity": (0.01, 0.02), "force": (0.6, 1.0)}, _vortices(True), interval=0.4, steps=5
     ),
+    "advection_any": Equation(_turned(lambda k, p: -p["speed"] * k), {**_SPEED, **_ANGLE}),
+    "dispersion_any": Equation(_turned(lambda k, p: p["dispersion"] * k**3), {**_DISPERSION, **_ANGLE}),
 }
+OPPOSED = tuple(EQUATIONS)[:16]

@@ -51,6 +51,20 @@ def test_constants_are_those_of_other_samples(unit: float | None) -> None:
     assert float((frames[:, 2] - frames[:, 1]).square().mean()) == pytest.approx(regime.change, rel=0.05)
 
 
+@pytest.mark.parametrize("unit", [1.0, None])
+def test_noise_is_white_on_what_is_given_and_follows_from_the_name(unit: float | None) -> None:
+    clean, noisy = FreshRegime("fisher", unit=unit), FreshRegime("fisher", unit=unit, noise=0.1)
+    difference = noisy.samples(KEYS) - clean.samples(KEYS)
+    assert torch.equal(difference[:, 2], torch.zeros_like(difference[:, 2]))
+    given = difference[:, :2] / (0.1 * (unit or clean.constants.deviation))
+    assert float(given.std()) == pytest.approx(1, rel=0.02) and abs(float(given.mean())) < 0.05
+    every = torch.corrcoef(given.reshape(2 * len(KEYS), -1)).fill_diagonal_(0)
+    assert float(every.abs().max()) < 5 / 32  # Five standard errors of independent fields of 32^2 cells.
+    alone = torch.cat([noisy.samples([key]) for key in KEYS])
+    assert torch.allclose(alone, noisy.samples(KEYS), atol=ROUNDING)
+    assert noisy.change == clean.change
+
+
 def test_unknown_regime_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown regime 'advection'"):
         FreshRegime("advection")

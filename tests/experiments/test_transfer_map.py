@@ -23,7 +23,7 @@ from shodh.experiments.transfer.map.settings import MapConfig
 from shodh.experiments.transfer.map.unseen import nearest, prediction, unseen_section
 from shodh.experiments.transfer.map.worker import Group, carry_out, job_of
 from shodh.models.unfolding import fold, unfold
-from shodh.physics.opposed import EQUATIONS
+from shodh.physics.opposed import OPPOSED
 
 CPU = torch.device("cpu")
 Make = Callable[..., MapConfig]
@@ -111,6 +111,18 @@ def test_killed_group_goes_on_with_the_same_numbers(study: Make, tmp_path: Path)
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def test_longer_dense_model_takes_more_steps_beside_the_others(study: Make, tmp_path: Path) -> None:
+    runs = pick(expand(study(longer=1.5, dense_total=False)), "dense-k2", "dense_longer-k2")
+    assert [run.operator.train.steps for run in runs] == [6, 9]
+    together, alone = Group(runs, tmp_path / "a", CPU), Group(runs[:1], tmp_path / "b", CPU)
+    for group in (together, alone):
+        assert group.train(Event())
+    pairs = zip(together.learners[0].model.parameters(), alone.learners[0].model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    steps = [int(next(iter(learner.optimizer.state.values()))["step"]) for learner in together.learners]
+    assert steps == [6, 9]
+
+
 def test_state_of_other_settings_is_not_gone_on_with(study: Make, tmp_path: Path) -> None:
     stopped = Event()
     stopped.set()
@@ -163,7 +175,7 @@ def test_regimes_that_a_mix_leaves_out_are_asked_of_models_without_labels(study:
     assert carry_out(job_of(settings, "d8-normalised-s0", runs), CPU, Event())
     dense, operator, oracle, specialist = (run.read() for run in runs)
     assert "unseen" not in oracle and "unseen" not in specialist
-    assert set(dense["unseen"]["errors"]) == set(operator["unseen"]["places"]) == set(EQUATIONS) - set(settings.regimes)
+    assert set(dense["unseen"]["errors"]) == set(operator["unseen"]["places"]) == set(OPPOSED) - set(settings.regimes)
     assert not dense["unseen"]["places"] and set(operator["places"]) == set(settings.regimes)
     # The error is what the model gives on these samples, over what persistence does.
     group = Group([run for run in expand(settings) if run.arm == "dense"], settings.folder / "none", CPU)

@@ -105,18 +105,18 @@ def _index(results: MapResults) -> Section | None:
         if claim.other != SPECIALIST:
             continue
         wider = results.bootstrap(claim.point, claim.arm, SPECIALIST)
-        over = results.comparison(claim.point, claim.arm, DENSE)
-        found = list(results.of(claim.point, claim.arm).values())
+        over, place = results.comparison(claim.point, claim.arm, DENSE), (claim.point, claim.arm)
+        found = list(results.of(*place).values())
         rows.append([
             *claim.point, claim.arm, c.seeds, c.ratio, *_ends(c), *(wider or (None, None)),
-            None if over is None else over.ratio, results.information(claim.point, claim.arm),
+            None if over is None else over.ratio, results.time(*place), results.information(*place),
             found[0]["parameters"] / 1e6, found[0]["active"] / 1e6, WORDS[c.verdict],
         ])  # fmt: skip
-    header = [*AXES, "model", "seeds", "index", "t low", "t high", "low", "high", "over dense", "U"]
+    header = [*AXES, "model", "seeds", "index", "t low", "t high", "low", "high", "over dense", "time", "U"]
     text = (
         "Error over that of specialists of the same width with as many samples of their regime, geometric mean over "
         "regimes; t intervals over seeds, and bootstrap intervals over seeds and held-out samples. Over dense: error "
-        "over that of the dense model of equal active size."
+        "over that of the dense model of equal active size. Time: seconds of training over the dense model's, median."
     )
     table = Table([*header, "M parameters", "M active", "verdict"], rows)
     return filled(

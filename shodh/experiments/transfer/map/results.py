@@ -17,7 +17,7 @@ import numpy as np
 from scipy.stats import gmean
 
 from shodh.experiments.transfer.map.runs import MapRun
-from shodh.experiments.transfer.map.settings import DENSE, DENSE_ROUTER, SPECIALIST, MapConfig
+from shodh.experiments.transfer.map.settings import DENSE, DENSE_LONGER, DENSE_ROUTER, SPECIALIST, MapConfig
 from shodh.report.statistics import Comparison, Interval, compare, holm, nested_bootstrap
 
 
@@ -136,15 +136,22 @@ class MapResults:
 
     @cached_property
     def claims(self) -> dict[Claim, Comparison]:
-        """Every model against specialists, sparse ones against their `baseline`: one family, adjusted together."""
+        """Every model against specialists, sparse ones against their `baseline` and, where one was trained, against a
+        dense model with more steps: one family, adjusted together."""
         found = {}
         for point in self.points:
             for arm in self.arms(point):
                 sparse = arm in self.study.routers
-                for other in (SPECIALIST, *([self.baseline(point, arm)] if sparse else [])):
+                for other in (SPECIALIST, *([self.baseline(point, arm), DENSE_LONGER] if sparse else [])):
                     if (c := self.comparison(point, arm, other)) is not None:
                         found[Claim(point, arm, other)] = c
         return holm(found)
+
+    def time(self, point: Point, arm: str) -> float | None:
+        """Seconds of an arm's training over the dense model's of its seed, which took turns with it: the median."""
+        dense = self.of(point, DENSE)
+        shares = [v["seconds"] / dense[s]["seconds"] for s, v in self.of(point, arm).items() if s in dense]
+        return float(np.median(shares)) if shares else None
 
     def information(self, point: Point, arm: str) -> float | None:
         """U of regime and expert, mean over layers and seeds."""

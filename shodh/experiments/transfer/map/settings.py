@@ -15,9 +15,11 @@ from shodh.core.errors import ConfigError
 from shodh.experiments.harness.settings import StudySettings
 from shodh.moe.routers import make_router
 from shodh.moe.routers.operator import make_operator_gate
-from shodh.physics.opposed import EQUATIONS
+from shodh.physics.opposed import EQUATIONS, OPPOSED
 
-DENSE, DENSE_ROUTER, DENSE_TOTAL, SPECIALIST = "dense", "dense_router", "dense_total", "specialist"
+DENSE, SPECIALIST = "dense", "specialist"
+#: Controls: as many parameters as a sparse model has active or in all, or more steps of the dense model.
+DENSE_ROUTER, DENSE_TOTAL, DENSE_LONGER = "dense_router", "dense_total", "dense_longer"
 Scale = Literal["normalised", "raw"]
 #: Channels and dimensions of the frames that a router of kind operator goes by: those of the fields.
 OBSERVED = (1, 2)
@@ -28,7 +30,7 @@ class MapConfig(StudySettings):
 
     kind: Literal["map"]
     regimes: tuple[str, ...] = Field(
-        tuple(EQUATIONS), description="equations of shodh.physics.opposed, in the order in which mixes grow"
+        OPPOSED, description="equations of shodh.physics.opposed, in the order in which mixes grow"
     )
     counts: tuple[PositiveInt, ...] = Field(min_length=1, description="regimes of a mix: the first so many")
     dims: tuple[Width, ...] = Field(min_length=1, description="widths of the operator: its sizes")
@@ -42,6 +44,12 @@ class MapConfig(StudySettings):
         description="also a dense model with as many parameters as the largest sparse one has active, router and all",
     )
     dense_total: bool = Field(True, description="also a dense model with as many parameters as a sparse one has in all")
+    longer: float | None = Field(
+        None,
+        gt=1,
+        description="also a dense model that takes so many times the steps, for a comparison at equal time: the runs' "
+        "seconds over the dense model's are on the page",
+    )
     routers: dict[str, dict[str, Any]] = Field(
         {}, description="sparse models: name -> settings of its router; groups are chosen by the number of regimes"
     )
@@ -50,11 +58,14 @@ class MapConfig(StudySettings):
     grid: Width = Field(32, description="cells of a side")
     unfold: Width = Field(4, description="cells of a side that are the channels of one latent cell")
     history: PositiveInt = Field(2, description="frames that are given")
+    noise: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="white noise on given frames, over the field's standard deviation"
+    )
     samples: PositiveInt = Field(8, description="of a regime in one step")
     held_out: PositiveInt = Field(64, description="samples of a regime that errors are of, the same for all runs")
     unseen: bool = Field(
         False,
-        description="also errors on the equations that a mix leaves out, and where their fingerprints lie",
+        description="also errors on the opposed equations that a mix leaves out, and where their fingerprints lie",
     )
     gradient_samples: Count = Field(64, description="of a regime, for cosines and norms of gradients; 0: none")
     stream: PositiveInt = Field(8, description="steps whose data are solved at once")
@@ -70,7 +81,7 @@ class MapConfig(StudySettings):
             raise ValueError(f"counts up to {max(self.counts)}, and there are {len(self.regimes)} regimes")
         if self.grid % self.unfold:
             raise ValueError(f"grid={self.grid} is not divisible by unfold={self.unfold}")
-        if taken := {DENSE, DENSE_ROUTER, DENSE_TOTAL, SPECIALIST} & set(self.routers):
+        if taken := {DENSE, DENSE_ROUTER, DENSE_TOTAL, DENSE_LONGER, SPECIALIST} & set(self.routers):
             raise ValueError(f"routers: {', '.join(sorted(taken))} are names of models without one")
         for dim in self.dims:
             if int(self.expansion * dim) % 8:
@@ -82,8 +93,12 @@ class MapConfig(StudySettings):
     @property
     def arms(self) -> tuple[str, ...]:
         """Models of a mix of several regimes."""
-        widened = {DENSE_ROUTER: self.dense_router and bool(self.routers), DENSE_TOTAL: self.dense_total}
-        return (DENSE, *(arm for arm, asked in widened.items() if asked), *self.routers)
+        controls = {
+            DENSE_ROUTER: self.dense_router and bool(self.routers),
+            DENSE_TOTAL: self.dense_total,
+            DENSE_LONGER: self.longer is not None,
+        }
+        return (DENSE, *(arm for arm, asked in controls.items() if asked), *self.routers)
 
     def learns(self, arm: str) -> bool:
         """Whether an arm has a router that is trained and given no label: no control."""
@@ -113,7 +128,11 @@ class MapConfig(StudySettings):
             experts |= {"num_experts": 0}
         tree |= {"dim": dim, "experts": {**experts, "hidden": hidden}, "random_shifts": False}
         tree["train"] = {**tree.get("train", {}), "global_batch": self.samples * (1 if arm == SPECIALIST else count)}
-        return section_from_dict(OperatorConfig, tree, f"study {self.name}, operator of {arm}")
+        config = section_from_dict(OperatorConfig, tree, f"study {self.name}, operator of {arm}")
+        if arm != DENSE_LONGER or self.longer is None:
+            return config
+        train = config.train.model_copy(update={"steps": round(self.longer * config.train.steps)})
+        return config.model_copy(update={"train": train})
 
     def _router(self, arm: str, count: int) -> dict[str, Any]:
         """Settings of an arm's router, with a group for each regime where it has groups and says nothing else."""

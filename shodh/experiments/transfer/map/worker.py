@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -29,7 +29,7 @@ from shodh.experiments.harness.workers import STOPPED, begin_worker
 from shodh.experiments.transfer.map.learner import Frames, Learner
 from shodh.experiments.transfer.map.runs import MapRun, by_group, expand
 from shodh.experiments.transfer.map.settings import DENSE, SPECIALIST, MapConfig
-from shodh.physics.opposed import EQUATIONS
+from shodh.physics.opposed import OPPOSED
 from shodh.train.runtime import run_ranks
 
 SAVE_EVERY = 60.0  # seconds between two states that are kept
@@ -63,11 +63,14 @@ class Group:
         self.names = [run.name for run in runs]
         unit = 1.0 if first.fields == "normalised" else None
         frames = self.study.history + 1
-        every = {name: FreshRegime(name, self.study.grid, frames, unit, device) for name in EQUATIONS}
-        self.data = {name: every[name] for name in self.study.regimes if any(name in run.regimes for run in runs)}
-        self.others = every if self.study.unseen and any(map(can_meet_others, runs)) else {}
+
+        def regimes(names: Iterable[str]) -> dict[str, FreshRegime]:
+            return {n: FreshRegime(n, self.study.grid, frames, unit, self.study.noise, device) for n in names}
+
+        self.data = regimes(n for n in self.study.regimes if any(n in run.regimes for run in runs))
+        self.others = regimes(OPPOSED) if self.study.unseen and any(map(can_meet_others, runs)) else {}
         self.learners = [Learner(run, self.data, device) for run in runs]
-        self.steps = first.operator.train.steps
+        self.steps = max(run.operator.train.steps for run in runs)
         self.done = self._restore()
 
     def frames(self, keys: Sequence[tuple[Key, ...]]) -> dict[str, torch.Tensor]:
@@ -83,7 +86,8 @@ class Group:
             for place, step in enumerate(steps):
                 batch = {name: frames[place * size : (place + 1) * size] for name, frames in together.items()}
                 for learner in self.learners:
-                    learner.step(step, batch)
+                    if step < learner.run.operator.train.steps:
+                        learner.step(step, batch)
             self.done = steps.stop
             if stop.is_set() or time.monotonic() - kept > SAVE_EVERY:
                 self._keep()
