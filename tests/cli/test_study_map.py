@@ -46,6 +46,7 @@ def test_map_is_made_and_reported(short: Path, tmp_path: Path) -> None:
         (["--keep-checkpoints"], "--keep-checkpoints"),
         (["--set", "operator.depht=1"], "did you mean 'depth'?"),
         (["--set", "study.dims=[12]", "study.expansion=0.5"], "no multiple of 8"),
+        (["--set", "study.apart.own=[heads.*]"], "'heads.*' matches no parameter"),
         (["--set", "study.sample=1"], "did you mean 'samples'?"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -16,12 +17,14 @@ from shodh.core.errors import ConfigError
 from shodh.core.strict_json import write_json
 from shodh.experiments.harness.settings import load_settings
 from shodh.experiments.transfer.map.learner import Learner, build_model
+from shodh.experiments.transfer.map.parted import PartedTransformer
 from shodh.experiments.transfer.map.report import headline
 from shodh.experiments.transfer.map.results import MapResults, Point
 from shodh.experiments.transfer.map.runs import MapRun, expand
 from shodh.experiments.transfer.map.settings import MapConfig
 from shodh.experiments.transfer.map.unseen import nearest, prediction, unseen_section
 from shodh.experiments.transfer.map.worker import Group, carry_out, job_of
+from shodh.models.init import initialise
 from shodh.models.unfolding import fold, unfold
 from shodh.physics.opposed import OPPOSED
 
@@ -121,6 +124,68 @@ def test_longer_dense_model_takes_more_steps_beside_the_others(study: Make, tmp_
     assert all(torch.equal(a, b) for a, b in pairs)
     steps = [int(next(iter(learner.optimizer.state.values()))["step"]) for learner in together.learners]
     assert steps == [6, 9]
+
+
+def test_parted_model_shares_the_rest(study: Make) -> None:
+    """At equal weights it is the dense model; a gradient of its own parameters is that of the regime's samples."""
+    (run,) = pick(expand(study()), "dense-k3")
+    model = build_model(run)
+    initialise(model, 0)
+    history, static = torch.randn(7, 2, 16, 4, 4, 1), torch.zeros(7, 0, 4, 4, 1)
+    labels = torch.tensor([2, 0, 0, 2, 0, 2, 2])  # In any order, and one regime without a sample.
+    parted = PartedTransformer(deepcopy(model), 3, ["blocks.*.attention.*", "head.*"])
+    expected, found = model(history, static).latent, parted(history, static, labels).latent
+    assert torch.allclose(found, expected, atol=1e-6)
+    weights = torch.arange(7.0).view(-1, 1, 1, 1, 1)
+    (expected * weights).sum().backward()
+    (found * weights).sum().backward()
+    every = dict(parted.named_parameters())
+    for name, parameter in model.named_parameters():
+        own = "attention" in name or "head" in name
+        copies = [every[f"models.{n}.{name}"].grad for n in range(3 if own else 1)]
+        assert own == (f"models.1.{name}" in every)
+        assert torch.allclose(sum(c for c in copies if c is not None), parameter.grad, rtol=1e-4, atol=1e-5)
+        assert not own or copies[1] is None or not copies[1].any()
+    model.zero_grad()
+    (model(history[labels == 2], static[labels == 2]).latent * weights[labels == 2]).sum().backward()
+    for name in ("head.weight", "blocks.0.attention.qkv.weight"):
+        assert torch.allclose(every[f"models.2.{name}"].grad, model.get_parameter(name).grad, rtol=1e-4, atol=1e-5)
+
+
+def test_parted_model_learns_and_goes_on(study: Make, tmp_path: Path) -> None:
+    settings = study(apart={"own_ends": ["embed.*", "head.*"]}, unseen=True)
+    runs = pick(expand(settings), "own_ends-k3")
+    straight, stopped = Group(runs, tmp_path / "a", CPU), Event()
+    assert straight.train(Event()) and not straight.others
+    stopped.set()
+    while not (group := Group(runs, tmp_path / "b", CPU)).train(stopped):
+        pass
+    pairs = zip(straight.learners[0].model.parameters(), group.learners[0].model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    values = group.learners[0].measure(group.frames([("held out", 0)]))
+    (dense,) = pick(expand(settings), "dense-k3")
+    size = sum(p.numel() for p in build_model(dense).parameters())
+    assert values["active"] == size and values["parameters"] == size + 2 * (8 * 32 + 8 + 32 * 8 + 32)
+
+
+def test_plasticity_is_that_of_a_model_that_goes_on(study: Make) -> None:
+    settings = study(plasticity=3, counts=[2])
+    runs = pick(expand(settings), "dense-k2", "oracle-k2")
+    assert carry_out(job_of(settings, "d8-normalised-s0", runs), CPU, Event())
+    dense, oracle = (run.read() for run in runs)
+    assert "plasticity" not in oracle and "unseen" not in dense
+    assert set(dense["plasticity"]["new"]) == set(OPPOSED) - set(runs[0].regimes)
+    # What new weights learn from these samples, step by step, and what no step at all leaves of the mix.
+    group = Group(runs[:1], settings.folder / "none", CPU)
+    held_out = {"swift": group.others["swift"].samples([("held out", n) for n in range(4)])}
+    new = Learner(runs[0], group.others, CPU, ["swift"])
+    new.train = new.train.model_copy(update={"steps": 3, "warmup": 1})
+    for step, batch in enumerate(group.lessons["swift"]):
+        new.step(step, batch)
+    assert new.measure(held_out)["errors"]["swift"] == dense["plasticity"]["new"]["swift"]
+    assert dense["plasticity"]["trained"]["swift"] != dense["plasticity"]["new"]["swift"]
+    untouched = group.learners[0].adapted("swift", group.others, [], new=False).measure(held_out)["errors"]
+    assert untouched == group.learners[0].unseen(held_out, group.others)["errors"]
 
 
 def test_state_of_other_settings_is_not_gone_on_with(study: Make, tmp_path: Path) -> None:
@@ -280,7 +345,11 @@ def test_diverged_run_is_never_the_lower_one(study: Make) -> None:
         ({"regimes": ["fisher", "fisher"]}, "repeated"),
         ({"counts": [4]}, "counts up to 4, and there are 3 regimes"),
         ({"grid": 18}, "not divisible by unfold"),
-        ({"routers": {"dense": {}}}, "names of models without one"),
+        ({"routers": {"dense": {}}}, "dense: there is such a model"),
+        ({"apart": {"token": ["head.*"]}}, "token: there is such a model"),
+        ({"apart": {"specialist": ["head.*"]}}, "specialist: there is such a model"),
+        ({"longer": 1.0}, "longer"),
+        ({"noise": -0.1}, "noise"),
         ({"dims": [12], "expansion": 0.5}, "no multiple of 8"),
         ({"routers": {"x": {"kind": "tokn"}}}, "did you mean 'token'"),
         ({"operator": {"kind": "fno", "train": {"steps": 1}}}, "latent_transformer"),

@@ -13,7 +13,7 @@ from shodh.experiments.harness.command import Study
 from shodh.experiments.harness.flops import BACKWARD, flop_counter
 from shodh.experiments.harness.ranks import Ranks
 from shodh.experiments.harness.workers import Job, Progress, Workers
-from shodh.experiments.transfer.map.learner import Learner, build_model
+from shodh.experiments.transfer.map.learner import Learner, build_model, part
 from shodh.experiments.transfer.map.report import write_map_report
 from shodh.experiments.transfer.map.runs import MapRun, by_group, expand
 from shodh.experiments.transfer.map.settings import DENSE_ROUTER, DENSE_TOTAL, SPECIALIST, MapConfig
@@ -40,7 +40,10 @@ def _expand(study: MapConfig, world: int) -> list[MapRun]:
         raise ConfigError(
             f"a map is of runs on one rank each, and there are {world}; start it without a launcher, with --jobs"
         )
-    return expand(study)
+    runs = expand(study)
+    for run in {run.arm: run for run in runs if run.arm in study.apart}.values():
+        _whole_model(run)  # Its patterns are looked at before anything is made.
+    return runs
 
 
 def _make(study: MapConfig, chosen: Sequence[MapRun], jobs: int, ranks: Ranks) -> Progress:
@@ -69,8 +72,7 @@ def describe(study: MapConfig, runs: Sequence[MapRun]) -> str:
         train = first.operator.train
         flops = (1 + BACKWARD) * train.global_batch * sample_flops(first) * train.steps
         took = flops * rates[dim]
-        with torch.device("meta"):
-            size = sum(p.numel() for p in build_model(first).parameters())
+        size = sum(p.numel() for p in _whole_model(first).parameters())
         left = sum(not run.finished for run in same)
         rows.append([arm, count, dim, size / 1e6, train.steps, flops / 1e12, took, len(same), left])
         work += flops * left
@@ -83,6 +85,11 @@ def describe(study: MapConfig, runs: Sequence[MapRun]) -> str:
         f"to do: {work / 1e15:.3g} PFLOP in {groups} groups; {seconds / 60:.3g} minutes of one process here, without "
         "the solvers (from the time of a few steps; --jobs divides it)\n"
     )
+
+
+def _whole_model(run: MapRun) -> torch.nn.Module:
+    with torch.device("meta"):
+        return part(run, build_model(run), len(run.regimes))
 
 
 def sample_flops(run: MapRun) -> int:

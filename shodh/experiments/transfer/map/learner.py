@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shodh.data.fresh import FreshRegime
 from shodh.experiments.harness.learning import gradients_of, take_step
+from shodh.experiments.transfer.map.parted import PartedTransformer
 from shodh.experiments.transfer.map.runs import MapRun
 from shodh.experiments.transfer.map.settings import OBSERVED
 from shodh.models.factory import count_parameters
@@ -42,25 +43,39 @@ def build_model(run: MapRun) -> LatentTransformer:
     return model
 
 
-class Learner:
-    """A model that learns the regimes of its run from batches that hold these and maybe others."""
+def part(run: MapRun, model: LatentTransformer, regimes: int) -> LatentTransformer | PartedTransformer:
+    """The model itself, or parted as the study says of this arm; raises `ConfigError` where it says it wrongly."""
+    own = run.study.apart.get(run.arm)
+    return model if own is None else PartedTransformer(model, regimes, own)
 
-    def __init__(self, run: MapRun, data: Mapping[str, FreshRegime], device: torch.device) -> None:
-        self.run, self.device = run, device
-        self.model = build_model(run)
-        initialise(self.model, run.seed)
-        self.model.to(device)
-        train = run.operator.train
-        self.optimizer = adamw(decay_groups(self.model, train.weight_decay), train.lr, train.betas)
+
+class Learner:
+    """A model that learns the regimes of its run from batches that hold these and maybe others.
+
+    Parameters
+    ----------
+    regimes : sequence of str, optional
+        Others than those of the run.
+    """
+
+    def __init__(
+        self, run: MapRun, data: Mapping[str, FreshRegime], device: torch.device, regimes: Sequence[str] | None = None
+    ) -> None:
+        self.run, self.device, self.regimes = run, device, tuple(regimes or run.regimes)
+        self.train = run.operator.train
+        model = build_model(run)
+        initialise(model, run.seed)
+        self.model = part(run, model, len(self.regimes)).to(device)
+        self.optimizer = adamw(decay_groups(self.model, self.train.weight_decay), self.train.lr, self.train.betas)
         self.balance = GlobalBalance()
-        changes = [data[name].change for name in run.regimes]
+        changes = [data[name].change for name in self.regimes]
         self.changes = torch.tensor(changes, device=device)
         self.weights = 1 / self.changes if run.fields == "normalised" else torch.ones_like(self.changes)
         self.seconds = 0.0
 
     def batch(self, frames: Frames) -> tuple[Tensor, Tensor]:
         """Fields ``[B, history + 1, 1, n, n]`` of this run's regimes, and labels ``[B]``, told to an oracle."""
-        parts = [frames[name] for name in self.run.regimes]
+        parts = [frames[name] for name in self.regimes]
         labels = [torch.full((len(part),), number, device=self.device) for number, part in enumerate(parts)]
         return torch.cat(parts), torch.cat(labels)
 
@@ -75,13 +90,15 @@ class Learner:
         history = latents[:, : self.run.study.history]
         static = latents.new_zeros(len(latents), 0, *latents.shape[3:])
         given = router_arguments(self.run.operator.experts, labels, look=lambda: self.look(fields))
+        if isinstance(self.model, PartedTransformer):
+            given = {"labels": labels}
         output = self.model(history, static, **given)
         return output, weighted_square(output.latent, latents[:, -1], None)
 
     def step(self, number: int, frames: Frames) -> None:
         """One optimiser step, numbered from 0."""
         start = time.perf_counter()
-        train, experts = self.run.operator.train, self.run.operator.experts
+        experts = self.run.operator.experts
         self.model.train()
         fields, labels = self.batch(frames)
         self.balance.start_step()
@@ -90,7 +107,7 @@ class Learner:
         if output.routing:
             loss = loss + self.balance(output.routing).weighted(experts.balance)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(number, train)
+            group["lr"] = learning_rate(number, self.train)
         take_step(self.model, self.optimizer, loss, self.run.operator, output.routing, lambda: self.look(fields))
         self.seconds += time.perf_counter() - start
 
@@ -101,17 +118,19 @@ class Learner:
         errors: dict[str, list[float]] = {}
         counts: list[Tensor] = []
         places: dict[str, Any] = {}
-        for number, name in enumerate(self.run.regimes):
+        for number, name in enumerate(self.regimes):
             labels = torch.full((len(held_out[name]),), number, device=self.device)
             output, error = self.predict(held_out[name], labels)
             errors[name] = (error / self.changes[number]).tolist()
-            rows = [count_by_regime(r.selected, labels, len(self.run.regimes), r.num_experts) for r in output.routing]
+            rows = [count_by_regime(r.selected, labels, len(self.regimes), r.num_experts) for r in output.routing]
             if rows:
                 counts.append(torch.stack(rows))
             if (found := self._places(held_out[name])) is not None:
                 places[name] = found
-        size = count_parameters(self.model, self.run.operator.experts)
-        values: dict[str, Any] = {"errors": errors, "parameters": size.total, "active": size.active}
+        model, experts = self.model, self.run.operator.experts
+        size = count_parameters(model, experts)
+        active = count_parameters(model.models[0] if isinstance(model, PartedTransformer) else model, experts).active
+        values: dict[str, Any] = {"errors": errors, "parameters": size.total, "active": active}
         if counts:
             tables = torch.stack(counts).sum(0)
             values["tables"] = tables.tolist()
@@ -131,9 +150,23 @@ class Learner:
                 found["places"][name] = places
         return found
 
+    def adapted(self, name: str, data: Mapping[str, FreshRegime], batches: Sequence[Frames], new: bool) -> Learner:
+        """A learner of another regime alone, from this one's weights or from ``new`` ones, after a step a batch.
+
+        The learning rate goes over these steps as it went over those of the run; the optimiser starts anew.
+        """
+        found, count = Learner(self.run, data, self.device, [name]), len(batches)
+        warmup = round(self.train.warmup * count / self.train.steps)
+        found.train = self.train.model_copy(update={"steps": count, "warmup": warmup})
+        if not new:
+            found.model.load_state_dict(self.model.state_dict())
+        for step, frames in enumerate(batches):
+            found.step(step, frames)
+        return found
+
     def _places(self, fields: Tensor) -> dict[str, Any] | None:
         """Nearest cluster of each sample, and its squared distance over the mean one in training."""
-        clusters = self.model.router
+        clusters = getattr(self.model, "router", None)
         if not isinstance(clusters, Clusters):
             return None
         nearest = clusters.distances(self.look(fields)).min(1)
@@ -146,7 +179,7 @@ class Learner:
         ``within``: what it would be with samples without end (Spearman's correction). ``norm`` is over the geometric
         mean of all, ``norm_floor`` the ratio of the larger half's to the smaller's.
         """
-        halves = {name: [self._gradient(name, half) for half in frames[name].chunk(2)] for name in self.run.regimes}
+        halves = {name: [self._gradient(name, half) for half in frames[name].chunk(2)] for name in self.regimes}
         cosine = torch.nn.CosineSimilarity(0)
         within = {name: float(cosine(*pair)) for name, pair in halves.items()}
         pairs, corrected = {}, {}
@@ -171,7 +204,7 @@ class Learner:
     def _gradient(self, name: str, frames: Tensor) -> Tensor:
         """Of one regime's loss, without balance terms, flat in float64."""
         self.model.eval()
-        number = self.run.regimes.index(name)
+        number = self.regimes.index(name)
         labels = torch.full((len(frames),), number, device=self.device)
         _, error = self.predict(frames, labels)
         return torch.cat(list(gradients_of(self.model, (error * self.weights[number]).mean()).values()))

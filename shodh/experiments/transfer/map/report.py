@@ -13,7 +13,7 @@ from shodh.experiments.transfer.map.plots import heat_maps, index_by_arm
 from shodh.experiments.transfer.map.results import Claim, MapResults, Point, root_mean
 from shodh.experiments.transfer.map.runs import MapRun, by_group
 from shodh.experiments.transfer.map.settings import DENSE, SPECIALIST, MapConfig
-from shodh.experiments.transfer.map.unseen import unseen_section
+from shodh.experiments.transfer.map.unseen import plasticity_section, unseen_section
 from shodh.report.page import Headline, Section, Table, filled
 from shodh.report.statistics import RULE, Comparison, Verdict, what_seeds_can_show
 
@@ -26,7 +26,7 @@ def write_map_report(study: MapConfig, runs: Sequence[MapRun]) -> str:
     """Write ``<study>/report`` from the finished runs and return its top as text."""
     results = MapResults(study, runs)
     sections = [_index(results), _by_regime(results), _effective(results), _gradients(results)]
-    sections += [unseen_section(results), _runs(results)]
+    sections += [unseen_section(results), plasticity_section(results), _runs(results)]
     rows = {(*claim.point, claim.arm, claim.other): claim for claim in results.claims}
     claims = {row: results.claims[claim] for row, claim in rows.items()}
     sections.append(claims_section(claims, [*AXES, "model", "against"], lambda row: results.bootstrap(*rows[row])))

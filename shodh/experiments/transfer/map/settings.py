@@ -50,6 +50,11 @@ class MapConfig(StudySettings):
         description="also a dense model that takes so many times the steps, for a comparison at equal time: the runs' "
         "seconds over the dense model's are on the page",
     )
+    apart: dict[str, tuple[str, ...]] = Field(
+        {},
+        description="dense models, told the regime, some of whose parameters each has for itself: name -> patterns of "
+        "these, such as blocks.*.attention.*",
+    )
     routers: dict[str, dict[str, Any]] = Field(
         {}, description="sparse models: name -> settings of its router; groups are chosen by the number of regimes"
     )
@@ -67,6 +72,11 @@ class MapConfig(StudySettings):
         False,
         description="also errors on the opposed equations that a mix leaves out, and where their fingerprints lie",
     )
+    plasticity: Count = Field(
+        0,
+        description="steps in which a trained model and a new one of its kind learn each opposed equation that the mix "
+        "leaves out; 0: none",
+    )
     gradient_samples: Count = Field(64, description="of a regime, for cosines and norms of gradients; 0: none")
     stream: PositiveInt = Field(8, description="steps whose data are solved at once")
     operator: dict[str, Any] = Field(description="settings of the operator; its width and experts are set by the axes")
@@ -81,8 +91,9 @@ class MapConfig(StudySettings):
             raise ValueError(f"counts up to {max(self.counts)}, and there are {len(self.regimes)} regimes")
         if self.grid % self.unfold:
             raise ValueError(f"grid={self.grid} is not divisible by unfold={self.unfold}")
-        if taken := {DENSE, DENSE_ROUTER, DENSE_TOTAL, DENSE_LONGER, SPECIALIST} & set(self.routers):
-            raise ValueError(f"routers: {', '.join(sorted(taken))} are names of models without one")
+        own = {DENSE, DENSE_ROUTER, DENSE_TOTAL, DENSE_LONGER, SPECIALIST}
+        if taken := (own | set(self.apart)) & set(self.routers) or own & set(self.apart):
+            raise ValueError(f"{', '.join(sorted(taken))}: there is such a model; give another name")
         for dim in self.dims:
             if int(self.expansion * dim) % 8:
                 raise ValueError(
@@ -98,7 +109,7 @@ class MapConfig(StudySettings):
             DENSE_TOTAL: self.dense_total,
             DENSE_LONGER: self.longer is not None,
         }
-        return (DENSE, *(arm for arm, asked in controls.items() if asked), *self.routers)
+        return (DENSE, *(arm for arm, asked in controls.items() if asked), *self.apart, *self.routers)
 
     def learns(self, arm: str) -> bool:
         """Whether an arm has a router that is trained and given no label: no control."""

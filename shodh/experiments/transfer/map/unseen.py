@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from scipy.stats import gmean, spearmanr
 
-from shodh.experiments.harness.results import spread
+from shodh.experiments.harness.results import mean, spread
 from shodh.experiments.transfer.map.results import MapResults, Point, root_mean
 from shodh.experiments.transfer.map.settings import DENSE
 from shodh.report.page import Section, Table, filled
+from shodh.report.statistics import compare
 
 AXES = ["fields", "regimes", "width"]
 
@@ -79,6 +80,28 @@ def unseen_section(results: MapResults) -> Section | None:
         "that those of regimes, which are few, are what counts. Estimates: no claims."
     )
     return filled("unseen", "Regimes that were not trained", text, tables)
+
+
+def plasticity_section(results: MapResults) -> Section | None:
+    """Errors of trained models, and of new ones, after a few steps on a regime that the mix leaves out."""
+    rows = []
+    for point in results.points:
+        for arm in results.arms(point):
+            seeds = [v["plasticity"] for v in results.of(point, arm).values() if "plasticity" in v]
+            regimes = sorted({name for v in seeds for name in v["new"]})
+            for some in [[name] for name in regimes] + [regimes] * bool(regimes):
+                trained, new = ([gmean([root_mean(v[s][n]) for n in some]) for v in seeds] for s in ("trained", "new"))
+                c = compare(trained, new)
+                ends = (c.low, c.high) if c.seeds > 1 else (None, None)
+                name = some[0] if len(some) == 1 else "all"
+                rows.append([*point, arm, name, c.seeds, mean(trained), mean(new), c.ratio, *ends])
+    header = [*AXES, "model", "regime", "seeds", "from the mix", "from new weights", "ratio", "t low", "t high"]
+    text = (
+        f"Errors over persistence's after {results.study.plasticity} steps on one regime that the mix leaves out, from "
+        "the weights of the mix and from new ones, with the same samples and a new optimiser; geometric means of all "
+        "regimes last, t intervals over seeds. Below 1: what was learned helps. Estimates: no claims."
+    )
+    return filled("plasticity", "Plasticity", text, {"plasticity": Table(header, rows)})
 
 
 def _over_dense(results: MapResults, point: Point, seeds: Mapping[int, Any], regime: str) -> float | None:

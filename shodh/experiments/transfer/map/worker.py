@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -43,7 +44,11 @@ def job_of(study: MapConfig, group: str, runs: Sequence[MapRun]) -> dict[str, An
 def can_meet_others(run: MapRun) -> bool:
     """Whether a model can be asked about a regime that it has not learned: it learned several, and needs no label."""
     experts = run.operator.experts
-    return run.arm != SPECIALIST and not (experts.num_experts and experts.router.traits.labelled)
+    return (
+        run.arm != SPECIALIST
+        and run.arm not in run.study.apart
+        and not (experts.num_experts and experts.router.traits.labelled)
+    )
 
 
 class Group:
@@ -68,7 +73,8 @@ class Group:
             return {n: FreshRegime(n, self.study.grid, frames, unit, self.study.noise, device) for n in names}
 
         self.data = regimes(n for n in self.study.regimes if any(n in run.regimes for run in runs))
-        self.others = regimes(OPPOSED) if self.study.unseen and any(map(can_meet_others, runs)) else {}
+        asked = self.study.unseen or self.study.plasticity
+        self.others = regimes(OPPOSED) if asked and any(map(can_meet_others, runs)) else {}
         self.learners = [Learner(run, self.data, device) for run in runs]
         self.steps = max(run.operator.train.steps for run in runs)
         self.done = self._restore()
@@ -108,13 +114,32 @@ class Group:
         for learner in self.learners:
             values = learner.measure(held_out)
             if others and can_meet_others(learner.run):
-                values["unseen"] = learner.unseen(others, self.others)
+                if study.unseen:
+                    values["unseen"] = learner.unseen(others, self.others)
+                if study.plasticity:
+                    values["plasticity"] = self.plasticity(learner, others)
             if probes and learner.run.arm == DENSE:
                 values["gradients"] = learner.gradients(probes)
             run = learner.run
             said = {"run": run.labels, "identity": run.identity()}
             write_json(run.result, {**said, **values, "env": describe_environment()})
         self.path.unlink(missing_ok=True)
+
+    def plasticity(self, learner: Learner, held_out: Frames) -> dict[str, Any]:
+        """Errors of the model, and of a new one of its kind, after a few steps on each regime that it has not met."""
+        found: dict[str, Any] = {"trained": {}, "new": {}}
+        for name in sorted(self.others.keys() - set(learner.regimes)):
+            for side, new in (("trained", False), ("new", True)):
+                adapted = learner.adapted(name, self.others, self.lessons[name], new)
+                found[side] |= adapted.measure({name: held_out[name]})["errors"]
+        return found
+
+    @cached_property
+    def lessons(self) -> dict[str, list[Frames]]:
+        """A batch a step of each regime that some mix has not met."""
+        steps, size = self.study.plasticity, self.study.samples
+        keys = [(self.seed, "plasticity", step, number) for step in range(steps) for number in range(size)]
+        return {n: [{n: part} for part in r.samples(keys).split(size)] for n, r in self.others.items()}
 
     def _keep(self) -> None:
         tensors = {f"{name}:{key}": value.contiguous().clone()
