@@ -210,6 +210,35 @@ def nested_bootstrap(
     return Interval(float(low), float(high))
 
 
+def bootstrap_by_seed(
+    errors: Mapping[int, Sequence[Sequence[float] | None]],
+    others: Mapping[int, Sequence[Sequence[float] | None]],
+    *,
+    joint: bool = False,
+    squared: bool = False,
+) -> Interval | None:
+    """`nested_bootstrap` over the seeds that both models have.
+
+    Parameters
+    ----------
+    errors, others : mapping
+        Seed -> for each group the errors of its trajectories, or None where these are not known.
+    squared : bool
+        Errors are squares; the interval is that of their roots.
+
+    Returns
+    -------
+    Interval, optional
+        None also without a seed in common, or with a group that is not known.
+    """
+    seeds = sorted(errors.keys() & others.keys())
+    groups = [list(zip(*(side[seed] for seed in seeds), strict=True)) for side in (errors, others)]
+    if not all(groups) or any(found is None for side in groups for group in side for found in group):
+        return None
+    found = nested_bootstrap(*([np.array(group, float) for group in side] for side in groups), joint=joint)
+    return found if found is None or not squared else Interval(found.low**0.5, found.high**0.5)
+
+
 def _weights(rng: np.random.Generator, size: int, draws: int) -> np.ndarray:
     """Shares ``[draws, size]`` of what is drawn with replacement, as often as there is something to draw."""
     return rng.multinomial(size, np.full(size, 1 / size), draws) / size

@@ -12,6 +12,7 @@ from scipy import stats
 
 from shodh.report.statistics import (
     MARGIN,
+    bootstrap_by_seed,
     compare,
     holm,
     mean_intervals,
@@ -183,3 +184,17 @@ def test_a_small_test_set_is_named() -> None:
     assert what_trajectories_can_show({"a": 8, "b": 9}) == []
     few, lone = what_trajectories_can_show({"a": 2, "b": 1, "c": 8})
     assert "a 2, b 1" in few and "c" not in few.split("(")[1].split(")")[0] and "b" in lone
+
+
+def test_bootstrap_by_seed_pairs_seeds_and_needs_every_group() -> None:
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.lognormal(size=(2, 3, 2, 8))
+    by_seed = [{seed: [list(group) for group in side[seed]] for seed in range(3)} for side in (ours, theirs)]
+    expected = nested_bootstrap(*([side[:, group] for group in range(2)] for side in (ours, theirs)))
+    assert expected is not None and bootstrap_by_seed(*by_seed) == expected
+    assert bootstrap_by_seed({**by_seed[0], 7: [[1.0] * 8] * 2}, dict(reversed(by_seed[1].items()))) == expected
+    squares = [{seed: [np.square(group) for group in groups] for seed, groups in side.items()} for side in by_seed]
+    straight = nested_bootstrap(*([np.square(side[:, group]) for group in range(2)] for side in (ours, theirs)))
+    assert bootstrap_by_seed(*squares, squared=True) == pytest.approx(np.sqrt(straight))
+    assert bootstrap_by_seed({0: by_seed[0][0]}, {1: by_seed[1][1]}) is None
+    assert bootstrap_by_seed({**by_seed[0], 2: [by_seed[0][2][0], None]}, by_seed[1]) is None

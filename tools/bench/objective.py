@@ -29,7 +29,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from processes import ROOT, call
 from torch import Tensor
@@ -46,7 +45,7 @@ from shodh.evaluate.evaluation import evaluate, open_run
 from shodh.evaluate.rows import trajectory_errors
 from shodh.models.forecaster import Forecaster
 from shodh.report.page import Table, text_table
-from shodh.report.statistics import Comparison, compare, holm, nested_bootstrap
+from shodh.report.statistics import Comparison, bootstrap_by_seed, compare, holm
 from shodh.schema.measures import mean_over
 from shodh.train.datasets import Regimes, open_regimes
 from shodh.train.field_task import open_windows
@@ -181,12 +180,11 @@ def compare_arms(runs: Mapping[str, Any], arms: Sequence[str], seeds: Sequence[i
         both = sorted(first.keys() & by_seed.keys())
         if arm == arms[0] or not both:
             continue
-        sides = [[[found[seed][k] for seed in both] for k in range(len(first[both[0]]))] for found in (by_seed, first)]
         ours, theirs = (
             [statistics.geometric_mean(map(statistics.fmean, found[s])) for s in both] for found in (by_seed, first)
         )
         claims[regime, name, arm] = compare(ours, theirs)
-        nested = nested_bootstrap(*([np.array(group) for group in side] for side in sides))
+        nested = bootstrap_by_seed(by_seed, first)
         row["nested"] = None if nested is None else list(nested)
     for key, found in holm(claims).items():
         ends = {"ratio": found.ratio, "low": found.low, "high": found.high}

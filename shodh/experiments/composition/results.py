@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from shodh.experiments.composition.runs import expand
@@ -16,7 +15,7 @@ from shodh.experiments.composition.settings import METHODS, ROLES, CCMConfig, Ro
 from shodh.experiments.harness.results import ERROR, SEED, mean, tidy
 from shodh.experiments.harness.results import read_results as read_values
 from shodh.merge.coordinates import ParameterMap, extrapolation
-from shodh.report.statistics import Comparison, Interval, compare, holm, nested_bootstrap
+from shodh.report.statistics import Comparison, Interval, bootstrap_by_seed, compare, holm
 
 #: The better of both experts at each value and seed, in hindsight.
 BEST_ENDPOINT = "best_endpoint"
@@ -157,14 +156,15 @@ class Results:
 
     def bootstrap(self, claim: Claim) -> Interval | None:
         """Interval of a claim's ratio over seeds and test trajectories."""
-        values = [self.at_value(value) for value in self.of_role(claim.role)]
-        if any({claim.method, claim.other} - set(seed["methods"]) for seeds in values for seed in seeds):
-            return None
-        sides = [
-            [np.array([seed["methods"][m]["by_trajectory"] for seed in seeds], float) for seeds in values]
+        places = [[seed.at(value)["methods"] for value in self.of_role(claim.role)] for seed in self.seeds]
+        sides = (
+            {
+                seed: [methods.get(m, {}).get("by_trajectory") for methods in values]
+                for seed, values in enumerate(places)
+            }
             for m in (claim.method, claim.other)
-        ]
-        return nested_bootstrap(*sides, joint=True)
+        )
+        return bootstrap_by_seed(*sides, joint=True)
 
     def at_value(self, value: float) -> list[dict[str, Any]]:
         """`SeedResult.at` of every seed."""

@@ -8,7 +8,6 @@ from itertools import product
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import scipy
 
@@ -33,8 +32,8 @@ from shodh.report.statistics import (
     Comparison,
     Interval,
     Verdict,
+    bootstrap_by_seed,
     holm,
-    nested_bootstrap,
     what_seeds_can_show,
 )
 
@@ -122,20 +121,13 @@ class Outcomes:
 
     def bootstrap(self, claim: Claim) -> Interval | None:
         """Interval of a claim's ratio over seeds and test trajectories; None where these are not known."""
-        kept: list[dict[int, dict[str, list[float]]]] = [{}, {}]
+        sides: dict[str, dict[int, list[list[float]]]] = {claim.method: {}, claim.other: {}}
         for values in self.values:
-            run = values["run"]
-            if (run["regime"], run["count"]) != (claim.regime, claim.trajectories):
-                continue
-            found = values.get("by_trajectory", {}).get(MEASURES[claim.measure][0])
-            for side, method in zip(kept, (claim.method, claim.other)):
-                if found and run["method"] == method:
-                    side[run[SEED]] = found
-        seeds = sorted(kept[0].keys() & kept[1].keys())
-        if not seeds:
-            return None
-        fields = list(kept[0][seeds[0]])
-        return nested_bootstrap(*([np.array([side[s][f] for s in seeds], float) for f in fields] for side in kept))
+            run, place = values["run"], (values["run"]["regime"], values["run"]["count"])
+            fields = values.get("by_trajectory", {}).get(MEASURES[claim.measure][0])
+            if fields and place == (claim.regime, claim.trajectories) and run["method"] in sides:
+                sides[run["method"]][run[SEED]] = list(fields.values())
+        return bootstrap_by_seed(*sides.values())
 
     def errors(self, regime: str, count: int, method: str, measure: str) -> pd.Series:
         """By seed."""

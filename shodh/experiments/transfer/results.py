@@ -14,7 +14,7 @@ import pandas as pd
 import scipy
 
 from shodh.experiments.harness.results import ERROR, SEED, compare_by_seed, tidy
-from shodh.report.statistics import Comparison, Interval, holm, nested_bootstrap
+from shodh.report.statistics import Comparison, Interval, bootstrap_by_seed, holm
 
 Reading = Literal["steps", "flops", "seconds"]
 READINGS: tuple[Reading, ...] = ("steps", "flops", "seconds")
@@ -268,21 +268,12 @@ class Results:
         if claim.reading != TEST:
             return None
         regimes = self.regimes(claim.mix) if claim.regime is None else [claim.regime]
+        runs = [[r for r in self.of(claim.mix, name) if set(regimes) <= set(r.regimes)] for name in claim[1:3]]
         sides = [
-            {r.seed: r for r in self.of(claim.mix, name) if set(regimes) <= set(r.regimes)}
-            for name in (claim.label, claim.other)
+            {r.seed: [r.values["errors"].get(g, {}).get("by_trajectory") for g in regimes] for r in some}
+            for some in runs
         ]
-        seeds = sorted(set(sides[0]) & set(sides[1]))
-        kept = [
-            [[side[s].values["errors"].get(g, {}).get("by_trajectory") for s in seeds] for g in regimes]
-            for side in sides
-        ]
-        if not seeds or any(row is None for side in kept for group in side for row in group):
-            return None
-        found = nested_bootstrap(*([np.array(group, float) for group in side] for side in kept))
-        if found is None or not sides[0][seeds[0]].squared:
-            return found
-        return Interval(math.sqrt(found.low), math.sqrt(found.high))
+        return bootstrap_by_seed(*sides, squared=any(r.squared for r in runs[0]))
 
     @cached_property
     def transfers(self) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from scipy.stats import gmean
 
 from shodh.experiments.transfer.map.runs import MapRun
 from shodh.experiments.transfer.map.settings import DENSE, DENSE_LONGER, DENSE_ROUTER, SPECIALIST, MapConfig
-from shodh.report.statistics import Comparison, Interval, compare, holm, nested_bootstrap
+from shodh.report.statistics import Comparison, Interval, bootstrap_by_seed, compare, holm
 
 
 class Point(NamedTuple):
@@ -120,14 +120,8 @@ class MapResults:
         """Interval of `comparison` over seeds *and* held-out samples."""
         regimes = self.regimes(point)
         seeds = self.pairs(point, arm, other, regimes)
-        if len(seeds) < 2:
-            return None
-        sides = [
-            [np.array([self.squares(point, side, regime)[seed] for seed in seeds], float) for regime in regimes]
-            for side in (arm, other)
-        ]
-        found = nested_bootstrap(*sides)
-        return None if found is None else Interval(*(math.sqrt(end) for end in found))
+        sides = ({s: [self.squares(point, side, r)[s] for r in regimes] for s in seeds} for side in (arm, other))
+        return bootstrap_by_seed(*sides, squared=True)
 
     def baseline(self, point: Point, arm: str) -> str:
         """The dense model of an arm's active size: of a router with parameters, one that is widened by a router's."""
