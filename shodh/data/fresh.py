@@ -81,8 +81,9 @@ class FreshRegime:
 
     @property
     def change(self) -> float:
-        """Mean square of a change in one step of the field as it is given, without noise: the error of persistence."""
-        return (self.constants.change * self._factor) ** 2
+        """Mean square error of persistence, of the field as it is given: a change in one step, and the noise."""
+        given = self.constants.change**2 + (self.noise * self.constants.deviation) ** 2
+        return given * self._factor**2
 
     @property
     def _factor(self) -> float:

@@ -19,7 +19,7 @@ from shodh.experiments.harness.settings import load_settings
 from shodh.experiments.transfer.map.learner import Learner, build_model
 from shodh.experiments.transfer.map.parted import PartedTransformer
 from shodh.experiments.transfer.map.report import headline
-from shodh.experiments.transfer.map.results import MapResults, Point
+from shodh.experiments.transfer.map.results import Claim, MapResults, Point
 from shodh.experiments.transfer.map.runs import MapRun, expand
 from shodh.experiments.transfer.map.settings import MapConfig
 from shodh.experiments.transfer.map.unseen import nearest, prediction, unseen_section
@@ -188,6 +188,52 @@ def test_plasticity_is_that_of_a_model_that_goes_on(study: Make) -> None:
     assert untouched == group.learners[0].unseen(held_out, group.others)["errors"]
 
 
+def test_wholly_parted_model_is_its_specialists(study: Make, tmp_path: Path) -> None:
+    """Where nothing clips their joint gradient, and Adam's step does not see that the mean is over three regimes."""
+    settings = study("operator.train.clip=1e9", "operator.train.betas=[0.9, 0.999]", apart={"own": ["*"]})
+    runs = pick(expand(settings), "own-k3", "advection_right", "advection_left", "diffusion")
+    group = Group(runs, tmp_path / "a", CPU)
+    assert group.train(Event())
+    parted, *alone = group.learners
+    held_out = group.frames([("held out", number) for number in range(4)])
+    found = parted.measure(held_out)["errors"]
+    for learner in alone:
+        (name,) = learner.regimes
+        assert found[name] == pytest.approx(learner.measure(held_out)["errors"][name], rel=1e-3)
+
+
+def test_result_of_other_patterns_or_lessons_is_refused(study: Make) -> None:
+    settings = study(apart={"own": ["head.*"]}, counts=[2], plasticity=1)
+    runs = pick(expand(settings), "own-k2", "dense-k2", "advection_left")
+    assert carry_out(job_of(settings, "d8-normalised-s0", runs), CPU, Event())
+    own, dense, alone = pick(
+        expand(study(apart={"own": ["embed.*"]}, counts=[2], plasticity=2)), *(r.name for r in runs)
+    )
+    with pytest.raises(ConfigError, match="is of other settings of apart"):
+        own.read()
+    with pytest.raises(ConfigError, match="is of other settings of plasticity"):
+        dense.read()
+    assert alone.read()
+
+
+def test_group_stopped_between_results_does_not_train_again(study: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = study(counts=[2])
+    runs = pick(expand(settings), "dense-k2", "token-k2", "advection_left")
+    job, stop = job_of(settings, "d8-normalised-s0", runs), Event()
+
+    def stop_at(path: Path, values: Any) -> None:
+        write_json(path, values)
+        stop.set()
+
+    monkeypatch.setattr("shodh.experiments.transfer.map.worker.write_json", stop_at)
+    assert not carry_out(job, CPU, stop)
+    assert sum(run.finished for run in runs) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(Learner, "step", lambda *_: pytest.fail("a step is taken again"))
+    assert carry_out(job, CPU, Event()) and all(run.finished for run in runs)
+    assert not list((settings.folder / "states").glob("*"))
+
+
 def test_state_of_other_settings_is_not_gone_on_with(study: Make, tmp_path: Path) -> None:
     stopped = Event()
     stopped.set()
@@ -283,7 +329,7 @@ def planted(settings: MapConfig, slope: float = 0.5) -> MapResults:
         squares = [error**2 * factor for factor in (0.9, 1.0, 1.1, 1.0)]
         active = size + 100 * (run.arm in WIDER)
         values = {"errors": dict.fromkeys(run.regimes, squares), "parameters": size, "active": active, "seconds": 1.0}
-        write_json(run.result, {"identity": run.identity(), "steps": 6, **values})
+        write_json(run.result, {"identity": run.identity(), "steps": run.operator.train.steps, **values})
     return MapResults(settings, runs)
 
 
@@ -318,6 +364,20 @@ def test_learned_router_that_lowers_the_error_is_named(study: Make, monkeypatch:
     assert headline(planted(study(seeds=3))).numbers["token"]["against"] == "dense"
 
 
+def test_more_steps_of_the_dense_model_have_the_last_word(study: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router that lowers the error at equal steps, and is above a dense model of more steps, is no answer."""
+    monkeypatch.setitem(PLANTED, "token", 1.2)
+    monkeypatch.setitem(PLANTED, "dense_longer", 1.0)
+    results = planted(study(seeds=3, longer=2.0, apart={"own": ["head.*"]}))
+    point = Point("normalised", 3, 8)
+    assert not any(claim.arm == "dense_longer" for claim in results.claims)
+    assert results.claims[Claim(point, "token", "dense_longer")].verdict == "higher"
+    assert results.claims[Claim(point, "own", "dense")].verdict == "lower"
+    found = headline(results)
+    assert found.verdict == "Negative transfer, lowered by own, and by no router that learns"
+    assert results.time(point, "dense_longer") == 2.0 and results.time(point, "token") == 1.0
+
+
 @pytest.mark.parametrize(("dense", "seeds", "words"), [(1.0, 3, "No negative"), (1.5, 2, "No negative")])
 def test_nothing_is_claimed_without_a_difference_or_enough_seeds(
     study: Make, monkeypatch: pytest.MonkeyPatch, dense: float, seeds: int, words: str
@@ -349,6 +409,8 @@ def test_diverged_run_is_never_the_lower_one(study: Make) -> None:
         ({"apart": {"token": ["head.*"]}}, "token: there is such a model"),
         ({"apart": {"specialist": ["head.*"]}}, "specialist: there is such a model"),
         ({"longer": 1.0}, "longer"),
+        ({"longer": float("inf")}, "longer"),
+        ({"apart": {"own": []}}, "apart"),
         ({"noise": -0.1}, "noise"),
         ({"dims": [12], "expansion": 0.5}, "no multiple of 8"),
         ({"routers": {"x": {"kind": "tokn"}}}, "did you mean 'token'"),

@@ -126,7 +126,7 @@ class Outcomes:
             run, place = values["run"], (values["run"]["regime"], values["run"]["count"])
             fields = values.get("by_trajectory", {}).get(MEASURES[claim.measure][0])
             if fields and place == (claim.regime, claim.trajectories) and run["method"] in sides:
-                sides[run["method"]][run[SEED]] = list(fields.values())
+                sides[run["method"]][run[SEED]] = [fields[name] for name in sorted(fields)]
         return bootstrap_by_seed(*sides.values())
 
     def errors(self, regime: str, count: int, method: str, measure: str) -> pd.Series:

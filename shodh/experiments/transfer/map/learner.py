@@ -97,7 +97,7 @@ class Learner:
 
     def step(self, number: int, frames: Frames) -> None:
         """One optimiser step, numbered from 0."""
-        start = time.perf_counter()
+        start = self._now()
         experts = self.run.operator.experts
         self.model.train()
         fields, labels = self.batch(frames)
@@ -109,7 +109,13 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(number, self.train)
         take_step(self.model, self.optimizer, loss, self.run.operator, output.routing, lambda: self.look(fields))
-        self.seconds += time.perf_counter() - start
+        self.seconds += self._now() - start
+
+    def _now(self) -> float:
+        """Seconds, when all that was asked of the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     @torch.no_grad()
     def measure(self, held_out: Frames) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from shodh.experiments.harness.workers import read_failures
 from shodh.experiments.transfer.map.plots import heat_maps, index_by_arm
 from shodh.experiments.transfer.map.results import Claim, MapResults, Point, root_mean
 from shodh.experiments.transfer.map.runs import MapRun, by_group
-from shodh.experiments.transfer.map.settings import DENSE, SPECIALIST, MapConfig
+from shodh.experiments.transfer.map.settings import DENSE, DENSE_LONGER, SPECIALIST, MapConfig
 from shodh.experiments.transfer.map.unseen import plasticity_section, unseen_section
 from shodh.report.page import Headline, Section, Table, filled
 from shodh.report.statistics import RULE, Comparison, Verdict, what_seeds_can_show
@@ -73,7 +73,10 @@ def headline(results: MapResults) -> Headline:
             f"index {_with_interval(index)}, {WORDS[index.verdict]}{shown}."
         )
         numbers[arm] = {"against": other, "ratio": against.ratio, "index": index.ratio, "information": u}
-        if against.verdict == "lower":
+        longer = results.claims.get(Claim(point, arm, DENSE_LONGER))
+        if longer is not None:
+            lines[-1] += f" Over {DENSE_LONGER}: {_with_interval(longer)}, {WORDS[longer.verdict]}."
+        if against.verdict == "lower" and (longer is None or longer.verdict != "higher"):
             lower.append(arm)
     lines.append(what_seeds_can_show(dense.seeds, SEEDS_CHANGE))
     learned = [arm for arm in lower if results.study.learns(arm)]
@@ -82,7 +85,8 @@ def headline(results: MapResults) -> Headline:
     elif learned:
         verdict, tone = f"Negative transfer, lowered without labels by {', '.join(learned)}", "good"
     elif lower:
-        verdict, tone = f"Negative transfer, lowered by {', '.join(lower)}, and by no router that learns", "fair"
+        routers = ", and by no router that learns" if any(map(results.study.learns, results.arms(point))) else ""
+        verdict, tone = f"Negative transfer, lowered by {', '.join(lower)}{routers}", "fair"
     else:
         verdict, tone = "Negative transfer, and no routing that these seeds show to lower it", "bad"
     return Headline(verdict, "\n".join(lines), tone, numbers, note=RULE)  # type: ignore[arg-type]
@@ -101,22 +105,24 @@ def _with_interval(c: Comparison) -> str:
 
 def _index(results: MapResults) -> Section | None:
     rows = []
-    for claim, c in results.claims.items():
-        if claim.other != SPECIALIST:
-            continue
-        wider = results.bootstrap(claim.point, claim.arm, SPECIALIST)
-        over, place = results.comparison(claim.point, claim.arm, DENSE), (claim.point, claim.arm)
-        found = list(results.of(*place).values())
-        rows.append([
-            *claim.point, claim.arm, c.seeds, c.ratio, *_ends(c), *(wider or (None, None)),
-            None if over is None else over.ratio, results.time(*place), results.information(*place),
-            found[0]["parameters"] / 1e6, found[0]["active"] / 1e6, WORDS[c.verdict],
-        ])  # fmt: skip
+    for point in results.points:
+        for arm in results.arms(point):
+            claim = results.claims.get(Claim(point, arm, SPECIALIST))
+            c, over = claim or results.comparison(point, arm, SPECIALIST), results.comparison(point, arm, DENSE)
+            if c is None:
+                continue
+            found = next(iter(results.of(point, arm).values()))
+            rows.append([
+                *point, arm, c.seeds, c.ratio, *_ends(c), *(results.bootstrap(point, arm, SPECIALIST) or (None, None)),
+                None if over is None else over.ratio, results.time(point, arm), results.information(point, arm),
+                found["parameters"] / 1e6, found["active"] / 1e6, None if claim is None else WORDS[claim.verdict],
+            ])  # fmt: skip
     header = [*AXES, "model", "seeds", "index", "t low", "t high", "low", "high", "over dense", "time", "U"]
     text = (
-        "Error over that of specialists of the same width with as many samples of their regime, geometric mean over "
-        "regimes; t intervals over seeds, and bootstrap intervals over seeds and held-out samples. Over dense: error "
-        "over that of the dense model of equal active size. Time: seconds of training over the dense model's, median."
+        "Error over that of specialists of the same width with as many samples of their regime (dense_longer has had "
+        "more: no claim), geometric mean over regimes; t intervals over seeds, and bootstrap intervals over seeds and "
+        "held-out samples. Over dense: error over that of the dense model of the same width. Time: seconds of training "
+        "steps, without the data, over the dense model's, median."
     )
     table = Table([*header, "M parameters", "M active", "verdict"], rows)
     return filled(

@@ -130,21 +130,28 @@ class MapResults:
 
     @cached_property
     def claims(self) -> dict[Claim, Comparison]:
-        """Every model against specialists, sparse ones against their `baseline` and, where one was trained, against a
-        dense model with more steps: one family, adjusted together."""
+        """Models against specialists, but for one with more steps; sparse ones against their `baseline` and a dense one
+        with more steps; parted ones against the dense one: one family, adjusted together."""
         found = {}
         for point in self.points:
             for arm in self.arms(point):
-                sparse = arm in self.study.routers
-                for other in (SPECIALIST, *([self.baseline(point, arm), DENSE_LONGER] if sparse else [])):
+                others = [] if arm == DENSE_LONGER else [SPECIALIST]
+                if arm in (*self.study.routers, *self.study.apart):
+                    others.append(self.baseline(point, arm))
+                if arm in self.study.routers:
+                    others.append(DENSE_LONGER)
+                for other in others:
                     if (c := self.comparison(point, arm, other)) is not None:
                         found[Claim(point, arm, other)] = c
         return holm(found)
 
     def time(self, point: Point, arm: str) -> float | None:
-        """Seconds of an arm's training over the dense model's of its seed, which took turns with it: the median."""
-        dense = self.of(point, DENSE)
-        shares = [v["seconds"] / dense[s]["seconds"] for s, v in self.of(point, arm).items() if s in dense]
+        """Seconds of an arm's steps over those of the dense model of its seed, which took turns with it: the median.
+
+        Of a dense model with more steps the ratio of these: the last of them had nothing beside them.
+        """
+        dense, key = self.of(point, DENSE), "steps" if arm == DENSE_LONGER else "seconds"
+        shares = [values[key] / dense[seed][key] for seed, values in self.of(point, arm).items() if seed in dense]
         return float(np.median(shares)) if shares else None
 
     def information(self, point: Point, arm: str) -> float | None:

@@ -33,7 +33,7 @@ class MapRun:
     Attributes
     ----------
     arm : str
-        ``specialist``, ``dense``, ``dense_total``, or the name of a router.
+        ``specialist``, ``dense`` or another control of `settings`, or a name of ``apart`` or ``routers``.
     regimes : tuple of str
     dim, seed : int
     fields : str
@@ -78,6 +78,10 @@ class MapRun:
     def identity(self) -> dict[str, Any]:
         """Settings that its numbers depend on."""
         data = {name: getattr(self.study, name) for name in DATA}
+        if self.arm in self.study.apart:
+            data["apart"] = self.study.apart[self.arm]
+        if self.arm != SPECIALIST and self.study.plasticity:
+            data["plasticity"] = self.study.plasticity
         found: dict[str, Any] = to_json({**data, "operator": to_dict(self.operator), **self.labels})
         return found
 

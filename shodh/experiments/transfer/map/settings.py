@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, model_validator
@@ -47,10 +48,11 @@ class MapConfig(StudySettings):
     longer: float | None = Field(
         None,
         gt=1,
-        description="also a dense model that takes so many times the steps, for a comparison at equal time: the runs' "
-        "seconds over the dense model's are on the page",
+        allow_inf_nan=False,
+        description="also a dense model that takes so many times the steps: at least as long as the routers, whose "
+        "time over the dense model's is on the page",
     )
-    apart: dict[str, tuple[str, ...]] = Field(
+    apart: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] = Field(
         {},
         description="dense models, told the regime, some of whose parameters each has for itself: name -> patterns of "
         "these, such as blocks.*.attention.*",
@@ -142,7 +144,7 @@ class MapConfig(StudySettings):
         config = section_from_dict(OperatorConfig, tree, f"study {self.name}, operator of {arm}")
         if arm != DENSE_LONGER or self.longer is None:
             return config
-        train = config.train.model_copy(update={"steps": round(self.longer * config.train.steps)})
+        train = config.train.model_copy(update={"steps": math.ceil(self.longer * config.train.steps)})
         return config.model_copy(update={"train": train})
 
     def _router(self, arm: str, count: int) -> dict[str, Any]:

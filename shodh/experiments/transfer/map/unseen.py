@@ -89,7 +89,7 @@ def plasticity_section(results: MapResults) -> Section | None:
         for arm in results.arms(point):
             seeds = [v["plasticity"] for v in results.of(point, arm).values() if "plasticity" in v]
             regimes = sorted({name for v in seeds for name in v["new"]})
-            for some in [[name] for name in regimes] + [regimes] * bool(regimes):
+            for some in [[name] for name in regimes] + [regimes] * (len(regimes) > 1):
                 trained, new = ([gmean([root_mean(v[s][n]) for n in some]) for v in seeds] for s in ("trained", "new"))
                 c = compare(trained, new)
                 ends = (c.low, c.high) if c.seeds > 1 else (None, None)

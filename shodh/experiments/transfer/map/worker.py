@@ -23,6 +23,7 @@ from shodh.core.devices import pick_device
 from shodh.core.environment import describe_environment
 from shodh.core.files import atomic_path
 from shodh.core.precision import ieee_float32
+from shodh.core.reading import parse_json
 from shodh.core.seeding import Key
 from shodh.core.strict_json import dumps, write_json
 from shodh.data.fresh import FreshRegime
@@ -73,8 +74,8 @@ class Group:
             return {n: FreshRegime(n, self.study.grid, frames, unit, self.study.noise, device) for n in names}
 
         self.data = regimes(n for n in self.study.regimes if any(n in run.regimes for run in runs))
-        asked = self.study.unseen or self.study.plasticity
-        self.others = regimes(OPPOSED) if asked and any(map(can_meet_others, runs)) else {}
+        asked = [run for run in runs if can_meet_others(run)] if self.study.unseen or self.study.plasticity else []
+        self.others = regimes(n for n in OPPOSED if any(n not in run.regimes for run in asked))
         self.learners = [Learner(run, self.data, device) for run in runs]
         self.steps = max(run.operator.train.steps for run in runs)
         self.done = self._restore()
@@ -102,9 +103,10 @@ class Group:
                 return False
         return True
 
-    def finish(self) -> None:
-        """Measure every run and write its result; the state is then of no more use."""
+    def finish(self, stop: Event) -> bool:
+        """Measure every run and write its result; False if it was stopped. The state is then of no more use."""
         study = self.study
+        self._keep()
         keys = [("held out", number) for number in range(study.held_out)]
         held_out = self.frames(keys)
         probes: Frames = {}
@@ -112,6 +114,8 @@ class Group:
             probes = self.frames([("gradients", number) for number in range(study.gradient_samples)])
         others = {name: regime.samples(keys) for name, regime in self.others.items()}
         for learner in self.learners:
+            if stop.is_set():
+                return False
             values = learner.measure(held_out)
             if others and can_meet_others(learner.run):
                 if study.unseen:
@@ -124,6 +128,7 @@ class Group:
             said = {"run": run.labels, "identity": run.identity()}
             write_json(run.result, {**said, **values, "env": describe_environment()})
         self.path.unlink(missing_ok=True)
+        return True
 
     def plasticity(self, learner: Learner, held_out: Frames) -> dict[str, Any]:
         """Errors of the model, and of a new one of its kind, after a few steps on each regime that it has not met."""
@@ -146,15 +151,16 @@ class Group:
                    for name, learner in zip(self.names, self.learners, strict=True)
                    for key, value in learner.state().items()}  # fmt: skip
         with atomic_path(self.path) as path:
-            save_file(tensors, path, {"step": str(self.done), "runs": self._identity()})
+            save_file(tensors, path, {"step": str(self.done), "runs": dumps(self._identities())})
 
     def _restore(self) -> int:
-        """The step to go on from: 0 where no state of these very runs is kept."""
+        """The step to go on from: 0 where no state of these very runs, and maybe others, is kept."""
         if not self.path.exists():
             return 0
         with safe_open(self.path, "pt") as file:
             meta = file.metadata()
-        if meta["runs"] != self._identity():
+        kept = parse_json(meta["runs"], str(self.path))
+        if any(kept.get(name) != identity for name, identity in self._identities().items()):
             return 0
         tensors = load_file(self.path)
         for name, learner in zip(self.names, self.learners, strict=True):
@@ -162,8 +168,8 @@ class Group:
             learner.restore(own)
         return int(meta["step"])
 
-    def _identity(self) -> str:
-        return dumps([learner.run.identity() for learner in self.learners])
+    def _identities(self) -> dict[str, Any]:
+        return {learner.run.name: learner.run.identity() for learner in self.learners}
 
 
 @ieee_float32()
@@ -174,10 +180,7 @@ def carry_out(job: dict[str, Any], device: torch.device, stop: Event) -> bool:
     if not runs:
         return True
     group = Group(runs, study.folder / "states" / f"{job['group']}.safetensors", device)
-    if not group.train(stop):
-        return False
-    group.finish()
-    return True
+    return group.train(stop) and group.finish(stop)
 
 
 def main() -> int:
