@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count, islice
 from typing import Any, NamedTuple, Self
 
@@ -122,7 +123,7 @@ class Forecaster:
         features: Tensor,
         labels: Tensor,
         *,
-        told: Callable[[int, Tensor], Mapping[str, Any]] | None = None,
+        told: Callable[[int], Mapping[str, Any]] | None = None,
         conditions: Tensor | None = None,
         detach: bool = False,
     ) -> Iterator[OperatorOutput]:
@@ -131,15 +132,18 @@ class Forecaster:
         Parameters
         ----------
         told : callable
-            What the routers are told at each step, by its number from 0 and its states.
+            What the routers are told at each step, by its number from 0; by default that of an evaluation. Fingerprints
+            are those of the given states throughout: what moves a trajectory stays the same, and forecasts drift.
         conditions : Tensor [B, N], optional
             As `step`, the same at all steps.
         detach : bool
             Take each state as given by the step that follows it: no gradient goes back through it.
         """
         window = states[:, -self.history :]
+        if told is None:
+            given = router_arguments(self.experts, labels, look=partial(self.look, window, labels))
         for number in count():
-            output = self.step(window, features, labels, None if told is None else told(number, window), conditions)
+            output = self.step(window, features, labels, given if told is None else told(number), conditions)
             yield output
             following = output.latent.unsqueeze(1)
             if detach:

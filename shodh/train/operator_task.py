@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import Any
 
@@ -236,17 +236,17 @@ class OperatorTask:
     def _unrolled(
         self, model: Any, history: Tensor, static: Tensor, batch: Batch, step: int
     ) -> tuple[list[OperatorOutput], Tensor | None]:
-        """The forecasts that the loss is made of, one after the other, and the fingerprints of the first one's states.
+        """The forecasts that the loss is made of, one after the other, and the fingerprints that they all go by.
 
         Each draws router noise of its own.
         """
         regime, names, unroll = batch["regime"], sample_names(batch), self.operator.unroll
         forecaster = Forecaster.of(self.config, self.regimes.space, model, self.tokenizer)
+        look = cache(partial(forecaster.look, history, regime))
         seen: list[Tensor | None] = []
 
-        def told(number: int, states: Tensor) -> dict[str, Any]:
+        def told(number: int) -> dict[str, Any]:
             key = (self.config.seed, step, number) if number else (self.config.seed, step)
-            look = partial(forecaster.look, states, regime)
             given = router_arguments(self.operator.experts, regime, names, *key, look=look)
             seen.append(given.get("fingerprint"))
             return given

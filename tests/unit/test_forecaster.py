@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from shodh.core.errors import CheckpointError
 from shodh.models.factory import build_operator, build_tokenizer
 from shodh.models.forecaster import Forecaster
 from shodh.models.init import initialise
+from shodh.models.operator import OperatorOutput
 from shodh.moe.fingerprint import fingerprint
 from shodh.schema.domain import Domain, add_walls, static_features
 from shodh.schema.space import RegimeSpace, Space
@@ -38,7 +40,7 @@ OPERATORS: dict[str, dict[str, Any]] = {
         },
     },
 }
-# Its routers are shown what changes from frame to frame, of the frames that the operator is given.
+# Its routers are shown what changes from frame to frame, of the frames that a rollout begins with.
 OPERATORS["operator"] = {
     **OPERATORS["oracle"],
     "experts": {**OPERATORS["oracle"]["experts"], "router": {"kind": "operator", "groups": 4, "normalise": "before"}},
@@ -109,7 +111,7 @@ def obvious(forecaster: Forecaster, fields: Tensor, static: Tensor, regime: int,
                     frame[:, 3] = torch.where(mask[:, 0] == 1, 0.0, frame[:, 3])
                     frame[:, absent] = 1.0
             features = mask if tokenizer is None else static_features(geometry)
-            if forecaster.experts.num_experts and forecaster.experts.router.kind == "operator":
+            if forecaster.experts.num_experts and forecaster.experts.router.kind == "operator" and not out:
                 exists = torch.tensor([[c not in absent for c in range(5)]])
                 wrapped = torch.tensor([[True, False, True]])
                 told = {"fingerprint": fingerprint(torch.stack(window[-forecaster.history :], 1), wrapped, exists)}
@@ -132,6 +134,23 @@ def test_rollout_is_the_obvious_loop(model: tuple[RunConfig, Forecaster], regime
     there = forecaster.space.channel_numbers(regime)
     torch.testing.assert_close(found[:, :, there], expected[:, :, there], rtol=1e-4, atol=1e-4)
     assert found.shape == (2, 3, forecaster.space.num_channels, *config.cells)
+
+
+def test_routers_go_by_the_given_frames_throughout_a_rollout() -> None:
+    """Fingerprints of forecasts would be those of their errors as well."""
+    config, forecaster = build("operator")
+    fields, static = draw(config, forecaster)
+    states, features = forecaster.encode(fields, static, 0)
+    labels, seen = forecaster.labels(0, states), []
+
+    def operator(*given: Tensor, **told: Tensor) -> OperatorOutput:
+        seen.append(told["fingerprint"])
+        return forecaster.operator(*given, **told)  # type: ignore[misc]
+
+    with torch.no_grad():
+        replace(forecaster, operator=operator).rollout(states, features, labels, 3)
+    expected = forecaster.look(states[:, -forecaster.history :], labels)
+    assert len(seen) == 3 and all(torch.equal(found, expected) for found in seen)
 
 
 def test_a_longer_rollout_begins_as_a_shorter_one(model: tuple[RunConfig, Forecaster]) -> None:
