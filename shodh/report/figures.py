@@ -132,9 +132,8 @@ def training_curve(lines: Sequence[Mapping[str, float]]) -> Figure | None:
     if measure is None:
         return None
     train = [(line["step"], line[f"train/{measure}"]) for line in lines if f"train/{measure}" in line]
-    figure = Figure(figsize=(7.2, 3.2))
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     panel = figure.subplots()
-    figure.subplots_adjust(left=0.12, right=0.91, bottom=0.16, top=0.87)
     panel.plot(*zip(*train, strict=True), color=INK, label="training")
     held_out = sorted({k for line in lines for k in line if k.startswith(f"valid/{measure}/")})
     for marker, key in zip(MARKERS, held_out, strict=False):
@@ -149,8 +148,7 @@ def training_curve(lines: Sequence[Mapping[str, float]]) -> Figure | None:
         right.plot(*zip(*information, strict=True), color=MODEL, alpha=0.6, label="regime information U")
         right.set_ylim(0, 1.05)
         right.set_ylabel("U", color=MODEL)
-    handles = [line for axes in figure.axes for line in axes.get_lines()]
-    figure.legend(handles=handles, loc="upper center", ncols=min(5, len(handles)), fontsize=8, frameon=False)
+    legend_below(figure)
     return figure
 
 
@@ -216,7 +214,7 @@ def lines(
     total, known = len(known), _first(known)
     columns = min(3, len(known))
     rows = -(-len(known) // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 0.3), layout="constrained")
+    figure = Figure(figsize=(3.6 * columns, 2.9 * rows), layout="constrained")
     panels = panel_grid(figure, len(known), columns)
     names = list(dict.fromkeys(name for curves in known.values() for name in curves))
     for panel, (title, curves) in zip(panels, known.items(), strict=True):
@@ -232,10 +230,21 @@ def lines(
         if log:
             panel.set_yscale("log")
         bare(panel)
-    handles = {label: h for panel in panels for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     _note_rest(figure, total)
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+    legend_below(figure, 7)
     return figure
+
+
+def legend_below(figure: Figure, size: float = 8) -> None:
+    """What the panels label, each label once, in as many columns as fit; a figure of constrained layout grows by it."""
+    pairs = [pair for panel in figure.axes for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
+    handles = {label: handle for handle, label in pairs}
+    fit = figure.get_figwidth() * 72 / (size * (4.5 + 0.6 * max(map(len, handles))))
+    columns = max(1, min(5, len(handles), int(fit)))
+    figure.set_figheight(figure.get_figheight() + -(-len(handles) // columns) * 1.7 * size / 72)
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=size, frameon=False
+    )
 
 
 def ratios(series: Mapping[str, Sequence[Sequence[float]]], places: Sequence[str], y: str) -> Figure | None:
@@ -249,7 +258,7 @@ def ratios(series: Mapping[str, Sequence[Sequence[float]]], places: Sequence[str
     names = list(series)
     if not any(series.values()):
         return None
-    figure = Figure(figsize=(max(6.0, 1.5 + 0.31 * len(places) * len(names)), 3.8), layout="constrained")
+    figure = Figure(figsize=(max(6.0, 1.5 + 0.31 * len(places) * len(names)), 3.4), layout="constrained")
     panel = figure.subplots()
     for number, name in enumerate(names):
         place, value, low, high = np.array(series[name], float).reshape(-1, 4).T
@@ -259,6 +268,6 @@ def ratios(series: Mapping[str, Sequence[Sequence[float]]], places: Sequence[str
     panel.axhline(1, color=INK, linewidth=0.8)
     panel.set_xticks(range(len(places)), places, fontsize=8)
     panel.set_ylabel(y)
-    figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=min(5, len(names)))
     bare(panel)
+    legend_below(figure)
     return figure

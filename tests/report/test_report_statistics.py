@@ -193,8 +193,11 @@ def test_bootstrap_by_seed_pairs_seeds_and_needs_every_group() -> None:
     expected = nested_bootstrap(*([side[:, group] for group in range(2)] for side in (ours, theirs)))
     assert expected is not None and bootstrap_by_seed(*by_seed) == expected
     assert bootstrap_by_seed({**by_seed[0], 7: [[1.0] * 8] * 2}, dict(reversed(by_seed[1].items()))) == expected
-    squares = [{seed: [np.square(group) for group in groups] for seed, groups in side.items()} for side in by_seed]
+    squares = [
+        {seed: [[x * x for x in group] for group in groups] for seed, groups in side.items()} for side in by_seed
+    ]
     straight = nested_bootstrap(*([np.square(side[:, group]) for group in range(2)] for side in (ours, theirs)))
-    assert bootstrap_by_seed(*squares, squared=True) == pytest.approx(np.sqrt(straight))
+    assert straight is not None
+    assert bootstrap_by_seed(squares[0], squares[1], squared=True) == pytest.approx([end**0.5 for end in straight])
     assert bootstrap_by_seed({0: by_seed[0][0]}, {1: by_seed[1][1]}) is None
     assert bootstrap_by_seed({**by_seed[0], 2: [by_seed[0][2][0], None]}, by_seed[1]) is None
