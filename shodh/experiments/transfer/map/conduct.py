@@ -83,7 +83,7 @@ def describe(study: MapConfig, runs: Sequence[MapRun]) -> str:
         f"study {study.name}: {study.question}\n{study.folder}: {len(runs)} runs, {study.seeds} seeds\n\n"
         f"{text_table(Table(header, rows))}\n\n"
         f"to do: {work / 1e15:.3g} PFLOP in {groups} groups; {seconds / 60:.3g} minutes of one process here, without "
-        "the solvers (from the time of a few steps; --jobs divides it)\n"
+        "the solvers and what is measured (from the time of a few steps; --jobs divides it)\n"
     )
 
 
