@@ -15,15 +15,8 @@ from shodh.experiments.harness.results import RESULT
 from shodh.experiments.harness.run import refuse_changed
 from shodh.experiments.transfer.map.settings import SPECIALIST, MapConfig
 
-DATA = (
-    "grid",
-    "unfold",
-    "history",
-    "noise",
-    "samples",
-    "held_out",
-    "gradient_samples",
-)  # settings that a result depends on
+#: Settings that every result depends on.
+DATA = ("grid", "unfold", "history", "noise", "samples", "held_out", "gradient_samples")
 
 
 @dataclass(frozen=True, eq=False)

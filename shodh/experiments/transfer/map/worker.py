@@ -160,7 +160,8 @@ class Group:
         with safe_open(self.path, "pt") as file:
             meta = file.metadata()
         kept = parse_json(meta["runs"], str(self.path))
-        if any(kept.get(name) != identity for name, identity in self._identities().items()):
+        own = self._identities()
+        if not isinstance(kept, dict) or any(kept.get(name) != identity for name, identity in own.items()):
             return 0
         tensors = load_file(self.path)
         for name, learner in zip(self.names, self.learners, strict=True):
