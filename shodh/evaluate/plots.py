@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from shodh.report.figures import BASELINE, INK, MODEL, bare, plain_log
+from shodh.report.figures import BASELINE, INK, MODEL, bare, labelled, plain_log
 from shodh.report.page import format_cell
 
 TOKENIZER, TRUTH = "#7b6fa6", INK
@@ -45,7 +45,7 @@ def _panels(titles: list[str], width: float = 3.6, height: float = 2.7) -> tuple
 
 
 def _legend(figure: Figure, panels: list[Axes]) -> None:
-    handles = {label: h for panel in panels for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    handles = labelled(panels)
     figure.legend(
         list(handles.values()), list(handles), loc="lower center", ncols=len(handles), fontsize=8, frameon=False
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any, Literal
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -132,11 +134,11 @@ def training_curve(lines: Sequence[Mapping[str, float]]) -> Figure | None:
     if measure is None:
         return None
     train = [(line["step"], line[f"train/{measure}"]) for line in lines if f"train/{measure}" in line]
-    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    figure = Figure(figsize=(7.2, 2.9))
     panel = figure.subplots()
     panel.plot(*zip(*train, strict=True), color=INK, label="training")
     held_out = sorted({k for line in lines for k in line if k.startswith(f"valid/{measure}/")})
-    for marker, key in zip(MARKERS, held_out, strict=False):
+    for marker, key in zip(cycle(MARKERS), held_out, strict=False):
         points = [(line["step"], line[key]) for line in lines if key in line]
         panel.plot(*zip(*points, strict=True), f"{marker}--", label=f"held out, {key.rsplit('/', 1)[-1]}")
     panel.set_xlabel("step")
@@ -148,7 +150,9 @@ def training_curve(lines: Sequence[Mapping[str, float]]) -> Figure | None:
         right.plot(*zip(*information, strict=True), color=MODEL, alpha=0.6, label="regime information U")
         right.set_ylim(0, 1.05)
         right.set_ylabel("U", color=MODEL)
-    legend_below(figure)
+    room = legend_below(figure)  # Placed by hand, which takes no solver.
+    height = figure.get_figheight()
+    figure.subplots_adjust(left=0.12, right=0.91, bottom=(room + 0.5) / height, top=1 - 0.1 / height)
     return figure
 
 
@@ -235,16 +239,30 @@ def lines(
     return figure
 
 
-def legend_below(figure: Figure, size: float = 8) -> None:
-    """What the panels label, each label once, in as many columns as fit; a figure of constrained layout grows by it."""
-    pairs = [pair for panel in figure.axes for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
-    handles = {label: handle for handle, label in pairs}
+def labelled(panels: Sequence[Axes]) -> dict[str, Artist]:
+    """What the panels label, each label once."""
+    return {label: h for panel in panels for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+
+
+def legend_below(figure: Figure, size: float = 8) -> float:
+    """All that is `labelled`, in as many columns as fit; the figure grows by it, by so many inches.
+
+    Panels of a constrained layout make room for it, others have to be placed.
+    """
+    handles = labelled(figure.axes)
     fit = figure.get_figwidth() * 72 / (size * (4.5 + 0.6 * max(map(len, handles))))
     columns = max(1, min(5, len(handles), int(fit)))
-    figure.set_figheight(figure.get_figheight() + -(-len(handles) // columns) * 1.7 * size / 72)
+    room = -(-len(handles) // columns) * 1.7 * size / 72
+    figure.set_figheight(figure.get_figheight() + room)
     figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=size, frameon=False
+        list(handles.values()),
+        list(handles),
+        loc="outside lower center" if figure.get_layout_engine() else "lower center",
+        ncols=columns,
+        fontsize=size,
+        frameon=False,
     )
+    return room
 
 
 def ratios(series: Mapping[str, Sequence[Sequence[float]]], places: Sequence[str], y: str) -> Figure | None:

@@ -46,3 +46,10 @@ def test_legend_is_inside_the_figure_and_beside_the_panels(name: str) -> None:
     labels = [text.get_text() for text in legend.get_texts()]
     assert len(labels) == len(set(labels))
     assert min(panel.get_window_extent(renderer).height for panel in figure.axes) > 0.3 * whole.height
+
+
+def test_training_curve_shows_every_regime() -> None:
+    figure = curve([f"r{n}" for n in range(17)])  # More than there are markers.
+    assert figure is not None
+    (legend,) = figure.legends
+    assert sum(text.get_text().startswith("held out") for text in legend.get_texts()) == 17
