@@ -77,6 +77,11 @@ class Comparison:
         return sign_flip(self.logs) if len(self.logs) > 1 else 1.0
 
     @property
+    def ends(self) -> tuple[float | None, float | None]:
+        """Of the t interval over seeds; one seed has none."""
+        return (self.low, self.high) if len(self.logs) > 1 else (None, None)
+
+    @property
     def p(self) -> float:
         """Of the one thing that can be claimed: a difference where the ratio is outside the margin, equality inside."""
         return self.p_differs if self.is_outside else self.p_equal

@@ -242,19 +242,17 @@ class OperatorTask:
         """
         regime, names, unroll = batch["regime"], sample_names(batch), self.operator.unroll
         forecaster = Forecaster.of(self.config, self.regimes.space, model, self.tokenizer)
-        look = cache(partial(forecaster.look, history, regime))
-        seen: list[Tensor | None] = []
+        experts, look = self.operator.experts, cache(partial(forecaster.look, history, regime))
 
         def told(number: int) -> dict[str, Any]:
             key = (self.config.seed, step, number) if number else (self.config.seed, step)
-            given = router_arguments(self.operator.experts, regime, names, *key, look=look)
-            seen.append(given.get("fingerprint"))
-            return given
+            return router_arguments(experts, regime, names, *key, look=look)
 
         detach = unroll.gradient == "pushforward"
         conditions = batch.get(CONDITIONS)
         forecasts = forecaster.unroll(history, static, regime, told=told, conditions=conditions, detach=detach)
-        return list(islice(forecasts, unroll.steps)), seen[0]
+        fingerprints = router_arguments(experts, regime, look=look).get("fingerprint")
+        return list(islice(forecasts, unroll.steps)), fingerprints
 
     @torch.no_grad()
     def _reported(

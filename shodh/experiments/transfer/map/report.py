@@ -92,11 +92,6 @@ def headline(results: MapResults) -> Headline:
     return Headline(verdict, "\n".join(lines), tone, numbers, note=RULE)  # type: ignore[arg-type]
 
 
-def _ends(c: Comparison) -> tuple[float | None, float | None]:
-    """Of the t interval over seeds; one seed has none."""
-    return (c.low, c.high) if len(c.logs) > 1 else (None, None)
-
-
 def _with_interval(c: Comparison) -> str:
     """``1.437 (1.402 to 1.473 over 3 seeds)``"""
     ends = f"{c.low:.3f} to {c.high:.3f} over {c.seeds} seeds" if len(c.logs) > 1 else f"{c.seeds} seed"
@@ -113,7 +108,7 @@ def _index(results: MapResults) -> Section | None:
                 continue
             found = next(iter(results.of(point, arm).values()))
             rows.append([
-                *point, arm, c.seeds, c.ratio, *_ends(c), *(results.bootstrap(point, arm, SPECIALIST) or (None, None)),
+                *point, arm, c.seeds, c.ratio, *c.ends, *(results.bootstrap(point, arm, SPECIALIST) or (None, None)),
                 None if over is None else over.ratio, results.time(point, arm), results.information(point, arm),
                 found["parameters"] / 1e6, found["active"] / 1e6, None if claim is None else WORDS[claim.verdict],
             ])  # fmt: skip
@@ -144,7 +139,7 @@ def _by_regime(results: MapResults) -> Section | None:
                 if c is None:
                     continue
                 sides = [mean(map(root_mean, results.squares(point, a, regime).values())) for a in (arm, SPECIALIST)]
-                rows.append([*point, arm, regime, c.seeds, *sides, c.ratio, *_ends(c)])
+                rows.append([*point, arm, regime, c.seeds, *sides, c.ratio, *c.ends])
     header = [*AXES, "model", "regime", "seeds", "error", "specialist", "index", "t low", "t high"]
     text = "Errors over persistence's, means over seeds, and their ratio. Estimates with t intervals: no claims."
     return filled("regimes", "By regime", text, {"index_by_regime": Table(header, rows)})

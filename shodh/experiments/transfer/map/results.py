@@ -120,7 +120,8 @@ class MapResults:
         """Interval of `comparison` over seeds *and* held-out samples."""
         regimes = self.regimes(point)
         seeds = self.pairs(point, arm, other, regimes)
-        sides = ({s: [self.squares(point, side, r)[s] for r in regimes] for s in seeds} for side in (arm, other))
+        groups = [[self.squares(point, side, regime) for regime in regimes] for side in (arm, other)]
+        sides = ({seed: [squares[seed] for squares in side] for seed in seeds} for side in groups)
         return bootstrap_by_seed(*sides, squared=True)
 
     def baseline(self, point: Point, arm: str) -> str:

@@ -92,9 +92,8 @@ def plasticity_section(results: MapResults) -> Section | None:
             for some in [[name] for name in regimes] + [regimes] * (len(regimes) > 1):
                 trained, new = ([gmean([root_mean(v[s][n]) for n in some]) for v in seeds] for s in ("trained", "new"))
                 c = compare(trained, new)
-                ends = (c.low, c.high) if c.seeds > 1 else (None, None)
                 name = some[0] if len(some) == 1 else "all"
-                rows.append([*point, arm, name, c.seeds, mean(trained), mean(new), c.ratio, *ends])
+                rows.append([*point, arm, name, c.seeds, mean(trained), mean(new), c.ratio, *c.ends])
     header = [*AXES, "model", "regime", "seeds", "from the mix", "from new weights", "ratio", "t low", "t high"]
     text = (
         f"Errors over persistence's after {results.study.plasticity} steps on one regime that the mix leaves out, from "
