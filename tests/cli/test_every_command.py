@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from helper import ROOT, main_of
+
+from shodh.experiments.composition.settings import CCMConfig
+from shodh.experiments.harness.settings import Preset, load_settings
+from shodh.experiments.transfer.map.settings import MapConfig
+from shodh.experiments.transfer.settings import StudyConfig
 
 SCALES = ("tiny", "small", "paper")
 PLANS = [
@@ -15,6 +21,9 @@ PLANS = [
     for config in sorted((ROOT / "launch" / "configs").glob("*.yaml"))
     if not config.name.startswith("finetune_")  # It starts from a trained run; a test reads it.
     for scale in (SCALES if config.name.startswith(("study_", "ccm_")) else (None,))
+]
+STUDIES = [
+    path for path in sorted((ROOT / "launch" / "configs").glob("*.yaml")) if path.name.startswith(("study_", "ccm_"))
 ]
 COMMANDS = sorted(path.relative_to(ROOT) for room in ("launch", "tools") for path in (ROOT / room).glob("*.py"))
 
@@ -28,6 +37,17 @@ def test_configuration_is_dry_run(
     arguments = ["--config", str(config), *(["--scale", scale] if scale else []), "--dry-run"]
     assert main_of(script)(arguments) == 0
     assert len(capsys.readouterr().out.splitlines()) > 3
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("config", STUDIES, ids=lambda path: path.stem)
+def test_every_study_is_defined_at_every_scale(config: Path, scale: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the exhaustive dry runs begin with, and cheap enough for every run of the tests."""
+    monkeypatch.chdir(ROOT)
+    kind = {"map": MapConfig, "ccm": CCMConfig}.get(
+        yaml.safe_load(config.read_text()).get("kind", config.stem[:3]), StudyConfig
+    )
+    assert load_settings(kind, config, scale).name
 
 
 # What all commands import, and nothing of the project; each then is a fork.
