@@ -74,6 +74,18 @@ def test_specialists_have_all_steps_or_the_steps_of_their_share(study_file: Call
     assert (whole.config.operator.train.steps, share.config.operator.train.steps) == (10, 5)
 
 
+def test_specialist_of_a_part_of_the_batch_sees_what_the_mix_has_of_its_regime(study_file: Callable[..., Path]) -> None:
+    study = load_study(study_file(seeds=1, models=["dense_active", "specialist_batch"]))
+    runs = by_name(expand(study))
+    mixed, alone = (runs[name].config for name in ("both-dense_active-s0", "porous_media-specialist_batch2-s0"))
+    assert [r.name for r in alone.data.regimes] == ["porous_media"]
+    trains = [to_dict(config.operator)["train"] for config in (mixed, alone)]
+    assert [train.pop("global_batch") for train in trains] == [8, 4]
+    assert trains[0] == trains[1], "all steps, at the same rates"
+    with pytest.raises(ConfigError, match="specialist_batch2-s0: a batch of 8 samples .* each of 2 regimes on 8 ranks"):
+        expand(study, world_size=8)
+
+
 def test_models_are_of_the_size_that_their_name_says(study_file: Callable[..., Path]) -> None:
     runs = by_name(expand(load_study(study_file(seeds=1))))
     size = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from shodh.config import ExpertsConfig, RouterConfig, RunConfig, config_from_dict, to_dict
 from shodh.config.reading import merge_trees
-from shodh.core.errors import ShodhError
+from shodh.core.errors import ConfigError, ShodhError
 from shodh.core.topology import fitting_ep_size
 from shodh.experiments.harness.results import RESULT
 from shodh.experiments.harness.run import Run
@@ -25,7 +25,8 @@ BALANCES: dict[str, dict[str, float]] = {
 }
 CONTROLS = {"sparse_hash": "hash", "sparse_frozen": "frozen", "sparse_oracle": "oracle"}
 MEASURE = "shodh.experiments.transfer.measure:measure"
-SPECIALISTS = ("specialist", "specialist_share")
+#: With all steps; with the steps that the mix gives a regime; with all steps and the samples that the mix gives it.
+SPECIALISTS = ("specialist", "specialist_share", "specialist_batch")
 
 
 def label_of(model: str, variant: Mapping[str, Any]) -> str:
@@ -39,8 +40,8 @@ def expand(study: StudyConfig, world_size: int = 1, keep_checkpoints: bool = Fal
 
     So after any number of finished runs the models have had about the same seeds. Labels: ``model`` (a `ModelName`),
     ``label`` (model and variant: what is compared over seeds), ``mix`` (of a specialist its regime), ``regimes``,
-    ``variant`` (what the axes set), ``share`` (the number of regimes of the mix whose steps a regime a specialist is
-    given; 1: all steps of the study) and ``seed``.
+    ``variant`` (what the axes set), ``share`` (the number of regimes of the mix whose steps, or samples, a regime a
+    specialist is given; 1: all of the study) and ``seed``.
 
     Raises
     ------
@@ -63,15 +64,16 @@ def expand(study: StudyConfig, world_size: int = 1, keep_checkpoints: bool = Fal
             key = label_of(model, variant), len(regimes)
             if key not in changes:
                 changes[key] = operator_changes(study, tree, name, model, variant, len(regimes))
-            config = _configure(study, tree, name, changes[key], regimes, share, seed, world_size)
             labels = {"model": model, "label": label, "mix": mix, "regimes": regimes, "variant": variant}
+            labels |= {"share": share, "seed": seed}
+            config = _configure(study, tree, name, changes[key], labels, world_size)
             runs.append(
                 Run(
                     name,
                     config,
                     config.run_dir / RESULT,
                     MEASURE,
-                    {**labels, "share": share, "seed": seed},
+                    labels,
                     settings,
                     {"keep_checkpoints": keep_checkpoints},
                 )
@@ -93,9 +95,10 @@ def _combinations(study: StudyConfig) -> Iterator[Combination]:
     for regime in dict.fromkeys(r for mix in study.mixes.values() for r in mix):
         if "specialist" in study.models:
             yield "specialist", regime, (regime,), {}, 1
-        if "specialist_share" in study.models:
-            for share in sorted({len(mix) for mix in study.mixes.values() if regime in mix and len(mix) > 1}):
-                yield "specialist_share", regime, (regime,), {}, share
+        shares = sorted({len(mix) for mix in study.mixes.values() if regime in mix and len(mix) > 1})
+        for model, share in product(SPECIALISTS[1:], shares):
+            if model in study.models:
+                yield model, regime, (regime,), {}, share
 
 
 def _variants(study: StudyConfig) -> list[dict[str, Any]]:
@@ -176,20 +179,26 @@ def _configure(
     tree: Mapping[str, Any],
     name: str,
     operator: Mapping[str, Any],
-    regimes: tuple[str, ...],
-    share: int,
-    seed: int,
+    labels: Mapping[str, Any],
     world_size: int,
 ) -> RunConfig:
     base = config_from_dict(dict(tree), name)
+    share, batch = labels["share"], base.operator.train.global_batch
+    steps_of, part = (1, share) if labels["model"] == "specialist_batch" else (share, 1)
+    if part > 1 and batch % (part * world_size):
+        raise ConfigError(
+            f"study {study.name}, run {name}: a batch of {batch} samples has no equal part for each of {part} regimes "
+            f"on {world_size} ranks"
+        )
     num_experts = operator["experts"].get("num_experts", base.operator.experts.num_experts)
     by_name = {r["name"]: r for r in tree["data"]["regimes"]}
-    steps = max(1, base.operator.train.steps // share)
+    steps = max(1, base.operator.train.steps // steps_of)
     every = max(1, steps // study.checkpoints)
     best = base.operator.train.best
     train = {
         "steps": steps,
-        "warmup": base.operator.train.warmup // share,
+        "warmup": base.operator.train.warmup // steps_of,
+        "global_batch": batch // part,
         "valid_every": every,
         "checkpoint_every": every,
         "keep_checkpoints": steps,  # All; they are dropped when the run is measured.
@@ -199,9 +208,9 @@ def _configure(
         tree,
         {
             "name": name,
-            "seed": seed,
+            "seed": labels["seed"],
             "out": str(study.folder / "runs"),
-            "data": {"regimes": [by_name[r] for r in regimes]},
+            "data": {"regimes": [by_name[r] for r in labels["regimes"]]},
             "tokenizer": {"run": str(tokenizer_dir(study, base))},
             "operator": {**operator, "train": train},
             "parallel": {"ep_size": fitting_ep_size(world_size, base.parallel.ep_size, num_experts)},

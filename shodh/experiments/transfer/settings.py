@@ -21,6 +21,7 @@ ModelName = Literal[
     "dense_total",
     "specialist",
     "specialist_share",
+    "specialist_batch",
     "sparse_hash",
     "sparse_frozen",
     "sparse_oracle",
@@ -55,7 +56,11 @@ class StudyConfig(StudySettings):
     base: Path = Field(description="configuration of the run that all others are changes of")
     regimes: tuple[RegimeConfig, ...] = Field((), description="in place of those of the base run")
     mixes: dict[str, tuple[str, ...]] = Field(min_length=1, description="name -> regimes, in order")
-    models: tuple[ModelName, ...] = Field(min_length=1)
+    models: tuple[ModelName, ...] = Field(
+        min_length=1,
+        description="specialists have all steps; _share: as many as the mix gives a regime; _batch: all steps, each of "
+        "as many samples as the mix gives a regime",
+    )
     routers: tuple[RouterName, ...] = Field((), description="kinds of the sparse model; none: the base run's")
     balances: tuple[BalanceName, ...] = Field((), description="balance terms of the sparse model; none: the base's")
     experts: tuple[Width, ...] = Field((), description="routed experts; none: the base run's")
