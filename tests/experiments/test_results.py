@@ -79,6 +79,46 @@ def test_transfer_index_is_the_mixed_error_over_the_specialists() -> None:
         assert c.ratio == pytest.approx(1.2, rel=1e-3) and c.verdict == "higher"
 
 
+def with_specialists_of_equal_samples(seeds: int, lacking: str | None = None) -> Results:
+    """Dense at .6 and .5, sparse at .45 and .4, specialists at .3 and .4; trajectories differ by 20 %."""
+    errors = {"dense_active": {"a": 0.6, "b": 0.5}, "sparse": {"a": 0.45, "b": 0.4}}
+    runs = [result(model, s, e, u=None) for model, e in errors.items() for s in range(seeds)]
+    for regime, error in {"a": 0.3, "b": 0.4}.items():
+        runs += [
+            result("specialist_batch", s, {regime: error}, mix=regime, share=2)
+            for s in range(seeds)
+            if (regime, s) != (lacking, seeds - 1)
+        ]
+    for run in runs:
+        for values in run.values["errors"].values():
+            values["by_trajectory"] = [0.8 * values["model"] / 3, 1.2 * values["model"] / 3]
+    return Results(runs)
+
+
+def test_index_of_a_study_with_specialists_of_equal_samples_alone() -> None:
+    results = with_specialists_of_equal_samples(3)
+    table = tables.transfer_table(results)
+    rows = [dict(zip(table.header, row, strict=True)) for row in table.rows]
+    found = {(row["model"], row["regime"]): (row["index"], row["95 % low"]) for row in rows}
+    assert found["dense_active", "a"] == (pytest.approx(2.0), pytest.approx(2.0))
+    assert found["sparse", "b"] == (pytest.approx(1.0), pytest.approx(1.0))
+    (row,) = (row for row in tables.number_table(results).rows if row[2] == "dense_active")
+    assert pytest.approx((2.0 * 1.25) ** 0.5) in row
+    assert {"specialist_batch2"} <= {row[1] for row in tables.rollout_table(results).rows}
+    assert "against specialists with as many steps and the same samples" in does_routing_help(results, "both").text
+
+
+def test_mean_index_is_a_claim_with_both_intervals_and_needs_every_regime() -> None:
+    results = with_specialists_of_equal_samples(3)
+    claim = next(c for c in results.claims if c.other == "specialist_batch2" and c.label == "dense_active")
+    assert results.claims[claim].ratio == pytest.approx((2.0 * 1.25) ** 0.5)
+    assert results.claims[claim].verdict == "higher"
+    interval = results.bootstrap(claim)
+    assert interval is not None and interval.low < (2.0 * 1.25) ** 0.5 < interval.high
+    fewer = with_specialists_of_equal_samples(3, lacking="b")
+    assert fewer.claims[claim].seeds == 2, "the third seed has no specialist of b"
+
+
 def test_p_of_a_claim_is_adjusted_for_all_claims_of_the_page() -> None:
     """Four readings of sparse against dense, and two transfer indices of each: eight claims."""
     claims = study_of([0.9, 0.93, 0.87], [1.0, 1.01, 1.0]).claims

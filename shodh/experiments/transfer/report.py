@@ -123,8 +123,10 @@ ERRORS = (
 TRANSFER = (
     "Error of the mixed model over that of a dense specialist of equal active size with the same seed: above 1, mixing "
     "has done harm. The specialist has as many steps in all as the mixed model, and so sees its regime more often; "
-    "'same steps a regime' is against one that sees it as often, if the mix draws its regimes equally. Of a sparse "
-    "model the index is mixing and additional weights together. What is concluded from it stands among the claims."
+    "'same steps a regime' is against one that sees it as often, if the mix draws its regimes equally; 'same samples' "
+    "against one with all steps, each of as many samples as the mix has of the regime: the index of a study without "
+    "other specialists. Of a sparse model the index is mixing and additional weights together. What is concluded from "
+    "it stands among the claims."
 )
 COMPARISONS = (
     "Geometric mean over regimes of the error, model over other, paired by seed; of rollouts, the mean VRMSE over "
@@ -191,8 +193,8 @@ def _curves(results: Results, reading: Reading) -> Section | None:
     for mix in results.mixes:
         models = {label: results.of(mix, label) for label in results.labels(mix)}
         for regime in results.regimes(mix):
-            alone = [r for r in results.specialists(mix) if r.run["share"] == 1 and r.regimes == [regime]]
-            every = {**models, "specialist": alone}
+            alone = [r for r in results.whole_specialists(mix) if r.regimes == [regime]]
+            every = {**models, **{r.label: [s for s in alone if s.label == r.label] for r in alone}}
             panels[mix, regime] = {label: mean_curve(seeds, regime, reading) for label, seeds in every.items()}
     rows = [
         [*key, model, *point] for key, models in panels.items() for model, curve in models.items() for point in curve

@@ -22,6 +22,7 @@ TEST = "test"
 LAST = "last"  # as `TEST`, of the last weights, where the run is judged by its best checkpoint
 ROLLOUT = "rollout"
 SPECIALIST = "specialist"
+SHARES = ("share", "batch")  # of a specialist: the steps, or the samples, that the mix gives its regime
 
 
 @dataclass(frozen=True)
@@ -191,10 +192,14 @@ class Results:
         return found or [r for r in self.specialists(mix) if r.label == label]
 
     def specialists(self, mix: str) -> list[Result]:
-        """Of the regimes of a mix: with all steps, and with the steps that the mix gives a regime."""
+        """Of the regimes of a mix: with all steps, and with the steps, or samples, that the mix gives a regime."""
         regimes = self.regimes(mix)
         alone = [r for r in self.all if r.is_specialist and r.regimes[0] in regimes]
         return [r for r in alone if r.run["share"] in (1, len(regimes))]
+
+    def whole_specialists(self, mix: str) -> list[Result]:
+        """Those of them that have all steps."""
+        return [r for r in self.specialists(mix) if r.run["model"] != f"{SPECIALIST}_{SHARES[0]}"]
 
     def dense(self, mix: str) -> str:
         """The dense model of equal active size that sparse ones are compared with: with the router's size, if run."""
@@ -225,7 +230,10 @@ class Results:
                             yield {**place, "reading": reading, ERROR: error}
 
     def errors(self, mix: str, label: str, reading: str = TEST, regime: str | None = None) -> pd.Series:
-        """Of a model by seed: in one regime, or the geometric mean over those of the mix that it learned."""
+        """Of a model by seed: in one regime, or the geometric mean over those of the mix.
+
+        Of specialists together a seed is left out until all its regimes are there.
+        """
         names = {r.label for r in self.of(mix, label)}
         frame = self.frame
         if frame.empty:
@@ -233,6 +241,8 @@ class Results:
         chosen = frame[(frame["mix"] == mix) & frame["label"].isin(names) & (frame["reading"] == reading)]
         if regime is not None:
             chosen = chosen[chosen["regime"] == regime]
+        elif label.startswith(SPECIALIST):
+            chosen = chosen.groupby(SEED).filter(lambda rows: len(rows) == len(self.regimes(mix)))
         return chosen.groupby(SEED)[ERROR].agg(lambda e: float(scipy.stats.gmean(e)))
 
     def paired(self, claim: Claim) -> Comparison | None:
@@ -259,6 +269,11 @@ class Results:
         yield Claim(mix, "sparse_oracle", dense)
         labels = (dense, sparse) if len(self.regimes(mix)) > 1 or dense in self.labels(mix) else (sparse,)
         yield from (Claim(mix, label, SPECIALIST, TEST, regime) for label in labels for regime in self.regimes(mix))
+        yield from (Claim(mix, label, self.equal_samples(mix)) for label in labels)
+
+    def equal_samples(self, mix: str) -> str:
+        """Label of the specialists with all steps and the samples that the mix has of their regimes."""
+        return f"{SPECIALIST}_batch{len(self.regimes(mix))}"
 
     def bootstrap(self, claim: Claim) -> Interval | None:
         """Interval of a claim's ratio on the test split over seeds and trajectories.
@@ -268,30 +283,31 @@ class Results:
         if claim.reading != TEST:
             return None
         regimes = self.regimes(claim.mix) if claim.regime is None else [claim.regime]
-        runs = [[r for r in self.of(claim.mix, name) if set(regimes) <= set(r.regimes)] for name in claim[1:3]]
-        sides = [
-            {r.seed: [r.values["errors"].get(g, {}).get("by_trajectory") for g in regimes] for r in some}
-            for some in runs
-        ]
-        return bootstrap_by_seed(*sides, squared=any(r.squared for r in runs[0]))
+        runs = [self.of(claim.mix, name) for name in claim[1:3]]
+        sides = []
+        for some in runs:  # One run has all regimes, or one each.
+            errors = {(r.seed, g): r.values["errors"].get(g, {}).get("by_trajectory") for r in some for g in r.regimes}
+            seeds = [s for s in dict.fromkeys(r.seed for r in some) if all((s, g) in errors for g in regimes)]
+            sides.append({s: [errors[s, g] for g in regimes] for s in seeds})
+        return bootstrap_by_seed(*sides, squared=any(r.squared for some in runs for r in some))
 
     @cached_property
     def transfers(self) -> pd.DataFrame:
         """Transfer indices, error of the mixed model over the specialist's: above 1, mixing has done harm.
 
-        Columns mix, label, seed, regime, reading, error; ``reading`` is one of the readings, or ``share``: against the
-        specialist with as many steps as the mix gives its regime, on the test split.
+        Columns mix, label, seed, regime, reading, error; ``reading`` is one of the readings, or of `SHARES`: against
+        the specialist with as many steps, or samples, as the mix gives its regime, on the test split.
         """
         keys = ["mix", SEED, "regime", "reading"]
         frame = self.frame
         if frame.empty:
             return frame
         mixed = frame[~frame["label"].str.startswith(SPECIALIST)]
-        shared = mixed[mixed["reading"] == TEST].assign(reading="share")
-        alone = frame[frame["label"] == SPECIALIST]
-        fewer = frame[frame["label"].str.startswith("specialist_share") & (frame["reading"] == TEST)]
-        against = pd.concat([alone, fewer.assign(reading="share")]).drop(columns="label")
-        joined = pd.concat([mixed, shared]).merge(against, on=keys, suffixes=("", "_alone"))
+        test = frame[frame["reading"] == TEST]
+        fewer = [test[test["label"].str.startswith(f"{SPECIALIST}_{share}")].assign(reading=share) for share in SHARES]
+        against = pd.concat([frame[frame["label"] == SPECIALIST], *fewer]).drop(columns="label")
+        again = [mixed[mixed["reading"] == TEST].assign(reading=share) for share in SHARES]
+        joined = pd.concat([mixed, *again]).merge(against, on=keys, suffixes=("", "_alone"))
         joined[ERROR] = joined[ERROR] / joined.pop(f"{ERROR}_alone")
         return joined
 

@@ -14,6 +14,7 @@ from shodh.experiments.transfer.results import (
     LAST,
     READINGS,
     ROLLOUT,
+    SHARES,
     SPECIALIST,
     TEST,
     Claim,
@@ -43,9 +44,9 @@ def _by_reading(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     return means.reindex(columns=columns)
 
 
-def _over_test(frame: pd.DataFrame, error: str) -> pd.DataFrame:
-    """`over_seeds` of the test split by model and regime, its mean as ``error``."""
-    return over_seeds(frame[frame["reading"] == TEST], MODEL).rename(columns={"mean": error})
+def _over_reading(frame: pd.DataFrame, reading: str, error: str) -> pd.DataFrame:
+    """`over_seeds` of a reading by model and regime, its mean as ``error``."""
+    return over_seeds(frame[frame["reading"] == reading], MODEL).rename(columns={"mean": error})
 
 
 def error_table(results: Results) -> Table:
@@ -53,20 +54,27 @@ def error_table(results: Results) -> Table:
     if results.frame.empty:
         return Table([], [])
     readings = [LAST] * bool((results.frame["reading"] == LAST).any()) + [ROLLOUT, *READINGS]
-    found = _over_test(results.frame, "error").join(_by_reading(results.frame, readings))
+    found = _over_reading(results.frame, TEST, "error").join(_by_reading(results.frame, readings))
     return to_table(found.reset_index(), {**NAMES, LAST: "last weights"})
 
 
 def transfer_table(results: Results) -> Table:
-    """Transfer index by regime and reading, against specialists with all steps and with the steps a regime gets."""
-    frame = results.transfers
+    """Transfer index by regime and reading, against specialists with all steps and with a share of steps or samples."""
+    frame, main = results.transfers, index_reading(results.transfers)
     if frame.empty:
         return Table([], [])
-    found = _over_test(frame, "index").join(_by_reading(frame, ["share", *READINGS, ROLLOUT])).reset_index()
-    pairs = [results.paired(Claim(m, model, SPECIALIST, TEST, r)) for m, model, r in found[MODEL].values]
+    others = [share for share in SHARES if share != main]
+    found = _over_reading(frame, main, "index").join(_by_reading(frame, [*others, *READINGS, ROLLOUT])).reset_index()
+    alone = {mix: SPECIALIST if main == TEST else results.equal_samples(mix) for mix in results.mixes}
+    pairs = [results.paired(Claim(m, model, alone[m], TEST, r)) for m, model, r in found[MODEL].values]
     ends = {"95 % low": [c and c.low for c in pairs], "95 % high": [c and c.high for c in pairs]}
     found.insert(1, "regimes", [len(results.regimes(mix)) for mix in found["mix"]])
-    return to_table(found.assign(**ends), {**NAMES, "share": "same steps a regime"})
+    return to_table(found.assign(**ends), {**NAMES, "share": "same steps a regime", "batch": "same samples"})
+
+
+def index_reading(transfers: pd.DataFrame) -> str:
+    """Which column of the transfers is the index: against specialists with all samples, where there are some."""
+    return SHARES[-1] if transfers.empty or not (transfers["reading"] == TEST).any() else TEST
 
 
 def number_table(results: Results) -> Table:
@@ -74,7 +82,7 @@ def number_table(results: Results) -> Table:
     frame = results.transfers
     if frame.empty:
         return Table([], [])
-    frame = frame[frame["reading"] == TEST]
+    frame = frame[frame["reading"] == index_reading(frame)]
     by_run = frame.groupby(["mix", "label", SEED], sort=False)[ERROR]
     whole = by_run.agg(lambda e: float(scipy.stats.gmean(e))).reset_index()
     found = over_seeds(whole, ["mix", "label"]).reset_index()
@@ -131,8 +139,7 @@ def rollout_curves(results: Results) -> dict[tuple[str, str, str, str], list[lis
     """
     curves: dict[tuple[str, str, str, str], list[list[float | None]]] = {}
     for mix in results.mixes:
-        alone = [r for r in results.specialists(mix) if r.run["share"] == 1]
-        for r in [*(r for r in results.mixed if r.run["mix"] == mix), *alone]:
+        for r in [*(r for r in results.mixed if r.run["mix"] == mix), *results.whole_specialists(mix)]:
             for regime, values in r.values["evaluation"]["regimes"].items():
                 for field, kinds in values.get("rollout", {}).items():
                     curves.setdefault((mix, r.label, regime, field), []).append(kinds["model"])

@@ -61,16 +61,26 @@ def transfer_by_regime(results: Results, mix: str, label: str) -> dict[str, Comp
     return {regime: c for regime, c in found.items() if c is not None}
 
 
+def transfer_in_mean(results: Results, mix: str, label: str) -> dict[str, Comparison]:
+    """The geometric mean of the index over the regimes, against specialists with the same samples in as many steps."""
+    found = results.claims.get(Claim(mix, label, results.equal_samples(mix)))
+    return {} if found is None else {f"all {len(results.regimes(mix))} regimes in the mean": found}
+
+
 def negative_transfer(results: Results, mix: str, sparse: str, dense: str, against: Verdict) -> list[str]:
     """Sentences: which regimes mixing harms without and with routing, and whether routing ends it.
 
     ``against`` is the verdict of sparse against dense.
     """
     without, routed = (transfer_by_regime(results, mix, label) for label in (dense, sparse))
+    alone = "specialists with as many steps"
+    if not without or not routed:
+        without, routed = (transfer_in_mean(results, mix, label) for label in (dense, sparse))
+        alone = "specialists with as many steps and the same samples"
     if not without or not routed:
         return []
     verdicts = [{regime: c.verdict for regime, c in by.items()} for by in (without, routed)]
-    sentences = [_transfer_sentence(dense, without), _transfer_sentence(sparse, routed)]
+    sentences = [_transfer_sentence(dense, without, alone), _transfer_sentence(sparse, routed, alone)]
     return [*sentences, conclude_transfer(verdicts[0], verdicts[1], against)]
 
 
@@ -90,10 +100,10 @@ def conclude_transfer(dense: dict[str, Verdict], sparse: dict[str, Verdict], aga
     return "Whether routing ends negative transfer is undecided."
 
 
-def _transfer_sentence(label: str, by_regime: Mapping[str, Comparison]) -> str:
+def _transfer_sentence(label: str, by_regime: Mapping[str, Comparison], alone: str) -> str:
     words: dict[Verdict, str] = {"higher": "harm", "lower": "gain", "equal": "neither", "open": "undecided"}
     parts = [f"{regime} {c.ratio:.3f} ({words[c.verdict]})" for regime, c in by_regime.items()]
-    return f"Transfer index of {label} against specialists with as many steps: {', '.join(parts)}."
+    return f"Transfer index of {label} against {alone}: {', '.join(parts)}."
 
 
 def what_lowers_the_error(results: Results, mix: str) -> tuple[Cause, str]:
