@@ -135,8 +135,8 @@ class RouterConfig(Section):
     )
     groups_by: Literal["mlp", "clusters"] = Field(
         "clusters",
-        description="kind operator: the group of a fingerprint by the nearest of the clusters (k-means) that training "
-        "finds, or by a learned gate of two layers",
+        description="kind operator: the group of a fingerprint by the nearest of the clusters that training finds "
+        "(k-medians), or by a learned gate of two layers",
     )
     cluster_samples: Width = Field(
         1024, description="groups_by clusters: samples that clusters are found of; then they stay as they are"

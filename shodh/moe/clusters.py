@@ -1,4 +1,4 @@
-"""Clusters of fingerprints, found while a model trains: k-means without a label and without a gradient."""
+"""Clusters of fingerprints, found while a model trains: k-medians without a label and without a gradient."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from shodh.core.seeding import Key, generator
 
 TRIES, ROUNDS, CANDIDATES = 20, 50, 4
+NEAR = 1e-3
 FIRST = 4  # samples a cluster, before clusters are found for the first time
 
 
@@ -66,7 +67,7 @@ class Clusters(nn.Module):
         count, groups = first + len(taken), len(self.centres)
         if count < FIRST * groups or (count < 2 * int(self.found) and count < len(self.samples)):
             return
-        centres, spread = k_means(self.samples[:count].double().cpu(), groups)
+        centres, spread = k_medians(self.samples[:count].double().cpu(), groups)
         if self.found:
             old, new = scipy.optimize.linear_sum_assignment(torch.cdist(self.centres.double().cpu(), centres).numpy())
             centres = centres[torch.from_numpy(new)[torch.from_numpy(old).argsort()]]
@@ -75,31 +76,35 @@ class Clusters(nn.Module):
         self.found.fill_(count)
 
 
-def k_means(samples: Tensor, clusters: int) -> tuple[Tensor, float]:
+def k_medians(samples: Tensor, clusters: int) -> tuple[Tensor, float]:
     """Centres ``[G, F]`` of samples ``[N, F]`` and the mean squared distance to the nearest; the best of 20 tries.
 
-    Each centre to start from is the best of four that are drawn by squared distance (greedy k-means++, Arthur and
-    Vassilvitskii, SODA 2007). Lloyd's rounds; an empty cluster stays where it is.
+    What is least is the sum of distances, not of their squares, of which a few outliers make most: k-means gave the
+    outliers of one equation the centre that another needed. A centre is the geometric median of its samples, by
+    Weiszfeld's rounds. Each centre to start from is the best of four that are drawn by distance (greedy k-means++,
+    Arthur and Vassilvitskii, SODA 2007); an empty cluster stays where it is.
     """
     best: tuple[float, Tensor] | None = None
+    near = max(NEAR * float(samples.std(0, correction=0).norm()), 1e-12)  # Below it a distance counts as this one.
     for attempt in range(TRIES):
         draw = generator("clusters", attempt)
         centres = samples[torch.randint(len(samples), (1,), generator=draw)]
         while len(centres) < clusters:
-            nearest = torch.cdist(samples, centres).amin(1).square() + 1e-12
+            nearest = torch.cdist(samples, centres).amin(1) + 1e-12
             candidates = samples[torch.multinomial(nearest, CANDIDATES, replacement=True, generator=draw)]
-            left = torch.minimum(torch.cdist(candidates, samples).square(), nearest).sum(1)
+            left = torch.minimum(torch.cdist(candidates, samples), nearest).sum(1)
             centres = torch.cat((centres, candidates[left.argmin()].unsqueeze(0)))
         for _ in range(ROUNDS):
-            of = torch.cdist(samples, centres).argmin(1)
-            members = torch.nn.functional.one_hot(of, clusters).to(samples)
-            size = members.sum(0).unsqueeze(1)
-            moved = torch.where(size > 0, members.T @ samples / size.clamp(min=1), centres)
-            if torch.equal(moved, centres):
-                break
+            distance, of = torch.cdist(samples, centres).min(1)
+            weights = torch.nn.functional.one_hot(of, clusters) / distance.clamp(min=near).unsqueeze(1)
+            total = weights.sum(0).unsqueeze(1)
+            moved = torch.where(total > 0, weights.T @ samples / total.clamp(min=1e-300), centres)
+            still = float((moved - centres).abs().max()) < NEAR * near
             centres = moved
-        error = float(torch.cdist(samples, centres).amin(1).square().mean())
+            if still:
+                break
+        error = float(torch.cdist(samples, centres).amin(1).mean())
         if best is None or error < best[0]:
             best = (error, centres)
     assert best is not None
-    return best[1], best[0]
+    return best[1], float(torch.cdist(samples, best[1]).amin(1).square().mean())

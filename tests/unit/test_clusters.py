@@ -6,12 +6,13 @@ import copy
 from typing import Any
 
 import pytest
+import scipy
 import torch
 from torch import Tensor
 
 from shodh.config import ExpertsConfig
 from shodh.models.init import initialise
-from shodh.moe.clusters import Clusters, k_means
+from shodh.moe.clusters import Clusters, k_medians
 from shodh.moe.experts import ExpertLayerReference
 from shodh.moe.fingerprint import fingerprint_size
 from shodh.moe.routers.operator import make_operator_gate
@@ -83,10 +84,35 @@ def test_choices_survive_a_cast_to_bf16() -> None:
 
 
 def test_fewer_different_samples_than_clusters_are_no_obstacle() -> None:
-    centres, error = k_means(torch.zeros(20, 3, dtype=torch.float64), 4)
+    centres, error = k_medians(torch.zeros(20, 3, dtype=torch.float64), 4)
     assert centres.shape == (4, 3) and error < 1e-9
     clusters = feed(make(KINDS * 4), torch.zeros(KINDS * 4, FEATURES))
     assert clusters(torch.zeros(2, FEATURES)).softmax(-1).isfinite().all()
+
+
+def test_one_cluster_is_around_the_geometric_median() -> None:
+    samples = torch.randn(41, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 3
+    (centre,), spread = k_medians(samples, 1)
+    found = scipy.optimize.minimize(lambda c: (samples - torch.from_numpy(c)).norm(dim=1).sum().item(), samples.mean(0))
+    assert torch.allclose(centre, torch.from_numpy(found.x), atol=1e-3)
+    assert spread == pytest.approx(float((samples - centre).square().sum(1).mean()))
+
+
+def test_outliers_of_one_cloud_do_not_take_the_cluster_of_another() -> None:
+    """By squares it pays to give 5 outliers at 3 a centre, and to leave two clouds at .5 from each other together."""
+    draw = torch.Generator().manual_seed(3)
+    clouds = 0.02 * torch.randn(3, 60, 2, generator=draw, dtype=torch.float64)
+    clouds += torch.tensor([[0.0, 0.0], [0.5, 0.0], [10.0, 0.0]], dtype=torch.float64).unsqueeze(1)
+    clouds[2, :5, 1] += 3.0
+    samples, outliers = clouds.flatten(0, 1), clouds[2, :5]
+
+    def squares(centres: Tensor) -> float:
+        return float(torch.cdist(samples, centres).amin(1).square().sum())
+
+    together = torch.stack((clouds[:2].mean((0, 1)), clouds[2, 5:].mean(0), outliers.mean(0)))
+    assert squares(together) < squares(clouds.mean(1)), "k-means would"
+    centres, _ = k_medians(samples, 3)
+    assert torch.allclose(centres[centres[:, 0].argsort()], clouds.median(1).values, atol=0.02)
 
 
 @pytest.mark.parametrize("by", ["mlp", "clusters"])
