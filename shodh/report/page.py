@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import csv
+import html
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,8 @@ from shodh.core.strict_json import write_json
 
 SHOWN_ROWS = 24  # longer tables are files only
 STUDY_ROWS = 60  # of the page of a study
+INDEX = "index.html"
+FILES = re.compile('<meta name=files content="(.*?)">')  # what stands beside a page; no name has a slash
 DPI = 110
 
 Tone = Literal["good", "fair", "bad", "neutral"]
@@ -119,7 +123,8 @@ def write_page(
 ) -> None:
     """Write ``summary.json``, a CSV file a table, a PNG file a figure, and last ``index.html``, which holds them all.
 
-    Every file is whole or absent, and the page needs nothing from outside.
+    Every file is whole or absent, and the page needs nothing from outside. Files of the page that stood there before,
+    which it names, and which the new one does not have, are removed.
 
     Parameters
     ----------
@@ -149,7 +154,18 @@ def write_page(
     for section in sections:
         for stem, table in section.tables.items():
             write_atomically(out / f"{stem}.csv", to_csv(table))
-    write_atomically(out / "index.html", render_page(title, headline, sections, images))
+    index = out / INDEX
+    before = FILES.search(index.read_text(encoding="utf-8", errors="replace")) if index.is_file() else None
+    write_atomically(index, render_page(title, headline, sections, images))
+    written = set(_files(sections, images))
+    for name in html.unescape(before[1]).split("/") if before else []:
+        if name and name not in written:
+            (out / name).unlink(missing_ok=True)
+
+
+def _files(sections: Sequence[Section], images: Mapping[str, bytes]) -> list[str]:
+    """What stands beside a page, but for its JSON file."""
+    return [f"{stem}.csv" for section in sections for stem in section.tables] + [f"{stem}.png" for stem in images]
 
 
 def render_page(title: str, headline: Headline | None, sections: Sequence[Section], images: Mapping[str, bytes]) -> str:
@@ -160,7 +176,8 @@ def render_page(title: str, headline: Headline | None, sections: Sequence[Sectio
     environment.filters |= {"cell": format_cell, "text_columns": text_columns}
     inlined = {stem: base64.b64encode(png).decode() for stem, png in images.items()}
     template = environment.get_template("page.html.j2")
-    return template.render(title=title, headline=headline, sections=sections, images=inlined) + "\n"
+    files = _files(sections, images)
+    return template.render(title=title, headline=headline, sections=sections, images=inlined, files=files) + "\n"
 
 
 def text_columns(table: Table) -> list[bool]:

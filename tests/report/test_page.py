@@ -71,6 +71,16 @@ def test_tables_are_written_in_full_and_shown_when_short(tmp_path: Path) -> None
     assert page.count("<table>") == 1 and f"long_table.csv: {SHOWN_ROWS + 1} rows" in page
 
 
+def test_files_of_the_page_before_do_not_outlive_it(tmp_path: Path) -> None:
+    other = tmp_path / "of_the_user.csv"
+    other.write_text("1")
+    write_page(tmp_path, "a run", None, [section(), section("gone & away")])
+    assert (tmp_path / "gone & away_table.csv").exists() and (tmp_path / "gone & away_figure.png").exists()
+    write_page(tmp_path, "a run", None, [section(), section("new")])
+    names = {f"{key}_{what}" for key in ("load", "new") for what in ("table.csv", "figure.png")}
+    assert {p.name for p in tmp_path.iterdir()} == names | {"summary.json", "index.html", other.name}
+
+
 def test_names_that_would_overwrite_each_other_are_a_bug(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="load"):
         write_page(tmp_path, "a run", None, [section(), section()])
