@@ -2,8 +2,9 @@
 
 For the question whether learning one operator harms another: the field, the grid and the spread of initial states are
 the same, so nothing but the change from frame to frame tells them apart. Parameters are drawn for each sample. The side
-is ``2 pi``; intervals, steps and ranges are such that a 32^2 grid resolves all of them. Sixteen stand
-apart from one another (`OPPOSED`); two are families without gaps, whose direction is drawn as well.
+is ``2 pi``; intervals, steps and ranges are such that a 32^2 grid resolves all of them. Sixteen stand apart from one
+another (`OPPOSED`); two are families without gaps, whose direction is drawn as well; eight came when all that tells
+equations apart had been made (`HELD_OUT`), for a test of it.
 """
 
 from __future__ import annotations
@@ -103,6 +104,10 @@ def _diffuse(w: Waves, p: Parameters) -> Tensor:
     return -p["diffusivity"] * w.squared
 
 
+def _diffuse_along(x: int, y: int) -> Callable[[Waves, Parameters], Tensor]:
+    return lambda w, p: -p["diffusivity"] * (x * w.x**2 + y * w.y**2)
+
+
 def _pointwise(rate: Callable[[Tensor, Parameters], Tensor]) -> Callable[[Waves, Parameters], Nonlinear]:
     return lambda w, p: lambda state: w.spectrum(rate(w.field(state), p))
 
@@ -117,8 +122,20 @@ def _flux(x: int, y: int) -> Callable[[Waves, Parameters], Nonlinear]:
     return of
 
 
+def _cahn_hilliard(w: Waves, p: Parameters) -> Nonlinear:
+    """``mobility * laplacian(u^3)``"""
+    rate = (-p["mobility"] * w.squared).to(w.dtype)
+    return lambda state: rate * w.spectrum(w.field(state) ** 3)
+
+
+def _korteweg(along: Callable[[Waves], Tensor]) -> Callable[[Waves, Parameters], Tensor]:
+    """Dispersion along one axis; the rest damps what the grid does not resolve."""
+    return lambda w, p: 1j * p["dispersion"] * along(w) ** 3 - 2e-4 * w.squared**2
+
+
 SPREAD = 0.2  # of Kuramoto-Sivashinsky: box of 2 pi / 0.2, so that modes below 5 grow
 RIPPLE = 0.25  # of Swift-Hohenberg: its wave has the number 4
+WALL = 0.04  # of Cahn-Hilliard: walls of a fifth of a unit
 
 
 def _kuramoto(w: Waves, p: Parameters) -> Nonlinear:
@@ -202,17 +219,27 @@ EQUATIONS: dict[str, Equation] = {
         start=lambda u: 0.7 * torch.tanh(u),
         conserves_mean=False,
     ),
-    "korteweg": Equation(
-        lambda w, p: 1j * p["dispersion"] * w.x**3 - 2e-4 * w.squared**2,
-        {"dispersion": (0.03, 0.05)},
-        _flux(1, 0),
-        interval=0.25,
-        steps=5,
-    ),
+    "korteweg": Equation(_korteweg(lambda w: w.x), {"dispersion": (0.03, 0.05)}, _flux(1, 0), interval=0.25, steps=5),
     "kolmogorov": Equation(
         _diffuse, {"diffusivity": (0.01, 0.02), "force": (0.6, 1.0)}, _vortices(True), interval=0.4, steps=5
     ),
     "advection_any": Equation(_turned(lambda k, p: -p["speed"] * k), {**_SPEED, **_ANGLE}),
     "dispersion_any": Equation(_turned(lambda k, p: p["dispersion"] * k**3), {**_DISPERSION, **_ANGLE}),
+    "advection_diagonal": Equation(_drift(1, 1), _SPEED),
+    "advection_antidiagonal": Equation(_drift(1, -1), _SPEED),
+    "diffusion_x": Equation(_diffuse_along(1, 0), {"diffusivity": (0.03, 0.06)}),
+    "diffusion_y": Equation(_diffuse_along(0, 1), {"diffusivity": (0.03, 0.06)}),
+    "burgers_y": Equation(_diffuse, {"diffusivity": (0.08, 0.15)}, _flux(0, 1), interval=0.2, steps=6),
+    "korteweg_y": Equation(_korteweg(lambda w: w.y), {"dispersion": (0.03, 0.05)}, _flux(0, 1), interval=0.25, steps=5),
+    "vortices": Equation(_diffuse, {"diffusivity": (0.01, 0.02)}, _vortices(False), interval=0.4, steps=5),
+    "cahn_hilliard": Equation(
+        lambda w, p: p["mobility"] * (w.squared - WALL * w.squared**2),
+        {"mobility": (0.01, 0.02)},
+        _cahn_hilliard,
+        steps=4,
+        spin_up=2,
+        start=lambda u: torch.tanh(u),
+    ),
 }
 OPPOSED = tuple(EQUATIONS)[:16]
+HELD_OUT = tuple(EQUATIONS)[18:]

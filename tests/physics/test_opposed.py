@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shodh.physics.opposed import EQUATIONS, OPPOSED, Equation, coloured
+from shodh.physics.opposed import EQUATIONS, HELD_OUT, OPPOSED, Equation, coloured
 from shodh.physics.solvers.exponential import Etdrk4, Waves, phi
 
 N, SAMPLES = 32, 4
@@ -33,7 +33,8 @@ def solved(name: str, **changes: object) -> Tensor:
 
 
 def test_sixteen_stand_apart() -> None:
-    assert len(OPPOSED) == 16 and not any("angle" in EQUATIONS[name].ranges for name in OPPOSED)
+    assert len(OPPOSED) == 16 and not any("angle" in EQUATIONS[name].ranges for name in (*OPPOSED, *HELD_OUT))
+    assert len(HELD_OUT) == 8 and len(EQUATIONS) == 26
 
 
 def test_coefficients_agree_with_their_definition_across_the_change_of_formula() -> None:
@@ -65,6 +66,10 @@ def test_linear_equation_is_solved_exactly(name: str) -> None:
         "dispersion_x": (0.0, k[0] ** 3),
         "dispersion_y": (0.0, -(k[1] ** 3)),
         "advection_any": (0.0, -x * k[0] - y * k[1]),
+        "advection_diagonal": (0.0, -k[0] - k[1]),
+        "advection_antidiagonal": (0.0, k[1] - k[0]),
+        "diffusion_x": (-4.0, 0.0),
+        "diffusion_y": (-1.0, 0.0),
         "dispersion_any": (0.0, x * k[0] ** 3 + y * k[1] ** 3),
     }[name]
     for frame in (1, 2):
@@ -142,7 +147,8 @@ def test_every_two_equations_take_one_state_to_different_ones() -> None:
 @pytest.mark.parametrize(("one", "other", "axes"), [
     ("advection_right", "advection_left", (1,)), ("advection_up", "advection_down", (2,)),
     ("advection_right", "advection_up", None), ("dispersion_x", "dispersion_y", None),
-    ("burgers", "burgers_back", (1, 2)),
+    ("burgers", "burgers_back", (1, 2)), ("diffusion_x", "diffusion_y", None),
+    ("advection_diagonal", "advection_antidiagonal", (2,)), ("korteweg", "korteweg_y", None),
 ])  # fmt: skip
 def test_opposed_equations_are_mirror_images(one: str, other: str, axes: tuple[int, ...] | None) -> None:
     """Of a state that is turned about its first cell, or whose axes are swapped."""
@@ -151,7 +157,7 @@ def test_opposed_equations_are_mirror_images(one: str, other: str, axes: tuple[i
         if axes is not None:
             return u.flip(axes).roll([1] * len(axes), axes)
         swapped = u.transpose(1, 2)
-        return swapped if "advection" in one else swapped.flip(2).roll(1, 2)
+        return swapped if "dispersion" not in one else swapped.flip(2).roll(1, 2)
 
     parameters = drawn(EQUATIONS[one])
     straight = EQUATIONS[one].solve(WAVES, noise(), parameters, 2)[:, 1]
