@@ -8,6 +8,9 @@ from types import ModuleType
 
 import pytest
 
+from shodh.core.errors import ConfigError
+from shodh.core.strict_json import write_json
+
 TOOLS = Path(__file__).resolve().parents[2] / "tools" / "bench"
 
 
@@ -37,3 +40,22 @@ def test_arms_are_paired_by_seed_and_averages_stand_beside_the_last_weights(obje
     assert 0.49 <= ema["nested"][0] <= ema["ratio"] <= ema["nested"][1] <= 0.51 and ema["verdict"] == "lower"
     assert rows["other"]["ratio"] == pytest.approx(1.5) and rows["other"]["verdict"] == "open"
     assert rows["other"]["nested"] is None  # One seed.
+
+
+def test_a_file_of_other_settings_is_no_record_to_go_on_with(objective: ModuleType, tmp_path: Path) -> None:
+    """A run of two families once went on, without a word, with the errors that stood in the file of another."""
+    path, arms = tmp_path / "record.json", {"plain": "", "noise": "operator.input_noise=1.0"}
+    record = objective.open_record(path, arms, config="demo.yaml", settings=["a=1"])
+    assert record["runs"] == {}
+    record["runs"]["plain-0"] = {"error": 1.0}
+    write_json(path, record)
+    again = objective.open_record(path, {**arms, "more": "x=1"}, config="demo.yaml", settings=["a=1"])
+    assert again["runs"] == record["runs"]
+    for changes in ({"config": "many.yaml"}, {"settings": ["a=2"]}):
+        with pytest.raises(ConfigError, match="choose another --out"):
+            objective.open_record(path, arms, **{"config": "demo.yaml", "settings": ["a=1"], **changes})
+    with pytest.raises(ConfigError, match="arm noise"):
+        objective.open_record(path, {"noise": "operator.input_noise=2.0"}, config="demo.yaml", settings=["a=1"])
+    write_json(path, {"runs": {"plain-0": {}}})
+    with pytest.raises(ConfigError, match="does not say"):
+        objective.open_record(path, arms, config="demo.yaml", settings=["a=1"])

@@ -21,12 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from processes import ROOT, call
+from processes import ROOT, call, open_record
 
 from shodh.config import load_config
-from shodh.core.cli import command_parser
+from shodh.core.cli import command_parser, run_main
 from shodh.core.environment import write_record
-from shodh.core.reading import read_json
 from shodh.evaluate.evaluation import evaluate, open_run
 from shodh.report.statistics import nested_bootstrap
 
@@ -83,7 +82,7 @@ def compare(runs: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
     return table
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser(__doc__)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
@@ -96,19 +95,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     steps, seeds = (4, range(1)) if args.tiny else (args.steps, range(args.seeds))
     with tempfile.TemporaryDirectory() as spare:
         work = (args.work or Path(spare)).absolute()
-        if not (work / "data").exists():
-            make_data(work / "data", args.tiny)
+        data = work / ("tiny" if args.tiny else "data")
+        make_data(data, args.tiny)  # What is there is kept.
         common = [
             f"out={work / 'runs'}", f"deepspeed={ROOT / 'ds_configs' / 'cpu.json'}", f"operator.train.steps={steps}",
-            f"data.regimes.0.path={work / 'data' / 'vorticity_2d'}", f"data.strides={list(TRAINED)}",
+            f"data.regimes.0.path={data / 'vorticity_2d'}", f"data.strides={list(TRAINED)}",
             "operator.dim=16", "operator.depth=3", "operator.field.residual=true",
             f"operator.train.warmup={max(1, steps // 5)}",
             "operator.train.checkpoint_every=0", "operator.train.valid_every=0", f"evaluation.rollout={ROLLOUT}",
             *args.set,
         ]  # fmt: skip
-        record: dict[str, Any] = read_json(args.out, "results") if args.out.exists() else {}
+        chosen = {arm: str(ARMS[arm]) for arm in args.arms}
+        record = open_record(args.out, chosen, steps=steps, settings=args.set, tiny=args.tiny)
         record |= {"settings": common, "config": CONFIG.name}
-        record.setdefault("runs", {})
         for seed in seeds:
             for arm in args.arms:
                 if (key := f"{arm}-{seed}") not in record["runs"]:
@@ -117,7 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     record["runs"][key] = {"vrmse": errors_of(load_config(CONFIG, settings).run_dir)}
                 record["summary"] = compare(record["runs"], seeds)
                 write_record(args.out, record)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

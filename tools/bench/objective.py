@@ -10,7 +10,7 @@ the file, and an interval over seeds and trajectories.
 With ``--agreement``: how well each metric of latents agrees with the error of what they decode to, around the first
 run's own forecasts: the cosine between gradients by the prediction, and the correlation of the errors of samples;
 ``probed`` weighs channels by the diagonal of the decoder's pull-back metric, the mean of J^T J, probed with random
-vectors. What is finished is not done again.
+vectors. What is finished is not done again; a file of other settings is refused.
 
 example:
   python tools/bench/objective.py --config launch/configs/demo.yaml --set operator.train.steps=300 --seeds 3 \\
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import ROOT, call
+from processes import ROOT, call, open_record
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,9 +38,8 @@ import shodh
 from shodh.checkpoint.description import Kind
 from shodh.checkpoint.folder import BEST
 from shodh.config import RunConfig, load_config
-from shodh.core.cli import command_parser, positive
+from shodh.core.cli import command_parser, positive, run_main
 from shodh.core.environment import write_record
-from shodh.core.reading import read_json
 from shodh.evaluate.evaluation import evaluate, open_run
 from shodh.evaluate.rows import trajectory_errors
 from shodh.models.forecaster import Forecaster
@@ -203,7 +202,7 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
     return Table(header, cells)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser(__doc__)
     parser.add_argument("--config", default=str(ROOT / "launch" / "configs" / "demo.yaml"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every run")
@@ -221,17 +220,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         common = [f"out={work / 'runs'}", f"deepspeed={ROOT / 'ds_configs' / 'cpu.json'}", "parallel.ep_size=1"]
         common += [*(TINY + tiny_data(work) if args.tiny else []), *args.set]
         seeds = range(min(args.seeds, 2) if args.tiny else args.seeds)
-        record: dict[str, Any] = read_json(args.out, "results") if args.out.exists() else {}
+        arms = {name: changes for name, _, changes in (arm.partition(":") for arm in args.arms)}
+        record = open_record(args.out, arms, config=Path(args.config).name, settings=args.set, tiny=args.tiny)
         record |= {"settings": common}
-        record.setdefault("runs", {})
-        if load_config(args.config, common).tokenizer.run is None:
+        shared = load_config(args.config, common)
+        if shared.has_tokenizer and shared.tokenizer.run is None:
             call("launch/train_tokenizer.py", "--config", args.config, "--resume", "auto", "--set", *common)
         for seed in seeds:
-            for arm in args.arms:
-                name, _, changes = arm.partition(":")
+            for name, changes in arms.items():
                 settings = [*common, f"name=objective-{name}-{seed}", f"seed={seed}", *filter(None, changes.split(","))]
-                tokenizer = load_config(args.config, common).tokenizer_dir
-                settings.append(f"tokenizer.run={tokenizer}")
+                if shared.has_tokenizer:
+                    settings.append(f"tokenizer.run={shared.tokenizer_dir}")
                 config = load_config(args.config, settings)
                 key = f"{name}-{seed}"
                 if key not in record["runs"]:
@@ -241,11 +240,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     regimes = open_regimes(config, shodh.from_pretrained(config.run_dir).space)
                     record["agreement"] = agreement(config.run_dir, regimes, 3 if args.tiny else 10)
                     regimes.close()
-                names = [name.partition(":")[0] for name in args.arms]
-                record["comparisons"] = compare_arms(record["runs"], names, seeds)
+                record["comparisons"] = compare_arms(record["runs"], list(arms), seeds)
                 write_record(args.out, record)
         sys.stdout.write(text_table(table_of(record["comparisons"])))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

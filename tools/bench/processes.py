@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shodh.core.errors import ConfigError
 from shodh.core.launcher import without_launcher
+from shodh.core.reading import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,6 +20,30 @@ ROOT = Path(__file__).resolve().parents[2]
 def read_status(name: str) -> int:
     """Bytes of memory of this process, from ``/proc/self/status``: ``VmRSS`` now, ``VmHWM`` at most so far."""
     return 1024 * int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0])
+
+
+def open_record(path: Path, arms: Mapping[str, str], **asked: Any) -> dict[str, Any]:
+    """What a benchmark that goes on has in its file: ``runs`` of what is finished, and what it was asked.
+
+    Raises
+    ------
+    ConfigError
+        It was begun with other settings, or has an arm of this name with others.
+    """
+    record = read_json(path, "results") if path.exists() else {"asked": asked}
+    begun = record.get("asked")
+    for name, value in asked.items():
+        if begun is None or begun.get(name) != value:
+            what = (
+                "does not say what it was begun with" if begun is None else f"was begun with {name} {begun.get(name)}"
+            )
+            raise ConfigError(f"{path} {what}, and is asked for {name} {value}; choose another --out")
+    known = record.setdefault("arms", {})
+    for name, changes in arms.items():
+        if known.setdefault(name, changes) != changes:
+            raise ConfigError(f"{path} has arm {name} with {known[name] or 'no changes'}; give this one another name")
+    record.setdefault("runs", {})
+    return record
 
 
 def call(script: str, *arguments: str | Path) -> None:
