@@ -64,14 +64,8 @@ def expand(study: StudyConfig, world_size: int = 1, keep_checkpoints: bool = Fal
             key = label_of(model, variant), len(regimes)
             if key not in changes:
                 changes[key] = operator_changes(study, tree, name, model, variant, len(regimes))
-            labels: dict[str, Any] = {
-                "model": model,
-                "label": label,
-                "mix": mix,
-                "regimes": regimes,
-                "variant": variant,
-            }
-            labels |= {"share": share, "seed": seed}
+            labels: dict[str, Any] = {"model": model, "label": label, "mix": mix, "regimes": regimes}
+            labels |= {"variant": variant, "share": share, "seed": seed}
             config = _configure(study, tree, name, changes[key], labels, world_size)
             runs.append(
                 Run(

@@ -63,7 +63,7 @@ def transfer_table(results: Results) -> Table:
     frame, main = results.transfers, index_reading(results.transfers)
     if frame.empty:
         return Table([], [])
-    others = [share for share in SHARES if share != main]
+    others = [share for share in SHARES if share != main and (frame["reading"] == share).any()]
     found = _over_reading(frame, main, "index").join(_by_reading(frame, [*others, *READINGS, ROLLOUT])).reset_index()
     alone = {mix: SPECIALIST if main == TEST else results.equal_samples(mix) for mix in results.mixes}
     pairs = [results.paired(Claim(m, model, alone[m], TEST, r)) for m, model, r in found[MODEL].values]
