@@ -71,7 +71,7 @@ def convert(
     check_target(out, overwrite)
     model = open_source(source, dtype, tokenizer=tokenizer, tag=tag, config_path=config_path, weights=weights)
     description = model.description
-    dtypes = written_dtypes(description.config, description.parts, model.tensors, DTYPES[dtype])
+    dtypes = written_dtypes(description, model.tensors, DTYPES[dtype])
     size = sum(t.numel * dtypes[name].itemsize for name, t in model.tensors.items())
     with whole_or_absent(out) as partial:
         with progress_bar("write", size) as progress:

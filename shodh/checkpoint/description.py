@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from shodh.checkpoint.folder import (
     write_manifest,
 )
 from shodh.config import RunConfig, Section, config_from_dict, to_dict
+from shodh.config.base import FieldSets
 from shodh.core.environment import describe_environment
 from shodh.core.errors import CheckpointError, ConfigError, DataError
 from shodh.core.reading import parse_json, read_object
@@ -89,6 +91,10 @@ class ModelDescription(Section):
     merge: dict[str, Any] | None = Field(None, description="how it was made of experts; null: it was trained")
     weights: dict[Part, str] | None = Field(
         None, description="file of each part, with its plain names; null: all of them together, with prefixes"
+    )
+    field_sets: FieldSets | None = Field(
+        None,
+        description="what the tokenizer has heads for, in its order; null: what the run's regimes have, in theirs",
     )
     space: Space = Field(exclude=True, description="of space.json")
 
@@ -265,27 +271,32 @@ def read_part(path: Path, part: Part, kind: Kind | None = None) -> Weights:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def build_parts(config: RunConfig, parts: tuple[Part, ...]) -> torch.nn.ModuleDict:
+def build_parts(config: RunConfig, parts: tuple[Part, ...], field_sets: FieldSets | None = None) -> torch.nn.ModuleDict:
     """Tokenizer and operator on the current default device; weights are not drawn."""
-    builders: dict[Part, Callable[[RunConfig], torch.nn.Module]] = {
-        "tokenizer": build_tokenizer,
-        "operator": build_operator,
+    builders: dict[Part, Callable[[], torch.nn.Module]] = {
+        "tokenizer": partial(build_tokenizer, config, field_sets),
+        "operator": partial(build_operator, config),
     }
-    return torch.nn.ModuleDict({part: builders[part](config) for part in parts})
+    return torch.nn.ModuleDict({part: builders[part]() for part in parts})
+
+
+def build_described(description: ModelDescription) -> torch.nn.ModuleDict:
+    """`build_parts` of a description."""
+    return build_parts(description.config, description.parts, description.field_sets)
 
 
 def check_weights(description: ModelDescription, tensors: Weights, source: Path) -> None:
     """Compare names, shapes and kinds of tensors with the model that the description builds."""
     with torch.device("meta"):
-        model = build_parts(description.config, description.parts)
+        model = build_described(description)
     check_fit(expected_shapes(model), {name: t.shape for name, t in tensors.items()}, source)
     check_kinds(tensors, source)
 
 
-def written_dtypes(config: RunConfig, parts: tuple[Part, ...], tensors: LazyWeights, dtype: torch.dtype) -> Dtypes:
+def written_dtypes(description: ModelDescription, tensors: LazyWeights, dtype: torch.dtype) -> Dtypes:
     """What each tensor is written as: buffers (statistics, bases, selection biases) stay float32, as in training."""
     with torch.device("meta"):
-        keep = {name for name, _ in persistent_buffers(build_parts(config, parts))}
+        keep = {name for name, _ in persistent_buffers(build_described(description))}
     return target_dtypes(tensors, dtype, keep)
 
 
@@ -329,7 +340,12 @@ def describe_folder(folder: Path, description: ModelDescription) -> list[Path]:
 
 
 def describe_run(
-    config: RunConfig, space: Space, parts: tuple[Part, ...], source: Source, weights: dict[Part, str] | None = None
+    config: RunConfig,
+    space: Space,
+    parts: tuple[Part, ...],
+    source: Source,
+    weights: dict[Part, str] | None = None,
+    field_sets: FieldSets | None = None,
 ) -> ModelDescription:
     """The description of a float32 model that this installation made."""
     environment = describe_environment()
@@ -341,5 +357,6 @@ def describe_run(
         versions={"shodh": environment["shodh"], "python": environment["python"], **environment["packages"]},
         source=source,
         weights=weights,
+        field_sets=field_sets,
         space=space,
     )

@@ -20,7 +20,7 @@ from shodh.checkpoint.description import (
     CONFIG,
     Kind,
     ModelDescription,
-    build_parts,
+    build_described,
     find_pretrained,
     read_pretrained,
     write_pretrained,
@@ -70,7 +70,7 @@ class ShodhModel(nn.Module, ModelHubMixin, library_name="shodh"):  # type: ignor
         super().__init__()
         self.description = description
         self.config, self.space = description.config, description.space
-        parts = build_parts(self.config, description.parts)
+        parts = build_described(description)
         if self.config.has_tokenizer and "tokenizer" not in parts:
             raise CheckpointError("a model needs its tokenizer; this folder holds the operator alone")
         self.tokenizer: Tokenizer | None = parts["tokenizer"] if "tokenizer" in parts else None  # type: ignore[assignment]

@@ -23,6 +23,7 @@ from shodh.checkpoint.description import (
 )
 from shodh.checkpoint.folder import MANIFEST, write_manifest
 from shodh.config import RunConfig, load_config
+from shodh.config.base import FieldSets
 from shodh.core.errors import CheckpointError
 from shodh.core.files import atomic_path, link_or_copy, sync_to_disk
 from shodh.core.reading import read_object
@@ -116,7 +117,12 @@ def open_tokenizer(folder: Path, kind: Kind | None = None) -> StoredTokenizer:
 
 
 def describe_operator_run(
-    run: Path, config: RunConfig, space: Space, tokenizer: Path | None, started_from: str | None
+    run: Path,
+    config: RunConfig,
+    space: Space,
+    tokenizer: Path | None,
+    field_sets: FieldSets | None,
+    started_from: str | None,
 ) -> ModelDescription:
     """Write into the run folder of an operator what its checkpoints will need: `link_description`.
 
@@ -124,6 +130,8 @@ def describe_operator_run(
     ----------
     tokenizer : Path, optional
         Weights of the tokenizer, which are linked.
+    field_sets : tuple of tuples of str, optional
+        Of the tokenizer: those of its own run.
     started_from : str, optional
         Checksum of the weights that the run started from.
     """
@@ -133,7 +141,7 @@ def describe_operator_run(
             link_or_copy(tokenizer, run / TOKENIZER_WEIGHTS)
         files = {"tokenizer": TOKENIZER_WEIGHTS, **files}
     source = Source(name=config.name, sha256="", init_from=started_from)
-    description = describe_run(config, space, tuple(files), source, files)
+    description = describe_run(config, space, tuple(files), source, files, field_sets)
     describe_folder(run, description)
     return description
 

@@ -40,6 +40,7 @@ from shodh.checkpoint.foreign.deepspeed_folder import is_deepspeed_folder, read_
 from shodh.checkpoint.run_files import is_tokenizer, open_tokenizer, started_from
 from shodh.checkpoint.weights import open_verified
 from shodh.config import RunConfig, load_config
+from shodh.config.base import FieldSets
 from shodh.core.errors import CheckpointError
 from shodh.core.reading import read_object, read_text
 from shodh.core.strict_json import dumps
@@ -115,12 +116,13 @@ def open_source(
     operator = _open_operator(path, dtype, weights)
     tensors: Weights = {f"operator.{name}": t for name, t in operator.tensors.items()}
     parts: tuple[Part, ...] = ("operator",)
+    field_sets: FieldSets | None = None
     started = None if run is None else started_from(run)
     source = operator.source.model_copy(update={"init_from": started})
     if config.has_tokenizer:
         stored = open_tokenizer(_tokenizer_folder(config, run, tokenizer))
         tensors = {f"tokenizer.{name}": t for name, t in stored.weights.items()} | dict(tensors)
-        parts = ("tokenizer", "operator")
+        parts, field_sets = ("tokenizer", "operator"), stored.config.data.field_sets
         # A run on regimes that its tokenizer did not learn has its own normalisation and domains.
         space = stored.space if run is None or not (run / SPACE_FILE).is_file() else _space(config, run)
     else:
@@ -128,7 +130,8 @@ def open_source(
     names = [regime.name for regime in config.data.regimes]
     if unknown := [name for name in names if name not in space.names]:
         raise CheckpointError(f"the tokenizer of {path} was not trained on the regimes {unknown}; use --tokenizer")
-    description = describe_run(config, space.only(names), parts, source).model_copy(update={"dtype": dtype})
+    description = describe_run(config, space.only(names), parts, source, field_sets=field_sets)
+    description = description.model_copy(update={"dtype": dtype})
     check_weights(description, tensors, path)
     return Model(description, tensors, _numbers(run, path.name, source.ema))
 

@@ -33,6 +33,8 @@ Seeds = typing.Annotated[int, Field(gt=0, le=1000)]
 Seed = typing.Annotated[int, Field(ge=0, le=2**63 - 1)]
 MAX_CELLS = 2**33
 FileFormat = Literal["auto", "well", "pdebench", "dpot", "fno", "jhtdb", "arrays", "rock"]
+#: Names of fields that occur together, as `shodh.config.data.DataConfig.present`.
+FieldSets = tuple[tuple[str, ...], ...]
 Grid = typing.Annotated[tuple[Width, ...], Field(min_length=2, max_length=3)]
 #: Layers along z of a field that has two space dimensions: one latent cell.
 FLAT_LAYERS = 8

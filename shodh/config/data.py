@@ -13,6 +13,7 @@ from shodh.config.base import (
     MAX_CELLS,
     Count,
     FieldName,
+    FieldSets,
     FileFormat,
     Grid,
     Layers,
@@ -171,6 +172,11 @@ class DataConfig(Section):
     def present(self, regime: RegimeConfig) -> tuple[str, ...]:
         """Names of the fields a regime has, in the order of ``fields``."""
         return tuple(f.name for f in self.fields if regime.only is None or f.name in regime.only)
+
+    @property
+    def field_sets(self) -> FieldSets:
+        """What `present` gives of the regimes, without repetition, in their order."""
+        return tuple(dict.fromkeys(self.present(regime) for regime in self.regimes))
 
     @property
     def optional(self) -> tuple[str, ...]:

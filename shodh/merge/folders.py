@@ -110,7 +110,7 @@ def merge_experts(
     check_target(out, overwrite)
     weights = merged_weights(anchor.weights, [e.weights for e in experts], recipe)
     description = _describe(anchor, experts, recipe, out)
-    dtypes = written_dtypes(description.config, description.parts, weights, DTYPES[description.dtype])
+    dtypes = written_dtypes(description, weights, DTYPES[description.dtype])
     size = sum(t.numel * dtypes[name].itemsize for name, t in weights.items())
     with whole_or_absent(out) as partial, progress_bar("merge", size) as progress:
         files = write_pretrained(partial, description, weights, dtypes, max_shard_size, progress=progress)

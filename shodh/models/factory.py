@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from shodh.config import ExpertsConfig, RunConfig
+from shodh.config.base import FieldSets
 from shodh.models.field_space import FieldSpace
 from shodh.models.kernels import Kernels
 from shodh.models.operator import ExpertLayerFactory, LatentTransformer
@@ -18,11 +19,16 @@ from shodh.moe.groups import is_routed_expert
 from shodh.schema.domain import num_static_features
 
 
-def build_tokenizer(config: RunConfig) -> Tokenizer:
-    """The tokenizer of a run, on the current default device; weights are not drawn yet."""
-    fields = [f.build() for f in config.data.fields]
-    schemas = [config.data.present(regime) for regime in config.data.regimes]
-    return Tokenizer(config.tokenizer, [f for f in fields if not f.static], [f for f in fields if f.static], schemas)
+def build_tokenizer(config: RunConfig, field_sets: FieldSets | None = None) -> Tokenizer:
+    """The tokenizer of a run, on the current default device; weights are not drawn yet.
+
+    Parameters
+    ----------
+    field_sets : tuple of tuples of str, optional
+        Those that it has a head for, in its order; by default those of the run's regimes, as of one that it trains.
+    """
+    fields, sets = [f.build() for f in config.data.fields], field_sets or config.data.field_sets
+    return Tokenizer(config.tokenizer, [f for f in fields if not f.static], [f for f in fields if f.static], sets)
 
 
 def build_operator(

@@ -229,8 +229,8 @@ def pretrain(
     def record() -> None:
         if job.start is None:
             folder.record_start(None if init_from is None else source_checksum(init_from, kind))
-        tokenizer = None if trained is None else trained.weights
-        describe_operator_run(folder.path, job.asked, regimes.space, tokenizer, started_from(folder.path))
+        tokenizer, sets = (None, None) if trained is None else (trained.weights, trained.field_sets)
+        describe_operator_run(folder.path, job.asked, regimes.space, tokenizer, sets, started_from(folder.path))
 
     return _run(config, job, model.to(device), task, regimes, loaders, record, weights)
 

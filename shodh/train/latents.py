@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from shodh.checkpoint.run_files import is_tokenizer, open_tokenizer
 from shodh.config import RunConfig
+from shodh.config.base import FieldSets
 from shodh.core.distributed import divide, from_first, rank, together
 from shodh.core.errors import CheckpointError
 from shodh.core.files import checksum
@@ -39,6 +40,7 @@ class TrainedTokenizer:
 
     model: Tokenizer
     space: Space
+    field_sets: FieldSets
     weights: Path
     checksum: str
 
@@ -80,7 +82,7 @@ def load_tokenizer(config: RunConfig) -> TrainedTokenizer:
             f"the tokenizer in {folder} was trained on the regimes {list(space.names)}, without "
             f"{[r.name for r in unknown]}"
         )
-    known = {trained.data.present(r) for r in trained.data.regimes}
+    known = trained.data.field_sets
     for regime in unknown:
         if (present := config.data.present(regime)) not in known:
             raise CheckpointError(
@@ -89,7 +91,7 @@ def load_tokenizer(config: RunConfig) -> TrainedTokenizer:
             )
     model = build_tokenizer(trained)
     load_into(model, {name: tensor.read() for name, tensor in stored.weights.items()}, stored.file)
-    return TrainedTokenizer(model.eval().requires_grad_(False), space, stored.file, checksum(stored.file))
+    return TrainedTokenizer(model.eval().requires_grad_(False), space, known, stored.file, checksum(stored.file))
 
 
 def normalizer_for(

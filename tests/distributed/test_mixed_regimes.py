@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ import numpy as np
 import pytest
 import rank_jobs
 import torch
+import yaml
 from helper import ROOT, run_ranks, run_script
 from scipy.io import netcdf_file
 
-from shodh.config import load_config
+import shodh
+from shodh.checkpoint.convert import convert
+from shodh.config import load_config, to_dict
+from shodh.config.reading import merge_trees
 from shodh.data import write_trajectories
 from shodh.evaluate.evaluation import evaluate, open_run
 from shodh.evaluate.report import write_report
@@ -134,3 +139,31 @@ def test_tokenizer_of_all_serves_a_run_of_some_of_its_regimes(run: dict[str, Any
     regimes, trained = open_run_data(config.model_copy(update={"data": data}))
     assert regimes.names == ["rock", "sheet"] and len(trained.model.basis.heads) == 2
     assert regimes.space.domains == run["evaluator"].regimes.space.domains[1:]
+
+
+@pytest.mark.parametrize("names", [("rock", "stream"), ("rock",), ("sheet", "rock", "stream")])
+def test_model_has_the_latents_of_its_tokenizer_whatever_regimes_its_run_has_in_whatever_order(
+    run: dict[str, Any], names: tuple[str, ...], tmp_path: Path
+) -> None:
+    """A tokenizer numbers its sets of fields by its own regimes.
+
+    Models of a run of others numbered them by its own, which gave one set the mean and deviation of another, or did not
+    load."""
+    first = run["evaluator"].config
+    regimes = [next(r for r in to_dict(first)["data"]["regimes"] if r["name"] == name) for name in names]
+    tree = merge_trees(to_dict(first), {"name": "others", "out": str(tmp_path), "data": {"regimes": regimes}})
+    tree["tokenizer"]["run"] = str(first.tokenizer_dir)
+    config = tmp_path / "others.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    run_ranks(1, rank_jobs.pretrain, config, ["parallel.ep_size=1"])
+    folder = tmp_path / "others"
+    convert(folder, tmp_path / "converted")
+    evaluation = evaluate(open_run(folder, None, torch.device("cpu")), "test")
+    assert set(evaluation.metrics["regimes"]) == set(names)
+    tokenizer = shodh.from_pretrained(first.tokenizer_dir)
+    models = [shodh.from_pretrained(path) for path in (folder, tmp_path / "converted")]
+    draw = torch.Generator().manual_seed(0)
+    fields, static = (torch.rand(1, *shape, *tokenizer.grid, generator=draw) for shape in ((1, 5), (1,)))
+    for name, model in itertools.product({*names} & {"stream", "rock"}, models):
+        expected = tokenizer.encode(fields, static, regime=name)
+        assert torch.equal(model.encode(fields, static, regime=name), expected), name

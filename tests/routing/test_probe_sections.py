@@ -38,7 +38,7 @@ def drawn_evaluator(config: RunConfig, seed: int) -> Evaluator:
     tokenizer, model = build_tokenizer(config), build_operator(config)
     initialise(tokenizer, 7)
     initialise(model, seed)
-    trained = TrainedTokenizer(tokenizer.eval().requires_grad_(False), opened.space, Path("none"), "")
+    trained = TrainedTokenizer(tokenizer.eval().requires_grad_(False), opened.space, (), Path("none"), "")
     folder = RunFolder(config.out / f"run-{seed}")
     return Evaluator(config, folder, "none", opened, trained, model.eval().requires_grad_(False), torch.device("cpu"))
 
