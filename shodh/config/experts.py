@@ -45,6 +45,14 @@ class ExpertsConfig(Section):
     router: RouterConfig = RouterConfig()
     balance: BalanceConfig = BalanceConfig()
 
+    @property
+    def groups(self) -> int:
+        """Groups of experts that the router chooses among, of a kind that has them."""
+        if self.router.groups is not None or not self.router.traits.observes:
+            return self.router.groups or 2
+        fitting = (n for n in range(1, self.num_experts // self.top_k + 1) if self.num_experts % n == 0)
+        return max(fitting, default=1)
+
     @model_validator(mode="after")
     def _check(self) -> ExpertsConfig:
         halved = self.form == "linear" or self.activation == "gelu"
@@ -66,7 +74,14 @@ class ExpertsConfig(Section):
             )
         if self.balance.load and not traits.noisy:
             raise ValueError(f"balance.load is defined by the noise of router.kind noisy_topk, not {self.router.kind}")
-        groups = self.router.groups
+        groups = self.groups
+        if traits.observes and groups == 1:
+            raise ValueError("kind operator chooses among groups; use router.groups of at least 2")
+        if traits.observes and self.router.groups_by == "clusters" and self.router.cluster_samples < 4 * groups:
+            raise ValueError(
+                f"router.cluster_samples={self.router.cluster_samples} are too few to find groups={groups} clusters; "
+                f"use at least {4 * groups}"
+            )
         if traits.grouped and self.num_experts % groups:
             raise ValueError(f"num_experts={self.num_experts} is not divisible by router.groups={groups}")
         if traits.grouped and self.top_k > self.num_experts // groups:

@@ -69,8 +69,6 @@ def _hash_problem(config: RouterConfig) -> str:
 
 
 def _operator_problem(config: RouterConfig) -> str:
-    if config.groups == 1:
-        return "kind operator chooses among groups; use groups of at least 2"
     if config.normalise == "before":
         return ""
     return (
@@ -128,10 +126,10 @@ class RouterConfig(Section):
     )
     temperature: PositiveFloat = Field(8.0, description="initial inverse temperature of cosine scores, learned")
     context_weight: Weight = Field(4.0, description="kind context: weight of the sample mean beside the token")
-    groups: Width = Field(
-        2,
+    groups: Width | None = Field(
+        None,
         description="expert groups: two_level chooses one by the sample mean, operator by the fingerprint; oracle has "
-        "one for each regime",
+        "one for each regime; null: 2, and of operator as many as leave each top_k experts",
     )
     groups_by: Literal["mlp", "clusters"] = Field(
         "clusters",
@@ -167,11 +165,6 @@ class RouterConfig(Section):
             raise ValueError(
                 f"cluster_samples={self.cluster_samples} is of kind operator with groups_by clusters; nothing reads it "
                 "here"
-            )
-        if clustered and self.cluster_samples < 4 * self.groups:
-            raise ValueError(
-                f"cluster_samples={self.cluster_samples} are too few to find groups={self.groups} clusters; use at "
-                f"least {4 * self.groups}"
             )
         if problem := self.traits.problem(self):
             raise ValueError(problem)

@@ -117,16 +117,17 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_router(self) -> RunConfig:
-        router, regimes = self.operator.experts.router, len(self.data.regimes)
-        if self.operator.experts.num_experts and router.traits.observes and self.data.history < 2:
+        experts, regimes = self.operator.experts, len(self.data.regimes)
+        router = experts.router
+        if experts.num_experts and router.traits.observes and self.data.history < 2:
             raise ValueError(
                 f"data.history={self.data.history}: operator.experts.router.kind {router.kind} goes by what changes "
                 "from frame to frame; use data.history of at least 2"
             )
-        if self.operator.experts.num_experts and router.traits.labelled and router.groups != regimes:
+        if experts.num_experts and router.traits.labelled and experts.groups != regimes:
             raise ValueError(
                 f"operator.experts.router: kind {router.kind} has one group a regime, and there are {regimes}, not "
-                f"{router.groups}; use groups={regimes}"
+                f"{experts.groups}; use groups={regimes}"
             )
         return self
 

@@ -131,4 +131,4 @@ def test_a_finished_step_feeds_the_clusters_until_they_are_full(by: str) -> None
     for _ in range(4):
         finish_step(model, config, lambda: pytest.fail("no counts are needed"), fingerprints)
     assert calls == (2 if by == "clusters" else 0)
-    assert model["router"](fingerprints()).shape == (8, 2)
+    assert model["router"](fingerprints()).shape == (8, config.groups)

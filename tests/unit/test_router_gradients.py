@@ -46,9 +46,9 @@ def test_the_task_moves_every_trained_weight_of_a_router(kind: str) -> None:
         initialise(torch.nn.ModuleDict({"layer": layer}), 0)
         draw = torch.Generator().manual_seed(1)
         x, weight = (torch.randn(SAMPLES, TOKENS, DIM, generator=draw) for _ in range(2))
-        regime = torch.arange(SAMPLES) % config.router.groups if kind == "oracle" else None
+        regime = torch.arange(SAMPLES) % config.groups if kind == "oracle" else None
         noise = torch.arange(SAMPLES) if kind == "noisy_topk" else None
-        view = torch.randn(SAMPLES, config.router.groups, generator=draw, requires_grad=True)
+        view = torch.randn(SAMPLES, config.groups, generator=draw, requires_grad=True)
         told = RouterInputs(regime, noise, view if kind == "operator" else None)
         (layer(x, told)[0] * weight).sum().backward()
         for name, parameter in layer.router.named_parameters():

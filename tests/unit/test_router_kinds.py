@@ -182,11 +182,12 @@ def test_router_refuses_what_it_does_not_use_and_asks_for_what_it_does(
         ({"router": NOISY, "num_experts": 1}, "use top_k of at least 2"),
         ({"router": {"kind": "two_level", **AFTER}, "top_k": 2}, "gate of the groups would get no gradient"),
         ({"router": {"kind": "operator", **AFTER}, "top_k": 2}, "gate of the groups would get no gradient"),
-        ({"router": {"kind": "operator", "groups": 1}}, "use groups of at least 2"),
+        ({"router": {"kind": "operator", "groups": 1}}, "use router.groups of at least 2"),
+        ({"router": {"kind": "operator"}, "num_experts": 3, "top_k": 2}, "use router.groups of at least 2"),
         ({"router": {"kind": "operator", "groups": 4}, "num_experts": 6}, "not divisible by router.groups=4"),
         ({"router": {"kind": "two_level", "groups_by": "mlp"}}, "two_level does not read it"),
         ({"router": {"kind": "operator", "groups_by": "mlp", "cluster_samples": 512}}, "nothing reads it"),
-        ({"router": {"kind": "operator", "cluster_samples": 7}}, "use at least 8"),
+        ({"router": {"kind": "operator", "cluster_samples": 15}}, "use at least 16"),
         ({"router": {"semantic_dim": 1}}, "greater than or equal to 2"),
         ({"balance": {"load": 0.1}}, "balance.load is defined by the noise"),
         ({"form": "linear", "hidden": 24}, "multiple of 16"),
@@ -195,6 +196,20 @@ def test_router_refuses_what_it_does_not_use_and_asks_for_what_it_does(
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ExpertsConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "groups"),
+    [
+        ({"router": {"kind": "operator"}, "num_experts": 12}, 12),
+        ({"router": {"kind": "operator"}, "num_experts": 12, "top_k": 2}, 6),
+        ({"router": {"kind": "operator"}, "num_experts": 9, "top_k": 2}, 3),
+        ({"router": {"kind": "operator", "groups": 2}, "num_experts": 12}, 2),
+        ({"router": {"kind": "two_level"}, "num_experts": 12}, 2),
+    ],
+)
+def test_operator_has_as_many_groups_as_leave_each_enough_experts(settings: dict[str, Any], groups: int) -> None:
+    assert ExpertsConfig(**settings).groups == groups
 
 
 @pytest.mark.parametrize("gate", ["linear", "conv"])

@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "two_level": {"router": {"kind": "two_level"}},
     "two_level-conv": {"router": {"kind": "two_level", "groups": 3, "gate": "conv", **SOFT}, "num_experts": 6},
     "two_level-alone": {"router": {"kind": "two_level", "groups": 4}},
-    "operator": {"router": {"kind": "operator"}},
+    "operator": {"router": {"kind": "operator", "groups": 2}},
     "operator-top2": {"router": {"kind": "operator", "groups": 3, **SOFT, **SCHEDULE}, "num_experts": 6, "top_k": 2},
     "operator-alone": {"router": {"kind": "operator", "groups": 4, **SCHEDULE}},
     "noisy_topk": {"router": {"kind": "noisy_topk", **AFTER}, "top_k": 2, "balance": {"load": 0.1}},
@@ -76,9 +76,9 @@ def describe(case: str) -> dict[str, Any]:
         with torch.no_grad():
             for number, parameter in enumerate(layer.router.parameters()):
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
-    regime = torch.arange(SAMPLES) % config.router.groups if kind == "oracle" else None
+    regime = torch.arange(SAMPLES) % config.groups if kind == "oracle" else None
     noise = torch.tensor([5, 6, 7]) if kind == "noisy_topk" else None
-    view = torch.randn(SAMPLES, config.router.groups, generator=draw, requires_grad=True)
+    view = torch.randn(SAMPLES, config.groups, generator=draw, requires_grad=True)
     output, routing = layer(x, RouterInputs(regime, noise, view if kind == "operator" else None))
     more = [t.square().sum() for t in (routing.logits, routing.load_probs, routing.similarity) if t is not None]
     torch.stack([(output * weight).sum(), *more]).sum().backward()

@@ -37,7 +37,7 @@ class Router(nn.Module):
         self.of_sample = config.router.granularity == "sample"
         self.normalise = config.router.normalise
         self.num_experts = config.num_experts
-        self.num_groups = config.router.groups if self.traits.grouped else 1
+        self.num_groups = config.groups if self.traits.grouped else 1
         self.top_k = config.top_k
         self.build(config, dim)
         # Loss-free balance (arXiv 2408.15664): added for the selection only, never to the weight of an expert.

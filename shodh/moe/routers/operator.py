@@ -27,9 +27,9 @@ def make_operator_gate(config: ExpertsConfig, channels: int, ndim: int) -> nn.Mo
         return None
     features = fingerprint_size(channels, ndim)
     if router.groups_by == "clusters":
-        return Clusters(features, router.groups, router.cluster_samples)
+        return Clusters(features, config.groups, router.cluster_samples)
     # Features have one scale by construction, so that they need not be standardised.
-    return nn.Sequential(Linear32(features, HIDDEN), nn.SiLU(), Linear32(HIDDEN, router.groups))
+    return nn.Sequential(Linear32(features, HIDDEN), nn.SiLU(), Linear32(HIDDEN, config.groups))
 
 
 class OperatorRouter(GroupedRouter):
