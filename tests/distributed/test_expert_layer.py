@@ -88,7 +88,7 @@ def compare(ep_size: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:
         told = {
             "oracle": RouterInputs(regime=torch.arange(BATCH) % 2),
             "noisy_topk": RouterInputs(noise=torch.arange(rank, rank + BATCH)),
-            "operator": RouterInputs(view=torch.randn(BATCH, config.router.groups, generator=draw)),
+            "operator": RouterInputs(view=torch.randn(BATCH, config.groups, generator=draw)),
         }.get(config.router.kind, RouterInputs())
         results = []
         for module in (layer, twin):

@@ -84,7 +84,7 @@ def test_the_model_of_a_checkpoint_decides_as_the_engine(
     for rank in run.ranks:
         if not more:
             assert_same_output(output, rank, config)
-        groups, experts = config.operator.experts.router.groups, config.operator.experts.num_experts
+        groups, experts = config.operator.experts.groups, config.operator.experts.num_experts
         for routing, selected in zip(output.routing, rank["selected"], strict=True):
             # The group goes by the fingerprint, which is float32 in both; the expert of it by a bf16 token.
             assert torch.equal(routing.selected * groups // experts, selected * groups // experts)
