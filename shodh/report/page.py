@@ -24,6 +24,7 @@ from shodh.core.strict_json import write_json
 SHOWN_ROWS = 24  # longer tables are files only
 STUDY_ROWS = 60  # of the page of a study
 INDEX = "index.html"
+HEAD = 2**16  # bytes in which a page names its files
 FILES = re.compile('<meta name=files content="(.*?)">')  # what stands beside a page; no name has a slash
 DPI = 110
 
@@ -155,12 +156,21 @@ def write_page(
         for stem, table in section.tables.items():
             write_atomically(out / f"{stem}.csv", to_csv(table))
     index = out / INDEX
-    before = FILES.search(index.read_text(encoding="utf-8", errors="replace")) if index.is_file() else None
+    before = _files_before(index)
     write_atomically(index, render_page(title, headline, sections, images))
     written = set(_files(sections, images))
-    for name in html.unescape(before[1]).split("/") if before else []:
-        if name and name not in written:
-            (out / name).unlink(missing_ok=True)
+    for name in before - written:
+        (out / name).unlink(missing_ok=True)
+
+
+def _files_before(index: Path) -> set[str]:
+    """What the page that stands there names in its head."""
+    if not index.is_file():
+        return set()
+    with index.open("rb") as file:
+        found = FILES.search(file.read(HEAD).decode("utf-8", "replace"))
+    names = html.unescape(found[1]).split("/") if found else []
+    return {name for name in names if name.endswith((".csv", ".png"))}
 
 
 def _files(sections: Sequence[Section], images: Mapping[str, bytes]) -> list[str]:
