@@ -77,7 +77,7 @@ class ExpertsConfig(Section):
         groups = self.groups
         if traits.observes and groups == 1:
             raise ValueError("kind operator chooses among groups; use router.groups of at least 2")
-        if traits.observes and self.router.groups_by == "clusters" and self.router.cluster_samples < 4 * groups:
+        if self.router.clustered and self.router.cluster_samples < 4 * groups:
             raise ValueError(
                 f"router.cluster_samples={self.router.cluster_samples} are too few to find groups={groups} clusters; "
                 f"use at least {4 * groups}"

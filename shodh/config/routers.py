@@ -44,13 +44,17 @@ class RouterTraits:
     problem: Callable[[RouterConfig], str] = lambda config: ""
 
 
-def _two_level_problem(config: RouterConfig) -> str:
-    if config.groups == 1 or config.normalise == "before":
+def _grouped_problem(config: RouterConfig) -> str:
+    if config.normalise == "before":
         return ""
     return (
-        "kind two_level with normalise after never weights an expert by its group, and the gate of the groups would "
-        "get no gradient; use normalise before"
+        f"kind {config.kind} with normalise after never weights an expert by its group, and the gate of the groups "
+        "would get no gradient; use normalise before"
     )
+
+
+def _two_level_problem(config: RouterConfig) -> str:
+    return "" if config.groups == 1 else _grouped_problem(config)
 
 
 def _noisy_problem(config: RouterConfig) -> str:
@@ -68,22 +72,13 @@ def _hash_problem(config: RouterConfig) -> str:
     return "kind hash goes by the token's position, so it needs granularity token; use kind frozen"
 
 
-def _operator_problem(config: RouterConfig) -> str:
-    if config.normalise == "before":
-        return ""
-    return (
-        "kind operator with normalise after never weights an expert by its group, and the gate of the groups would get "
-        "no gradient; use normalise before"
-    )
-
-
 #: Kinds by name. To add one: its class in a file of ``shodh/moe/routers/``, and its line here (docs/routers.md).
 ROUTERS: dict[str, RouterTraits] = {
     "token": RouterTraits("shodh.moe.routers.token:TokenRouter"),
     "context": RouterTraits("shodh.moe.routers.context:ContextRouter"),
     "two_level": RouterTraits("shodh.moe.routers.two_level:TwoLevelRouter", grouped=True, problem=_two_level_problem),
     "operator": RouterTraits(
-        "shodh.moe.routers.operator:OperatorRouter", grouped=True, observes=True, problem=_operator_problem
+        "shodh.moe.routers.operator:OperatorRouter", grouped=True, observes=True, problem=_grouped_problem
     ),
     "noisy_topk": RouterTraits("shodh.moe.routers.noisy_topk:NoisyTopKRouter", noisy=True, problem=_noisy_problem),
     "hash": RouterTraits("shodh.moe.routers.hash:HashRouter", trained=False, problem=_hash_problem),
@@ -145,6 +140,11 @@ class RouterConfig(Section):
         """What is known of its kind."""
         return ROUTERS[self.kind]
 
+    @property
+    def clustered(self) -> bool:
+        """Whether its groups are clusters of fingerprints."""
+        return self.traits.observes and self.groups_by == "clusters"
+
     @field_validator("kind")
     @classmethod
     def _check_kind(cls, kind: str) -> str:
@@ -158,10 +158,9 @@ class RouterConfig(Section):
     def _check(self) -> RouterConfig:
         if self.gate == "conv" and self.score != "softmax":
             raise ValueError(f"gate conv gives logits; use score softmax with it, not {self.score}")
-        clustered = self.traits.observes and self.groups_by == "clusters"
         if self.groups_by != "clusters" and not self.traits.observes:
             raise ValueError(f"groups_by={self.groups_by} is of kind operator; kind {self.kind} does not read it")
-        if self.cluster_samples != 1024 and not clustered:
+        if self.cluster_samples != 1024 and not self.clustered:
             raise ValueError(
                 f"cluster_samples={self.cluster_samples} is of kind operator with groups_by clusters; nothing reads it "
                 "here"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from shodh.core.seeding import Key, generator
 
 TRIES, ROUNDS, CANDIDATES = 20, 50, 4
-NEAR = 1e-3
+NEAR = 1e-3  # of the spread of all samples
 FIRST = 4  # samples a cluster, before clusters are found for the first time
 
 

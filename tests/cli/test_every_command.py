@@ -16,14 +16,13 @@ from shodh.experiments.transfer.map.settings import MapConfig
 from shodh.experiments.transfer.settings import StudyConfig
 
 SCALES = ("tiny", "small", "paper")
+CONFIGS = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
+STUDIES = [path for path in CONFIGS if path.name.startswith(("study_", "ccm_"))]
 PLANS = [
     pytest.param(config, scale, marks=[] if scale == "tiny" or config.stem == "demo" else pytest.mark.exhaustive)
-    for config in sorted((ROOT / "launch" / "configs").glob("*.yaml"))
+    for config in CONFIGS
     if not config.name.startswith("finetune_")  # It starts from a trained run; a test reads it.
-    for scale in (SCALES if config.name.startswith(("study_", "ccm_")) else (None,))
-]
-STUDIES = [
-    path for path in sorted((ROOT / "launch" / "configs").glob("*.yaml")) if path.name.startswith(("study_", "ccm_"))
+    for scale in (SCALES if config in STUDIES else (None,))
 ]
 COMMANDS = sorted(path.relative_to(ROOT) for room in ("launch", "tools") for path in (ROOT / room).glob("*.py"))
 

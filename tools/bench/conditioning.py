@@ -93,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     steps, seeds = (4, range(1)) if args.tiny else (args.steps, range(args.seeds))
+    chosen = {arm: ARMS[arm] for arm in args.arms}
+    record = open_record(args.out, chosen, steps=steps, settings=args.set, tiny=args.tiny)
     with tempfile.TemporaryDirectory() as spare:
         work = (args.work or Path(spare)).absolute()
         data = work / ("tiny" if args.tiny else "data")
@@ -105,8 +107,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "operator.train.checkpoint_every=0", "operator.train.valid_every=0", f"evaluation.rollout={ROLLOUT}",
             *args.set,
         ]  # fmt: skip
-        chosen = {arm: str(ARMS[arm]) for arm in args.arms}
-        record = open_record(args.out, chosen, steps=steps, settings=args.set, tiny=args.tiny)
         record |= {"settings": common, "config": CONFIG.name}
         for seed in seeds:
             for arm in args.arms:

@@ -215,13 +215,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a minute: nothing but whether it runs")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
+    arms = {name: changes for name, _, changes in (arm.partition(":") for arm in args.arms)}
+    record = open_record(args.out, arms, config=Path(args.config).name, settings=args.set, tiny=args.tiny)
     with tempfile.TemporaryDirectory() as spare:
         work = (args.work or Path(spare)).absolute()
         common = [f"out={work / 'runs'}", f"deepspeed={ROOT / 'ds_configs' / 'cpu.json'}", "parallel.ep_size=1"]
         common += [*(TINY + tiny_data(work) if args.tiny else []), *args.set]
         seeds = range(min(args.seeds, 2) if args.tiny else args.seeds)
-        arms = {name: changes for name, _, changes in (arm.partition(":") for arm in args.arms)}
-        record = open_record(args.out, arms, config=Path(args.config).name, settings=args.set, tiny=args.tiny)
         record |= {"settings": common}
         shared = load_config(args.config, common)
         if shared.has_tokenizer and shared.tokenizer.run is None:

@@ -26,7 +26,7 @@ def make_operator_gate(config: ExpertsConfig, channels: int, ndim: int) -> nn.Mo
     if not (config.num_experts and router.traits.observes):
         return None
     features = fingerprint_size(channels, ndim)
-    if router.groups_by == "clusters":
+    if router.clustered:
         return Clusters(features, config.groups, router.cluster_samples)
     # Features have one scale by construction, so that they need not be standardised.
     return nn.Sequential(Linear32(features, HIDDEN), nn.SiLU(), Linear32(HIDDEN, config.groups))
